@@ -1,0 +1,198 @@
+"""Model cards: what a model is built from, how its images are prepared, and what its authors published about it.
+
+One TOML file per model lies in `models/` of the repository, and in `quartermap_deploy/_models` of an installed wheel,
+beside the weights that come with the package. Reading a card needs neither torch nor NumPy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from quartermap_deploy.errors import QuartermapError, UnknownNameError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Fit = Literal["cover", "stretch"]
+Interpolation = Literal["nearest", "bilinear", "bicubic"]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the model's input; pixel values are scaled to 0…1 before mean and std.
+
+    Attributes:
+        resize: (height, width) to resize to.
+        fit: "stretch" resizes to exactly `resize`; "cover" keeps the proportions and covers `resize`, so that for a
+            square it sets the shorter side.
+        crop: (height, width) cut from the centre afterwards: the size of the model's input.
+        interpolation: filter of the resize.
+        mean: per channel.
+        std: per channel.
+    """
+
+    resize: tuple[int, int]
+    fit: Fit
+    crop: tuple[int, int]
+    interpolation: Interpolation
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def with_size(self, height: int, width: int) -> Preprocessing:
+        """Return the same preprocessing for another input size, with the margin that the crop cuts off in proportion."""
+        resize = (
+            round(height * self.resize[0] / self.crop[0]),
+            round(width * self.resize[1] / self.crop[1]),
+        )
+        return dataclasses.replace(self, resize=resize, crop=(height, width))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large a model is, at the input size and the number of classes of its card.
+
+    Attributes:
+        parameters: parameters of the model as built here.
+        published_parameters_millions: what its authors state, or None.
+        published_gflops: what its authors state, in 10⁹ multiply-accumulates (see `complexity`), or None.
+    """
+
+    parameters: int
+    published_parameters_millions: float | None = None
+    published_gflops: float | None = None
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """One accuracy that somebody stated.
+
+    Attributes:
+        dataset: data set and part of it.
+        top1: share of images whose most probable class is right, in percent.
+        source: who stated it, and what has to be known about it.
+    """
+
+    dataset: str
+    top1: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from.
+
+    Attributes:
+        paper: its paper.
+        repository: its public implementation.
+        licence: licence of that implementation and its weights, as far as it is stated.
+        checkpoint_page: page that describes the public checkpoint, or None.
+        checkpoint_file: file name of the public checkpoint, or None.
+    """
+
+    paper: str
+    repository: str
+    licence: str
+    checkpoint_page: str | None = None
+    checkpoint_file: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """One model that this package can build.
+
+    Attributes:
+        name: name for `create_model`.
+        title: name that its authors use.
+        family: "vmamba" or "medmamba".
+        architecture: settings of the family's configuration, under their public names.
+        preprocessing: how images are prepared.
+        sizes: parameters and operations.
+        accuracy: what was published about its accuracy.
+        source: where it comes from.
+        weights: file with trained weights beside the card, or None if the package brings none.
+    """
+
+    name: str
+    title: str
+    family: str
+    architecture: Mapping[str, Any]
+    preprocessing: Preprocessing
+    sizes: Sizes
+    source: Source
+    accuracy: tuple[Accuracy, ...] = ()
+    weights: str | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the model as published."""
+        return int(self.architecture["num_classes"])
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Shape (channels, height, width) of one image."""
+        return (int(self.architecture["in_chans"]), *self.preprocessing.crop)
+
+    @property
+    def weights_path(self) -> Path | None:
+        """Where the weights that come with the package lie, or None."""
+        return None if self.weights is None else models_directory() / self.weights
+
+
+def models_directory() -> Path:
+    """Return the directory that holds the model cards and the weights beside them."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "_models"
+    return installed if installed.is_dir() else package.parent / "models"
+
+
+def list_models() -> list[str]:
+    """Return the names of all models, sorted."""
+    return sorted(path.stem for path in models_directory().glob("*.toml"))
+
+
+@functools.cache
+def load_card(name: str) -> ModelCard:
+    """Return the card of a model.
+
+    Raises:
+        UnknownNameError: if there is no such model; the message names similar ones.
+        QuartermapError: if the card is damaged.
+    """
+    if name not in list_models():
+        raise UnknownNameError.for_choice("model", name, list_models())
+    return read_card(models_directory() / f"{name}.toml")
+
+
+def read_card(path: Path) -> ModelCard:
+    """Read a card from a TOML file.
+
+    Raises:
+        QuartermapError: if the file is no TOML, or a key is missing, unknown or in the wrong place.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        parts = {
+            "preprocessing": Preprocessing(**freeze_lists(values.pop("preprocessing"))),
+            "sizes": Sizes(**values.pop("sizes")),
+            "source": Source(**values.pop("source")),
+            "accuracy": tuple(Accuracy(**entry) for entry in values.pop("accuracy", [])),
+        }
+        card = ModelCard(**values, **parts)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise QuartermapError(f"the model card {path} cannot be read: {error}") from error
+    if card.name != path.stem:
+        raise QuartermapError(f"the model card {path} names the model {card.name!r}; name and file must agree")
+    return card
+
+
+def freeze_lists(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a TOML table with its lists as tuples, as frozen dataclasses take them."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}

@@ -1,0 +1,62 @@
+"""The errors this package raises on purpose.
+
+Every message says what was found, what was expected and how to mend it. The command line prints the message alone
+and exits with code 2; anything that is not a `QuartermapError` is a defect of this package and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class QuartermapError(Exception):
+    """Base of all errors that the user can mend."""
+
+
+class UnknownNameError(QuartermapError):
+    """A model, target or other name that does not exist."""
+
+    @classmethod
+    def for_choice(cls, kind: str, name: str, choices: Iterable[str]) -> UnknownNameError:
+        """Build the error with the nearest valid names first, or all of them when none is near."""
+        available = sorted(choices)
+        near = difflib.get_close_matches(name, available, n=3, cutoff=0.5)
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"Available: {', '.join(available)}."
+        return cls(f"unknown {kind} {name!r}. {hint}")
+
+
+class RecipeError(QuartermapError):
+    """A recipe file that cannot be read, or whose keys or values are wrong."""
+
+
+class CheckpointError(QuartermapError):
+    """Weights that are missing, damaged, unsafe to load, or of another model."""
+
+
+class PlanError(QuartermapError):
+    """A QuarterMap plan that does not fit the model."""
+
+
+class InputError(QuartermapError):
+    """An image, array or input size that the model cannot take."""
+
+
+class ExportError(QuartermapError):
+    """A model that could not be turned into ONNX."""
+
+
+class PassError(QuartermapError):
+    """A graph pass that did not find what the plan names, or met a graph it must refuse."""
+
+
+class BundleError(QuartermapError):
+    """A bundle that is missing, damaged, or in the way of a new one."""
+
+
+class ParityError(QuartermapError):
+    """A target whose outputs depart from the reference by more than the tolerance."""
+
+
+class MissingDependencyError(QuartermapError):
+    """An optional package is needed; the message holds the pip command that brings it."""

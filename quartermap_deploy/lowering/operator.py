@@ -1,0 +1,68 @@
+"""The ONNX operator `quartermap.SelectiveScan2D`: its names, its inputs and its attributes.
+
+    y = SelectiveScan2D(x, dt, B, C, A, D, dt_bias, dt_weight)
+
+`dt_weight` is optional: without it, dt is the full time-step map. DESIGN and `frontend.operators` define the values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from quartermap_deploy.errors import PassError
+
+DOMAIN = "quartermap"
+VERSION = 1
+SELECTIVE_SCAN_2D = "SelectiveScan2D"
+SELECTIVE_SCAN = "SelectiveScan"
+INPUTS_2D = ("x", "dt", "B", "C", "A", "D", "dt_bias", "dt_weight")
+INPUTS_1D = ("u", "delta", "A", "B", "C", "D", "delta_bias")
+MAPS = slice(0, 4)
+"""The inputs of SelectiveScan2D that are feature maps; the others are parameters."""
+
+ORIENTATIONS = ("row", "column")
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One scan order: along rows or columns, from the first position or from the last."""
+
+    orientation: str
+    reverse: bool
+
+    @classmethod
+    def parse(cls, name: str) -> Direction:
+        """Read a name such as `column_reverse`.
+
+        Raises:
+            PassError: if the name is unknown.
+        """
+        orientation = name.removesuffix("_reverse")
+        if orientation not in ORIENTATIONS:
+            raise PassError(f"unknown scan direction {name!r}; expected row, column, row_reverse or column_reverse")
+        return cls(orientation, name != orientation)
+
+
+@dataclass(frozen=True)
+class ScanVariant:
+    """What a function body depends on beside its tensors: nodes that share it can share the function.
+
+    Attributes:
+        directions: the scan orders, in the order of the parameters.
+        softplus: whether softplus is applied to the time step.
+        d_state: N, the state size.
+        low_rank: whether dt is the low-rank map that `dt_weight` projects.
+    """
+
+    directions: tuple[str, ...]
+    softplus: bool
+    d_state: int
+    low_rank: bool
+
+    @classmethod
+    def of(cls, inputs: int, attributes: dict[str, Any], d_state: int) -> ScanVariant:
+        """Read the variant from a node's number of inputs, its attributes and the second axis of A."""
+        directions = attributes["directions"]
+        names = tuple(name.decode() if isinstance(name, bytes) else str(name) for name in directions)
+        return cls(names, bool(attributes.get("softplus", 1)), d_state, inputs == len(INPUTS_2D))
