@@ -1,8 +1,8 @@
 """How much a model computes: tokens that its scans walk, and multiply-accumulates, per block and in total.
 
-Counted as the public VMamba figures are: with fvcore's rules, one multiply-accumulate of a convolution or linear layer
-counts once, a layer normalisation five operations per element and a batch normalisation two, activations, additions and
-the final mean nothing; a scan counts 9·L·(K·d_inner)·N + L·K·d_inner operations
+Counted as the public VMamba figures are: with fvcore's rules, one multiply-accumulate of a convolution or
+linear layer counts once, a layer normalisation five operations per element and a batch normalisation two,
+activations, additions and the final mean nothing; a scan counts 9·L·(K·d_inner)·N + L·K·d_inner operations
 (github.com/state-spaces/mamba, issue 110). All counts are for one image.
 """
 
@@ -89,10 +89,10 @@ class Complexity:
 
 
 def measure(model: VisualStateSpaceModel, input_size: tuple[int, int]) -> Complexity:
-    """Count what a model, pruned or not, computes for one image of (height, width); nothing is computed for it.
+    """Count what a model, pruned or not, computes for one image of (height, width).
 
-    A pruned block is counted in its canonical form: convolution, normalisation and output projection on the full map,
-    projections and scan on the subsampled one. The graph passes may save more than that.
+    A pruned block is counted in its canonical form: convolution, normalisation and output projection on the
+    full map, projections and scan on the subsampled one. The graph passes may save more than that.
 
     Raises:
         InputError: if the model does not take images of this size.
@@ -147,9 +147,7 @@ def _scanned_size(mixer: SS2D, map_size: tuple[int, int]) -> tuple[int, int]:
 
 
 @contextmanager
-def _counting(
-    model: nn.Module, flops: dict[str, int], maps: dict[str, tuple[int, int]]
-) -> Iterator[None]:
+def _counting(model: nn.Module, flops: dict[str, int], maps: dict[str, tuple[int, int]]) -> Iterator[None]:
     """While open, a run of the model fills in operations by module path, and the map size of every SS2D."""
     handles = []
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Block", "ModelCard", "VisualStateSpaceModel", "create_model", "list_models", "load_card"]
 
-# Cards are read by commands that never touch torch, so what needs torch is imported when it is first asked for.
+# Cards are read by commands that never touch torch, so what needs torch is imported when it is first asked
+# for.
 _LAZY = {"Block": "base", "VisualStateSpaceModel": "base", "create_model": "factory"}
 
 

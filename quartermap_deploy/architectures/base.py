@@ -1,4 +1,4 @@
-"""What every architecture offers to the rest of the compiler: its blocks in order, their mixers, and its input sizes."""
+"""What every architecture offers to the rest of the compiler: its blocks, their mixers, its input sizes."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class Stage(nn.Module):
 class VisualStateSpaceModel(nn.Module):
     """An image classifier whose token mixers are SS2D modules.
 
-    The input is (batch, channels, H, W), float32, and the output (batch, num_classes), logits. A subclass builds
-    `layers` (one `Stage` each) and says where its classifier's last layer and its mixers are.
+    The input is (batch, channels, H, W), float32, and the output (batch, num_classes), logits. A subclass
+    builds `layers` (one `Stage` each) and says where its classifier's last layer and its mixers are.
     """
 
     head_path: ClassVar[str]
@@ -105,7 +105,7 @@ class VisualStateSpaceModel(nn.Module):
             block.mixer.unfreeze()
 
     def check_input_shape(self, shape: Sequence[int]) -> None:
-        """Check that the model takes an input of this shape; `forward` itself checks nothing, so that it exports.
+        """Check the shape of an input; `forward` itself checks nothing, so that it exports.
 
         Args:
             shape: (batch, channels, H, W).
@@ -125,6 +125,6 @@ class VisualStateSpaceModel(nn.Module):
             raise InputError(f"an input of shape {sizes} is empty; {expected} with a batch of at least 1")
         if min(height, width) < self.minimum_side:
             raise InputError(
-                f"an image of {height}×{width} is too small for this model; height and width must be at least "
-                f"{self.minimum_side}, so that every stage has a position left"
+                f"an image of {height}x{width} is too small for this model; height and width must be at "
+                f"least {self.minimum_side}, so that every stage has a position left"
             )

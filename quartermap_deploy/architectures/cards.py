@@ -1,7 +1,7 @@
-"""Model cards: what a model is built from, how its images are prepared, and what its authors published about it.
+"""Model cards: what a model is built from, how its images are prepared, and what was published about it.
 
-One TOML file per model lies in `models/` of the repository, and in `quartermap_deploy/_models` of an installed wheel,
-beside the weights that come with the package. Reading a card needs neither torch nor NumPy.
+One TOML file per model lies in `models/` of the repository, and in `quartermap_deploy/_models` of an
+installed wheel, beside the weights that come with the package. Reading a card needs neither torch nor NumPy.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Preprocessing:
 
     Attributes:
         resize: (height, width) to resize to.
-        fit: "stretch" resizes to exactly `resize`; "cover" keeps the proportions and covers `resize`, so that for a
-            square it sets the shorter side.
+        fit: "stretch" resizes to exactly `resize`; "cover" keeps the proportions and covers `resize`, so that
+            for a square it sets the shorter side.
         crop: (height, width) cut from the centre afterwards: the size of the model's input.
         interpolation: filter of the resize.
         mean: per channel.
@@ -47,7 +47,7 @@ class Preprocessing:
     std: tuple[float, ...]
 
     def with_size(self, height: int, width: int) -> Preprocessing:
-        """Return the same preprocessing for another input size, with the margin that the crop cuts off in proportion."""
+        """Return the same preprocessing for another input size, with the cropped margin in proportion."""
         resize = (
             round(height * self.resize[0] / self.crop[0]),
             round(width * self.resize[1] / self.crop[1]),
@@ -179,7 +179,7 @@ def read_card(path: Path) -> ModelCard:
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-        parts = {
+        parts: dict[str, Any] = {
             "preprocessing": Preprocessing(**freeze_lists(values.pop("preprocessing"))),
             "sizes": Sizes(**values.pop("sizes")),
             "source": Source(**values.pop("source")),
@@ -189,7 +189,9 @@ def read_card(path: Path) -> ModelCard:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise QuartermapError(f"the model card {path} cannot be read: {error}") from error
     if card.name != path.stem:
-        raise QuartermapError(f"the model card {path} names the model {card.name!r}; name and file must agree")
+        raise QuartermapError(
+            f"the model card {path} names the model {card.name!r}; name and file must agree"
+        )
     return card
 
 

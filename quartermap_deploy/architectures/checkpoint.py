@@ -1,8 +1,8 @@
 """Reading checkpoints of VMamba and MedMamba, in every spelling in which they are public.
 
-The same tensors go by several names. `neutral_key` maps every spelling of a key to one, and a checkpoint's tensor belongs
-to the model's tensor with the same neutral key; so every spelling loads into every model, and nothing is renamed by
-guessing. Files are read without running anything that is in them.
+The same tensors go by several names. `neutral_key` maps every spelling of a key to one, and a checkpoint's
+tensor belongs to the model's tensor with the same neutral key; so every spelling loads into every model, and
+nothing is renamed by guessing. Files are read without running anything that is in them.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ def read_checkpoint(path: str | PathLike[str], *, prefer_ema: bool = True) -> St
 
     Args:
         path: a `.safetensors` file, or a file of `torch.save` under any other name.
-        prefer_ema: when a file holds the weights and their exponential moving average, take the average. That is the
-            default because the published accuracies are those of the averages (except of `vmamba_tiny_v0`).
+        prefer_ema: when a file holds the weights and their exponential moving average, take the average. That
+            is the default because VMamba's published models, except `vmamba_tiny_v0`, were trained with it.
 
     Raises:
-        CheckpointError: if the file is missing, damaged or holds code, holds no state dict, or a weight is NaN or
-            infinite.
+        CheckpointError: if the file is missing, damaged or holds code, holds no state dict, or a weight is
+            NaN or infinite.
     """
     path = Path(path)
     if not path.is_file():
@@ -90,7 +90,9 @@ def read_checkpoint(path: str | PathLike[str], *, prefer_ema: bool = True) -> St
             f"the checkpoint {path} holds no state dict; expected tensors by name, alone or under one of "
             f"{', '.join((*WRAPPERS, *EMA_WRAPPERS))}, but found {held or 'nothing'}"
         )
-    broken = [key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    broken = [
+        key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()
+    ]
     if broken:
         raise CheckpointError(f"the checkpoint {path} has NaN or infinite values in {_names(broken)}")
     return state
@@ -107,27 +109,26 @@ def _read_safetensors(path: Path) -> StateDict:
 
 
 def _read_pickle(path: Path) -> Any:
-    # Training scripts of this family keep their settings beside the weights, as a yacs CfgNode (a dict) or an argparse
-    # Namespace. Both hold values only; yacs need not be installed, an ordered dict takes the place of its class.
+    # Training scripts of this family keep their settings beside the weights, as a yacs CfgNode (a dict) or an
+    # argparse Namespace. Both hold values only; yacs need not be installed, an ordered dict takes the place
+    # of its class.
     harmless: list[Any] = [(OrderedDict, "yacs.config.CfgNode"), argparse.Namespace]
     try:
         with torch.serialization.safe_globals(harmless):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises almost anything on a damaged file
-        message = str(error)
-        if isinstance(error, pickle.UnpicklingError) and (found := re.search(r"GLOBAL (\S+)|got <?(\S+)", message)):
+        if isinstance(error, pickle.UnpicklingError) and (found := re.search(r"GLOBAL (\S+)", str(error))):
             raise CheckpointError(
-                f"the checkpoint {path} holds pickled objects that could run code ({found[1] or found[2]}), so it was "
-                "not loaded. Where you trust it, load it yourself and save model.state_dict() as safetensors"
+                f"the checkpoint {path} holds a pickled {found[1]}, which could run code, so it was refused. "
+                "Where you trust it, load it yourself and save model.state_dict() as safetensors"
             ) from error
-        first_line = message.strip().splitlines()[0] if message.strip() else type(error).__name__
         raise CheckpointError(
-            f"the checkpoint {path} is truncated, damaged or no PyTorch file ({first_line}); download it again"
+            f"the checkpoint {path} is truncated, damaged or not a PyTorch file; download it again"
         ) from error
 
 
 def unwrap(content: Any, *, prefer_ema: bool = True) -> StateDict:
-    """Find the state dict inside a training checkpoint, however deep, and take `module.` prefixes off its keys.
+    """Find the state dict inside a training checkpoint, however deep, and take prefixes off its keys.
 
     Returns:
         The tensors by name; empty if there is no state dict.
@@ -162,9 +163,10 @@ def head_classes(state: Mapping[str, Tensor]) -> int | None:
 def canonical_state_dict(state: Mapping[str, Tensor], model: nn.Module) -> StateDict:
     """Rename and reshape a checkpoint's tensors to the model's spelling; neither argument is changed.
 
-    Tensors are reshaped only between spellings of the same layout: (K·rows, …) and (K, rows, …), and weights of linear
-    layers with or without the trailing axes of a 1×1 convolution. Keys that the model does not know keep their name, and
-    shapes that do not fit stay as they are, for `load_state` to report. Training counters are left out.
+    Tensors are reshaped only between spellings of the same layout: (K·rows, …) and (K, rows, …), and weights
+    of linear layers with or without the trailing axes of a 1x1 convolution. Keys that the model does not know
+    keep their name, and shapes that do not fit stay as they are, for `load_state` to report. Training
+    counters are left out.
 
     Raises:
         CheckpointError: if two keys are spellings of the same tensor.
@@ -229,7 +231,9 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) ->
     ]
     if problems:
         raise CheckpointError(
-            f"the checkpoint {source} does not fit this model ({len(own)} tensors). " + "; ".join(problems) + ". "
+            f"the checkpoint {source} does not fit this model ({len(own)} tensors). "
+            + "; ".join(problems)
+            + ". "
             "Choose the model that the checkpoint was trained as"
         )
     model.load_state_dict({key: state.get(key, tensor) for key, tensor in own.items()})

@@ -30,10 +30,10 @@ def create_model(
 
     Args:
         name: one of `list_models()`.
-        num_classes: size of the output. None takes it from the checkpoint or else from the model's card. Another number
-            than the checkpoint's leaves the last layer newly initialised.
-        checkpoint: file with weights, in any public spelling; see `checkpoint.py`. Where it holds a moving average of
-            the weights, that is taken.
+        num_classes: size of the output. None takes it from the checkpoint or else from the model's card.
+            Another number than the checkpoint's leaves the last layer newly initialised.
+        checkpoint: file with weights, in any public spelling; see `checkpoint.py`. Where it holds a moving
+            average of the weights, that is taken.
 
     Raises:
         UnknownNameError: if there is no such model; the message names similar ones.
@@ -52,7 +52,9 @@ def create_model(
     state = canonical_state_dict(state, model)
     if num_classes is not None and num_classes != trained_classes:
         initialised = model.state_dict()
-        state.update({key: initialised[key] for key in (f"{model.head_path}.weight", f"{model.head_path}.bias")})
+        state.update(
+            {key: initialised[key] for key in (f"{model.head_path}.weight", f"{model.head_path}.bias")}
+        )
     load_state(model, state, source=str(path))
     return model.eval()
 
@@ -72,5 +74,7 @@ def build(card: ModelCard, *, num_classes: int | None = None) -> VisualStateSpac
         if card.family == "medmamba":
             return MedMamba(MedMambaConfig(**settings))
     except (TypeError, ValueError) as error:
-        raise QuartermapError(f"the card of {card.name} does not describe a {card.family} model: {error}") from error
+        raise QuartermapError(
+            f"the card of {card.name} does not describe a {card.family} model: {error}"
+        ) from error
     raise QuartermapError(f"the card of {card.name} names the unknown family {card.family!r}")

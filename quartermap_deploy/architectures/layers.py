@@ -1,7 +1,8 @@
 """Layers that several architectures share.
 
-Feature maps are (batch, channels, H, W) in a channel-first model and (batch, H, W, channels) in a channel-last one. No
-layer branches on a batch size, height or width that may be symbolic, so that `torch.export` keeps them dynamic.
+Feature maps are (batch, channels, H, W) in a channel-first model and (batch, H, W, channels) in a
+channel-last one. No layer branches on a batch size, height or width that may be symbolic, so that
+`torch.export` keeps them dynamic.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch.nn import functional
 
 
 class Linear2d(nn.Linear):
-    """A linear layer over the channels of a channel-first map: a 1×1 convolution with a weight of (out, in)."""
+    """A linear layer over the channels of a channel-first map: a 1x1 convolution, weight (out, in)."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (batch, in, H, W) to (batch, out, H, W)."""
@@ -62,7 +63,7 @@ def layer_norm(channels: int, *, channel_first: bool) -> nn.LayerNorm:
 
 
 def merge_patches(x: Tensor) -> Tensor:
-    """Stack each 2×2 patch of a channel-last map with even sides, (batch, H, W, C) → (batch, H/2, W/2, 4·C).
+    """Stack each 2x2 patch of a channel-last map with even sides, (batch, H, W, C) → (batch, H/2, W/2, 4·C).
 
     The order inside a patch is Swin's: (0, 0), (1, 0), (0, 1), (1, 1) in (row, column).
     """
@@ -72,13 +73,13 @@ def merge_patches(x: Tensor) -> Tensor:
 
 
 class PatchMerging(nn.Module):
-    """Halves a channel-last map: 2×2 patches are stacked, normalised and reduced (Swin, arXiv 2103.14030, 3.1).
+    """Halves a channel-last map by stacking, normalising and reducing 2x2 patches (Swin, arXiv 2103.14030).
 
     Args:
         channels: channels of the input.
         out_channels: channels of the output.
-        odd_sides: what happens to the last row or column of an odd side: "pad" adds a row or column of zeros, as VMamba
-            does, "crop" drops it, as MedMamba does.
+        odd_sides: what happens to the last row or column of an odd side: "pad" adds a row or column of zeros,
+            as VMamba does, "crop" drops it, as MedMamba does.
     """
 
     def __init__(self, channels: int, out_channels: int, *, odd_sides: Literal["pad", "crop"]) -> None:
@@ -88,14 +89,15 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(4 * channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (batch, H, W, channels) to (batch, H/2, W/2, out_channels), rounding up when padding, else down."""
-        odd_rows, odd_columns = x.shape[1] % 2, x.shape[2] % 2
-        # An even side that is known when the model is traced is a plain 0 here, and padding or cropping would stay in
-        # the graph as a copy. A symbolic side is no plain int, so nothing is decided about its value.
-        known_even = type(odd_rows) is int and type(odd_columns) is int and odd_rows == odd_columns == 0
+        """Map (batch, H, W, channels) to (batch, H/2, W/2, out_channels), rounding up with padding."""
+        round_up = 1 if self.odd_sides == "pad" else 0
+        # Written as the distance to an even number, so that a symbolic side stays simple: their sum is even.
+        rows, columns = (2 * ((side + round_up) // 2) - side for side in x.shape[1:3])
+        # Sides that are even for certain give a plain 0 here, and padding by it would stay in the graph as a
+        # copy. A symbolic side is no plain int, so nothing is decided about its value.
+        known_even = type(rows) is int and type(columns) is int and rows == columns == 0
         if not known_even:
-            sign = 1 if self.odd_sides == "pad" else -1
-            x = functional.pad(x, (0, 0, 0, sign * odd_columns, 0, sign * odd_rows))
+            x = functional.pad(x, (0, 0, 0, columns, 0, rows))  # a negative amount crops
         merged: Tensor = self.reduction(self.norm(merge_patches(x)))
         return merged
 
@@ -123,7 +125,8 @@ def mean_over_map(x: Tensor, *, channel_first: bool) -> Tensor:
 def initialise_linear_and_norm(module: nn.Module) -> None:
     """Initialise one layer as VMamba and MedMamba do, for use with `nn.Module.apply`.
 
-    Weights of linear layers come from a normal distribution of standard deviation 0.02 truncated at ±2, biases are zero.
+    Weights of linear layers come from a normal distribution of standard deviation 0.02 truncated at ±2,
+    biases are zero.
     """
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)

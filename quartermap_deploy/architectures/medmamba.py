@@ -1,4 +1,4 @@
-"""MedMamba (Yue and Li, arXiv 2403.03849): half of a block's channels pass convolutions, the other half an SS2D.
+"""MedMamba (Yue and Li, arXiv 2403.03849): half a block's channels pass convolutions, half an SS2D.
 
 Module names give the state dict the keys of the public implementation's checkpoints.
 """
@@ -44,7 +44,7 @@ class MedMambaConfig:
 
 
 class PatchEmbedding(nn.Module):
-    """Cuts the image into 4×4 patches and normalises them, channel-last."""
+    """Cuts the image into 4x4 patches and normalises them, channel-last."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class PatchEmbedding(nn.Module):
 
 
 class MedMambaBlock(nn.Module):
-    """SS-Conv-SSM: one half of the channels passes convolutions, the other an SS2D; the results are interleaved."""
+    """SS-Conv-SSM: half of the channels pass convolutions, half an SS2D; the results are interleaved."""
 
     def __init__(self, channels: int, d_state: int) -> None:
         super().__init__()
@@ -82,12 +82,13 @@ class MedMambaBlock(nn.Module):
         local, distant = x.chunk(2, dim=-1)
         local = self.conv33conv33conv11(local.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         distant = self.self_attention(self.ln_1(distant))
-        # The channel shuffle of the public code with its two groups: output channels alternate between the halves.
+        # The channel shuffle of the public code with its two groups: output channels alternate between the
+        # halves.
         return torch.stack((local, distant), dim=-1).flatten(3) + x
 
 
 class MedMamba(VisualStateSpaceModel):
-    """MedMamba image classifier. Input (batch, in_chans, H, W), output logits (batch, num_classes), both float32."""
+    """MedMamba classifier: images (batch, in_chans, H, W) to logits (batch, num_classes), float32."""
 
     head_path = "head"
     mixer_name = "self_attention"

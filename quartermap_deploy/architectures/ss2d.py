@@ -2,8 +2,9 @@
 
     in_proj → depthwise convolution → SiLU → projections and scan → out_norm → (gate) → out_proj
 
-Every tensor outside the scan stays in raster order. The projections act on one position at a time, so they commute with
-every scan order: one 1×1 convolution on the map serves all directions, and no unrolled or flipped copy is made.
+Every tensor outside the scan stays in raster order. The projections act on one position at a time, so they
+commute with every scan order: one 1x1 convolution on the map serves all directions, and no unrolled or
+flipped copy is made.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class ScanConstants(NamedTuple):
     """What the scan takes besides feature maps, derived from the parameters as checkpoints store them.
 
     Attributes:
-        projection_weight: (K·(R + 2·N), d_inner, 1, 1), with the rows of dt of all directions first, then B, then C.
+        projection_weight: (K·(R + 2·N), d_inner, 1, 1), with the rows of dt of all directions first, then B,
+            then C.
         A: (K·d_inner, N), negative.
         D: (K·d_inner).
         dt_bias: (K·d_inner).
@@ -46,8 +48,9 @@ class ScanConstants(NamedTuple):
 class SS2D(nn.Module):
     """Four-direction selective scan of a feature map.
 
-    Parameters carry the names and shapes of the released VMamba checkpoints: `x_proj_weight` (K, R + 2·N, d_inner),
-    `dt_projs_weight` (K, d_inner, R), `dt_projs_bias` (K, d_inner), `A_logs` (K·d_inner, N) and `Ds` (K·d_inner).
+    Parameters carry the names and shapes of the released VMamba checkpoints: `x_proj_weight` (K, R + 2·N,
+    d_inner), `dt_projs_weight` (K, d_inner, R), `dt_projs_bias` (K, d_inner), `A_logs` (K·d_inner, N) and
+    `Ds` (K·d_inner).
 
     Args:
         d_model: channels of the input and output.
@@ -55,7 +58,8 @@ class SS2D(nn.Module):
         ssm_ratio: d_inner / d_model.
         conv_bias: whether the depthwise convolution has a bias.
         gated: whether in_proj also makes a gate z, and silu(z) multiplies the normalised scan.
-        channel_first: layout of input and output, (batch, d_model, H, W) if true, else (batch, H, W, d_model).
+        channel_first: layout of input and output, (batch, d_model, H, W) if true, else (batch, H, W,
+            d_model).
 
     Attributes:
         dt_rank: rank R of the time step, d_model / 16 rounded up.
@@ -107,7 +111,8 @@ class SS2D(nn.Module):
         nn.init.uniform_(self.x_proj_weight, -(self.d_inner**-0.5), self.d_inner**-0.5)
         nn.init.uniform_(self.dt_projs_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         with torch.no_grad():
-            # Steps are spread evenly on a logarithmic scale; step + log(1 - exp(-step)) is the inverse of softplus.
+            # Steps are spread evenly on a logarithmic scale; step + log(1 - exp(-step)) is the inverse of
+            # softplus.
             logarithms = torch.empty_like(self.dt_projs_bias)
             step = logarithms.uniform_(math.log(SMALLEST_STEP), math.log(LARGEST_STEP)).exp()
             self.dt_projs_bias.copy_(step + torch.log(-torch.expm1(-step)))
@@ -143,8 +148,10 @@ class SS2D(nn.Module):
     def _scan_map(self, x: Tensor) -> Tensor:
         constants = self.scan_constants()
         groups = len(self.directions)
-        dt, B, C = functional.conv2d(x, constants.projection_weight).split(
-            [groups * self.dt_rank, groups * self.d_state, groups * self.d_state], dim=1
+        dt, B, C = torch.split(
+            functional.conv2d(x, constants.projection_weight),
+            [groups * self.dt_rank, groups * self.d_state, groups * self.d_state],
+            dim=1,
         )
         return selective_scan_2d(
             x,
@@ -162,7 +169,7 @@ class SS2D(nn.Module):
         """Return the tensors that the scan takes besides feature maps, in the operator's shapes."""
         if self._frozen:
             return ScanConstants(*(self.get_buffer(name) for name in self._CONSTANTS))
-        by_kind = self.x_proj_weight.split([self.dt_rank, self.d_state, self.d_state], dim=1)
+        by_kind = torch.split(self.x_proj_weight, [self.dt_rank, self.d_state, self.d_state], dim=1)
         return ScanConstants(
             projection_weight=torch.cat([rows.flatten(0, 1) for rows in by_kind])[:, :, None, None],
             A=-_at_least_float32(self.A_logs).exp(),
@@ -174,8 +181,8 @@ class SS2D(nn.Module):
     def freeze(self) -> None:
         """Hold the scan's constants as buffers, so that an exported graph has them as plain constants.
 
-        The state dict does not change. Loading a state dict or switching to training mode ends it, since either makes
-        the parameters differ from what was frozen.
+        The state dict does not change. Loading a state dict or switching to training mode ends it, since
+        either makes the parameters differ from what was frozen.
         """
         self.unfreeze()
         for name, constant in zip(self._CONSTANTS, self.scan_constants(), strict=True):

@@ -1,7 +1,8 @@
 """VMamba (Liu et al., arXiv 2401.10166), in its first published form (v0) and its second (v2).
 
-Module names give the state dict the keys of the released checkpoints, and `VMambaConfig` takes its names and values from
-the settings that the public configurations publish, so that a model card can be compared with them line by line.
+Module names give the state dict the keys of the released checkpoints, and `VMambaConfig` takes its names and
+values from the settings that the public configurations publish, so that a model card can be compared with
+them line by line.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ class VMambaConfig:
         ssm_conv_bias: whether the depthwise convolutions have a bias.
         forward_type: "v05_noz", without a gate, or "v0", with one.
         mlp_ratio: hidden channels of a block's MLP / its channels; 0 for no MLP.
-        norm_layer: "ln2d" for channel-first feature maps, "ln" for channel-last ones. The weights are the same.
-        patchembed_version: "v1", one 4×4 convolution, or "v2", two 3×3 convolutions of stride 2.
-        downsample_version: "v1", patch merging, or "v3", a 3×3 convolution of stride 2.
+        norm_layer: "ln2d" for channel-first feature maps, "ln" for channel-last ones. The weights are the
+            same.
+        patchembed_version: "v1", one 4x4 convolution, or "v2", two 3x3 convolutions of stride 2.
+        downsample_version: "v1", patch merging, or "v3", a 3x3 convolution of stride 2.
 
     Raises:
         ValueError: if settings contradict each other.
@@ -72,7 +74,9 @@ class VMambaConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} = {getattr(self, name)!r}; expected one of {allowed}")
         if self.downsample_version == "v1" and self.norm_layer != "ln":
-            raise ValueError("patch merging (downsample_version 'v1') is channel-last: it needs norm_layer 'ln'")
+            raise ValueError(
+                "patch merging (downsample_version 'v1') is channel-last: it needs norm_layer 'ln'"
+            )
 
     @property
     def channel_first(self) -> bool:
@@ -125,7 +129,7 @@ class Classifier(nn.Module):
 
 
 class VMamba(VisualStateSpaceModel):
-    """VMamba image classifier. Input (batch, in_chans, H, W), output logits (batch, num_classes), both float32."""
+    """VMamba classifier: images (batch, in_chans, H, W) to logits (batch, num_classes), float32."""
 
     head_path = "classifier.head"
     mixer_name = "op"
@@ -135,11 +139,13 @@ class VMamba(VisualStateSpaceModel):
         self.config = config
         self.num_classes = config.num_classes
         self.in_channels = config.in_chans
-        # Strided convolutions with padding and padded patch merging round up and never run out of positions; a 4×4
-        # convolution without padding needs four pixels.
+        # Strided convolutions with padding and padded patch merging round up and never run out of positions;
+        # a 4x4 convolution without padding needs four pixels.
         self.minimum_side = 4 if config.patchembed_version == "v1" else 1
         self.patch_embed = _patch_embed(config)
-        steps: list[nn.Module] = [_downsample(*dims, config) for dims in zip(config.dims, config.dims[1:], strict=False)]
+        steps: list[nn.Module] = [
+            _downsample(*dims, config) for dims in zip(config.dims, config.dims[1:], strict=False)
+        ]
         self.layers = nn.ModuleList(
             Stage([VMambaBlock(channels, config) for _ in range(depth)], step)
             for channels, depth, step in zip(config.dims, config.depths, [*steps, nn.Identity()], strict=True)
@@ -157,7 +163,7 @@ class VMamba(VisualStateSpaceModel):
 
 
 def _patch_embed(config: VMambaConfig) -> nn.Sequential:
-    """Build the stem. Its steps are numbered as in the checkpoints, so places without a step hold an Identity."""
+    """Build the stem, numbered as in the checkpoints: places without a step hold an Identity."""
     channels, first = config.dims[0], config.channel_first
     if config.patchembed_version == "v1":
         return nn.Sequential(

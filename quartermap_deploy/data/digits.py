@@ -1,4 +1,4 @@
-"""The handwritten digits of scikit-learn (1,797 scans of 8×8 pixels), with one fixed held-out part.
+"""The handwritten digits of scikit-learn (1,797 scans of 8x8 pixels), with one fixed held-out part.
 
 The demo model is trained on the one part and every accuracy in this project is stated on the other.
 """
@@ -58,7 +58,10 @@ def load_digits() -> DigitsSplit:
     generator = np.random.RandomState(SPLIT_SEED)
     held_out = np.sort(
         np.concatenate(
-            [generator.permutation(np.flatnonzero(labels == digit))[:HELD_OUT_PER_CLASS] for digit in range(10)]
+            [
+                generator.permutation(np.flatnonzero(labels == digit))[:HELD_OUT_PER_CLASS]
+                for digit in range(10)
+            ]
         )
     )
     training = np.setdiff1d(np.arange(len(labels)), held_out)

@@ -22,8 +22,8 @@ ImageLike: TypeAlias = "str | PathLike[str] | NDArray[np.uint8] | Image"
 def prepare(images: Iterable[ImageLike], preprocessing: Preprocessing) -> NDArray[np.float32]:
     """Turn images into one input batch: RGB, resized, cropped at the centre and normalised.
 
-    Greyscale images are repeated over the three channels. Sizes and rounding are those of torchvision's Resize and
-    CenterCrop on Pillow images, with which the public models were evaluated.
+    Greyscale images are repeated over the three channels. Sizes and rounding are those of torchvision's
+    Resize and CenterCrop on Pillow images, with which the public models were evaluated.
 
     Returns:
         The batch, (N, 3, height, width) with the height and width of `preprocessing.crop`.
@@ -56,8 +56,8 @@ def open_image(image: ImageLike) -> Image:
         grey_or_colour = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
         if image.dtype != np.uint8 or not grey_or_colour or 0 in image.shape:
             raise InputError(
-                f"an array of shape {image.shape} and type {image.dtype} is no image; expected (H, W) or (H, W, 3) of "
-                "uint8"
+                f"an array of shape {image.shape} and type {image.dtype} is no image; expected (H, W) or "
+                "(H, W, 3) of uint8"
             )
         return pillow.fromarray(image).convert("RGB")
     return image.convert("RGB")
@@ -98,4 +98,7 @@ def sample_photographs() -> dict[str, NDArray[np.uint8]]:
     from sklearn.datasets import load_sample_images
 
     samples = load_sample_images()
-    return {str(name).rsplit("/", 1)[-1]: image for name, image in zip(samples.filenames, samples.images, strict=True)}
+    return {
+        str(name).rsplit("/", 1)[-1]: image
+        for name, image in zip(samples.filenames, samples.images, strict=True)
+    }

@@ -40,7 +40,9 @@ class Direction:
         """
         orientation = name.removesuffix("_reverse")
         if orientation not in ORIENTATIONS:
-            raise PassError(f"unknown scan direction {name!r}; expected row, column, row_reverse or column_reverse")
+            raise PassError(
+                f"unknown scan direction {name!r}; expected row, column, row_reverse or column_reverse"
+            )
         return cls(orientation, name != orientation)
 
 

@@ -112,9 +112,15 @@ class _BodyWriter:
             local_x = write("Gather", x, unroll, axis=0)
             local_narrow = write("Gather", narrow, unroll, axis=0)
             per_direction = self._split(local_narrow, self.count, axis=3)
-            steps = None if wide is None else self._split(write("Gather", wide, unroll, axis=0), self.count, axis=3)
+            steps = (
+                None
+                if wide is None
+                else self._split(write("Gather", wide, unroll, axis=0), self.count, axis=3)
+            )
             lines = [
-                self._line(k, local_x, per_direction[k], None if steps is None else steps[k], weights[k], A[k])
+                self._line(
+                    k, local_x, per_direction[k], None if steps is None else steps[k], weights[k], A[k]
+                )
                 for k in members
             ]
             summed = self._solve(lines)
@@ -243,7 +249,10 @@ class _BodyWriter:
         """The three Scans of one orientation; returns the sum of its directions, (T, batch, P, d_inner)."""
         write = self.write
         decays = [write("Exp", line.exponent) if self.single else line.exponent for line in lines]
-        drives = [[decay, line.drive] + ([] if self.single else [line.B]) for decay, line in zip(decays, lines, strict=True)]
+        drives = [
+            [decay, line.drive] + ([] if self.single else [line.B])
+            for decay, line in zip(decays, lines, strict=True)
+        ]
         totals = [self._total_decay(line) for line in lines]
         zeros = write("Sub", totals[0], totals[0])
         last_states = self._scan_lines(lines, drives, [zeros] * len(lines), output=False)
@@ -258,7 +267,11 @@ class _BodyWriter:
         return self.write("Exp", total if self.single else self.write("Mul", total, line.A))
 
     def _scan_lines(
-        self, lines: Sequence[_Line], drives: Sequence[Sequence[Value]], initial: Sequence[Value], output: bool
+        self,
+        lines: Sequence[_Line],
+        drives: Sequence[Sequence[Value]],
+        initial: Sequence[Value],
+        output: bool,
     ) -> list[Value]:
         """Advance all lines position by position: the last states, or with `output` the outputs, of each direction."""
         body = Writer("line_")
@@ -281,9 +294,12 @@ class _BodyWriter:
                 scanned.append(weight)
                 feeds.append(line.C)
                 reversed_flags.append(int(line.reverse))
-                results.append(body("Mul" if self.single else "MatMul", *(
-                    (next_state, weight) if self.single else (weight, next_state)
-                )))
+                results.append(
+                    body(
+                        "Mul" if self.single else "MatMul",
+                        *((next_state, weight) if self.single else (weight, next_state)),
+                    )
+                )
         outputs = self.write.multiple(
             "Scan",
             [*initial, *feeds],
@@ -295,7 +311,9 @@ class _BodyWriter:
         )
         return outputs[len(lines) :] if output else outputs
 
-    def _scan_across(self, lines: Sequence[_Line], last: Sequence[Value], totals: Sequence[Value]) -> list[Value]:
+    def _scan_across(
+        self, lines: Sequence[_Line], last: Sequence[Value], totals: Sequence[Value]
+    ) -> list[Value]:
         """From the last states and total decays of the lines, the state each line starts from."""
         body = Writer("across_")
         carries, next_carries, scanned, feeds, flags = [], [], [], [], []

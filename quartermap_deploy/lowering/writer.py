@@ -40,7 +40,9 @@ class Writer:
             self._constants[key] = name
         return self._constants[key]
 
-    def multiple(self, op: str, inputs: Sequence[Value | Constant], outputs: int, **attributes: Any) -> list[Value]:
+    def multiple(
+        self, op: str, inputs: Sequence[Value | Constant], outputs: int, **attributes: Any
+    ) -> list[Value]:
         """Add a node with several outputs."""
         names = [value if isinstance(value, str) else self.constant(value) for value in inputs]
         results = [self.fresh(op.lower()) for _ in range(outputs)]

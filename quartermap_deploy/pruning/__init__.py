@@ -13,7 +13,8 @@ __all__ = ["UPSAMPLE_MODES", "QuarterMap", "Subsample", "prune"]
 
 
 def __getattr__(name: str) -> Any:
-    # A plan is read by commands that never touch torch, so the reference is imported when it is first asked for.
+    # A plan is read by commands that never touch torch, so the reference is imported when it is first asked
+    # for.
     if name == "prune":
         from quartermap_deploy.pruning.reference import prune
 

@@ -1,8 +1,9 @@
 """QuarterMap plans: which blocks scan a subsampled map, and how the map is subsampled and filled up again.
 
-QuarterMap is a post-training pruning of visual state-space models: a pruned block drops rows and columns of its feature
-map before the four-direction scan and fills the gaps with neighbours afterwards. This file holds the plan alone, without
-torch; `reference.py` carries it out in PyTorch, and the ONNX passes carry it out in a graph.
+QuarterMap is a post-training pruning of visual state-space models: a pruned block drops rows and columns of
+its feature map before the four-direction scan and fills the gaps with neighbours afterwards. This file holds
+the plan alone, without torch; `reference.py` carries it out in PyTorch, and the ONNX passes carry it out in a
+graph.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Subsample:
     Attributes:
         stride: length of the repeating group of positions, at least 2.
         keep: positions kept of each group, from 1 to stride - 1.
-        upsample: interpolation that restores the full size; "nearest" takes source position floor(i·kept/size).
+        upsample: interpolation that restores the full size; "nearest" takes source position
+            floor(i·kept/size).
 
     Raises:
         PlanError: if a value is out of range.
@@ -42,12 +44,15 @@ class Subsample:
         _require_integer("keep", self.keep, minimum=1, why="a block must keep a position")
         if self.keep >= self.stride:
             raise PlanError(
-                f"keep = {self.keep} with stride = {self.stride} drops nothing; keep must be 1 to {self.stride - 1}"
+                f"keep = {self.keep} with stride = {self.stride} drops nothing; keep must be 1 to "
+                f"{self.stride - 1}"
             )
         if self.upsample not in UPSAMPLE_MODES:
             near = difflib.get_close_matches(str(self.upsample), UPSAMPLE_MODES, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise PlanError(f"unknown upsample {self.upsample!r}; expected one of {', '.join(UPSAMPLE_MODES)}.{hint}")
+            raise PlanError(
+                f"unknown upsample {self.upsample!r}; expected one of {', '.join(UPSAMPLE_MODES)}.{hint}"
+            )
 
     def kept_size(self, size: int) -> int:
         """Return how many of `size` positions along an axis are kept.
@@ -65,14 +70,14 @@ class Subsample:
 class QuarterMap:
     """A QuarterMap plan for a whole model.
 
-    Blocks are numbered from 1 over the whole network. Block i is pruned iff i is a multiple of `every` and its stage is
-    not excluded; an explicit list of `blocks` overrides both.
+    Blocks are numbered from 1 over the whole network. Block i is pruned iff i is a multiple of `every` and
+    its stage is not excluded; an explicit list of `blocks` overrides both.
 
     Attributes:
         every: prune every k-th block, at least 1.
         blocks: the blocks to prune, or None to choose them by `every` and `exclude_stages`.
-        exclude_stages: stages, from 1, in which `every` prunes nothing. The first stage sees the finest map and is the
-            most sensitive, so it is excluded by default.
+        exclude_stages: stages, from 1, in which `every` prunes nothing. The first stage sees the finest map
+            and is the most sensitive, so it is excluded by default.
         stride: along each axis, the length of the repeating group of positions, at least 2.
         keep: along each axis, the positions kept of each group, from 1 to stride - 1.
         upsample: "nearest", "bilinear" or "bicubic".
@@ -94,7 +99,9 @@ class QuarterMap:
         if self.blocks is not None:
             blocks = _numbers("blocks", self.blocks)
             if not blocks:
-                raise PlanError("blocks is empty, so the plan prunes nothing; name a block or leave blocks out")
+                raise PlanError(
+                    "blocks is empty, so the plan prunes nothing; name a block or leave blocks out"
+                )
             object.__setattr__(self, "blocks", blocks)
         # Checks stride, keep and upsample.
         _ = self.subsample
@@ -105,7 +112,7 @@ class QuarterMap:
         return Subsample(self.stride, self.keep, self.upsample)
 
     def select(self, depths: Sequence[int]) -> tuple[int, ...]:
-        """Return the numbers of the pruned blocks, from 1 and in order, of a model with these blocks per stage.
+        """Return the numbers of the pruned blocks, in order, of a model with these blocks per stage.
 
         Raises:
             PlanError: if the plan names a block or a stage that does not exist, or prunes nothing.
@@ -113,7 +120,9 @@ class QuarterMap:
         total = sum(depths)
         if self.blocks is not None:
             if absent := [block for block in self.blocks if block > total]:
-                raise PlanError(f"the plan names {_list('block', absent)}, but the model has blocks 1 to {total}")
+                raise PlanError(
+                    f"the plan names {_list('block', absent)}, but the model has blocks 1 to {total}"
+                )
             return self.blocks
         if absent := [stage for stage in self.exclude_stages if stage > len(depths)]:
             raise PlanError(
@@ -127,8 +136,9 @@ class QuarterMap:
         )
         if not selected:
             raise PlanError(
-                f"the plan prunes nothing: no block of {tuple(depths)} is a multiple of every = {self.every} outside "
-                f"the excluded stages {self.exclude_stages}; lower every, exclude fewer stages or name blocks"
+                f"the plan prunes nothing: no block of {tuple(depths)} is a multiple of every = {self.every} "
+                f"outside the excluded stages {self.exclude_stages}; lower every, exclude fewer stages or "
+                "name blocks"
             )
         return selected
 
@@ -154,7 +164,9 @@ class QuarterMap:
             if key not in names:
                 near = difflib.get_close_matches(key, names, n=1)
                 hint = f" Did you mean {near[0]}?" if near else ""
-                raise PlanError(f"unknown key {key!r} in a QuarterMap plan; expected {', '.join(names)}.{hint}")
+                raise PlanError(
+                    f"unknown key {key!r} in a QuarterMap plan; expected {', '.join(names)}.{hint}"
+                )
         return cls(**values)
 
 
@@ -171,7 +183,9 @@ def _numbers(name: str, values: object) -> tuple[int, ...]:
         raise PlanError(f"{name} = {values!r} is not a list of numbers")
     numbers = tuple(values)
     for number in numbers:
-        _require_integer(f"a number in {name}", number, minimum=1, why="blocks and stages are numbered from 1")
+        _require_integer(
+            f"a number in {name}", number, minimum=1, why="blocks and stages are numbered from 1"
+        )
     if repeated := sorted({number for number in numbers if numbers.count(number) > 1}):
         raise PlanError(f"{name} names {', '.join(map(str, repeated))} more than once")
     return tuple(sorted(numbers))

@@ -1,8 +1,8 @@
 """QuarterMap in PyTorch: the reference that every other target is compared with.
 
-In its canonical form a pruned block keeps some positions of x after the convolution and its activation, projects and
-scans those alone, and fills the result up to the full size before out_norm, gate and out_proj. The ONNX passes are
-written without this file, so that comparing the two means something.
+In its canonical form a pruned block keeps some positions of x after the convolution and its activation,
+projects and scans those alone, and fills the result up to the full size before out_norm, gate and out_proj.
+The ONNX passes are written without this file, so that comparing the two means something.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Model = TypeVar("Model", bound="VisualStateSpaceModel")
 def prune(model: Model, plan: QuarterMap) -> Model:
     """Return a deep copy of `model` whose selected blocks scan a subsampled map.
 
-    The plan describes the whole result: blocks that it does not select are not pruned, even if they were in `model`.
-    The weights are unchanged and `model` is left as it was.
+    The plan describes the whole result: blocks that it does not select are not pruned, even if they were in
+    `model`. The weights are unchanged and `model` is left as it was.
 
     Raises:
         PlanError: if the plan does not fit the model's blocks.
@@ -54,9 +54,9 @@ def keep_positions(x: Tensor, subsample: Subsample) -> Tensor:
 def restore_positions(y: Tensor, size: tuple[int, int], subsample: Subsample) -> Tensor:
     """Fill y up to `size` (H, W), (batch, channels, H', W') → (batch, channels, H, W).
 
-    Nearest takes source position floor(i·H'/H) in integers: `torch.nn.functional.interpolate` means the same but
-    multiplies by a float32 ratio, and rounding puts it one position off at some sizes (H = 94 with stride 3 is the
-    first). Bilinear and bicubic are those of `interpolate` with align_corners=False.
+    Nearest takes source position floor(i·H'/H) in integers: `torch.nn.functional.interpolate` means the same
+    but multiplies by a float32 ratio, and rounding puts it one position off at some sizes (H = 94 with stride
+    3 is the first). Bilinear and bicubic are those of `interpolate` with align_corners=False.
     """
     if subsample.upsample != "nearest":
         return functional.interpolate(y, size=size, mode=subsample.upsample, align_corners=False)

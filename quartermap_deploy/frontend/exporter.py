@@ -1,0 +1,271 @@
+"""PyTorch → ONNX, by `torch.onnx.export` (dynamo): the graph as the model is, before any pass.
+
+Each selective scan becomes one node `quartermap.SelectiveScan2D` named `block_<i>/scan`, still without a body, and the
+output of block i is a value named `block_<i>`, which every later pass keeps, so that parity can be checked block by
+block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from quartermap_deploy.errors import ExportError
+from quartermap_deploy.lowering.operator import DOMAIN, INPUTS_2D, SELECTIVE_SCAN_2D, VERSION
+
+if TYPE_CHECKING:
+    import onnx
+
+    from quartermap_deploy.architectures.base import VisualStateSpaceModel
+
+OPSET = 20
+IR_VERSION = 10
+INPUT, OUTPUT = "images", "logits"
+_MARK = "BlockOutput"
+
+
+def block_output(index: int) -> str:
+    """Name of the value that leaves block `index`."""
+    return f"block_{index}"
+
+
+def scan_name(index: int) -> str:
+    """Name of the scan node of block `index`."""
+    return f"{block_output(index)}/scan"
+
+
+def trace(
+    model: VisualStateSpaceModel,
+    input_shape: Sequence[int],
+    *,
+    dynamic_batch: bool = True,
+    dynamic_size: bool = False,
+) -> onnx.ModelProto:
+    """Export a model in float32, opset 20, without the bodies of its scans.
+
+    Args:
+        model: any model of `architectures`; it is not changed.
+        input_shape: (batch, channels, height, width) to trace with.
+        dynamic_batch: leave the batch size open.
+        dynamic_size: leave height and width open.
+
+    Raises:
+        InputError: if the model cannot take the size.
+        ExportError: if torch cannot export the model; the cause is chained.
+    """
+    import torch
+
+    model.check_input_shape(input_shape)
+    prepared = copy.deepcopy(model).float().eval()
+    prepared.freeze()
+    # A batch of one would be burnt into the graph as a constant.
+    example = torch.zeros(max(2, input_shape[0]) if dynamic_batch else input_shape[0], *input_shape[1:])
+    axes: dict[int, Any] = {0: torch.export.Dim("batch")} if dynamic_batch else {}
+    if dynamic_size:
+        axes |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    with _operators(), _marked_blocks(prepared), _quiet():
+        try:
+            program = torch.onnx.export(
+                prepared,
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=(axes,) if axes else None,
+                custom_translation_table=_translations(),
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                verbose=False,
+            )
+        except Exception as error:
+            raise ExportError(
+                f"torch.onnx.export failed on {type(model).__name__} for input {tuple(input_shape)}: "
+                f"{_innermost(error)}. This is a defect of the exporter or of the model; please report it with the "
+                "traceback."
+            ) from error
+        assert program is not None
+        return _tidy(program.model, len(prepared.blocks()), dynamic_size)
+
+
+def _innermost(error: BaseException) -> str:
+    """The message at the root of a chain of errors, on one line: torch wraps it in a page of general advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:400]
+
+
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    import onnxscript
+    import torch
+
+    import quartermap_deploy.frontend.operators as operators  # noqa: F401  (registers the torch operators)
+
+    ours = onnxscript.values.Opset(DOMAIN, VERSION)
+
+    def scan(
+        x: Any,
+        dt: Any,
+        B: Any,
+        C: Any,
+        A: Any,
+        D: Any,
+        dt_bias: Any,
+        dt_weight: Any,
+        directions: str,
+        softplus: bool,
+    ) -> Any:
+        inputs = [x, dt, B, C, A, D, dt_bias] + ([] if dt_weight is None else [dt_weight])
+        return ours.SelectiveScan2D(*inputs, directions=directions.split(","), softplus=int(softplus))
+
+    def mark(x: Any, block: int) -> Any:
+        return ours.BlockOutput(x, block=block)
+
+    return {
+        torch.ops.quartermap.selective_scan_2d.default: scan,
+        torch.ops.quartermap.block_output.default: mark,
+    }
+
+
+@contextlib.contextmanager
+def _operators() -> Iterator[None]:
+    """Make our ONNX operators known to the exporter, which builds only nodes that have a schema."""
+    from onnx import defs
+
+    schema, parameter, attribute = defs.OpSchema, defs.OpSchema.FormalParameter, defs.OpSchema.Attribute
+    kinds, optional = defs.OpSchema.AttrType, defs.OpSchema.FormalParameterOption.Optional
+    types = [("T", ["tensor(float)"], "")]
+    schemas = [
+        schema(
+            SELECTIVE_SCAN_2D,
+            DOMAIN,
+            VERSION,
+            inputs=[parameter(name, "T") for name in INPUTS_2D[:-1]]
+            + [parameter(INPUTS_2D[-1], "T", param_option=optional)],
+            outputs=[parameter("y", "T")],
+            type_constraints=types,
+            attributes=[attribute("directions", kinds.STRINGS, ""), attribute("softplus", kinds.INT, "")],
+        ),
+        schema(
+            _MARK,
+            DOMAIN,
+            VERSION,
+            inputs=[parameter("x", "T")],
+            outputs=[parameter("y", "T")],
+            type_constraints=types,
+            attributes=[attribute("block", kinds.INT, "")],
+        ),
+    ]
+    for item in schemas:
+        defs.register_schema(item)
+    try:
+        yield
+    finally:
+        for item in schemas:
+            defs.deregister_schema(item.name, VERSION, DOMAIN)
+
+
+@contextlib.contextmanager
+def _marked_blocks(model: VisualStateSpaceModel) -> Iterator[None]:
+    """Mark the output of every block with an operator that survives the export, by forward hooks."""
+    import torch
+
+    _define_mark()
+
+    def hook(index: int) -> Callable[..., Any]:
+        return lambda module, inputs, output: torch.ops.quartermap.block_output(output, index)
+
+    handles = [block.module.register_forward_hook(hook(block.index)) for block in model.blocks()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _define_mark() -> None:
+    import torch
+
+    if hasattr(torch.ops.quartermap, "block_output"):
+        return
+
+    # The annotations must be objects, not strings, for torch to infer the operator's schema in a local scope.
+    def mark(x, block):  # type: ignore[no-untyped-def]
+        return x.clone()
+
+    mark.__annotations__ = {"x": torch.Tensor, "block": int, "return": torch.Tensor}
+    operator = torch.library.custom_op("quartermap::block_output", mark, mutates_args=())
+    operator.register_fake(lambda x, block: torch.empty_like(x))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what torch says about packages that this export does not need, such as torchvision."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _tidy(model: Any, blocks: int, dynamic_size: bool) -> onnx.ModelProto:
+    """Fold constants, give scans and block outputs their names, and drop what tells about the build machine."""
+    import onnx_ir
+    import onnxscript.optimizer
+
+    # Weights may be folded whatever their size: what is folded replaces what it came from.
+    no_limit = 1 << 40
+    onnxscript.optimizer.fold_constants(model, input_size_limit=no_limit, output_size_limit=no_limit)
+    onnxscript.optimizer.remove_unused_nodes(model)
+
+    taken = {value.name for node in model.graph for value in node.outputs} | set(model.graph.initializers)
+    for name in taken & {block_output(index) for index in range(1, blocks + 1)}:
+        raise ExportError(
+            f"the graph already has a value named {name!r}, which block outputs are named after"
+        )
+    scans = 0
+    for node in list(model.graph):
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+        if node.domain != DOMAIN:
+            continue
+        if node.op_type == _MARK:
+            source = node.inputs[0]
+            source.name = block_output(node.attributes["block"].as_int())
+            node.outputs[0].replace_all_uses_with(source)
+            model.graph.remove(node, safe=True)
+        else:
+            scans += 1
+            node.name = scan_name(scans)
+    for value in model.graph.initializers.values():
+        value.metadata_props.clear()
+    if scans != blocks:
+        raise ExportError(f"the model has {blocks} blocks, but {scans} scans were exported")
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.producer_name, model.producer_version, model.doc_string = "quartermap-deploy", "", ""
+    model.graph.name = "quartermap"
+    model.ir_version = IR_VERSION
+    _name_axes(model, dynamic_size)
+    return onnx_ir.to_proto(model)
+
+
+def _name_axes(model: Any, dynamic_size: bool) -> None:
+    """Give the open axes of inputs and outputs their plain names; torch invents symbols such as s77."""
+    import onnx_ir
+
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        names = ["batch", None, "height", "width"]
+        value.shape = onnx_ir.Shape(
+            [
+                size if isinstance(size, int) else names[axis] if axis < len(names) else None
+                for axis, size in enumerate(value.shape or [])
+            ]
+        )

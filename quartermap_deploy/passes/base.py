@@ -1,0 +1,126 @@
+"""What a graph pass is: what it takes, what it returns, and the few graph queries that all passes need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from quartermap_deploy.errors import PassError
+from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D
+from quartermap_deploy.pruning.plan import Subsample
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The part of a QuarterMap plan that a graph needs: which blocks, from 1, and how each map is subsampled."""
+
+    blocks: tuple[int, ...]
+    subsample: Subsample
+
+
+@dataclass
+class PassReport:
+    """What a pass did.
+
+    Attributes:
+        name: name of the pass.
+        changed: one line for each change, in graph order.
+        refused: why the pass left a selected block as it was, by block number.
+    """
+
+    name: str
+    changed: list[str] = field(default_factory=list)
+    refused: dict[int, str] = field(default_factory=dict)
+
+
+GraphPass = Callable[[gs.Graph, Selection], PassReport]
+
+
+@dataclass(frozen=True)
+class ScanNode:
+    """A SelectiveScan2D node and the number of its block."""
+
+    block: int
+    node: gs.Node
+
+
+def scans(graph: gs.Graph) -> list[ScanNode]:
+    """Every scan of the graph, in graph order, numbered from 1 as blocks are."""
+    nodes = [node for node in graph.nodes if node.op == SELECTIVE_SCAN_2D and node.domain == DOMAIN]
+    return [ScanNode(index, node) for index, node in enumerate(nodes, start=1)]
+
+
+def selected_scans(graph: gs.Graph, selection: Selection, name: str) -> Iterator[ScanNode]:
+    """The scans that the plan selects.
+
+    Raises:
+        PassError: if the graph has no scan for a selected block.
+    """
+    by_block = {scan.block: scan for scan in scans(graph)}
+    if absent := [block for block in selection.blocks if block not in by_block]:
+        raise PassError(
+            f"{name}: the plan names block {absent[0]}, but the graph has {len(by_block)} SelectiveScan2D nodes"
+        )
+    for block in selection.blocks:
+        yield by_block[block]
+
+
+def producer(value: gs.Tensor) -> gs.Node | None:
+    """The node that makes a value, or None for inputs and constants."""
+    return value.inputs[0] if value.inputs else None
+
+
+def only_consumer(graph: gs.Graph, value: gs.Tensor) -> gs.Node | None:
+    """The one node that reads a value, or None if there are more, or none, or the value is a graph output."""
+    if len(value.outputs) != 1 or any(value is output for output in graph.outputs):
+        return None
+    node = value.outputs[0]
+    return node if sum(value is item for item in node.inputs) == 1 else None
+
+
+def constant_of(value: gs.Tensor) -> np.ndarray[Any, Any] | None:
+    """The array of a constant value, or None."""
+    if isinstance(value, gs.Constant):
+        return np.asarray(value.values)
+    node = producer(value)
+    if node is not None and node.op == "Constant" and "value" in node.attrs:
+        return np.asarray(node.attrs["value"].values)
+    return None
+
+
+def sizes(value: gs.Tensor) -> tuple[int | None, ...]:
+    """The shape of a feature map, with None for open axes.
+
+    Raises:
+        PassError: if the shape is unknown.
+    """
+    if value.shape is None:
+        raise PassError(f"the shape of {value.name} is unknown; run shape inference before the passes")
+    return tuple(size if isinstance(size, int) else None for size in value.shape)
+
+
+class GraphWriter:
+    """Adds nodes at a place of a graph, with names that start with a prefix."""
+
+    def __init__(self, graph: gs.Graph, prefix: str, dtype: Any, before: gs.Node) -> None:
+        self.graph, self.prefix, self.dtype = graph, prefix, dtype
+        # Nodes are compared by identity: gs.Node compares by contents, which is slow and may match a twin.
+        self._place = next(i for i, node in enumerate(graph.nodes) if node is before)
+
+    def constant(self, name: str, values: np.ndarray[Any, Any]) -> gs.Constant:
+        """A constant input, named after the prefix."""
+        return gs.Constant(f"{self.prefix}/{name}", values)
+
+    def __call__(
+        self, op: str, name: str, inputs: Sequence[gs.Tensor], dtype: Any = None, **attributes: Any
+    ) -> gs.Variable:
+        """Insert a node before the place given at construction, after those inserted earlier; return its output."""
+        output = gs.Variable(f"{self.prefix}/{name}", dtype=self.dtype if dtype is None else dtype)
+        node = gs.Node(op, name=output.name, attrs=attributes, inputs=list(inputs), outputs=[output])
+        self.graph.nodes.insert(self._place, node)
+        self._place += 1
+        return output

@@ -1,0 +1,111 @@
+"""insert_quartermap: QuarterMap in its canonical form (arXiv 2507.09514).
+
+    x ─┬─ Conv ─ Split ─ dt, B, C ─┐            x ─ keep ─┬─ Conv ─ Split ─ dt, B, C ─┐
+       └───────────── SelectiveScan2D ─ y   →             └───────────── SelectiveScan2D ─ restore ─ y
+
+In every selected block some positions of the map x are kept before the projections and the scan, and the output of the
+scan is brought back to the size of x. This is the one pass that changes what the model computes.
+
+Refuses: a block whose x is read on the way to the scan by anything but operators that act on one position at a time,
+because the scan of the smaller map would then see other values.
+"""
+
+from __future__ import annotations
+
+import onnx_graphsurgeon as gs
+
+from quartermap_deploy.errors import PassError
+from quartermap_deploy.lowering.operator import MAPS
+from quartermap_deploy.passes.base import (
+    GraphWriter,
+    PassReport,
+    ScanNode,
+    Selection,
+    constant_of,
+    producer,
+    selected_scans,
+)
+from quartermap_deploy.passes.subsampling import keeping_node, write_keep, write_restore
+
+NAME = "insert_quartermap"
+
+
+def insert_quartermap(graph: gs.Graph, selection: Selection) -> PassReport:
+    """Subsample the selected blocks of a graph in place; blocks that are subsampled already are left as they are.
+
+    Raises:
+        PassError: if a selected block is missing, or is not of the form above.
+    """
+    report = PassReport(NAME)
+    for scan in selected_scans(graph, selection, NAME):
+        if keeping_node(scan.node.inputs[0]) is None:
+            _insert(graph, scan, selection)
+            subsample = selection.subsample
+            report.changed.append(
+                f"block {scan.block}: keep {subsample.keep} of {subsample.stride} rows and columns, "
+                f"restore by {subsample.upsample}"
+            )
+    return report
+
+
+def _insert(graph: gs.Graph, scan: ScanNode, selection: Selection) -> None:
+    x, y = scan.node.inputs[0], scan.node.outputs[0]
+    projections = _pointwise_path(x, scan)
+    readers = [node for node in x.outputs if node is scan.node or any(node is p for p in projections)]
+    if not any(node is scan.node for node in readers):
+        raise PassError(f"{NAME}: the scan of block {scan.block} does not read the map {x.name}")
+
+    first = min(readers, key=lambda node: next(i for i, item in enumerate(graph.nodes) if item is node))
+    prefix = f"block_{scan.block}/quartermap"
+    kept = write_keep(GraphWriter(graph, prefix, x.dtype, before=first), x, selection.subsample)
+    for node in readers:
+        node.inputs = [kept if item is x else item for item in node.inputs]
+
+    small = gs.Variable(f"{prefix}/scanned", dtype=y.dtype)
+    scan.node.outputs = [small]
+    place = next(i for i, node in enumerate(graph.nodes) if node is scan.node)
+    write = GraphWriter(graph, prefix, y.dtype, before=graph.nodes[place + 1])
+    restored = write_restore(write, small, x, selection.subsample)
+    # The restored map takes the old output's place in its producer, so that its name and readers stay.
+    last = producer(restored)
+    assert last is not None
+    last.outputs = [y]
+
+
+def _pointwise_path(x: gs.Tensor, scan: ScanNode) -> list[gs.Node]:
+    """The nodes between x and the dt, B and C of the scan.
+
+    Raises:
+        PassError: if one of them mixes positions, or reads a map other than x.
+    """
+    found: list[gs.Node] = []
+    pending = list(scan.node.inputs[MAPS][1:])
+    while pending:
+        value = pending.pop()
+        if value is x or constant_of(value) is not None:
+            continue
+        node = producer(value)
+        if node is None:
+            raise PassError(
+                f"{NAME}: block {scan.block} projects {value.name}, which does not come from {x.name}"
+            )
+        if any(node is item for item in found):
+            continue
+        if not _acts_pointwise(node):
+            raise PassError(
+                f"{NAME}: block {scan.block} has the node {node.name} ({node.op}) between its map and its scan, which "
+                "does not act on one position at a time; expected a 1×1 convolution and a split of channels"
+            )
+        found.append(node)
+        pending += node.inputs
+    return found
+
+
+def _acts_pointwise(node: gs.Node) -> bool:
+    if node.op == "Conv":
+        kernel = constant_of(node.inputs[1])
+        strides = node.attrs.get("strides", [1, 1])
+        return kernel is not None and kernel.shape[2:] == (1, 1) and set(strides) == {1}
+    if node.op == "Split":
+        return int(node.attrs.get("axis", 0)) == 1
+    return node.op in ("Mul", "Add", "Sub", "Sigmoid", "Identity", "Cast")

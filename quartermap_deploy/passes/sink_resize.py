@@ -1,0 +1,169 @@
+"""sink_resize: restore the map after the work instead of before it.
+
+    out_proj(out_norm(restore(y)))  →  restore(out_proj(out_norm(y)))
+
+Nearest upsampling copies positions, and normalisation over channels, 1×1 convolutions, matrix products over channels
+and activations act on one position at a time, so they give the same numbers on fewer positions. The restoring nodes
+move down to the first node that reads another map: the residual Add, or the gate's Mul.
+
+Restoring works on (batch, channels, H, W). Where the graph is channel-last at the place it has moved to, the
+restoring nodes stand between a transpose and its inverse.
+
+Refuses: interpolation other than nearest, which mixes positions and does not commute with the normalisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_graphsurgeon as gs
+
+from quartermap_deploy.errors import PassError
+from quartermap_deploy.passes.base import (
+    GraphWriter,
+    PassReport,
+    Selection,
+    constant_of,
+    only_consumer,
+    producer,
+    selected_scans,
+)
+from quartermap_deploy.passes.subsampling import restore_chain, restored_like, write_restore
+from quartermap_deploy.pruning.plan import Subsample
+
+NAME = "sink_resize"
+RASTER = (0, 1, 2, 3)
+_UNARY = {"Sigmoid", "Gelu", "Relu", "Tanh", "Identity", "Cast", "Erf", "Neg"}
+_BINARY = {"Mul", "Add", "Sub", "Div"}
+
+
+def sink_resize(graph: gs.Graph, selection: Selection) -> PassReport:
+    """Move the restoring nodes of every selected block as far down as they stay exact, in place.
+
+    Raises:
+        PassError: if a selected block has no restoring nodes, neither behind its scan nor further down.
+    """
+    report = PassReport(NAME)
+    for scan in selected_scans(graph, selection, NAME):
+        if selection.subsample.upsample != "nearest":
+            report.refused[scan.block] = f"{selection.subsample.upsample} interpolation mixes positions"
+            continue
+        small = scan.node.outputs[0]
+        chain = restore_chain(small)
+        if not chain:
+            if not _restored_further_down(graph, small):
+                raise PassError(
+                    f"{NAME}: block {scan.block} is in the plan, but nothing restores its map behind the scan; run "
+                    "insert_quartermap first"
+                )
+            continue
+        passed, axes = _positionwise_run(graph, chain[-1].outputs[0])
+        # Passing transposes alone would move work about without saving any.
+        while passed and passed[-1].op == "Transpose":
+            passed.pop()
+        if passed:
+            axes = _axes_after(passed)
+            _move(graph, scan.block, chain, passed, axes, selection.subsample)
+            names = ", ".join(node.op for node in passed if node.op != "Transpose")
+            report.changed.append(f"block {scan.block}: restored after {names}")
+    return report
+
+
+def _positionwise_run(graph: gs.Graph, value: gs.Tensor) -> tuple[list[gs.Node], tuple[int, ...]]:
+    """The nodes that read `value` one after the other and act on one position at a time.
+
+    Returns them with the order of the raster axes (batch, channels, H, W) in the last one's output.
+    """
+    run: list[gs.Node] = []
+    axes = RASTER
+    while (node := only_consumer(graph, value)) is not None and _acts_on_positions(node, value, axes):
+        axes = _permuted(axes, node)
+        run.append(node)
+        value = node.outputs[0]
+    return run, axes
+
+
+def _acts_on_positions(node: gs.Node, value: gs.Tensor, axes: Sequence[int]) -> bool:
+    """Whether a node that reads `value`, whose axes stand in the order `axes`, treats each position by itself."""
+    channel = tuple(axes).index(1)
+    others = [item for item in node.inputs if item is not value]
+    if node.op == "Transpose":
+        return len(node.attrs.get("perm", ())) == len(RASTER)
+    if node.op == "LayerNormalization":
+        return channel == 3 and int(node.attrs.get("axis", -1)) in (-1, 3) and len(node.outputs) == 1
+    if node.op == "Conv":
+        kernel = constant_of(node.inputs[1])
+        return (
+            channel == 1
+            and node.inputs[0] is value
+            and kernel is not None
+            and kernel.shape[2:] == (1, 1)
+            and set(node.attrs.get("strides", [1, 1])) == {1}
+            and not any(node.attrs.get("pads", []))
+        )
+    if node.op == "MatMul":
+        weight = constant_of(node.inputs[1])
+        return channel == 3 and node.inputs[0] is value and weight is not None and weight.ndim == 2
+    if node.op in _BINARY:
+        return len(others) == 1 and _varies_over_channels_only(others[0], channel)
+    return node.op in _UNARY
+
+
+def _varies_over_channels_only(value: gs.Tensor, channel: int) -> bool:
+    array = constant_of(value)
+    if array is None or array.ndim > len(RASTER):
+        return False
+    shape = (1,) * (len(RASTER) - array.ndim) + array.shape
+    return all(size == 1 for axis, size in enumerate(shape) if axis != channel)
+
+
+def _permuted(axes: Sequence[int], node: gs.Node) -> tuple[int, ...]:
+    return tuple(axes[axis] for axis in node.attrs["perm"]) if node.op == "Transpose" else tuple(axes)
+
+
+def _axes_after(run: Sequence[gs.Node]) -> tuple[int, ...]:
+    axes: tuple[int, ...] = RASTER
+    for node in run:
+        axes = _permuted(axes, node)
+    return axes
+
+
+def _move(
+    graph: gs.Graph,
+    block: int,
+    chain: list[gs.Node],
+    passed: Sequence[gs.Node],
+    axes: Sequence[int],
+    subsample: Subsample,
+) -> None:
+    """Take the restoring nodes out and write them again behind the passed ones."""
+    small, restored, full = chain[0].inputs[0], chain[-1].outputs[0], restored_like(chain)
+    passed[0].inputs = [small if item is restored else item for item in passed[0].inputs]
+    for node in chain:
+        node.inputs, node.outputs = [], []
+    # The nodes that computed the size go too, so that their names are free again.
+    graph.cleanup()
+    end = passed[-1].outputs[0]
+    place = next(i for i, node in enumerate(graph.nodes) if node is passed[-1]) + 1
+    if place == len(graph.nodes):
+        raise PassError(f"{NAME}: block {block} ends the graph, where nothing reads its restored map")
+    prefix = f"block_{block}/quartermap"
+    write = GraphWriter(graph, prefix, end.dtype, before=graph.nodes[place])
+    value: gs.Tensor = gs.Variable(f"{prefix}/small", dtype=end.dtype)
+    passed[-1].outputs = [value]
+    raster = tuple(axes) == RASTER
+    if not raster:
+        value = write("Transpose", "to_raster", [value], perm=[list(axes).index(axis) for axis in range(4)])
+    value = write_restore(write, value, full, subsample)
+    if not raster:
+        value = write("Transpose", "from_raster", [value], perm=list(axes))
+    last = producer(value)
+    assert last is not None
+    last.outputs = [end]
+
+
+def _restored_further_down(graph: gs.Graph, value: gs.Tensor) -> bool:
+    """Whether the restoring nodes stand behind the position-wise run that reads `value`."""
+    run, _ = _positionwise_run(graph, value)
+    values = [value, *(node.outputs[0] for node in run)]
+    return any(restore_chain(item) for item in values)
