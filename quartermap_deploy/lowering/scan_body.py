@@ -35,7 +35,7 @@ from quartermap_deploy.lowering.operator import (
     ScanVariant,
 )
 from quartermap_deploy.lowering.softplus import write_softplus
-from quartermap_deploy.lowering.writer import Value, Writer, ints
+from quartermap_deploy.lowering.writer import Value, Writer, ints, scalar
 
 OPSET = 20
 
@@ -92,105 +92,67 @@ class _BodyWriter:
 
     def write_body(self) -> Value:
         write = self.write
-        self.batch, self.d_inner, self.height, self.width = (
-            write("Shape", "x", start=axis, end=axis + 1) for axis in range(4)
-        )
-        self.length = write("Mul", self.height, self.width)
-        self.positions = write("Mul", self.batch, self.length)
-        x = self._channels_last(self._float("x"))
-        narrow = self._narrow_maps()
-        wide = None if self.variant.low_rank else self._channels_last(self._float("dt"))
+        x_last = write("Transpose", self._float("x"), perm=[0, 2, 3, 1])
+        x = write("Flatten", x_last, axis=3)
+        # B and C of all directions side by side: (positions, K·N + K·N).
+        projections = write("Concat", self._positions("B"), self._positions("C"), axis=1)
+        steps = self._positions("dt")
+        if self.variant.low_rank:
+            # A column of ones, so that the product with the weight adds the bias too: (positions, K, R + 1).
+            ranked = write("Reshape", steps, ints(0, self.count, -1))
+            steps = write("Pad", ranked, ints(0, 0, 0, 0, 0, 1), scalar(1.0))
         weights = self._time_step_weights()
-        A = self._per_direction("A")
+        A = [
+            write("Transpose", part, perm=[1, 0])
+            for part in self._split(self._float("A"), self.count, axis=0)
+        ]
+        raster = self._raster_indices(x, x_last)
 
         merged: list[Value] = []
         for orientation in ORIENTATIONS:
             members = [k for k, d in enumerate(self.directions) if d.orientation == orientation]
             if not members:
                 continue
-            unroll, roll = self._unrolling(orientation)
+            unroll, roll = self._unrolling(raster, orientation)
             local_x = write("Gather", x, unroll, axis=0)
-            local_narrow = write("Gather", narrow, unroll, axis=0)
-            per_direction = self._split(local_narrow, self.count, axis=3)
-            steps = (
-                None
-                if wide is None
-                else self._split(write("Gather", wide, unroll, axis=0), self.count, axis=3)
-            )
+            maps = self._split(write("Gather", projections, unroll, axis=0), 2 * self.count, axis=3)
+            local_steps = self._split(write("Gather", steps, unroll, axis=0), self.count, axis=3)
             lines = [
-                self._line(
-                    k, local_x, per_direction[k], None if steps is None else steps[k], weights[k], A[k]
-                )
+                self._line(k, local_x, local_steps[k], maps[k], maps[self.count + k], weights[k], A[k])
                 for k in members
             ]
-            summed = self._solve(lines)
-            flat = write("Reshape", summed, write("Concat", self.positions, self.d_inner, axis=0))
+            flat = write("Flatten", self._solve(lines), axis=3)
             merged.append(write("Gather", flat, roll, axis=0))
         y = merged[0] if len(merged) == 1 else write("Add", merged[0], merged[1])
         grouped_D = write("Reshape", self._float("D"), ints(self.count, -1))
         skip = write("ReduceSum", grouped_D, ints(0), keepdims=0)
-        y = write("Add", y, write("Mul", x, skip))
-        return self._raster(y)
+        y = write("Add", y, write("Mul", x_last, skip))
+        return write("CastLike", write("Transpose", y, perm=[0, 3, 1, 2]), "x")
 
     # Layout ----------------------------------------------------------------------------------------------------
 
     def _float(self, name: str) -> Value:
         return self.write("Cast", name, to=onnx.TensorProto.FLOAT)
 
-    def _channels_last(self, map_: Value) -> Value:
+    def _positions(self, name: str) -> Value:
         """(batch, c, H, W) → (batch·H·W, c)."""
-        write = self.write
-        last = write("Transpose", map_, perm=[0, 2, 3, 1])
-        return write("Reshape", last, write("Concat", self.positions, ints(-1), axis=0))
+        return self.write("Flatten", self.write("Transpose", self._float(name), perm=[0, 2, 3, 1]), axis=3)
 
-    def _raster(self, y: Value) -> Value:
-        """(batch·H·W, d_inner) → (batch, d_inner, H, W), in the type of x."""
-        write = self.write
-        shape = write("Concat", self.batch, self.height, self.width, self.d_inner, axis=0)
-        y = write("Transpose", write("Reshape", y, shape), perm=[0, 3, 1, 2])
-        return write("CastLike", y, "x")
-
-    def _narrow_maps(self) -> Value:
-        """Join what is narrow, so that it is unrolled once: (batch·H·W, K, [dt | 1] + B + C).
-
-        The column of ones lets the projection of the time step add its bias in the same matrix product.
-        """
-        write = self.write
-        rows = write("Concat", self.positions, ints(self.count, -1), axis=0)
-        parts = [write("Reshape", self._channels_last(self._float(name)), rows) for name in ("B", "C")]
-        if self.variant.low_rank:
-            ones_shape = write("Concat", self.positions, ints(self.count, 1), axis=0)
-            one = helper.make_tensor("one", onnx.TensorProto.FLOAT, [1], [1.0])
-            ones = write("ConstantOfShape", ones_shape, value=one)
-            parts = [write("Reshape", self._channels_last(self._float("dt")), rows), ones, *parts]
-        return write("Concat", *parts, axis=2)
-
-    def _unrolling(self, orientation: str) -> tuple[Value, Value]:
-        """Row indices that turn (batch·H·W, c) into (T, batch, P, c), and those that turn it back."""
+    def _raster_indices(self, x: Value, x_last: Value) -> Value:
+        """0, 1, … in raster order, (batch, H, W)."""
         write = self.write
         zero, one = np.array(0, dtype=np.int64), np.array(1, dtype=np.int64)
+        positions = write("Squeeze", write("Shape", x, start=0, end=1), ints(0))
+        return write("Reshape", write("Range", zero, positions, one), write("Shape", x_last, start=0, end=3))
 
-        def count(size: Value) -> Value:
-            return write("Range", zero, write("Squeeze", size, ints(0)), one)
-
-        def placed(values: Value, stride: Value | None, axes: Sequence[int]) -> Value:
-            scaled = values if stride is None else write("Mul", values, stride)
-            return write("Unsqueeze", scaled, ints(*axes))
-
-        b, h, w = count(self.batch), count(self.height), count(self.width)
-        if orientation == "row":
-            # Raster index b·H·W + h·W + w at (w, b, h); line index w·batch·H + b·H + h at (b, h, w).
-            across = write("Mul", self.batch, self.height)
-            to_line = (placed(b, self.length, (0, 2)), placed(h, self.width, (0, 1)), placed(w, None, (1, 2)))
-            to_raster = (placed(b, self.height, (1, 2)), placed(h, None, (0, 2)), placed(w, across, (0, 1)))
-        else:
-            # Raster index b·H·W + h·W + w at (h, b, w); line index h·batch·W + b·W + w at (b, h, w).
-            across = write("Mul", self.batch, self.width)
-            to_line = (placed(b, self.length, (0, 2)), placed(h, self.width, (1, 2)), placed(w, None, (0, 1)))
-            to_raster = (placed(b, self.width, (1, 2)), placed(h, across, (0, 2)), placed(w, None, (0, 1)))
-        unroll = write("Add", write("Add", to_line[0], to_line[1]), to_line[2])
-        roll = write("Add", write("Add", to_raster[0], to_raster[1]), to_raster[2])
-        return unroll, write("Reshape", roll, ints(-1))
+    def _unrolling(self, raster: Value, orientation: str) -> tuple[Value, Value]:
+        """Row indices (T, batch, P) that turn positions into lines, and (batch, H, W) that turn them back."""
+        write = self.write
+        to_lines, to_raster = ([2, 0, 1], [1, 2, 0]) if orientation == "row" else ([1, 0, 2], [1, 0, 2])
+        unroll = write("Transpose", raster, perm=to_lines)
+        # The same count, laid out as lines: where position i of the lines has to go.
+        counted = write("Reshape", raster, write("Shape", unroll))
+        return unroll, write("Transpose", counted, perm=to_raster)
 
     def _split(self, value: Value, parts: int, axis: int) -> list[Value]:
         if parts == 1:
@@ -199,41 +161,27 @@ class _BodyWriter:
 
     # Parameters ------------------------------------------------------------------------------------------------
 
-    def _per_direction(self, name: str) -> list[Value]:
-        """(K·d_inner, N) → K of (d_inner) where N is 1, else of (N, d_inner)."""
-        write = self.write
-        if self.single:
-            rows = self._split(write("Reshape", self._float(name), ints(self.count, -1)), self.count, axis=0)
-            return [write("Reshape", row, ints(-1)) for row in rows]
-        states = ints(self.count, -1, self.variant.d_state)
-        grouped = write("Transpose", write("Reshape", self._float(name), states), perm=[0, 2, 1])
-        return [write("Squeeze", part, ints(0)) for part in self._split(grouped, self.count, axis=0)]
-
     def _time_step_weights(self) -> list[Value]:
         """K matrices (R + 1, d_inner), the last row being the bias; the biases (1, d_inner) alone at full rank."""
         write = self.write
-        bias = write("Reshape", self._float("dt_bias"), ints(self.count, 1, -1))
-        if self.variant.low_rank:
-            shape = write("Concat", ints(self.count), self.d_inner, ints(-1), axis=0)
-            weight = write("Transpose", write("Reshape", self._float("dt_weight"), shape), perm=[0, 2, 1])
-            bias = write("Concat", weight, bias, axis=1)
-        return [write("Squeeze", part, ints(0)) for part in self._split(bias, self.count, axis=0)]
+        biases = self._split(write("Unsqueeze", self._float("dt_bias"), ints(0)), self.count, axis=1)
+        if not self.variant.low_rank:
+            return biases
+        weights = self._split(self._float("dt_weight"), self.count, axis=0)
+        return [
+            write("Concat", write("Transpose", weight, perm=[1, 0]), bias, axis=0)
+            for weight, bias in zip(weights, biases, strict=True)
+        ]
 
     # The scan --------------------------------------------------------------------------------------------------
 
-    def _line(self, k: int, x: Value, narrow: Value, wide: Value | None, weight: Value, A: Value) -> _Line:
-        """Form what the Scans of direction k read: x (T, batch, P, d_inner), narrow (T, batch, P, 1, c)."""
-        write, n = self.write, self.variant.d_state
-        flat = write("Squeeze", narrow, ints(3))
-        if wide is None:
-            # The width of the low-rank part, ones included, is the height of its weight.
-            rank = write("Shape", weight, start=0, end=1)
-            sizes = write("Concat", rank, ints(n, n), axis=0)
-            low_rank, B, C = write.multiple("Split", [flat, sizes], 3, axis=3)
-            dt = write("MatMul", low_rank, weight)
+    def _line(self, k: int, x: Value, steps: Value, B: Value, C: Value, weight: Value, A: Value) -> _Line:
+        """Form what the Scans of direction k read from its maps (T, batch, P, ...)."""
+        write = self.write
+        if self.variant.low_rank:
+            dt = write("MatMul", write("Squeeze", steps, ints(3)), weight)
         else:
-            B, C = write.multiple("Split", [flat], 2, axis=3, num_outputs=2)
-            dt = write("Add", wide, weight)
+            dt = write("Add", steps, weight)
         if self.variant.softplus:
             dt = write_softplus(write, dt)
         reverse = self.directions[k].reverse
