@@ -1,1 +1,53 @@
-"""x"""
+"""quartermap-deploy compiles visual state-space models into verified, deployable bundles.
+
+    recipe → load → export → passes → lower per target → build → validate → bundle → serve / bench / eval
+
+The public names are imported when they are first used, so that `import quartermap_deploy` is fast and serving a bundle
+never imports torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Bundle": "bundle",
+    "QuarterMap": "pruning.plan",
+    "QuartermapError": "errors",
+    "Recipe": "recipe",
+    "compile": "compiler",
+    "create_model": "architectures",
+    "export_onnx": "frontend.export",
+    "list_models": "architectures",
+    "load_bundle": "bundle",
+    "load_card": "architectures",
+    "prune": "pruning.reference",
+}
+
+__all__ = [*sorted(_PUBLIC), "__version__"]
+
+if TYPE_CHECKING:
+    from quartermap_deploy.architectures import create_model, list_models, load_card
+    from quartermap_deploy.bundle import Bundle, load_bundle
+    from quartermap_deploy.compiler import compile
+    from quartermap_deploy.errors import QuartermapError
+    from quartermap_deploy.frontend.export import export_onnx
+    from quartermap_deploy.pruning.plan import QuarterMap
+    from quartermap_deploy.pruning.reference import prune
+    from quartermap_deploy.recipe import Recipe
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -1,0 +1,126 @@
+"""Timing that can be believed: everything that is compared runs in turns, in one process.
+
+A shared machine changes its speed from one second to the next, so two medians that were taken one after the other
+cannot be compared. `interleave` runs one call of each function per round, in an order that rotates from round to
+round, and `Timing.ratio` compares calls of the same round only.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from quartermap_deploy.errors import InputError
+from quartermap_deploy.progress import SILENT, Progress
+
+__all__ = ["Timing", "interleave"]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long the calls of one function took.
+
+    Attributes:
+        samples: seconds of each call, one per round, in order.
+    """
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median of the calls, in seconds."""
+        return statistics.median(self.samples)
+
+    @property
+    def minimum(self) -> float:
+        """Shortest call, in seconds."""
+        return min(self.samples)
+
+    @property
+    def maximum(self) -> float:
+        """Longest call, in seconds."""
+        return max(self.samples)
+
+    def ratio(self, other: Timing) -> float:
+        """Return how many times as long as `other` this takes: the median over the rounds, 2 for twice as slow.
+
+        Raises:
+            InputError: if the two were not timed in the same rounds.
+        """
+        return statistics.median(self._ratios(other))
+
+    def ratio_spread(self, other: Timing) -> tuple[float, float]:
+        """Return the lower and the upper quartile of the ratios, between which half of the rounds lie.
+
+        Raises:
+            InputError: if the two were not timed in the same rounds.
+        """
+        ratios = self._ratios(other)
+        if len(ratios) < 2:
+            return ratios[0], ratios[0]
+        lower, _, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+        return lower, upper
+
+    def _ratios(self, other: Timing) -> list[float]:
+        if len(self.samples) != len(other.samples):
+            raise InputError(
+                f"timings of {len(self.samples)} and {len(other.samples)} rounds cannot be compared; time both in one "
+                "call of interleave"
+            )
+        return [mine / theirs for mine, theirs in zip(self.samples, other.samples, strict=True)]
+
+
+def interleave(
+    functions: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warmup: int = 2,
+    progress: Progress = SILENT,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
+    """Time functions in turns.
+
+    Each round calls every function once. The order rotates, so that none always runs after the same other one, and the
+    garbage collector waits until the last round is over.
+
+    Args:
+        functions: what to time, by name.
+        repeats: rounds that are timed, at least 1.
+        warmup: rounds before them that are not.
+        progress: shows the rounds.
+        clock: seconds since any fixed moment.
+
+    Returns:
+        The timings, by the names and in the order of `functions`.
+
+    Raises:
+        InputError: if repeats or warmup is too small, or there is nothing to time.
+    """
+    if repeats < 1 or warmup < 0:
+        raise InputError(
+            f"repeats = {repeats} and warmup = {warmup}; repeats must be at least 1, warmup at least 0"
+        )
+    if not functions:
+        raise InputError("there is nothing to time")
+    names = list(functions)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    collecting = gc.isenabled()
+    with progress.step(f"Timing {len(names)} in turns", total=warmup + repeats) as advance:
+        gc.collect()
+        gc.disable()
+        try:
+            for round_number in range(warmup + repeats):
+                first = round_number % len(names)
+                for name in names[first:] + names[:first]:
+                    start = clock()
+                    functions[name]()
+                    end = clock()
+                    if round_number >= warmup:
+                        seconds[name].append(end - start)
+                advance(1)
+        finally:
+            if collecting:
+                gc.enable()
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}

@@ -1,0 +1,228 @@
+"""Bundles: the folder that compiling leaves behind, its manifest, and running it.
+
+    model.onnx            the portable model
+    inputs.json           inputs for a check without PyTorch, in polygraphy's format
+    golden_outputs.json   what PyTorch computes for them, in float64
+    report.json           parity of every output and every block
+    manifest.json         recipe, versions, block map, and the hash of every other file
+
+Loading and running a bundle needs NumPy and its target's runtime, not torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quartermap_deploy.errors import BundleError, UnknownNameError
+from quartermap_deploy.targets import DEFAULT, Session, load_target
+
+if TYPE_CHECKING:
+    from quartermap_deploy.recipe import Recipe
+
+FORMAT = 1
+MANIFEST, MODEL, REPORT = "manifest.json", "model.onnx", "report.json"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A compiled model on disk.
+
+    Attributes:
+        path: its folder.
+        manifest: what `manifest.json` holds.
+        report: what `report.json` holds.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    report: dict[str, Any]
+
+    @property
+    def model_path(self) -> Path:
+        """The portable ONNX model."""
+        return self.path / MODEL
+
+    @property
+    def default_target(self) -> str:
+        """The target that `run` takes when none is named."""
+        targets = list(self.manifest["targets"])
+        return DEFAULT if DEFAULT in targets else targets[0]
+
+    def session(self, target: str | None = None) -> Session:
+        """Return a session that is ready to run; the same one at every call.
+
+        Raises:
+            UnknownNameError: if the bundle was not built for the target.
+            BundleError: if the target's runtime refuses it.
+        """
+        name = target or self.default_target
+        entries = self.manifest["targets"]
+        if name not in entries:
+            raise UnknownNameError.for_choice(f"target of {self.path.name}", name, entries)
+        return _session(self, name)
+
+    def run(self, images: NDArray[np.float32], target: str | None = None) -> NDArray[np.float32]:
+        """Run the model.
+
+        Args:
+            images: (batch, channels, height, width), float32, prepared as the model's card says.
+            target: one of the targets the bundle was built for; None for the default.
+
+        Returns:
+            Logits, (batch, num_classes), float32.
+
+        Raises:
+            InputError: if the images do not fit the model.
+            UnknownNameError: if the bundle was not built for the target.
+        """
+        return self.session(target).run(images)
+
+    def recipe(self) -> Recipe:
+        """The recipe that the bundle was compiled from; its paths are file names only."""
+        from quartermap_deploy.pruning.plan import QuarterMap
+        from quartermap_deploy.recipe import Recipe
+
+        values = dict(self.manifest["recipe"])
+        plan = values["quartermap"]
+        values["quartermap"] = None if plan is None else QuarterMap.from_dict(plan)
+        values["targets"] = tuple(values["targets"])
+        values["input_size"] = None if values["input_size"] is None else tuple(values["input_size"])
+        for name in ("checkpoint", "images"):
+            values[name] = None if values[name] is None else Path(values[name])
+        return Recipe(**values)
+
+    def __hash__(self) -> int:
+        return hash((self.path, json.dumps(self.manifest["files"], sort_keys=True)))
+
+
+@functools.lru_cache(maxsize=8)
+def _session(bundle: Bundle, target: str) -> Session:
+    return load_target(target).open(bundle.path, bundle.manifest["targets"][target])
+
+
+def load_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """Open a bundle and check that its files are those that were written.
+
+    Raises:
+        BundleError: if it is missing, no bundle, of a newer format, or a file is missing, altered or not listed.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise BundleError(f"there is no bundle {folder}; expected a folder that `quartermap compile` wrote")
+    manifest = _read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or "files" not in manifest or "format" not in manifest:
+        raise BundleError(f"{folder / MANIFEST} is not the manifest of a bundle")
+    if manifest["format"] != FORMAT:
+        raise BundleError(
+            f"the bundle {folder} has format {manifest['format']!r}, this version of quartermap-deploy reads format "
+            f"{FORMAT}; compile it again, or install the version that wrote it"
+        )
+    _verify(folder, manifest["files"])
+    return Bundle(folder, manifest, _read_json(folder / REPORT))
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BundleError(f"{path.parent} is no bundle: it has no {path.name}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BundleError(f"{path} cannot be read: {error}") from error
+
+
+def _verify(folder: Path, files: dict[str, Any]) -> None:
+    """Compare the files of a bundle with what its manifest says about them."""
+    mend = "the bundle was altered or damaged; compile it again"
+    for name, expected in files.items():
+        # A manifest must not make us read outside its bundle.
+        if Path(name).name != name:
+            raise BundleError(f"the manifest of {folder} lists {name!r}, which is no plain file name; {mend}")
+        if not (folder / name).is_file():
+            raise BundleError(f"{name} is missing from the bundle {folder}; {mend}")
+        found = describe_file(folder / name)
+        if found != expected:
+            raise BundleError(
+                f"{name} in the bundle {folder} does not match its manifest ({found['bytes']:,} bytes, sha256 "
+                f"{found['sha256'][:12]}…, expected {expected.get('bytes', 0):,} bytes, "
+                f"{str(expected.get('sha256'))[:12]}…); {mend}"
+            )
+    for name in (MODEL, REPORT):
+        if name not in files:
+            raise BundleError(f"the manifest of {folder} does not list {name}; {mend}")
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, as a manifest lists them."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
+
+
+def check_destination(path: Path, force: bool) -> None:
+    """Check, before any work, that a bundle may be written to `path`.
+
+    Raises:
+        BundleError: if something is there and `force` is not given, or if it is no bundle, which is never removed.
+    """
+    if not path.exists() and not path.is_symlink():
+        return
+    if not force:
+        raise BundleError(f"{path} exists already; choose another folder, or replace it with --force")
+    if path.is_dir() and not path.is_symlink() and ((path / MANIFEST).is_file() or not any(path.iterdir())):
+        return
+    raise BundleError(
+        f"{path} exists and is no bundle, so --force does not replace it; choose another folder"
+    )
+
+
+@contextmanager
+def new_bundle(path: Path, force: bool = False) -> Iterator[Path]:
+    """A folder to write a bundle into, which takes its place under `path` when the block ends without an error.
+
+    Whatever goes wrong, `path` then is what it was before, and nothing else is left behind.
+    """
+    path = Path(path)
+    check_destination(path, force)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".draft", dir=path.parent))
+    except OSError as error:
+        raise BundleError(f"cannot write to {path.parent}: {error}") from error
+    try:
+        yield draft
+        # mkdtemp makes folders for their owner alone; a bundle is shared like any other file.
+        umask = os.umask(0)
+        os.umask(umask)
+        draft.chmod(0o777 & ~umask)
+        check_destination(path, force)
+        if path.exists():
+            old = draft.with_suffix(".replaced")
+            path.rename(old)
+            draft.rename(path)
+            shutil.rmtree(old)
+        else:
+            draft.rename(path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON for people and programs: indented, with a final newline."""
+    path.write_text(
+        json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )

@@ -1,0 +1,351 @@
+"""What the commands share: options, messages, tables, JSON and progress.
+
+Standard output holds the result and nothing else, so that it can be piped; messages and progress go to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+from quartermap_deploy.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    Subparsers = argparse._SubParsersAction["CommandParser"]
+
+HELP_WIDTH = 110
+PIPED_WIDTH = 160
+"""Columns of a table that is not shown in a terminal, where a cut-off cell could not be widened."""
+
+TERMINATED = 128 + signal.SIGTERM
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help with descriptions as they were written, and options beside their texts."""
+
+    def __init__(self, prog: str, **settings: Any) -> None:
+        columns = shutil.get_terminal_size((HELP_WIDTH, 24)).columns
+        super().__init__(prog, max_help_position=30, width=min(HELP_WIDTH, columns), **settings)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser that says what was wrong in one line, as every other error is said."""
+
+    def __init__(self, **settings: Any) -> None:
+        # An abbreviation that works today is ambiguous as soon as there is a second option like it.
+        super().__init__(**{"allow_abbrev": False, **settings})
+
+    def error(self, problem: str) -> NoReturn:
+        """Leave with exit code 2."""
+        message("error", f"{problem}. See {self.prog} --help")
+        raise SystemExit(2)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            name = "/".join(action.option_strings) or action.dest
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(choices)}"
+            raise argparse.ArgumentError(None, f"unknown {name} {str(value)!r}: {hint}")
+
+
+def add_command(
+    subparsers: Subparsers,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    *,
+    summary: str,
+    description: str,
+    examples: str,
+) -> CommandParser:
+    """Add a command to the command line.
+
+    Args:
+        subparsers: where to add it.
+        name: as it is typed.
+        run: carries it out.
+        summary: one line for `quartermap --help`.
+        description: what it does, for its own help.
+        examples: commands to copy, one a line.
+    """
+    parser = subparsers.add_parser(
+        name,
+        help=summary,
+        description=textwrap.dedent(description).strip(),
+        epilog="examples:\n" + textwrap.indent(textwrap.dedent(examples).strip(), "  "),
+        formatter_class=HelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_output_options(parser: argparse.ArgumentParser, *, quiet: bool = True) -> None:
+    """Add --json and, to commands that take a while, --quiet."""
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON instead of tables (default: tables for people)"
+    )
+    if quiet:
+        parser.add_argument(
+            "--quiet",
+            action="store_true",
+            help="show no progress and no tables; warnings, errors and --json remain (default: show them)",
+        )
+
+
+# Values of options ----------------------------------------------------------------------------------------------
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Read `3,6,9`, for argparse."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 3,6,9") from None
+
+
+def numbers_or_none(text: str) -> tuple[int, ...]:
+    """Read `1,2`, or `none` for an empty list, for argparse."""
+    return () if text == "none" else numbers(text)
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Read `onnxruntime,tensorrt`, for argparse."""
+    found = tuple(part.strip() for part in text.split(","))
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of names such as onnxruntime,tensorrt")
+    return found
+
+
+def at_least_one(text: str) -> int:
+    """Read a whole number from 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+# Messages -------------------------------------------------------------------------------------------------------
+
+
+def message(kind: str, text: str) -> None:
+    """Write an error or a warning to standard error, as one message."""
+    print(f"quartermap: {kind}: {text}", file=sys.stderr, flush=True)
+
+
+def mendable(error: OSError) -> bool:
+    """Whether an error of the operating system is about the user's files and disks, not a defect of ours."""
+    return error.errno in {
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ENAMETOOLONG,
+    }
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """While open, a termination signal ends the process as an exception does, so that temporary files are removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# Results --------------------------------------------------------------------------------------------------------
+
+
+def print_json(value: Any) -> None:
+    """Write a value to standard output as JSON; NaN and infinity, which JSON does not have, become null."""
+    print(json.dumps(_plain(value), indent=2, ensure_ascii=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def console(stream: TextIO) -> Console:
+    """Return a rich console on a stream, wide enough for tables where the stream is no terminal."""
+    from rich.console import Console
+
+    fixed = stream.isatty() or "COLUMNS" in os.environ
+    return Console(file=stream, width=None if fixed else PIPED_WIDTH, highlight=False, soft_wrap=False)
+
+
+def show(*parts: Any) -> None:
+    """Write tables and lines to standard output."""
+    out = console(sys.stdout)
+    for part in parts:
+        out.print(part)
+
+
+def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """Return a table.
+
+    Args:
+        title: a line above it, or None.
+        columns: headings; one that starts with ">" is for numbers, set to the right.
+        rows: cells; None is shown as a dash.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    result = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        right = column.startswith(">")
+        result.add_column(column.removeprefix(">"), justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        result.add_row(*("–" if cell is None else cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+    return result
+
+
+def facts(title: str | None, rows: Mapping[str, object]) -> Table:
+    """Return a table of names and values; a None is shown as a dash."""
+    from rich.table import Table
+    from rich.text import Text
+
+    result = Table(
+        title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False
+    )
+    result.add_column(style="dim", no_wrap=True)
+    result.add_column(overflow="fold")
+    for name, value in rows.items():
+        result.add_row(name, "–" if value is None else value if isinstance(value, Text) else Text(str(value)))
+    return result
+
+
+def verdict(passed: bool) -> Any:
+    """Return "passed" or "FAILED", in colour where there is colour."""
+    from rich.text import Text
+
+    return Text("passed", style="green") if passed else Text("FAILED", style="bold red")
+
+
+def size_text(size: Sequence[int | str]) -> str:
+    """Return 14x14 for (14, 14)."""
+    return "x".join(str(side) for side in size)
+
+
+def count_text(count: float) -> str:
+    """Return 4.9 G for 4.9e9: three digits and a prefix."""
+    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}" if count < 999.5 * factor else f"{count / factor:.0f} {unit}"
+    return f"{count:g}"
+
+
+def error_text(error: float | None) -> str:
+    """Return a relative error with two digits."""
+    return "–" if error is None else f"{error:.1e}"
+
+
+# Progress -------------------------------------------------------------------------------------------------------
+
+
+def make_progress(options: argparse.Namespace) -> Progress:
+    """Return the progress that a command's options ask for, on standard error."""
+    if getattr(options, "quiet", False):
+        return SILENT
+    return TerminalProgress() if sys.stderr.isatty() else LineProgress(sys.stderr)
+
+
+class LineProgress:
+    """Progress as plain lines, one for each step, each with the seconds since the first: for logs."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._start = time.monotonic()
+
+    @contextmanager
+    def step(self, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        """Write a line as the step begins."""
+        elapsed = time.monotonic() - self._start
+        print(f"[{elapsed:6.1f} s] {title}", file=self._stream, flush=True)
+        yield _ignore
+
+
+def _ignore(units: int) -> None:
+    return None
+
+
+class TerminalProgress:
+    """Progress as a spinner or a bar with the elapsed time, by rich; finished steps stay as one line each."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Display
+        from rich.progress import Task
+
+        class Total(MofNCompleteColumn):
+            """The units done, for steps that have a number of them."""
+
+            def render(self, task: Task) -> Any:
+                return "" if task.total is None else super().render(task)
+
+        class Bar(BarColumn):
+            """A bar, for steps that have a number of units."""
+
+            def render(self, task: Task) -> Any:
+                return "" if task.total is None else super().render(task)
+
+        self._console = Console(stderr=True, highlight=False)
+        text = TextColumn("{task.description}", markup=False)
+        self._display = Display(
+            SpinnerColumn(), text, Bar(), Total(), TimeElapsedColumn(), console=self._console, transient=True
+        )
+        self._open = 0
+
+    @contextmanager
+    def step(self, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        """Show the step until it ends."""
+        if self._open == 0:
+            self._display.start()
+        self._open += 1
+        start = time.monotonic()
+        task = self._display.add_task(title, total=total)
+        try:
+            yield lambda units: self._display.advance(task, units)
+            self._console.print(f"  {title}  {time.monotonic() - start:.1f} s", style="dim", markup=False)
+        finally:
+            self._display.remove_task(task)
+            self._open -= 1
+            if self._open == 0:
+                self._display.stop()

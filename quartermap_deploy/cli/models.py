@@ -1,0 +1,164 @@
+"""`quartermap models`: what can be compiled."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+from typing import TYPE_CHECKING, Any
+
+from quartermap_deploy.architectures.cards import ModelCard, list_models, load_card
+from quartermap_deploy.cli.common import (
+    add_command,
+    add_output_options,
+    count_text,
+    facts,
+    print_json,
+    show,
+    size_text,
+    table,
+)
+
+if TYPE_CHECKING:
+    from quartermap_deploy.cli.common import Subparsers
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the command."""
+    parser = add_command(
+        subparsers,
+        "models",
+        run,
+        summary="list the models, or show the card of one",
+        description="""
+            List the models that can be compiled; with a name, show everything that is known about one.
+
+            The weights of a model marked "included" come with this package. The public checkpoint of every other one
+            is described on the page that its card names; give the file to `quartermap compile --checkpoint`.
+            """,
+        examples="""
+            quartermap models
+            quartermap models vmamba_tiny_s1l8
+            quartermap models --json
+            """,
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="model to show (default: list all of them)")
+    add_output_options(parser, quiet=False)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the list or the card."""
+    if options.name is not None:
+        card = load_card(options.name)
+        if options.json:
+            print_json(as_dict(card))
+        else:
+            show(*describe(card))
+        return
+    cards = [load_card(name) for name in list_models()]
+    if options.json:
+        print_json([as_dict(card) for card in cards])
+        return
+    show(
+        table(
+            None,
+            ["name", "family", "depths", ">params", ">GFLOPs", "input", ">top-1 published", "weights"],
+            [row(card) for card in cards],
+        ),
+        "params as built here; GFLOPs (multiply-accumulates) and top-1 as the authors published them",
+    )
+
+
+def row(card: ModelCard) -> list[object]:
+    """Return the line of a card in the list."""
+    return [
+        card.name,
+        card.family,
+        ",".join(map(str, card.architecture["depths"])),
+        count_text(card.sizes.parameters),
+        card.sizes.published_gflops,
+        size_text(card.input_shape),
+        published_top1(card),
+        "included" if card.weights else "your checkpoint",
+    ]
+
+
+def published_top1(card: ModelCard) -> str | None:
+    """Return the first published accuracy, with its data set when it is not the usual one."""
+    if not card.accuracy:
+        return None
+    first, *rest = card.accuracy
+    others = {entry.dataset for entry in rest} - {first.dataset}
+    text = f"{first.top1:.1f} %"
+    return f"{text} {first.dataset} (+{len(others)} more)" if others else text
+
+
+def as_dict(card: ModelCard) -> dict[str, Any]:
+    """Return a card as plain values, with what follows from it."""
+    return {
+        **dataclasses.asdict(card),
+        "num_classes": card.num_classes,
+        "input_shape": list(card.input_shape),
+        "blocks": sum(card.architecture["depths"]),
+        "weights_included": card.weights is not None,
+    }
+
+
+def describe(card: ModelCard) -> list[Any]:
+    """Return the tables of one card."""
+    depths = card.architecture["depths"]
+    ends = list(itertools.accumulate(depths))
+    stages = (
+        f"stage {stage}: {end - depth + 1}–{end}"
+        for stage, (depth, end) in enumerate(zip(depths, ends, strict=True), start=1)
+    )
+    prepared = card.preprocessing
+    parts: list[Any] = [
+        facts(
+            f"{card.name}: {card.title}",
+            {
+                "family": card.family,
+                "blocks": f"{ends[-1]} ({', '.join(stages)})",
+                "parameters": f"{card.sizes.parameters:,} with {card.num_classes} classes",
+                "parameters published": _with_unit(card.sizes.published_parameters_millions, "M"),
+                "GFLOPs published": card.sizes.published_gflops,
+                "weights": "included" if card.weights else "not included; give --checkpoint",
+            },
+        ),
+        "",
+        facts("architecture", {key: _value(value) for key, value in card.architecture.items()}),
+        "",
+        facts(
+            "input",
+            {
+                "shape": size_text(("N", *card.input_shape)),
+                "resize": f"{size_text(prepared.resize)}, {prepared.fit}, {prepared.interpolation}",
+                "crop": size_text(prepared.crop),
+                "mean": _value(prepared.mean),
+                "std": _value(prepared.std),
+            },
+        ),
+        "",
+        facts(
+            "source",
+            {
+                "paper": card.source.paper,
+                "code": card.source.repository,
+                "licence": card.source.licence,
+                "checkpoint": card.source.checkpoint_file,
+                "described at": card.source.checkpoint_page,
+            },
+        ),
+    ]
+    if card.accuracy:
+        rows = [(entry.dataset, f"{entry.top1:.2f} %", entry.source) for entry in card.accuracy]
+        parts += ["", table("top-1 accuracy, published", ["data set", ">top-1", "who says so"], rows)]
+    return parts
+
+
+def _with_unit(value: float | None, unit: str) -> str | None:
+    return None if value is None else f"{value:g} {unit}"
+
+
+def _value(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

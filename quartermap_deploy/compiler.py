@@ -1,0 +1,286 @@
+"""The compiler, top to bottom: a recipe goes in, a verified bundle comes out."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quartermap_deploy.bundle import (
+    FORMAT,
+    MANIFEST,
+    MODEL,
+    REPORT,
+    Bundle,
+    check_destination,
+    describe_file,
+    load_bundle,
+    new_bundle,
+    write_json,
+)
+from quartermap_deploy.errors import ParityError
+from quartermap_deploy.progress import SILENT, Progress
+from quartermap_deploy.recipe import Recipe
+from quartermap_deploy.targets import load_target
+
+if TYPE_CHECKING:
+    import onnx
+
+    from quartermap_deploy.architectures.base import VisualStateSpaceModel
+    from quartermap_deploy.architectures.cards import ModelCard
+    from quartermap_deploy.complexity import Complexity
+    from quartermap_deploy.frontend.export import Export
+    from quartermap_deploy.validation.parity import ParityReport
+
+_PACKAGES = (
+    "quartermap-deploy",
+    "torch",
+    "onnx",
+    "onnxscript",
+    "onnx-graphsurgeon",
+    "onnxruntime",
+    "polygraphy",
+    "numpy",
+)
+
+
+def compile(  # noqa: A001
+    recipe: Recipe | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> Bundle:
+    """Compile a model into a verified bundle.
+
+    Args:
+        recipe: the recipe, the path of a recipe file (.toml), or the name of a model for a recipe of defaults.
+        out: folder of the bundle; it must not exist, unless `force` is given and it is a bundle.
+        force: replace a bundle.
+        progress: told about the steps.
+
+    Returns:
+        The bundle, loaded from disk.
+
+    Raises:
+        QuartermapError: of the kind that fits what is wrong; then nothing was written. `ParityError` if a target
+            departs from PyTorch by more than the tolerance.
+    """
+    recipe, out = as_recipe(recipe), Path(out)
+    targets = {name: load_target(name) for name in recipe.targets}
+    check_destination(out, force)
+    with progress.step(f"loading {recipe.model}"):
+        model, card = load_model(recipe)
+    exported = export_model(recipe, model, card, progress)
+    with new_bundle(out, force) as folder:
+        (folder / MODEL).write_bytes(exported.model.SerializeToString())
+        entries = {}
+        for name, target in targets.items():
+            with progress.step(f"building for {name}"):
+                entries[name] = target.build(folder / MODEL, folder)
+        parity = validate(recipe, model, card, folder, progress)
+        write_json(folder / REPORT, parity.to_dict())
+        write_json(folder / MANIFEST, manifest(recipe, model, card, exported, folder, entries))
+        load_bundle(folder)
+    return load_bundle(out)
+
+
+def as_recipe(recipe: Recipe | str | os.PathLike[str]) -> Recipe:
+    """Return a recipe from itself, from a file, or from the name of a model."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if str(recipe).endswith(".toml"):
+        return Recipe.load(Path(recipe))
+    return Recipe(model=str(recipe))
+
+
+def load_model(recipe: Recipe) -> tuple[VisualStateSpaceModel, ModelCard]:
+    """Build the recipe's model, unpruned, and return it with its card.
+
+    New weights come from the recipe's seed, without touching torch's global generator.
+    """
+    from quartermap_deploy.architectures import create_model, load_card
+
+    card = load_card(recipe.model)
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = create_model(recipe.model, num_classes=recipe.num_classes, checkpoint=recipe.checkpoint)
+    model.check_input_shape((1, model.in_channels, *input_size(recipe, card)))
+    if recipe.quartermap is not None:
+        recipe.quartermap.select(model.depths)
+    return model, card
+
+
+def input_size(recipe: Recipe, card: ModelCard) -> tuple[int, int]:
+    """(height, width) of the recipe's input."""
+    return recipe.input_size or card.preprocessing.crop
+
+
+def export_model(recipe: Recipe, model: VisualStateSpaceModel, card: ModelCard, progress: Progress) -> Export:
+    """Export the model and run the passes."""
+    from quartermap_deploy.frontend.export import export
+
+    with progress.step("exporting to ONNX"):
+        return export(
+            model,
+            (1, model.in_channels, *input_size(recipe, card)),
+            recipe.quartermap,
+            precision=recipe.precision,
+            dynamic_batch=recipe.dynamic_batch,
+            dynamic_size=recipe.dynamic_size,
+            optimize=recipe.optimize,
+        )
+
+
+def reference_model(recipe: Recipe, model: VisualStateSpaceModel) -> VisualStateSpaceModel:
+    """The model as PyTorch prunes it: what the graph is compared with."""
+    from quartermap_deploy.pruning.reference import prune
+
+    return model if recipe.quartermap is None else prune(model, recipe.quartermap)
+
+
+def parity_of(
+    recipe: Recipe, model: VisualStateSpaceModel, onnx_bytes: bytes, progress: Progress = SILENT
+) -> ParityReport:
+    """Compare the portable model, in ONNX Runtime, with PyTorch at every block and on every case."""
+    import onnx
+
+    from quartermap_deploy.architectures import load_card
+    from quartermap_deploy.frontend.exporter import INPUT
+    from quartermap_deploy.validation.inputs import parity_cases, real_images
+    from quartermap_deploy.validation.parity import check_parity
+    from quartermap_deploy.validation.runners import TorchRunner, onnxruntime_runner
+    from quartermap_deploy.validation.tolerances import tolerance_for
+
+    card = load_card(recipe.model)
+    images = real_images(card, input_size(recipe, card), recipe.images)
+    cases = parity_cases(images) if recipe.dynamic_batch else _single_batches(parity_cases(images))
+    reference = TorchRunner(reference_model(recipe, model))
+    target = onnxruntime_runner(onnx.load_from_string(onnx_bytes))
+    with progress.step("comparing every block with PyTorch"):
+        return check_parity(reference, target, cases, INPUT, tolerance_for(recipe.precision))
+
+
+def _single_batches(cases: dict[str, Any]) -> dict[str, Any]:
+    """The cases for a model whose batch size is fixed at one."""
+    return {name: images[:1] for name, images in cases.items()}
+
+
+def validate(
+    recipe: Recipe, model: VisualStateSpaceModel, card: ModelCard, folder: Path, progress: Progress
+) -> ParityReport:
+    """Check parity and write the golden files.
+
+    Raises:
+        ParityError: if the model departs from PyTorch by more than the tolerance.
+    """
+    from quartermap_deploy.validation.golden import write_golden
+    from quartermap_deploy.validation.inputs import parity_cases, real_images
+
+    report = parity_of(recipe, model, (folder / MODEL).read_bytes(), progress)
+    if not report.passed:
+        raise ParityError(
+            f"{report.describe_failure()}. Nothing was written; please report this with the recipe."
+        )
+    images = real_images(card, input_size(recipe, card), recipe.images)
+    cases = parity_cases(images) if recipe.dynamic_batch else _single_batches(parity_cases(images))
+    with progress.step("writing golden outputs"):
+        write_golden(folder, reference_model(recipe, model), cases)
+    return report
+
+
+def manifest(
+    recipe: Recipe,
+    model: VisualStateSpaceModel,
+    card: ModelCard,
+    exported: Export,
+    folder: Path,
+    targets: dict[str, Any],
+) -> dict[str, Any]:
+    """What the bundle says about itself."""
+    from quartermap_deploy.complexity import measure
+    from quartermap_deploy.frontend.exporter import INPUT, OUTPUT
+
+    size = input_size(recipe, card)
+    before, after = measure(model, size), measure(reference_model(recipe, model), size)
+    weights = "checkpoint" if recipe.checkpoint else "included" if card.weights else "new"
+    open_axis = ("height", "width") if recipe.dynamic_size else size
+    batch = "batch" if recipe.dynamic_batch else 1
+    return {
+        "format": FORMAT,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "recipe": recipe.to_dict(),
+        "model": {
+            "name": card.name,
+            "title": card.title,
+            "parameters": before.parameters,
+            "num_classes": model.num_classes,
+            "weights": weights,
+        },
+        "input": {"name": INPUT, "shape": [batch, model.in_channels, *open_axis], "type": recipe.precision},
+        "output": {"name": OUTPUT, "shape": [batch, model.num_classes], "type": recipe.precision},
+        "plan": None if recipe.quartermap is None else recipe.quartermap.to_dict(),
+        "blocks": block_map(before, after),
+        "totals": {
+            "tokens": after.tokens,
+            "tokens_unpruned": before.tokens,
+            "flops": after.flops,
+            "flops_unpruned": before.flops,
+        },
+        "graph": {**operators(exported.model), "before": operators(exported.traced)},
+        "passes": [
+            {
+                "name": report.name,
+                "changed": report.changed,
+                "refused": {str(block): reason for block, reason in report.refused.items()},
+            }
+            for report in exported.passes
+        ],
+        "files": {
+            path.name: describe_file(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST
+        },
+        "targets": targets,
+    }
+
+
+def block_map(before: Complexity, after: Complexity) -> list[dict[str, Any]]:
+    """One entry per block: which are pruned, sizes, tokens and FLOPs before and after."""
+    return [
+        {
+            "index": new.index,
+            "stage": new.stage,
+            "path": new.path,
+            "pruned": new.pruned,
+            "map_size": list(new.map_size),
+            "scanned_size": list(new.scanned_size),
+            "tokens": new.tokens,
+            "tokens_unpruned": old.tokens,
+            "flops": new.flops,
+            "flops_unpruned": old.flops,
+        }
+        for old, new in zip(before.blocks, after.blocks, strict=True)
+    ]
+
+
+def operators(model: onnx.ModelProto) -> dict[str, Any]:
+    """How many nodes the main graph has, and of which operators."""
+    counts = Counter(node.op_type for node in model.graph.node)
+    return {"nodes": sum(counts.values()), "operators": dict(counts.most_common())}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that made the bundle."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

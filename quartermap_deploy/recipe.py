@@ -1,0 +1,179 @@
+"""Recipes: everything that decides what a bundle holds, as one frozen value and as a TOML file.
+
+[model]
+name = "vmamba_base_s2l15"
+checkpoint = "vssm_base_0229_ckpt_epoch_237.pth"   # beside the recipe; leave out for new weights
+
+[quartermap]            # leave out to prune nothing
+every = 3
+
+[input]
+size = [224, 224]       # leave out for the size of the model's card
+dynamic_batch = true
+dynamic_size = false
+
+[export]
+precision = "float32"
+optimize = true
+
+[targets]
+names = ["onnxruntime"]
+
+[validation]
+images = "photographs"  # a folder beside the recipe; leave out for the images that come with the package
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quartermap_deploy.errors import PlanError, RecipeError
+from quartermap_deploy.pruning.plan import QuarterMap
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_TABLES: dict[str, dict[str, str]] = {
+    "model": {"name": "model", "checkpoint": "checkpoint", "num_classes": "num_classes", "seed": "seed"},
+    "input": {"size": "input_size", "dynamic_batch": "dynamic_batch", "dynamic_size": "dynamic_size"},
+    "export": {"precision": "precision", "optimize": "optimize"},
+    "targets": {"names": "targets"},
+    "validation": {"images": "images"},
+}
+"""Tables of the file: key → field of the recipe. The table `quartermap` is a plan."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to compile, and how.
+
+    Attributes:
+        model: name of the model, one of `list_models()`.
+        checkpoint: file with its weights; None takes those that come with the package, or else new ones.
+        num_classes: size of the output; None takes the checkpoint's or the card's.
+        input_size: (height, width) in pixels; None takes the card's.
+        dynamic_batch: leave the batch size open.
+        dynamic_size: leave height and width open; `input_size` is then the size to validate with.
+        quartermap: the plan, or None to prune nothing.
+        precision: element type of weights and activations.
+        optimize: run the passes that make pruned blocks cheaper without changing a number.
+        targets: what to build and validate.
+        images: folder of images to validate with; None takes those that come with the package.
+        seed: seed of new weights, where there is no checkpoint.
+    """
+
+    model: str
+    checkpoint: Path | None = None
+    num_classes: int | None = None
+    input_size: tuple[int, int] | None = None
+    dynamic_batch: bool = True
+    dynamic_size: bool = False
+    quartermap: QuarterMap | None = None
+    precision: str = "float32"
+    optimize: bool = True
+    targets: tuple[str, ...] = ("onnxruntime",)
+    images: Path | None = None
+    seed: int = 0
+
+    @classmethod
+    def load(cls, path: Path) -> Recipe:
+        """Read a recipe file. Paths in it are relative to it.
+
+        Raises:
+            RecipeError: if the file is missing or no TOML, or a key or value is wrong.
+        """
+        path = Path(path)
+        try:
+            document = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RecipeError(f"there is no recipe {path}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(f"the recipe {path} is no valid TOML: {error}") from error
+        try:
+            return cls._from_document(document, path.parent)
+        except (RecipeError, PlanError) as error:
+            raise RecipeError(f"the recipe {path}: {error}") from error
+
+    @classmethod
+    def _from_document(cls, document: Mapping[str, Any], folder: Path) -> Recipe:
+        fields: dict[str, Any] = {}
+        for table, entries in document.items():
+            _require_known("table", table, [*_TABLES, "quartermap"])
+            if not isinstance(entries, dict):
+                raise RecipeError(f"[{table}] must be a table, found {entries!r}")
+            if table == "quartermap":
+                fields["quartermap"] = QuarterMap.from_dict(entries)
+                continue
+            for key, value in entries.items():
+                _require_known(f"key in [{table}]", key, list(_TABLES[table]))
+                fields[_TABLES[table][key]] = value
+        if "model" not in fields:
+            raise RecipeError('it names no model; expected [model] with name = "…"')
+        return cls(**{name: _checked(name, value, folder) for name, value in fields.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as plain values for JSON."""
+        values = dataclasses.asdict(self)
+        values["quartermap"] = None if self.quartermap is None else self.quartermap.to_dict()
+        # The file name alone: where it lay on the machine that compiled is nobody else's business.
+        for name in ("checkpoint", "images"):
+            path = getattr(self, name)
+            values[name] = None if path is None else Path(path).name
+        values["input_size"] = None if self.input_size is None else list(self.input_size)
+        values["targets"] = list(self.targets)
+        return values
+
+
+def _require_known(kind: str, name: str, known: list[str]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise RecipeError(f"unknown {kind} {name!r}; expected {', '.join(known)}.{hint}")
+
+
+_TYPES: dict[str, type] = {
+    "model": str,
+    "num_classes": int,
+    "dynamic_batch": bool,
+    "dynamic_size": bool,
+    "precision": str,
+    "optimize": bool,
+    "seed": int,
+}
+
+
+def _checked(name: str, value: Any, folder: Path) -> Any:
+    """The value of a field in its type.
+
+    Raises:
+        RecipeError: if it has another type.
+    """
+    if isinstance(value, QuarterMap):
+        return value
+    if name in ("checkpoint", "images"):
+        if not isinstance(value, str):
+            raise RecipeError(f"{name} = {value!r} is not a path")
+        return folder / value
+    if name == "input_size":
+        sides = value if isinstance(value, list) else []
+        if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+            raise RecipeError(f"size = {value!r} is not [height, width] in pixels")
+        return tuple(sides)
+    if name == "targets":
+        if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
+            raise RecipeError(f"names = {value!r} is not a list of targets")
+        return tuple(value)
+    expected = _TYPES[name]
+    if type(value) is not expected:
+        raise RecipeError(f"{name} = {value!r} is not of type {expected.__name__}")
+    return value

@@ -1,0 +1,99 @@
+"""The target `onnxruntime`: the portable model as it is, on a CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quartermap_deploy.errors import BundleError, InputError
+
+MODEL_FILE = "model.onnx"
+THREADS_VARIABLE = "QUARTERMAP_THREADS"
+
+
+class OnnxRuntimeSession:
+    """A model in ONNX Runtime's CPU provider."""
+
+    def __init__(self, model: Path | bytes, threads: int | None = None) -> None:
+        """Load a model.
+
+        Args:
+            model: its file, or its serialised bytes.
+            threads: threads for one operator; None takes the environment variable QUARTERMAP_THREADS, or else all
+                cores.
+
+        Raises:
+            BundleError: if ONNX Runtime refuses the model.
+        """
+        self._session = inference_session(model, threads)
+        self._input = self._session.get_inputs()[0]
+
+    def run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return logits, (batch, num_classes), for images (batch, channels, height, width).
+
+        Raises:
+            InputError: if the images have another type or shape than the model takes.
+        """
+        self._check(images)
+        logits: NDArray[np.float32] = self._session.run(None, {self._input.name: images})[0]
+        return logits
+
+    def _check(self, images: NDArray[np.float32]) -> None:
+        expected = tuple(self._input.shape)
+        found = f"{tuple(getattr(images, 'shape', ()))} of {getattr(images, 'dtype', type(images).__name__)}"
+        fits = (
+            isinstance(images, np.ndarray)
+            and images.dtype == np.float32
+            and images.ndim == len(expected)
+            and images.shape[0] > 0
+            and all(
+                not isinstance(size, int) or size == own
+                for size, own in zip(expected, images.shape, strict=True)
+            )
+        )
+        if not fits:
+            raise InputError(
+                f"the model takes images of shape {expected} and float32, found {found}; prepare images as the "
+                "model's card says"
+            )
+
+
+def inference_session(model: Path | bytes, threads: int | None = None) -> Any:
+    """An `onnxruntime.InferenceSession` on the CPU, for a file or serialised bytes.
+
+    Raises:
+        BundleError: if ONNX Runtime refuses the model.
+    """
+    import os
+
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    chosen = threads if threads is not None else int(os.environ.get(THREADS_VARIABLE, "0"))
+    options.intra_op_num_threads = chosen
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        name = "the model" if isinstance(model, bytes) else str(model)
+        raise BundleError(f"ONNX Runtime refuses {name}: {str(error).strip()[:400]}") from error
+
+
+def build(model_path: Path, directory: Path) -> dict[str, Any]:
+    """Nothing has to be written: the portable model is loaded as it is. Returns the manifest entry."""
+    import onnxruntime
+
+    return {
+        "file": model_path.name,
+        "onnxruntime": onnxruntime.__version__,
+        "provider": "CPUExecutionProvider",
+    }
+
+
+def open(bundle_path: Path, entry: dict[str, Any]) -> OnnxRuntimeSession:  # noqa: A001
+    """Return a session for the bundle's portable model."""
+    return OnnxRuntimeSession(Path(bundle_path) / entry["file"])

@@ -1,0 +1,71 @@
+"""Golden files: inputs and the reference's outputs in polygraphy's own format, kept in the bundle.
+
+They let any machine check a bundle without PyTorch:
+
+    polygraphy run model.onnx --onnxrt --load-inputs inputs.json --load-outputs golden_outputs.json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quartermap_deploy.errors import BundleError
+from quartermap_deploy.frontend.exporter import INPUT, OUTPUT
+from quartermap_deploy.validation.parity import quiet_polygraphy
+
+if TYPE_CHECKING:
+    from quartermap_deploy.architectures.base import VisualStateSpaceModel
+
+INPUTS_FILE, OUTPUTS_FILE = "inputs.json", "golden_outputs.json"
+CASES = ("images", "single image", "zeros")
+"""Cases whose logits have an ordinary scale, so that polygraphy's own tolerances, 1e-5, fit them."""
+
+
+def write_golden(
+    directory: Path, model: VisualStateSpaceModel, cases: Mapping[str, NDArray[np.float32]]
+) -> None:
+    """Write both files. The outputs are computed by PyTorch in float64, so that they are nobody's rounding.
+
+    Args:
+        directory: where to.
+        model: the reference, pruned as the plan says.
+        cases: input batches by name; those named in `CASES` are kept.
+    """
+    from polygraphy.comparator import RunResults
+    from polygraphy.json import save_json
+
+    from quartermap_deploy.validation.runners import TorchRunner
+
+    feeds = [{INPUT: cases[name]} for name in CASES]
+    with quiet_polygraphy():
+        with TorchRunner(model, blocks=False, double=True) as runner:
+            outputs = [runner.infer(feed) for feed in feeds]
+        results = RunResults()
+        results.add(outputs, runner_name="pytorch-float64")
+        save_json(feeds, str(directory / INPUTS_FILE))
+        results.save(str(directory / OUTPUTS_FILE))
+
+
+def read_golden(directory: Path) -> tuple[dict[str, NDArray[np.float32]], list[dict[str, NDArray[Any]]]]:
+    """Read both files: inputs by case, and the outputs in the same order.
+
+    Raises:
+        BundleError: if they cannot be read.
+    """
+    from polygraphy.comparator import RunResults
+    from polygraphy.json import load_json
+
+    try:
+        with quiet_polygraphy():
+            feeds = load_json(str(directory / INPUTS_FILE))
+            results = RunResults.load(str(directory / OUTPUTS_FILE))
+        ((_, iterations),) = results.items()
+        outputs = [{OUTPUT: np.asarray(iteration[OUTPUT])} for iteration in iterations]
+        return {name: np.asarray(feed[INPUT]) for name, feed in zip(CASES, feeds, strict=True)}, outputs
+    except Exception as error:
+        raise BundleError(f"the golden files in {directory} cannot be read: {error}") from error

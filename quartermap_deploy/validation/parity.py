@@ -1,0 +1,133 @@
+"""Parity: does a target compute what PyTorch computes, at every block and on every case?"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quartermap_deploy.validation.comparison import OutputComparison, relative_to_largest
+from quartermap_deploy.validation.tolerances import Tolerance
+
+if TYPE_CHECKING:
+    from polygraphy.backend.base import BaseRunner
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """The outcome of a parity check.
+
+    Attributes:
+        reference: what was compared with.
+        target: what was checked.
+        tolerance: what counts as equal.
+        cases: for each case, the comparison of each output, in the order of the network.
+    """
+
+    reference: str
+    target: str
+    tolerance: Tolerance
+    cases: Mapping[str, Sequence[OutputComparison]]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every output of every case is within the tolerance."""
+        return bool(self.cases) and all(
+            output.passed for outputs in self.cases.values() for output in outputs
+        )
+
+    @property
+    def worst(self) -> float:
+        """The largest relative error."""
+        return max(output.relative_error for outputs in self.cases.values() for output in outputs)
+
+    @property
+    def first_departing_block(self) -> int | None:
+        """The first block, in the order of the network, whose output departs in any case."""
+        departing = [
+            int(match.group(1))
+            for outputs in self.cases.values()
+            for output in outputs
+            if not output.passed and (match := re.fullmatch(r"block_(\d+)", output.name))
+        ]
+        return min(departing, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {
+            "passed": self.passed,
+            "reference": self.reference,
+            "target": self.target,
+            "tolerance": self.tolerance.to_dict(),
+            "worst_relative_error": self.worst if np.isfinite(self.worst) else None,
+            "first_departing_block": self.first_departing_block,
+            "cases": [
+                {"name": name, "outputs": [output.to_dict() for output in outputs]}
+                for name, outputs in self.cases.items()
+            ],
+        }
+
+    def describe_failure(self) -> str:
+        """One sentence: where and by how much the target departs."""
+        failures = [
+            (name, output) for name, outputs in self.cases.items() for output in outputs if not output.passed
+        ]
+        if not failures:
+            return "every output is within the tolerance"
+        block = self.first_departing_block
+        shown = next(((c, o) for c, o in failures if o.name == f"block_{block}"), failures[0])
+        where = (
+            f"block {block} is the first that departs" if block is not None else f"{shown[1].name} departs"
+        )
+        count = sum(len(outputs) for outputs in self.cases.values())
+        return (
+            f"{self.target} departs from {self.reference} in {len(failures)} of {count} outputs; {where}, on case "
+            f"{shown[0]!r}: {shown[1].detail}"
+        )
+
+
+def check_parity(
+    reference: BaseRunner,
+    target: BaseRunner,
+    cases: Mapping[str, NDArray[np.float32]],
+    input_name: str,
+    tolerance: Tolerance,
+) -> ParityReport:
+    """Run two polygraphy runners over the cases and compare their outputs through polygraphy's Comparator.
+
+    Args:
+        reference: the runner that is right by definition.
+        target: the runner to check; it must have every output of the reference.
+        cases: input batches by name.
+        input_name: name of the models' input.
+        tolerance: what counts as equal.
+    """
+    from polygraphy.comparator import Comparator
+
+    feeds = [{input_name: images} for images in cases.values()]
+    with quiet_polygraphy():
+        results = Comparator.run([reference, target], data_loader=feeds)
+        accuracy = Comparator.compare_accuracy(results, compare_func=relative_to_largest(tolerance))
+    # One result per compare function since polygraphy 0.50, the one result itself before.
+    by_pair = accuracy if hasattr(accuracy, "items") else accuracy[0]
+    ((_, iterations),) = by_pair.items()
+    return ParityReport(
+        reference=reference.name,
+        target=target.name,
+        tolerance=tolerance,
+        cases={name: list(result.values()) for name, result in zip(cases, iterations, strict=True)},
+    )
+
+
+@contextlib.contextmanager
+def quiet_polygraphy() -> Iterator[None]:
+    """Keep polygraphy's own log out of ours; what it finds is in the report."""
+    from polygraphy.logger import G_LOGGER
+
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        yield
