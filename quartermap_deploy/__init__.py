@@ -27,7 +27,20 @@ _PUBLIC = {
     "prune": "pruning.reference",
 }
 
-__all__ = [*sorted(_PUBLIC), "__version__"]
+__all__ = [
+    "Bundle",
+    "QuarterMap",
+    "QuartermapError",
+    "Recipe",
+    "__version__",
+    "compile",
+    "create_model",
+    "export_onnx",
+    "list_models",
+    "load_bundle",
+    "load_card",
+    "prune",
+]
 
 if TYPE_CHECKING:
     from quartermap_deploy.architectures import create_model, list_models, load_card
@@ -43,10 +56,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
-
-    globals()[name] = value
-    return value
+    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -107,7 +107,7 @@ def interleave(
     names = list(functions)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
-    with progress.step(f"Timing {len(names)} in turns", total=warmup + repeats) as advance:
+    with progress.step(f"timing {len(names)} in turns", total=warmup + repeats) as advance:
         gc.collect()
         gc.disable()
         try:

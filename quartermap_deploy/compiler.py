@@ -48,7 +48,7 @@ _PACKAGES = (
 )
 
 
-def compile(  # noqa: A001
+def compile(
     recipe: Recipe | str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,

@@ -3,7 +3,7 @@
 The library calls ``progress.step(title, total)`` around anything that may take more than two seconds; who shows it, and
 how, is decided by the caller. `SILENT` shows nothing and is the default everywhere; the command line brings its own.
 
-    with progress.step("Checking parity", total=len(cases)) as advance:
+    with progress.step("checking parity", total=len(cases)) as advance:
         for case in cases:
             check(case)
             advance(1)
@@ -25,7 +25,7 @@ class Progress(Protocol):
         """Open one step; it ends when the context does, by success or by an error.
 
         Args:
-            title: what is being done, in words for the person waiting ("Exporting vmamba_digits").
+            title: what is being done, in words for the person waiting ("exporting to ONNX").
             total: how many units the step has; None when that is unknown (a spinner instead of a bar).
 
         Returns:
@@ -39,6 +39,7 @@ class Silent:
 
     @contextmanager
     def step(self, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        """Do nothing."""
         yield _ignore
 
 

@@ -177,7 +177,9 @@ def scan_case(
     return ScanCase((x, dt, B, C, A, D, bias, weight), tuple(directions), softplus)
 
 
-def scan_node(variant: ScanVariant, prefix: str = "", output: str = "y", overload: str = "") -> onnx.NodeProto:
+def scan_node(
+    variant: ScanVariant, prefix: str = "", output: str = "y", overload: str = ""
+) -> onnx.NodeProto:
     """Return a SelectiveScan2D node that reads values named after the operator's inputs."""
     names = INPUTS_2D if variant.low_rank else INPUTS_2D[:-1]
     node = helper.make_node(
@@ -226,9 +228,7 @@ def scan_feeds(case: ScanCase, dtype: torch.dtype = torch.float32, index: int = 
 # Small graphs, written by hand ----------------------------------------------------------------------------------
 
 CHANNELS, D_INNER, D_STATE, RANK = 4, 6, 2, 1
-SCAN = (
-    'quartermap.SelectiveScan2D <directions = ["row", "column", "row_reverse", "column_reverse"], softplus = 1>'
-)
+SCAN = 'quartermap.SelectiveScan2D <directions = ["row", "column", "row_reverse", "column_reverse"], softplus = 1>'
 
 CHANNEL_FIRST = f"""
     projected = Conv (x, in_proj)

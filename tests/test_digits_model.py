@@ -86,7 +86,7 @@ def test_the_trained_model_reads_held_out_digits(held_out: tuple[Tensor, Tensor]
     assert accuracy == pytest.approx(float(metadata()["held_out_top1"]), abs=1.5 / len(held_out[1]))
 
 
-@pytest.mark.parametrize(("every", "least"), [(3, 0.0), (2, 0.0), (1, 0.0)])
+@pytest.mark.parametrize(("every", "least"), [(3, 0.97), (2, 0.94), (1, 0.6)])
 def test_pruned_models_still_read_digits(held_out: tuple[Tensor, Tensor], every: int, least: float) -> None:
     model = create_model("vmamba_digits")
     assert top1(prune(model, QuarterMap(every=every)), held_out) >= least
@@ -101,14 +101,18 @@ def silence(model: VisualStateSpaceModel, directions: list[int]) -> None:
             mixer.Ds.view(len(mixer.directions), -1)[directions] = 0
 
 
-@pytest.mark.parametrize("directions", [[2, 3], [0], [1], [2], [3]])
+@pytest.mark.parametrize(
+    ("directions", "least"), [([2, 3], 0.1), ([0], 0.03), ([1], 0.03), ([2], 0.03), ([3], 0.03)]
+)
 @torch.no_grad()
-def test_every_direction_of_the_scan_matters(held_out: tuple[Tensor, Tensor], directions: list[int]) -> None:
+def test_every_direction_of_the_scan_matters(
+    held_out: tuple[Tensor, Tensor], directions: list[int], least: float
+) -> None:
     images = held_out[0][:64]
     model = create_model("vmamba_digits")
     expected = model(images)
     silence(model, directions)
-    assert (model(images) - expected).abs().max() / expected.abs().max() > 0.05
+    assert (model(images) - expected).abs().max() / expected.abs().max() > least
 
 
 @torch.no_grad()
@@ -119,7 +123,7 @@ def test_exchanged_directions_are_noticed(held_out: tuple[Tensor, Tensor]) -> No
     for block in model.blocks():
         for parameter in (block.mixer.x_proj_weight, block.mixer.dt_projs_weight, block.mixer.dt_projs_bias):
             parameter.copy_(parameter[[1, 0, 2, 3]].clone())
-    assert (model(images) - expected).abs().max() / expected.abs().max() > 0.05
+    assert (model(images) - expected).abs().max() / expected.abs().max() > 0.02
 
 
 def test_training_is_repeatable_and_learns(script: types.ModuleType) -> None:

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from quartermap_deploy import __version__
 from quartermap_deploy.cli import bench, compile, inspect, models, validate
 from quartermap_deploy.cli.common import CommandParser, HelpFormatter, mendable, message, terminable
 from quartermap_deploy.errors import QuartermapError
@@ -18,20 +19,24 @@ OK, DEFECT, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 COMMANDS = (models, compile, inspect, validate, bench)
 
 DESCRIPTION = """\
-Deployment compiler for visual state-space models. A model, pruned by QuarterMap or not, goes in; a bundle comes out:
-one portable ONNX file, proof that it computes what the PyTorch model computes, and a manifest.
+Deployment compiler for visual state-space models. A model, pruned by QuarterMap or not, goes in; a bundle comes
+out: one portable ONNX file, proof that it computes what the PyTorch model computes, and a manifest.
 """
 
 EPILOG = """\
 examples:
-  quartermap models                                                   what can be compiled
-  quartermap compile vmamba_digits --every 3 --out bundles/digits     compile, prune, prove
-  quartermap inspect bundles/digits                                   which blocks are pruned, what is in the graph
-  quartermap validate bundles/digits                                  prove it again, on this machine
-  quartermap bench bundles/full bundles/digits                        compare the speed of bundles
+  quartermap models                                              what can be compiled
+  quartermap compile vmamba_digits                               compile, and prove the result
+  quartermap compile vmamba_digits --every 3                     the same, with every third block pruned
+  quartermap inspect bundles/vmamba_digits_k3                    which blocks are pruned, what is in the graph
+  quartermap validate bundles/vmamba_digits_k3                   prove it again, on this machine
+  quartermap bench bundles/vmamba_digits bundles/vmamba_digits_k3
 
-exit codes: 0 done, 1 a defect of quartermap-deploy (with traceback), 2 something that you can mend (with a message),
-130 interrupted
+exit codes:
+  0    done
+  1    a defect of quartermap-deploy, with a traceback
+  2    something that you can mend, with a message
+  130  interrupted
 """
 
 
@@ -64,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message("error", f"unknown option or argument {' '.join(unknown)}. See {command} --help")
         return USER_ERROR
     if options.version:
-        print(f"quartermap-deploy {_version()}")
+        print(f"quartermap-deploy {__version__}")
         return OK
     if options.command is None:
         parser.print_help()
@@ -91,12 +96,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message("error", "this is a defect of quartermap-deploy; please report it with the lines above")
         return DEFECT
     return OK
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("quartermap-deploy")
-    except PackageNotFoundError:
-        return "(not installed)"

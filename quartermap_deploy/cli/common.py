@@ -28,6 +28,9 @@ from quartermap_deploy.progress import SILENT, Progress
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
+
+    from quartermap_deploy.bundle import Bundle
 
     Subparsers = argparse._SubParsersAction["CommandParser"]
 
@@ -55,7 +58,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, problem: str) -> NoReturn:
         """Leave with exit code 2."""
-        message("error", f"{problem}. See {self.prog} --help")
+        message("error", f"{problem}{'' if problem.endswith('?') else '.'} See {self.prog} --help")
         raise SystemExit(2)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -64,7 +67,7 @@ class CommandParser(argparse.ArgumentParser):
             name = "/".join(action.option_strings) or action.dest
             near = difflib.get_close_matches(str(value), choices, n=1)
             hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(choices)}"
-            raise argparse.ArgumentError(None, f"unknown {name} {str(value)!r}: {hint}")
+            raise argparse.ArgumentError(None, f"unknown {name} {str(value)!r}; {hint}")
 
 
 def add_command(
@@ -232,7 +235,9 @@ def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[obj
         right = column.startswith(">")
         result.add_column(column.removeprefix(">"), justify="right" if right else "left", overflow="fold")
     for row in rows:
-        result.add_row(*("–" if cell is None else cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+        result.add_row(
+            *("–" if cell is None else cell if isinstance(cell, Text) else Text(str(cell)) for cell in row)
+        )
     return result
 
 
@@ -251,13 +256,6 @@ def facts(title: str | None, rows: Mapping[str, object]) -> Table:
     return result
 
 
-def verdict(passed: bool) -> Any:
-    """Return "passed" or "FAILED", in colour where there is colour."""
-    from rich.text import Text
-
-    return Text("passed", style="green") if passed else Text("FAILED", style="bold red")
-
-
 def size_text(size: Sequence[int | str]) -> str:
     """Return 14x14 for (14, 14)."""
     return "x".join(str(side) for side in size)
@@ -267,7 +265,9 @@ def count_text(count: float) -> str:
     """Return 4.9 G for 4.9e9: three digits and a prefix."""
     for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= factor:
-            return f"{count / factor:.3g} {unit}" if count < 999.5 * factor else f"{count / factor:.0f} {unit}"
+            return (
+                f"{count / factor:.3g} {unit}" if count < 999.5 * factor else f"{count / factor:.0f} {unit}"
+            )
     return f"{count:g}"
 
 
@@ -308,11 +308,17 @@ def _ignore(units: int) -> None:
 class TerminalProgress:
     """Progress as a spinner or a bar with the elapsed time, by rich; finished steps stay as one line each."""
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console | None = None) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            SpinnerColumn,
+            Task,
+            TextColumn,
+            TimeElapsedColumn,
+        )
         from rich.progress import Progress as Display
-        from rich.progress import Task
 
         class Total(MofNCompleteColumn):
             """The units done, for steps that have a number of them."""
@@ -326,7 +332,7 @@ class TerminalProgress:
             def render(self, task: Task) -> Any:
                 return "" if task.total is None else super().render(task)
 
-        self._console = Console(stderr=True, highlight=False)
+        self._console = console or Console(stderr=True, highlight=False)
         text = TextColumn("{task.description}", markup=False)
         self._display = Display(
             SpinnerColumn(), text, Bar(), Total(), TimeElapsedColumn(), console=self._console, transient=True
@@ -349,3 +355,83 @@ class TerminalProgress:
             self._open -= 1
             if self._open == 0:
                 self._display.stop()
+
+
+# Bundles --------------------------------------------------------------------------------------------------------
+
+
+def bundle_json(bundle: Bundle) -> dict[str, Any]:
+    """Return what `--json` prints about a bundle."""
+    return {"path": bundle.path, "manifest": bundle.manifest, "report": bundle.report}
+
+
+def bundle_facts(bundle: Bundle) -> dict[str, object]:
+    """Return the summary of a bundle, for `facts`."""
+    manifest, totals, graph = bundle.manifest, bundle.manifest["totals"], bundle.manifest["graph"]
+    pruned = [block["index"] for block in manifest["blocks"] if block["pruned"]]
+    size = sum(entry["bytes"] for entry in manifest["files"].values())
+    tolerance = bundle.report["tolerance"]
+    cases = bundle.report["cases"]
+    checks = sum(len(case["outputs"]) for case in cases)
+    return {
+        "parity": with_verdict(
+            bundle.report["passed"],
+            f"{checks} outputs in {len(cases)} cases, worst error {error_text(worst_error(bundle.report))} of the "
+            f"largest value, tolerance {tolerance['relative']:.0e} ({tolerance['element_type']})",
+        ),
+        "pruned": f"blocks {', '.join(map(str, pruned))} of {len(manifest['blocks'])}"
+        if pruned
+        else "nothing",
+        "plan": plan_text(manifest["plan"]),
+        "tokens scanned": f"{totals['tokens']:,}{_of(totals['tokens'], totals['tokens_unpruned'])}",
+        "FLOPs": f"{count_text(totals['flops'])}{_of(totals['flops'], totals['flops_unpruned'])}",
+        "nodes": f"{graph['nodes']}, as exported {graph['before']['nodes']}",
+        "weights": WEIGHTS.get(manifest["model"]["weights"], manifest["model"]["weights"]),
+        "input": _value_text(manifest["input"]),
+        "output": _value_text(manifest["output"]),
+        "targets": ", ".join(manifest["targets"]),
+        "size": f"{size / 1e6:.1f} MB in {len(manifest['files']) + 1} files",
+        "where": bundle.path,
+    }
+
+
+def plan_text(plan: Mapping[str, Any] | None) -> str | None:
+    """Return a QuarterMap plan in words, or None if there is none."""
+    if plan is None:
+        return None
+    excluded = ", ".join(map(str, plan["exclude_stages"]))
+    outside = f" outside stage {excluded}" if excluded else ""
+    blocks = "named blocks" if "blocks" in plan else f"every = {plan['every']}{outside}"
+    return (
+        f"{blocks}; keep {plan['keep']} of {plan['stride']} rows and columns, restore by {plan['upsample']}"
+    )
+
+
+def _value_text(value: Mapping[str, Any]) -> str:
+    shape = ", ".join(map(str, value["shape"]))
+    return f"{value['name']} ({shape})"
+
+
+WEIGHTS = {
+    "checkpoint": "from a checkpoint",
+    "included": "those that come with the package",
+    "new": "newly initialised, not trained",
+}
+
+
+def worst_error(report: Mapping[str, Any]) -> float | None:
+    """Return the largest relative error of a parity report, or None if an output could not be compared."""
+    errors = [output["relative_error"] for case in report["cases"] for output in case["outputs"]]
+    return None if None in errors else max(errors, default=None)
+
+
+def with_verdict(passed: bool, text: str) -> Text:
+    """Return "passed, …" or "FAILED, …", in colour where there is colour."""
+    from rich.text import Text
+
+    word = Text("passed", style="green") if passed else Text("FAILED", style="bold red")
+    return Text.assemble(word, ", ", text)
+
+
+def _of(part: int, whole: int) -> str:
+    return "" if part == whole else f", {part / whole:.0%} of the unpruned model's"

@@ -1,0 +1,1 @@
+"""torch → ONNX: the torch operators, their definition, and the exporter."""

@@ -254,7 +254,8 @@ def _tidy(model: Any, blocks: int, dynamic_size: bool) -> onnx.ModelProto:
     model.graph.name = "quartermap"
     model.ir_version = IR_VERSION
     _name_axes(model, dynamic_size)
-    return onnx_ir.to_proto(model)
+    exported: onnx.ModelProto = onnx_ir.to_proto(model)
+    return exported
 
 
 def _name_axes(model: Any, dynamic_size: bool) -> None:

@@ -111,11 +111,13 @@ class _SequenceScan:
 
     def grouped(self, parameter: Tensor) -> Tensor:
         """(K·d, ...) → (K, d, ...)."""
-        return parameter.to(self.state_type).unflatten(0, (self.groups, -1))
+        return torch.unflatten(parameter.to(self.state_type), 0, (self.groups, -1))
 
     def unrolled(self, tensor: Tensor) -> Tensor:
         """(batch, K·c, L) → (L, batch, K, c)."""
-        return tensor.to(self.state_type).unflatten(1, (self.groups, -1)).permute(3, 0, 1, 2).contiguous()
+        return (
+            torch.unflatten(tensor.to(self.state_type), 1, (self.groups, -1)).permute(3, 0, 1, 2).contiguous()
+        )
 
     @staticmethod
     def rolled(tensor: Tensor) -> Tensor:
@@ -186,7 +188,7 @@ class _MapScan:
 
     def grouped(self, parameter: Tensor) -> Tensor:
         """(K·d, ...) → (K, d, ...)."""
-        return parameter.to(self.state_type).unflatten(0, (len(self.directions), -1))
+        return torch.unflatten(parameter.to(self.state_type), 0, (len(self.directions), -1))
 
     @staticmethod
     def unrolled(map_: Tensor, name: str) -> Tensor:
@@ -200,8 +202,8 @@ class _MapScan:
         if name.endswith("_reverse"):
             sequence = sequence.flip(0)
         if name.startswith("column"):
-            return sequence.unflatten(0, (self.width, self.height)).permute(2, 3, 1, 0)
-        return sequence.unflatten(0, (self.height, self.width)).permute(2, 3, 0, 1)
+            return torch.unflatten(sequence, 0, (self.width, self.height)).permute(2, 3, 1, 0)
+        return torch.unflatten(sequence, 0, (self.height, self.width)).permute(2, 3, 0, 1)
 
     def sequences(self, maps: Tensor) -> Tensor:
         """(batch, K·c, H, W) → (L, batch, K, c), each direction in its own order."""

@@ -223,7 +223,12 @@ class _BodyWriter:
     ) -> list[Value]:
         """Advance all lines position by position: the last states, or with `output` the outputs, of each direction."""
         body = Writer("line_")
-        states_in, states_out, scanned, results, feeds, reversed_flags = [], [], [], [], [], []
+        states_in: list[Value] = []
+        states_out: list[Value] = []
+        scanned: list[Value] = []
+        results: list[Value] = []
+        feeds: list[Value] = []
+        reversed_flags: list[int] = []
         for line, drive in zip(lines, drives, strict=True):
             names = [body.fresh("scanned") for _ in drive]
             state = body.fresh("state")
@@ -264,7 +269,11 @@ class _BodyWriter:
     ) -> list[Value]:
         """From the last states and total decays of the lines, the state each line starts from."""
         body = Writer("across_")
-        carries, next_carries, scanned, feeds, flags = [], [], [], [], []
+        carries: list[Value] = []
+        next_carries: list[Value] = []
+        scanned: list[Value] = []
+        feeds: list[Value] = []
+        flags: list[int] = []
         for line, state, total in zip(lines, last, totals, strict=True):
             carry, own, decay = (body.fresh("carry"), body.fresh("scanned"), body.fresh("scanned"))
             next_carries.append(body("Add", body("Mul", decay, carry), own))

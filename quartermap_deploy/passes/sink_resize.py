@@ -32,7 +32,7 @@ from quartermap_deploy.passes.subsampling import restore_chain, restored_like, w
 from quartermap_deploy.pruning.plan import Subsample
 
 NAME = "sink_resize"
-RASTER = (0, 1, 2, 3)
+RASTER: tuple[int, ...] = (0, 1, 2, 3)
 _UNARY = {"Sigmoid", "Gelu", "Relu", "Tanh", "Identity", "Cast", "Erf", "Neg"}
 _BINARY = {"Mul", "Add", "Sub", "Div"}
 
@@ -122,7 +122,7 @@ def _permuted(axes: Sequence[int], node: gs.Node) -> tuple[int, ...]:
 
 
 def _axes_after(run: Sequence[gs.Node]) -> tuple[int, ...]:
-    axes: tuple[int, ...] = RASTER
+    axes = RASTER
     for node in run:
         axes = _permuted(axes, node)
     return axes

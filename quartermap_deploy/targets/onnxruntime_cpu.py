@@ -94,6 +94,6 @@ def build(model_path: Path, directory: Path) -> dict[str, Any]:
     }
 
 
-def open(bundle_path: Path, entry: dict[str, Any]) -> OnnxRuntimeSession:  # noqa: A001
+def open(bundle_path: Path, entry: dict[str, Any]) -> OnnxRuntimeSession:
     """Return a session for the bundle's portable model."""
     return OnnxRuntimeSession(Path(bundle_path) / entry["file"])

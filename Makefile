@@ -1,0 +1,62 @@
+# Two commands matter: `make demo` and `make test`. Each makes .venv first, if it is missing or out of date; nothing else
+# has to be installed but Python 3.10 to 3.13. Another Python than python3: make test PYTHON=python3.12
+
+PYTHON ?= python3
+# Processes that share the tests. Each loads torch, so that many of them want much memory.
+WORKERS ?= 2
+PYTEST_FLAGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+# One thread for each process: the tests run side by side, and threads that wait for each other are slower than one.
+ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 QUARTERMAP_THREADS=1
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint typecheck pytest format bench train-demo-model clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## compile the digits model with and without QuarterMap, prove parity, compare
+	@$(RUN) -m quartermap_deploy.demo
+
+test: lint typecheck pytest ## everything that continuous integration checks
+
+lint: $(STAMP) ## ruff: rules and format
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+
+typecheck: $(STAMP) ## mypy, strict, on the package
+	@$(RUN) -m mypy
+
+pytest: $(STAMP) ## the tests alone; PYTEST_FLAGS="-k scan" chooses some
+	@$(ONE_THREAD) $(RUN) -m pytest -q -n $(WORKERS) $(PYTEST_FLAGS)
+
+format: $(STAMP) ## let ruff mend what it can
+	@$(RUN) -m ruff check --fix .
+	@$(RUN) -m ruff format .
+
+bench: $(STAMP) ## what the scan costs beside everything else in a model
+	@$(RUN) benchmarks/scan_cost.py
+
+train-demo-model: $(STAMP) ## train models/vmamba_digits.safetensors anew, in some minutes
+	@$(RUN) models/train_digits.py
+
+clean: ## remove caches and built distributions; .venv and bundles stay
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# torch comes first and alone: asked for exactly, pip takes a build for CPUs where it is told of one (see README.md),
+# and any looser request that comes later is content with what is there.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))' || { \
+		echo "quartermap-deploy needs Python 3.10 to 3.13, and $(PYTHON) is none of them;" \
+			"name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@$(RUN) -m pip --version >/dev/null 2>&1 || { echo "making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
+	$(RUN) -m pip install --disable-pip-version-check -c constraints.txt torch
+	$(RUN) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,186 @@
+"""`quartermap bench`: compare the speed of bundles in one run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quartermap_deploy.bench import Timing, interleave
+from quartermap_deploy.cli.common import (
+    add_command,
+    add_output_options,
+    at_least_one,
+    make_progress,
+    print_json,
+    show,
+    table,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from quartermap_deploy.bundle import Bundle
+    from quartermap_deploy.cli.common import Subparsers
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the command."""
+    parser = add_command(
+        subparsers,
+        "bench",
+        run,
+        summary="compare the speed of bundles, in turns",
+        description="""
+            Time bundles on the real images that they were validated with. They run in turns, one call of each per
+            round, so that a machine whose speed changes slows all of them alike; speeds are compared within a round.
+            Images are prepared beforehand, and two rounds warm up.
+
+            Speed is relative to the first bundle, 2 for twice as many images per second: the median over the rounds,
+            and in brackets its quartiles. Naming a bundle twice shows what the machine's noise amounts to.
+            """,
+        examples="""
+            quartermap bench bundles/vmamba_digits bundles/vmamba_digits_k3 --batch 64
+            quartermap bench bundles/* --threads 2 --repeats 31 --json
+            """,
+    )
+    parser.add_argument(
+        "bundles",
+        type=Path,
+        nargs="+",
+        metavar="BUNDLE",
+        help="folders that `quartermap compile` wrote; speeds are relative to the first",
+    )
+    parser.add_argument(
+        "--batch", type=at_least_one, default=1, metavar="N", help="images per call (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threads",
+        type=at_least_one,
+        metavar="N",
+        help="threads of ONNX Runtime (default: QUARTERMAP_THREADS, or all cores)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=at_least_one,
+        default=15,
+        metavar="N",
+        help="rounds that are timed (default: %(default)s)",
+    )
+    add_output_options(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Time the bundles and print the table."""
+    from quartermap_deploy.bundle import load_bundle
+
+    progress = make_progress(options)
+    functions = {}
+    bundles = dict(zip(labels(options.bundles), options.bundles, strict=True))
+    with progress.step("loading the bundles", total=len(bundles)) as advance:
+        for label, path in bundles.items():
+            bundle = load_bundle(path)
+            functions[label] = call(bundle, options.batch, options.threads)
+            advance(1)
+    timings = interleave(functions, options.repeats, progress=progress)
+    first = next(iter(timings.values()))
+    results = [
+        {"name": label, "path": bundles[label], **measured(timing, first, options.batch)}
+        for label, timing in timings.items()
+    ]
+    if options.json:
+        settings = {name: getattr(options, name) for name in ("batch", "threads", "repeats")}
+        print_json({**settings, "bundles": results})
+    elif not options.quiet:
+        show(
+            table(
+                f"batch {options.batch}, {options.threads or 'default'} threads, {options.repeats} rounds",
+                ["bundle", ">median ms", ">fastest", ">slowest", ">images/s", ">speed"],
+                [row(result) for result in results],
+            )
+        )
+
+
+def call(bundle: Bundle, batch: int, threads: int | None) -> Any:
+    """Return a function that runs a bundle once on a batch of real images.
+
+    Raises:
+        InputError: if the bundle does not take batches of this size.
+    """
+    from quartermap_deploy.targets import load_target
+
+    target = bundle.default_target
+    with thread_count(threads):
+        session = load_target(target).open(bundle.path, bundle.manifest["targets"][target])
+    images = real_batch(bundle, batch)
+    session.run(images)
+    return lambda: session.run(images)
+
+
+def real_batch(bundle: Bundle, batch: int) -> NDArray[np.float32]:
+    """Return the bundle's validation images, repeated to a batch; zeros would be computed in another time."""
+    import numpy as np
+
+    from quartermap_deploy.validation.golden import read_golden
+
+    cases, _ = read_golden(bundle.path)
+    images = cases["images"]
+    return np.ascontiguousarray(images[np.arange(batch) % len(images)])
+
+
+@contextmanager
+def thread_count(threads: int | None) -> Iterator[None]:
+    """While open, sessions are made with this many threads; None leaves it to the environment."""
+    from quartermap_deploy.targets.onnxruntime_cpu import THREADS_VARIABLE
+
+    before = os.environ.get(THREADS_VARIABLE)
+    if threads is not None:
+        os.environ[THREADS_VARIABLE] = str(threads)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[THREADS_VARIABLE] = before
+        elif threads is not None:
+            del os.environ[THREADS_VARIABLE]
+
+
+def labels(paths: Sequence[Path]) -> list[str]:
+    """Return a name for each bundle: its folder's, with a number where that name came before."""
+    found: list[str] = []
+    for path in paths:
+        name = path.resolve().name
+        count = sum(label == name or label.startswith(f"{name} (") for label in found)
+        found.append(f"{name} ({count + 1})" if count else name)
+    return found
+
+
+def measured(timing: Timing, first: Timing, batch: int) -> dict[str, Any]:
+    """Return the numbers of one bundle; speed is relative to the first."""
+    # The ratio of speeds is the ratio of times the other way round, and so are its quartiles.
+    low, high = first.ratio_spread(timing)
+    return {
+        "median_ms": timing.median * 1e3,
+        "minimum_ms": timing.minimum * 1e3,
+        "maximum_ms": timing.maximum * 1e3,
+        "images_per_second": batch / timing.median,
+        "speed": first.ratio(timing),
+        "speed_quartiles": [low, high],
+    }
+
+
+def row(result: dict[str, Any]) -> list[object]:
+    """Return the line of one bundle."""
+    low, high = result["speed_quartiles"]
+    return [
+        result["name"],
+        f"{result['median_ms']:.2f}",
+        f"{result['minimum_ms']:.2f}",
+        f"{result['maximum_ms']:.2f}",
+        f"{result['images_per_second']:,.1f}",
+        f"{result['speed']:.2f} × [{low:.2f} – {high:.2f}]",
+    ]

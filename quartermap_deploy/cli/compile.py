@@ -1,0 +1,307 @@
+"""`quartermap compile`: a model or a recipe goes in, a verified bundle comes out."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quartermap_deploy.architectures.cards import load_card
+from quartermap_deploy.cli.common import (
+    add_command,
+    add_output_options,
+    at_least_one,
+    bundle_facts,
+    bundle_json,
+    facts,
+    make_progress,
+    message,
+    numbers,
+    numbers_or_none,
+    print_json,
+    show,
+    words,
+)
+from quartermap_deploy.errors import PlanError, RecipeError
+from quartermap_deploy.frontend.export import PRECISIONS
+from quartermap_deploy.pruning.plan import UPSAMPLE_MODES, QuarterMap
+from quartermap_deploy.recipe import Recipe
+
+if TYPE_CHECKING:
+    from quartermap_deploy.cli.common import Subparsers
+
+BUNDLES = Path("bundles")
+
+SHARED = ("targets", "images")
+"""Fields of a recipe that an option may replace: they decide what is built and checked, not what is computed."""
+
+PLAN = ("every", "blocks", "exclude_stages", "stride", "keep", "upsample")
+"""Options that are fields of a `QuarterMap`."""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the command."""
+    parser = add_command(
+        subparsers,
+        "compile",
+        run,
+        summary="compile a model, pruned or not, into a verified bundle",
+        description="""
+            Compile a model into a bundle: one portable ONNX file, the proof that it computes what the PyTorch model
+            computes (at every block, on real images and on edge cases), and a manifest. Nothing is written unless the
+            proof holds.
+
+            What to compile is the name of a model (see `quartermap models`) with the options below, or a recipe file,
+            which holds the same settings. Without --every or --blocks nothing is pruned.
+            """,
+        examples="""
+            # the demo model, with every third block outside the first stage pruned
+            quartermap compile vmamba_digits --every 3 --out bundles/digits_k3
+
+            # a public checkpoint, unpruned, into bundles/vmamba_base_s2l15
+            quartermap compile vmamba_base_s2l15 --checkpoint vssm_base_0229_ckpt_epoch_237.pth
+
+            # chosen blocks, for images of 384x512
+            quartermap compile vmamba_tiny_s1l8 --checkpoint F --blocks 3,6,9 --size 384 512
+
+            # a recipe, replacing the bundle that it made before
+            quartermap compile export/vmamba_base_k3.toml --force
+            """,
+    )
+    parser.add_argument("source", metavar="MODEL|RECIPE.toml", help="name of a model, or a recipe file")
+    _add_model_options(parser)
+    _add_plan_options(parser)
+    _add_graph_options(parser)
+    group = parser.add_argument_group("the bundle")
+    group.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"folder to write (default: {BUNDLES}/<recipe>, or {BUNDLES}/<model> with _k<every> or _blocks)",
+    )
+    group.add_argument(
+        "--force", action="store_true", help="replace the bundle that --out holds (default: refuse)"
+    )
+    group.add_argument(
+        "--targets",
+        type=words,
+        metavar="NAMES",
+        default=argparse.SUPPRESS,
+        help=f"what to build for, with commas between (default: {','.join(Recipe.targets)}, or the recipe's)",
+    )
+    group.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        default=argparse.SUPPRESS,
+        help="folder of images to prove parity with (default: the recipe's, or images that come with the package)",
+    )
+    add_output_options(parser)
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the model (not with a recipe)")
+    group.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="its weights, .pth or .safetensors (default: those that come with the package, or else new ones)",
+    )
+    group.add_argument(
+        "--num-classes",
+        type=at_least_one,
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="size of the output (default: the checkpoint's, or else the card's)",
+    )
+    group.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help=f"seed of new weights, where there is no checkpoint (default: {Recipe.seed})",
+    )
+
+
+def _add_plan_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("QuarterMap (not with a recipe)")
+    chosen = group.add_mutually_exclusive_group()
+    chosen.add_argument(
+        "--every",
+        type=int,
+        metavar="K",
+        default=argparse.SUPPRESS,
+        help="prune every K-th block, counted from 1 over the whole network (default: prune nothing)",
+    )
+    chosen.add_argument(
+        "--blocks",
+        type=numbers,
+        metavar="3,6,9",
+        default=argparse.SUPPRESS,
+        help="prune these blocks, whatever their stage (default: prune nothing)",
+    )
+    group.add_argument(
+        "--exclude-stages",
+        type=numbers_or_none,
+        metavar="1,2",
+        default=argparse.SUPPRESS,
+        help="stages in which --every prunes nothing, or none for no such stage "
+        f"(default: {','.join(map(str, QuarterMap.exclude_stages))})",
+    )
+    group.add_argument(
+        "--stride",
+        type=int,
+        metavar="S",
+        default=argparse.SUPPRESS,
+        help=f"rows and columns are kept out of every S (default: {QuarterMap.stride})",
+    )
+    group.add_argument(
+        "--keep",
+        type=int,
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help=f"of every S rows and columns, keep the first N (default: {QuarterMap.keep})",
+    )
+    group.add_argument(
+        "--upsample",
+        choices=UPSAMPLE_MODES,
+        default=argparse.SUPPRESS,
+        help=f"how the full map is restored (default: {QuarterMap.upsample})",
+    )
+
+
+def _add_graph_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the graph (not with a recipe)")
+    group.add_argument(
+        "--size",
+        dest="input_size",
+        type=at_least_one,
+        nargs=2,
+        metavar=("H", "W"),
+        default=argparse.SUPPRESS,
+        help="height and width of the input, in pixels (default: the card's)",
+    )
+    group.add_argument(
+        "--dynamic-size",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="leave height and width open; --size is then the size that is validated (default: fixed)",
+    )
+    group.add_argument(
+        "--static-batch",
+        dest="dynamic_batch",
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help="fix the batch size at 1 (default: open)",
+    )
+    group.add_argument(
+        "--no-optimize",
+        dest="optimize",
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help="keep the paper's canonical form of pruned blocks, Slice and Resize around the scan (default: run the "
+        "passes that make them cheaper at the same output)",
+    )
+    group.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=argparse.SUPPRESS,
+        help=f"element type of weights and activations (default: {Recipe.precision})",
+    )
+
+
+FLAGS = {"input_size": "--size", "dynamic_batch": "--static-batch", "optimize": "--no-optimize"}
+"""Options that are not named after the field of the recipe that they set."""
+
+
+def run(options: argparse.Namespace) -> None:
+    """Compile and print a summary."""
+    from quartermap_deploy.compiler import compile
+
+    recipe, out = recipe_and_folder(options)
+    for warning in warnings(recipe):
+        message("warning", warning)
+    bundle = compile(recipe, out, force=options.force, progress=make_progress(options))
+    if options.json:
+        print_json(bundle_json(bundle))
+    elif not options.quiet:
+        show(facts(f"compiled {bundle.manifest['model']['name']}", bundle_facts(bundle)))
+
+
+def recipe_and_folder(options: argparse.Namespace) -> tuple[Recipe, Path]:
+    """Return what the options ask for, and where to.
+
+    Raises:
+        RecipeError: if the recipe file is wrong, or an option would change what it decides.
+        PlanError: if options of a plan are given but no plan, or do not go together.
+        UnknownNameError: if there is no such model.
+    """
+    source: str = options.source
+    given = vars(options)
+    fields = {field.name for field in dataclasses.fields(Recipe)} - {"model", "quartermap"}
+    set_fields = {name: given[name] for name in fields if name in given}
+    if "input_size" in set_fields:
+        set_fields["input_size"] = tuple(set_fields["input_size"])
+    if source.endswith(".toml"):
+        decided = [name for name in (*sorted(fields), *PLAN) if name in given and name not in SHARED]
+        if decided:
+            raise RecipeError(
+                f"the recipe {source} decides what {_flags(decided)} would set; change the file, or leave the "
+                "option out"
+            )
+        recipe = dataclasses.replace(Recipe.load(Path(source)), **set_fields)
+        return recipe, options.out or BUNDLES / Path(source).stem
+    load_card(source)
+    recipe = Recipe(model=source, quartermap=plan(given), **set_fields)
+    return recipe, options.out or BUNDLES / _folder_name(recipe)
+
+
+def plan(given: dict[str, Any]) -> QuarterMap | None:
+    """Return the plan that the options describe, or None if they ask for none.
+
+    Raises:
+        PlanError: as `recipe_and_folder` says.
+    """
+    settings = {name: given[name] for name in PLAN if name in given}
+    if not settings:
+        return None
+    if "every" not in settings and "blocks" not in settings:
+        raise PlanError(
+            f"{_flags(settings)} would change a plan, but there is none; add --every K or --blocks"
+        )
+    if "blocks" in settings and "exclude_stages" in settings:
+        raise PlanError("--exclude-stages belongs to --every; --blocks prunes exactly the blocks it names")
+    return QuarterMap(**settings)
+
+
+def warnings(recipe: Recipe) -> list[str]:
+    """Return what the user should know before believing the bundle's outputs."""
+    card = load_card(recipe.model)
+    if recipe.checkpoint is None and card.weights is None:
+        return [
+            f"{recipe.model} is compiled with newly initialised weights (seed {recipe.seed}): good for trying and "
+            "timing, its predictions mean nothing. Give the trained ones with --checkpoint, or in the recipe"
+        ]
+    if recipe.checkpoint is None and recipe.num_classes not in (None, card.num_classes):
+        return [
+            f"the weights of {recipe.model} have {card.num_classes} classes, not {recipe.num_classes}, so its last "
+            f"layer is newly initialised (seed {recipe.seed}) and its predictions mean nothing"
+        ]
+    return []
+
+
+def _folder_name(recipe: Recipe) -> str:
+    if recipe.quartermap is None:
+        return recipe.model
+    return (
+        f"{recipe.model}_k{recipe.quartermap.every}"
+        if recipe.quartermap.blocks is None
+        else f"{recipe.model}_blocks"
+    )
+
+
+def _flags(names: Iterable[str]) -> str:
+    return ", ".join(FLAGS.get(name, "--" + name.replace("_", "-")) for name in names)

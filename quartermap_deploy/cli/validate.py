@@ -1,0 +1,129 @@
+"""`quartermap validate`: prove a bundle again, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quartermap_deploy.cli.common import (
+    add_command,
+    add_output_options,
+    error_text,
+    make_progress,
+    print_json,
+    show,
+    table,
+    with_verdict,
+    worst_error,
+)
+from quartermap_deploy.errors import ParityError
+from quartermap_deploy.validation import REFERENCES
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from quartermap_deploy.cli.common import Subparsers
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the command."""
+    parser = add_command(
+        subparsers,
+        "validate",
+        run,
+        summary="prove on this machine that a bundle computes what it should",
+        description="""
+            Check that the files of a bundle are those that were compiled, run it on this machine, and compare its
+            outputs with a reference: on real images, in another batch size, and on edge cases.
+
+            golden   outputs that PyTorch computed in float64 when the bundle was compiled; needs no torch
+            torch    the PyTorch model, built again; compares every block and names the first one that departs
+
+            A bundle that departs by more than the tolerance of its element type ends with exit code 2.
+            """,
+        examples="""
+            quartermap validate bundles/vmamba_digits_k3
+            quartermap validate bundles/vmamba_digits_k3 --reference torch
+            quartermap validate bundles/vmamba_digits_k3 --json | jq .passed
+            """,
+    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder that `quartermap compile` wrote")
+    parser.add_argument(
+        "--target", metavar="NAME", help="target to check (default: onnxruntime, or the bundle's only one)"
+    )
+    parser.add_argument(
+        "--reference",
+        choices=REFERENCES,
+        default=REFERENCES[0],
+        help="what to compare with (default: %(default)s)",
+    )
+    add_output_options(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the parity table.
+
+    Raises:
+        ParityError: if the bundle departs from the reference.
+    """
+    from quartermap_deploy.bundle import load_bundle
+    from quartermap_deploy.validation import validate_bundle
+
+    bundle = load_bundle(options.bundle)
+    report = validate_bundle(
+        bundle, options.target, reference=options.reference, progress=make_progress(options)
+    )
+    if options.json:
+        print_json(report)
+    elif not options.quiet:
+        tolerance = report["tolerance"]
+        show(
+            parity_table(report),
+            with_verdict(
+                report["passed"],
+                f"worst error {error_text(worst_error(report))}, tolerance {tolerance['relative']:.0e} for "
+                f"{tolerance['element_type']}: {tolerance['reason']}",
+            ),
+        )
+    if not report["passed"]:
+        raise ParityError(failure(report, bundle.path, options.reference))
+
+
+def parity_table(report: Mapping[str, Any]) -> Table:
+    """Return the largest difference of every output in every case, as a share of the reference's largest value."""
+    from rich.text import Text
+
+    names = list(dict.fromkeys(output["name"] for case in report["cases"] for output in case["outputs"]))
+    cells: dict[tuple[str, str], Text] = {}
+    for case in report["cases"]:
+        for output in case["outputs"]:
+            style = "" if output["passed"] else "bold red"
+            mark = "" if output["passed"] else " FAILED"
+            cells[output["name"], case["name"]] = Text(
+                error_text(output["relative_error"]) + mark, style=style
+            )
+    cases = [case["name"] for case in report["cases"]]
+    return table(
+        "error, as a share of the largest value of the reference",
+        ["output", *(f">{case}" for case in cases)],
+        [(name, *(cells.get((name, case)) for case in cases)) for name in names],
+    )
+
+
+def failure(report: Mapping[str, Any], path: Path, reference: str) -> str:
+    """Return in one sentence where and by how much a bundle departs."""
+    failures = [
+        (case["name"], output)
+        for case in report["cases"]
+        for output in case["outputs"]
+        if not output["passed"]
+    ]
+    block = report["first_departing_block"]
+    case, output = next(
+        ((case, output) for case, output in failures if output["name"] == f"block_{block}"), failures[0]
+    )
+    where = f"block {block} is the first that departs" if block is not None else f"{output['name']} departs"
+    text = f"{path} departs from the {reference} reference: {where}, on {case!r}: {output['detail']}"
+    return text if block is not None or reference == "torch" else f"{text}. --reference torch names the block"

@@ -1,0 +1,120 @@
+"""The timing core: turns, ratios within a round, and what it refuses."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from quartermap_deploy.bench import Timing, interleave
+from quartermap_deploy.errors import InputError
+
+
+class Clock:
+    """A clock that moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def work(self, seconds: Callable[[], float]) -> Callable[[], None]:
+        """Return a function that takes this long."""
+
+        def run() -> None:
+            self.now += seconds()
+
+        return run
+
+
+class Steps:
+    """Progress that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.titles: list[tuple[str, int | None]] = []
+        self.units = 0
+
+    @contextmanager
+    def step(self, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        self.titles.append((title, total))
+
+        def advance(units: int) -> None:
+            self.units += units
+
+        yield advance
+
+
+def test_warm_up_rounds_run_but_do_not_count() -> None:
+    clock = Clock()
+    seconds = itertools.chain([100.0, 100.0], itertools.count(1.0))
+    timing = interleave({"a": clock.work(lambda: next(seconds))}, 3, warmup=2, clock=clock)["a"]
+    assert timing.samples == (1.0, 2.0, 3.0)
+    assert (timing.median, timing.minimum, timing.maximum) == (2.0, 1.0, 3.0)
+
+
+def test_functions_run_in_turns_and_the_order_rotates() -> None:
+    calls: list[str] = []
+    functions = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    timings = interleave(functions, 3, warmup=0)
+    assert "".join(calls) == "abc" "bca" "cab"
+    assert list(timings) == ["a", "b", "c"]
+
+
+def test_a_machine_that_slows_down_does_not_change_the_ratio() -> None:
+    clock = Clock()
+    pace = itertools.count(1)
+
+    def slowing(factor: float) -> Callable[[], None]:
+        # Each round is slower than the one before, as on a machine that others use too.
+        return clock.work(lambda: factor * (1 + next(pace) // 2))
+
+    timings = interleave({"a": slowing(1.0), "b": slowing(2.0)}, 9, warmup=0, clock=clock)
+    assert timings["b"].ratio(timings["a"]) == pytest.approx(2.0, rel=0.2)
+    assert timings["b"].maximum / timings["a"].minimum > 10
+
+
+def test_ratio_compares_calls_of_the_same_round() -> None:
+    ours, theirs = Timing((2.0, 30.0, 8.0)), Timing((1.0, 10.0, 2.0))
+    assert ours.ratio(theirs) == 3.0
+    assert theirs.ratio(ours) == pytest.approx(1 / 3)
+    assert ours.ratio_spread(theirs) == (2.5, 3.5)
+    assert ours.ratio(ours) == 1.0
+    assert Timing((2.0,)).ratio_spread(Timing((1.0,))) == (2.0, 2.0)
+
+
+def test_progress_sees_every_round() -> None:
+    steps = Steps()
+    interleave({"a": lambda: None, "b": lambda: None}, 4, warmup=1, progress=steps)
+    assert steps.titles == [("timing 2 in turns", 5)] and steps.units == 5
+
+
+def test_the_garbage_collector_waits_and_comes_back_even_after_an_error() -> None:
+    collecting: list[bool] = []
+
+    def fail() -> None:
+        collecting.append(gc.isenabled())
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        interleave({"a": fail}, 1)
+    assert collecting == [False] and gc.isenabled()
+
+
+@pytest.mark.parametrize(("repeats", "warmup"), [(0, 0), (-1, 2), (1, -1)])
+def test_too_few_rounds_are_refused(repeats: int, warmup: int) -> None:
+    with pytest.raises(InputError, match="must be at least"):
+        interleave({"a": lambda: None}, repeats, warmup)
+
+
+def test_nothing_to_time_is_refused() -> None:
+    with pytest.raises(InputError, match="nothing to time"):
+        interleave({}, 3)
+
+
+def test_timings_of_different_rounds_are_not_compared() -> None:
+    with pytest.raises(InputError, match="in one call of interleave"):
+        Timing((1.0,)).ratio(Timing((1.0, 2.0)))
