@@ -125,8 +125,8 @@ def drop_paths(model: VisualStateSpaceModel) -> list[RemovableHandle]:
     """Leave out each SS2D at random for each image while training (stochastic depth, arXiv 1603.09382).
 
     The public VMamba models are trained so too, with rates of 0.2 to 0.6. It makes a model bear a disturbed
-    block, which is what QuarterMap counts on: without it, pruning this small model costs two to seven times as
-    much accuracy.
+    block, which is what QuarterMap counts on: without it, pruning this small model costs two to seven times
+    as much accuracy.
     """
 
     def drop(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:

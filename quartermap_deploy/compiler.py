@@ -7,8 +7,12 @@ import importlib.metadata
 import os
 import platform
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from quartermap_deploy.bundle import (
     FORMAT,
@@ -75,6 +79,7 @@ def compile(
     check_destination(out, force)
     with progress.step(f"loading {recipe.model}"):
         model, card = load_model(recipe)
+        cases = validation_cases(recipe, card)
     exported = export_model(recipe, model, card, progress)
     with new_bundle(out, force) as folder:
         (folder / MODEL).write_bytes(exported.model.SerializeToString())
@@ -82,7 +87,7 @@ def compile(
         for name, target in targets.items():
             with progress.step(f"building for {name}"):
                 entries[name] = target.build(folder / MODEL, folder)
-        parity = validate(recipe, model, card, folder, progress)
+        parity = validate(recipe, model, cases, folder, progress)
         write_json(folder / REPORT, parity.to_dict())
         write_json(folder / MANIFEST, manifest(recipe, model, card, exported, folder, entries))
         load_bundle(folder)
@@ -145,35 +150,41 @@ def reference_model(recipe: Recipe, model: VisualStateSpaceModel) -> VisualState
     return model if recipe.quartermap is None else prune(model, recipe.quartermap)
 
 
+def validation_cases(recipe: Recipe, card: ModelCard) -> dict[str, NDArray[np.float32]]:
+    """The inputs that parity is checked on, by name."""
+    from quartermap_deploy.validation.inputs import parity_cases, real_images
+
+    cases = parity_cases(real_images(card, input_size(recipe, card), recipe.images))
+    return cases if recipe.dynamic_batch else {name: images[:1] for name, images in cases.items()}
+
+
 def parity_of(
-    recipe: Recipe, model: VisualStateSpaceModel, onnx_bytes: bytes, progress: Progress = SILENT
+    recipe: Recipe,
+    model: VisualStateSpaceModel,
+    cases: Mapping[str, NDArray[np.float32]],
+    onnx_bytes: bytes,
+    progress: Progress = SILENT,
 ) -> ParityReport:
     """Compare the portable model, in ONNX Runtime, with PyTorch at every block and on every case."""
     import onnx
 
-    from quartermap_deploy.architectures import load_card
     from quartermap_deploy.frontend.exporter import INPUT
-    from quartermap_deploy.validation.inputs import parity_cases, real_images
     from quartermap_deploy.validation.parity import check_parity
     from quartermap_deploy.validation.runners import TorchRunner, onnxruntime_runner
     from quartermap_deploy.validation.tolerances import tolerance_for
 
-    card = load_card(recipe.model)
-    images = real_images(card, input_size(recipe, card), recipe.images)
-    cases = parity_cases(images) if recipe.dynamic_batch else _single_batches(parity_cases(images))
     reference = TorchRunner(reference_model(recipe, model))
     target = onnxruntime_runner(onnx.load_from_string(onnx_bytes))
     with progress.step("comparing every block with PyTorch"):
         return check_parity(reference, target, cases, INPUT, tolerance_for(recipe.precision))
 
 
-def _single_batches(cases: dict[str, Any]) -> dict[str, Any]:
-    """The cases for a model whose batch size is fixed at one."""
-    return {name: images[:1] for name, images in cases.items()}
-
-
 def validate(
-    recipe: Recipe, model: VisualStateSpaceModel, card: ModelCard, folder: Path, progress: Progress
+    recipe: Recipe,
+    model: VisualStateSpaceModel,
+    cases: Mapping[str, NDArray[np.float32]],
+    folder: Path,
+    progress: Progress,
 ) -> ParityReport:
     """Check parity and write the golden files.
 
@@ -181,15 +192,12 @@ def validate(
         ParityError: if the model departs from PyTorch by more than the tolerance.
     """
     from quartermap_deploy.validation.golden import write_golden
-    from quartermap_deploy.validation.inputs import parity_cases, real_images
 
-    report = parity_of(recipe, model, (folder / MODEL).read_bytes(), progress)
+    report = parity_of(recipe, model, cases, (folder / MODEL).read_bytes(), progress)
     if not report.passed:
         raise ParityError(
             f"{report.describe_failure()}. Nothing was written; please report this with the recipe."
         )
-    images = real_images(card, input_size(recipe, card), recipe.images)
-    cases = parity_cases(images) if recipe.dynamic_batch else _single_batches(parity_cases(images))
     with progress.step("writing golden outputs"):
         write_golden(folder, reference_model(recipe, model), cases)
     return report

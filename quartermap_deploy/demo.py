@@ -81,7 +81,7 @@ class Result:
     parity_error: float | None
 
 
-def run(directory: Path, repeats: int = 15, progress: Progress | None = None) -> list[Result]:
+def run(directory: Path, repeats: int = 9, progress: Progress | None = None) -> list[Result]:
     """Compile, evaluate and time every plan.
 
     Args:
@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("demo"), help="folder for the bundles and results.json"
     )
-    parser.add_argument("--repeats", type=int, default=15, help="timed rounds")
+    parser.add_argument("--repeats", type=int, default=9, help="timed rounds")
     options = parser.parse_args(arguments)
     progress = TerminalProgress() if sys.stderr.isatty() else LineProgress(sys.stderr)
     try:

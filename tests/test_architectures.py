@@ -94,7 +94,7 @@ def test_freezing_changes_neither_state_nor_output_and_follows_the_weights(name:
             )
 
 
-@pytest.mark.parametrize("name", sorted(TINY))
+@pytest.mark.parametrize("name", ["v2", "v0", "medmamba"])
 @torch.no_grad()
 def test_exports_with_dynamic_batch_height_and_width(name: str) -> None:
     model = tiny(name)

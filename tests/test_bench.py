@@ -60,7 +60,7 @@ def test_functions_run_in_turns_and_the_order_rotates() -> None:
     calls: list[str] = []
     functions = {name: (lambda name=name: calls.append(name)) for name in "abc"}
     timings = interleave(functions, 3, warmup=0)
-    assert "".join(calls) == "abc" "bca" "cab"
+    assert "".join(calls) == "abcbcacab"
     assert list(timings) == ["a", "b", "c"]
 
 

@@ -126,23 +126,33 @@ def test_exchanged_directions_are_noticed(held_out: tuple[Tensor, Tensor]) -> No
     assert (model(images) - expected).abs().max() / expected.abs().max() > 0.02
 
 
-def test_training_is_repeatable_and_learns(script: types.ModuleType) -> None:
-    split = load_digits()
-    images, labels = script.as_tensors(split.training, "vmamba_digits")
+def test_training_is_repeatable(script: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "BATCH_SIZE", 16)
+    images, labels = script.as_tensors(load_digits().training, "vmamba_digits")
 
-    def trained() -> tuple[VisualStateSpaceModel, float]:
+    def train() -> VisualStateSpaceModel:
         torch.manual_seed(1)
         model = build(CARD)
-        script.train(model, images[:128], labels[:128], epochs=3)
-        model.eval()
-        return model, script.top1(model, images[:128], labels[:128])
+        script.train(model, images[:32], labels[:32], epochs=2)
+        return model
 
-    first, accuracy = trained()
-    second, _ = trained()
-    for key, tensor in first.state_dict().items():
-        assert torch.equal(tensor, second.state_dict()[key]), key
+    first, second = train().state_dict(), train().state_dict()
     torch.manual_seed(1)
-    assert accuracy > script.top1(build(CARD).eval(), images[:128], labels[:128])
+    untrained = build(CARD).state_dict()
+    for key, tensor in first.items():
+        assert torch.equal(tensor, second[key]), key
+        assert not torch.equal(tensor, untrained[key]), key
+
+
+def test_training_leaves_no_dropping_behind(script: types.ModuleType) -> None:
+    model = build(CARD)
+    image = torch.randn(2, *CARD.input_shape)
+    plain = model(image)
+    handles = script.drop_paths(model)
+    assert not torch.equal(model(image), plain)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(model(image), plain)
 
 
 def test_decay_spares_what_it_must_not_pull_to_zero(script: types.ModuleType) -> None:

@@ -34,7 +34,7 @@ def test_greyscale_images_are_stretched_for_the_digits_model() -> None:
     batch = prepare([digit, digit], card.preprocessing)
     assert batch.shape == (2, *card.input_shape)
     np.testing.assert_array_equal(batch[:, 0], batch[:, 2])
-    assert -1 <= batch.min() and batch.max() <= 1
+    assert batch.min() >= -1 and batch.max() <= 1
 
 
 @settings(max_examples=40, deadline=None)

@@ -214,8 +214,14 @@ def console(stream: TextIO) -> Console:
 def show(*parts: Any) -> None:
     """Write tables and lines to standard output."""
     out = console(sys.stdout)
-    for part in parts:
-        out.print(part)
+    # By way of a string: rich has its own answer to a reader that has gone, and ours is in `main`.
+    with out.capture() as text:
+        for part in parts:
+            # Lines are not wrapped and brackets in them are no markup: they hold paths.
+            out.print(part, markup=False, soft_wrap=isinstance(part, str))
+    lines = text.get().splitlines()
+    # rich fills lines up with blanks, which are in the way outside a terminal.
+    sys.stdout.writelines(f"{line if out.is_terminal else line.rstrip()}\n" for line in lines)
 
 
 def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
@@ -230,7 +236,7 @@ def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[obj
     from rich.table import Table
     from rich.text import Text
 
-    result = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    result = Table(title=_title(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         right = column.startswith(">")
         result.add_column(column.removeprefix(">"), justify="right" if right else "left", overflow="fold")
@@ -246,9 +252,7 @@ def facts(title: str | None, rows: Mapping[str, object]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    result = Table(
-        title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False
-    )
+    result = Table(title=_title(title), title_justify="left", box=None, show_header=False, pad_edge=False)
     result.add_column(style="dim", no_wrap=True)
     result.add_column(overflow="fold")
     for name, value in rows.items():
@@ -423,6 +427,13 @@ def worst_error(report: Mapping[str, Any]) -> float | None:
     """Return the largest relative error of a parity report, or None if an output could not be compared."""
     errors = [output["relative_error"] for case in report["cases"] for output in case["outputs"]]
     return None if None in errors else max(errors, default=None)
+
+
+def _title(title: str | None) -> Text | None:
+    from rich.text import Text
+
+    # A Text, as brackets in a string would be markup: VMamba-T [s1l8].
+    return None if title is None else Text(title, style="bold")
 
 
 def with_verdict(passed: bool, text: str) -> Text:

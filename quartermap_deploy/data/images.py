@@ -49,7 +49,8 @@ def open_image(image: ImageLike) -> Image:
     if isinstance(image, (str, PathLike)):
         try:
             with pillow.open(image) as opened:
-                return opened.convert("RGB")
+                converted: Image = opened.convert("RGB")
+                return converted
         except (OSError, UnidentifiedImageError, pillow.DecompressionBombError) as error:
             raise InputError(f"the image {image} cannot be read: {error}") from error
     if isinstance(image, np.ndarray):

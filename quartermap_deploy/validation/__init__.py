@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -78,7 +79,7 @@ def _GoldenRunner(outputs: list[dict[str, Any]]) -> Any:
 
 
 def _against_torch(bundle: Bundle, target: str | None, progress: Progress) -> dict[str, Any]:
-    from quartermap_deploy.compiler import load_model, parity_of
+    from quartermap_deploy.compiler import load_model, parity_of, validation_cases
 
     recipe = bundle.recipe()
     if recipe.checkpoint is not None:
@@ -89,5 +90,6 @@ def _against_torch(bundle: Bundle, target: str | None, progress: Progress) -> di
     if target not in (None, "onnxruntime"):
         raise BundleError(f"blocks can be compared in ONNX Runtime only, not in {target}")
     with progress.step("building the PyTorch model"):
-        model, _ = load_model(recipe)
-    return parity_of(recipe, model, bundle.model_path.read_bytes(), progress).to_dict()
+        model, card = load_model(recipe)
+        cases = validation_cases(dataclasses.replace(recipe, images=None), card)
+    return parity_of(recipe, model, cases, bundle.model_path.read_bytes(), progress).to_dict()
