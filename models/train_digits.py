@@ -5,7 +5,8 @@
 It takes some minutes on a CPU and needs no download. The weights of the last epoch are written, with
 what is needed to check them: seed, accuracy and which digits were held out. Held-out digits choose no
 weights, but the settings below were tried out with their accuracy in view. The same machine, number of
-threads and torch version give the same file; others differ in rounding, which training amplifies.
+threads and torch version give the same weights, bit for bit; others differ in rounding, which training
+amplifies.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,14 @@ import onnx
 import onnxruntime
 import torch
 from onnx import helper, numpy_helper
+from reference_models import CONFIGS, DIMS, Reference, load
 from torch import Tensor
 
+from quartermap_deploy.architectures.base import VisualStateSpaceModel
+from quartermap_deploy.architectures.medmamba import MedMamba, MedMambaConfig
+from quartermap_deploy.architectures.vmamba import VMamba
 from quartermap_deploy.frontend.definition import DIRECTIONS, selective_scan_2d_definition
+from quartermap_deploy.frontend.exporter import INPUT, OUTPUT, block_output, trace
 from quartermap_deploy.lowering.operator import DOMAIN, INPUTS_2D, SELECTIVE_SCAN_2D, VERSION, ScanVariant
 from quartermap_deploy.lowering.scan_body import scan_body
 
@@ -234,10 +240,10 @@ CHANNEL_FIRST = f"""
     projected = Conv (x, in_proj)
     convolved = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1], group = {D_INNER}> (projected, conv)
     gate = Sigmoid (convolved)
-    map = Mul (convolved, gate)
-    narrow = Conv (map, x_proj)
+    features = Mul (convolved, gate)
+    narrow = Conv (features, x_proj)
     dt, B, C = Split <axis = 1> (narrow, parts)
-    scanned = {SCAN} (map, dt, B, C, A, D, dt_bias, dt_weight)
+    scanned = {SCAN} (features, dt, B, C, A, D, dt_bias, dt_weight)
     last = Transpose <perm = [0, 2, 3, 1]> (scanned)
     normal = LayerNormalization <axis = -1> (last, norm_scale, norm_bias)
     first = Transpose <perm = [0, 3, 1, 2]> (normal)
@@ -252,10 +258,10 @@ CHANNEL_LAST = f"""
     projected = Transpose <perm = [0, 3, 1, 2]> (wide)
     convolved = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1], group = {D_INNER}> (projected, conv)
     gate = Sigmoid (convolved)
-    map = Mul (convolved, gate)
-    narrow = Conv (map, x_proj)
+    features = Mul (convolved, gate)
+    narrow = Conv (features, x_proj)
     dt, B, C = Split <axis = 1> (narrow, parts)
-    scanned = {SCAN} (map, dt, B, C, A, D, dt_bias, dt_weight)
+    scanned = {SCAN} (features, dt, B, C, A, D, dt_bias, dt_weight)
     last = Transpose <perm = [0, 2, 3, 1]> (scanned)
     normal = LayerNormalization <axis = -1> (last, norm_scale, norm_bias)
     mixed = MatMul (normal, out_matrix)
@@ -388,3 +394,91 @@ def with_outputs(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProt
         if name not in present
     )
     return copy
+
+
+# Whole models -----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def reference(name: str) -> Reference:
+    """Return a model with the public code's weights; shared, so it must not be changed."""
+    return load(name)
+
+
+@functools.cache
+def shortened(name: str) -> VisualStateSpaceModel:
+    """Return one block for each of the first two stages of a reference, with its weights."""
+    config = dataclasses.replace(CONFIGS[name], depths=(1, 1), dims=DIMS[:2], num_classes=3)
+    torch.manual_seed(0)
+    model = (MedMamba if isinstance(config, MedMambaConfig) else VMamba)(config)  # type: ignore[arg-type]
+    initial, trained = model.state_dict(), reference(name).model.state_dict()
+    model.load_state_dict(
+        {
+            key: trained[key] if key in trained and trained[key].shape == tensor.shape else tensor
+            for key, tensor in initial.items()
+        }
+    )
+    return model.eval()
+
+
+@functools.cache
+def _traced_bytes(name: str, kind: str) -> bytes:
+    if kind == "open":
+        model = trace(shortened(name), (2, 3, 64, 96), dynamic_size=True)
+    else:
+        model = trace(reference(name).model, tuple(reference(name).input.shape))
+    return model.SerializeToString()
+
+
+def traced(name: str) -> onnx.ModelProto:
+    """Return a reference as the exporter traces it; traced once in a test run."""
+    return onnx.load_from_string(_traced_bytes(name, "known"))
+
+
+def traced_with_open_sizes(name: str) -> onnx.ModelProto:
+    """Return a shortened reference, traced with open height and width."""
+    return onnx.load_from_string(_traced_bytes(name, "open"))
+
+
+@torch.inference_mode()
+def torch_outputs(model: VisualStateSpaceModel, images: Tensor) -> dict[str, Array]:
+    """Return the outputs of all blocks and the logits, under the names that they have in an exported graph."""
+    outputs: dict[str, Array] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: Any, inputs: Any, output: Tensor) -> None:
+            outputs[name] = output.numpy()
+
+        return hook
+
+    handles = [
+        block.module.register_forward_hook(keep(block_output(block.index))) for block in model.blocks()
+    ]
+    try:
+        outputs[OUTPUT] = model(images).numpy()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: outputs[name] for name in (*map(block_output, range(1, len(handles) + 1)), OUTPUT)}
+
+
+def onnx_outputs(model: onnx.ModelProto, images: Tensor | Array) -> dict[str, Array]:
+    """Return the same of an exported graph with bodies."""
+    names = [value for node in model.graph.node for value in node.output]
+    blocks = [name for name in names if name.removeprefix("block_").isdigit()]
+    return run(with_outputs(model, blocks), {INPUT: images})
+
+
+def output_errors(actual: Mapping[str, Array], expected: Mapping[str, Array]) -> dict[str, float]:
+    """Return the error of every block and of the logits, in order; a missing output is infinitely wrong."""
+    return {
+        name: error(actual[name], value) if name in actual else float("inf")
+        for name, value in expected.items()
+    }
+
+
+def images_for(name: str, batch: int) -> Tensor:
+    """Return `batch` images of the size of a reference's input, the first of which are its own."""
+    own = reference(name).input
+    more = torch.randn(batch, *own.shape[1:], generator=torch.Generator().manual_seed(batch))
+    return torch.cat([own, more])[:batch]

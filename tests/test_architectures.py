@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_models import CONFIGS, TINY, build, load, relative_error, tiny
+from reference_models import CONFIGS, build, load, relative_error, tiny
 from torch import nn
 from torch.export import Dim
 

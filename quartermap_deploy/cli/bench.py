@@ -16,6 +16,7 @@ from quartermap_deploy.cli.common import (
     at_least_one,
     make_progress,
     print_json,
+    results_only,
     show,
     table,
 )
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from quartermap_deploy.bundle import Bundle
     from quartermap_deploy.cli.common import Subparsers
+    from quartermap_deploy.progress import Progress
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -76,17 +78,9 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Time the bundles and print the table."""
-    from quartermap_deploy.bundle import load_bundle
-
-    progress = make_progress(options)
-    functions = {}
     bundles = dict(zip(labels(options.bundles), options.bundles, strict=True))
-    with progress.step("loading the bundles", total=len(bundles)) as advance:
-        for label, path in bundles.items():
-            bundle = load_bundle(path)
-            functions[label] = call(bundle, options.batch, options.threads)
-            advance(1)
-    timings = interleave(functions, options.repeats, progress=progress)
+    with results_only():
+        timings = time_bundles(bundles, options, make_progress(options))
     first = next(iter(timings.values()))
     results = [
         {"name": label, "path": bundles[label], **measured(timing, first, options.batch)}
@@ -103,6 +97,20 @@ def run(options: argparse.Namespace) -> None:
                 [row(result) for result in results],
             )
         )
+
+
+def time_bundles(
+    bundles: dict[str, Path], options: argparse.Namespace, progress: Progress
+) -> dict[str, Timing]:
+    """Load bundles and time them in turns."""
+    from quartermap_deploy.bundle import load_bundle
+
+    functions = {}
+    with progress.step("loading the bundles", total=len(bundles)) as advance:
+        for label, path in bundles.items():
+            functions[label] = call(load_bundle(path), options.batch, options.threads)
+            advance(1)
+    return interleave(functions, options.repeats, progress=progress)
 
 
 def call(bundle: Bundle, batch: int, threads: int | None) -> Any:

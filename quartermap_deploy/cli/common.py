@@ -6,6 +6,7 @@ Standard output holds the result and nothing else, so that it can be piped; mess
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import errno
 import json
@@ -18,7 +19,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
@@ -186,6 +187,11 @@ def terminable() -> Iterator[None]:
 # Results --------------------------------------------------------------------------------------------------------
 
 
+def results_only() -> AbstractContextManager[object]:
+    """While open, what libraries print goes to standard error, so that standard output holds the result alone."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
 def print_json(value: Any) -> None:
     """Write a value to standard output as JSON; NaN and infinity, which JSON does not have, become null."""
     print(json.dumps(_plain(value), indent=2, ensure_ascii=False))
@@ -346,6 +352,8 @@ class TerminalProgress:
     @contextmanager
     def step(self, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
         """Show the step until it ends."""
+        from rich.text import Text
+
         if self._open == 0:
             self._display.start()
         self._open += 1
@@ -353,7 +361,7 @@ class TerminalProgress:
         task = self._display.add_task(title, total=total)
         try:
             yield lambda units: self._display.advance(task, units)
-            self._console.print(f"  {title}  {time.monotonic() - start:.1f} s", style="dim", markup=False)
+            self._console.print(Text(f"  {title}  {time.monotonic() - start:.1f} s", style="dim"))
         finally:
             self._display.remove_task(task)
             self._open -= 1

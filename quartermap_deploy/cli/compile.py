@@ -21,6 +21,7 @@ from quartermap_deploy.cli.common import (
     numbers,
     numbers_or_none,
     print_json,
+    results_only,
     show,
     words,
 )
@@ -222,9 +223,11 @@ def run(options: argparse.Namespace) -> None:
     from quartermap_deploy.compiler import compile
 
     recipe, out = recipe_and_folder(options)
+    with results_only():
+        bundle = compile(recipe, out, force=options.force, progress=make_progress(options))
+    # After the work: an error then is the only message, and a warning stands where it is seen.
     for warning in warnings(recipe):
         message("warning", warning)
-    bundle = compile(recipe, out, force=options.force, progress=make_progress(options))
     if options.json:
         print_json(bundle_json(bundle))
     elif not options.quiet:

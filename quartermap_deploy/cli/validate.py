@@ -13,6 +13,7 @@ from quartermap_deploy.cli.common import (
     error_text,
     make_progress,
     print_json,
+    results_only,
     show,
     table,
     with_verdict,
@@ -72,9 +73,10 @@ def run(options: argparse.Namespace) -> None:
     from quartermap_deploy.validation import validate_bundle
 
     bundle = load_bundle(options.bundle)
-    report = validate_bundle(
-        bundle, options.target, reference=options.reference, progress=make_progress(options)
-    )
+    with results_only():
+        report = validate_bundle(
+            bundle, options.target, reference=options.reference, progress=make_progress(options)
+        )
     if options.json:
         print_json(report)
     elif not options.quiet:

@@ -24,7 +24,8 @@ def write_softplus(write: Writer, z: Value) -> Value:
     changes between w and 1 + u (W. Kahan; Goldberg 1991, theorem 4). Adding the float after 1 instead of 1 keeps
     w - 1 from vanishing and moves the quotient by less than one unit in the last place.
     """
-    u = write("Exp", write("Min", z, scalar(CLAMP)))
+    # Clip, because Min with a scalar takes the slower path of operators with two inputs.
+    u = write("Exp", write("Clip", z, "", scalar(CLAMP)))
     w = write("Add", u, scalar(NEXT_AFTER_ONE))
     exact = write("Div", write("Mul", write("Log", w), u), write("Sub", w, scalar(1.0)))
     return write("Max", exact, z)
