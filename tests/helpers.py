@@ -482,3 +482,30 @@ def images_for(name: str, batch: int) -> Tensor:
     own = reference(name).input
     more = torch.randn(batch, *own.shape[1:], generator=torch.Generator().manual_seed(batch))
     return torch.cat([own, more])[:batch]
+
+
+DIGITS = 4
+"""Held-out digits in a comparison: enough to see every fault, few enough to be quick."""
+
+
+@functools.cache
+def digits() -> tuple[VisualStateSpaceModel, Tensor]:
+    """Return the trained digits model and some held-out digits; shared, so they must not be changed."""
+    from quartermap_deploy.architectures import create_model, load_card
+    from quartermap_deploy.data.digits import load_digits
+    from quartermap_deploy.data.images import prepare
+
+    held_out = list(load_digits().held_out.images[:DIGITS])
+    images = prepare(held_out, load_card("vmamba_digits").preprocessing)
+    return create_model("vmamba_digits"), torch.from_numpy(images)
+
+
+@functools.cache
+def _traced_digits_bytes() -> bytes:
+    model, images = digits()
+    return trace(model, tuple(images.shape)).SerializeToString()
+
+
+def traced_digits() -> onnx.ModelProto:
+    """Return the digits model as the exporter traces it; traced once in a test run."""
+    return onnx.load_from_string(_traced_digits_bytes())

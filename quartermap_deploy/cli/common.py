@@ -242,7 +242,10 @@ def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[obj
     from rich.table import Table
     from rich.text import Text
 
-    result = Table(title=_title(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    # Two blanks between columns and none around them: eight columns of numbers have to fit 80 characters.
+    result = Table(
+        title=_title(title), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
+    )
     for column in columns:
         right = column.startswith(">")
         result.add_column(column.removeprefix(">"), justify="right" if right else "left", overflow="fold")

@@ -59,22 +59,19 @@ def run(options: argparse.Namespace) -> None:
         return
     manifest = bundle.manifest
     title = f"{manifest['model']['title']} ({manifest['model']['name']})"
-    show(
+    files = [
+        (name, f"{entry['bytes']:,}", f"{entry['sha256'][:16]}…") for name, entry in manifest["files"].items()
+    ]
+    parts = (
         facts(title, {**bundle_facts(bundle), "compiled": manifest["created"]}),
-        "",
         block_map(manifest),
         operator_table(manifest["graph"]),
         pass_table(manifest["passes"]),
-        table(
-            "files",
-            ["file", ">bytes", "sha256"],
-            [
-                (name, f"{entry['bytes']:,}", entry["sha256"][:16] + "…")
-                for name, entry in manifest["files"].items()
-            ],
-        ),
+        table("files", ["file", ">bytes", "sha256"], files),
         facts("versions", manifest["versions"]),
     )
+    for part in parts:
+        show(part, "")
 
 
 def block_map(manifest: dict[str, Any]) -> Table:

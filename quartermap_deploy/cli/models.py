@@ -33,8 +33,8 @@ def add_parser(subparsers: Subparsers) -> None:
         description="""
             List the models that can be compiled; with a name, show everything that is known about one.
 
-            The weights of a model marked "included" come with this package. The public checkpoint of every other one
-            is described on the page that its card names; give the file to `quartermap compile --checkpoint`.
+            The weights of a model marked * come with this package. The public checkpoint of every other one is
+            described on the page that its card names; give the file to `quartermap compile --checkpoint`.
             """,
         examples="""
             quartermap models
@@ -59,38 +59,36 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         print_json([as_dict(card) for card in cards])
         return
+    headings = ["name", "family", "depths", ">params", ">GFLOPs", "input", ">top-1 %"]
     show(
-        table(
-            None,
-            ["name", "family", "depths", ">params", ">GFLOPs", "input", ">top-1 published", "weights"],
-            [row(card) for card in cards],
-        ),
-        "params as built here; GFLOPs (multiply-accumulates) and top-1 as the authors published them",
+        table(None, headings, [row(card) for card in cards]),
+        "",
+        "params as built here; GFLOPs (multiply-accumulates) and top-1 as the authors published them,",
+        "a range where they name several data sets. * trained weights come with this package.",
     )
 
 
 def row(card: ModelCard) -> list[object]:
     """Return the line of a card in the list."""
     return [
-        card.name,
+        f"{card.name} *" if card.weights else card.name,
         card.family,
         ",".join(map(str, card.architecture["depths"])),
         count_text(card.sizes.parameters),
         card.sizes.published_gflops,
-        size_text(card.input_shape),
+        size_text(card.input_shape[1:]),
         published_top1(card),
-        "included" if card.weights else "your checkpoint",
     ]
 
 
 def published_top1(card: ModelCard) -> str | None:
-    """Return the first published accuracy, with its data set when it is not the usual one."""
+    """Return the published accuracy, and the range of it where there are several data sets."""
     if not card.accuracy:
         return None
-    first, *rest = card.accuracy
-    others = {entry.dataset for entry in rest} - {first.dataset}
-    text = f"{first.top1:.1f} %"
-    return f"{text} {first.dataset} (+{len(others)} more)" if others else text
+    if len({entry.dataset for entry in card.accuracy}) == 1:
+        return f"{card.accuracy[0].top1:.1f}"
+    values = [entry.top1 for entry in card.accuracy]
+    return f"{min(values):.1f}–{max(values):.1f}"
 
 
 def as_dict(card: ModelCard) -> dict[str, Any]:

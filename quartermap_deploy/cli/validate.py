@@ -83,6 +83,7 @@ def run(options: argparse.Namespace) -> None:
         tolerance = report["tolerance"]
         show(
             parity_table(report),
+            "",
             with_verdict(
                 report["passed"],
                 f"worst error {error_text(worst_error(report))}, tolerance {tolerance['relative']:.0e} for "

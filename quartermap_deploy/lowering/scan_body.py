@@ -1,26 +1,24 @@
 """The `scan` body of SelectiveScan2D: ONNX Scan in two levels, for CPUs.
 
-Each orientation, rows or columns, is brought into the layout (T, batch, P, d_inner): P lines side by side, T positions
-along a line, channels last. Both directions of an orientation then walk the same tensors, one from the front and one
-from the back, which Scan does by an attribute instead of a copy. Three Scans solve the recurrence of an orientation:
+Every direction is a sequence of L = H·W positions in its own order. The sequences of all K directions are brought into
+one layout (T, K, batch, P, channels): each sequence is cut into P = H lines of T = W positions, lines stand side by
+side, channels are last. For the row direction a line is a row; for the others it is just the next W positions, so that
+the directions fit together for any H and W. Three Scans solve the recurrence of all directions at once:
 
 1. along all lines at once from a zero state, for the last state of each line;
-2. across the lines, (batch, d_inner) at a time, for the state each line starts from: the product of the decays of a
+2. across the lines, (K, batch, d_inner) at a time, for the state each line starts from: the product of the decays of a
    line is exp(A·Σdt), a sum, so no running product is needed;
 3. along all lines at once from the right state; h·C is the output.
 
-Everything that needs no state (projection, softplus, exp) is done on whole maps before the Scans where d_state is 1,
-because whole maps use all cores. For larger d_state these tensors would be d_state maps each, so the decay and the
-drive are formed inside the Scans, where a step stays in cache.
+Where d_state is larger than 1 a single position gives a Scan step enough to do, so there is one line, P = 1, and only
+the third Scan. The decay and the drive, which would be d_state maps each, are then formed inside it.
 
-Maps are unrolled by Gather, not by Transpose: ONNX Runtime merges neighbouring transposes into one with a general
-permutation, which is five times slower than two simple ones.
+Maps are unrolled by Gather: with Transpose, ONNX Runtime merges neighbours into one general permutation, which is five
+times slower. Few nodes matter as much as few operations: an operator call costs ONNX Runtime about 0.7 µs, and the time
+to load a model grows with the square of its nodes.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -29,7 +27,6 @@ from onnx import helper
 from quartermap_deploy.lowering.operator import (
     DOMAIN,
     INPUTS_2D,
-    ORIENTATIONS,
     SELECTIVE_SCAN_2D,
     Direction,
     ScanVariant,
@@ -38,6 +35,10 @@ from quartermap_deploy.lowering.softplus import write_softplus
 from quartermap_deploy.lowering.writer import Value, Writer, ints
 
 OPSET = 20
+_POSITIONS_LAST = [1, 2, 3, 0]
+"""(T, K, batch, P) → (K, batch, P, T): sequences as they run."""
+_STEPS_FIRST = [3, 0, 1, 2]
+"""The inverse of the above."""
 
 
 def scan_body(variant: ScanVariant, overload: str = "") -> onnx.FunctionProto:
@@ -68,20 +69,6 @@ def scan_body(variant: ScanVariant, overload: str = "") -> onnx.FunctionProto:
     return function
 
 
-@dataclass(frozen=True)
-class _Line:
-    """The tensors of one direction, lines side by side: (T, batch, P, ...)."""
-
-    reverse: bool
-    exponent: Value
-    """dt·A, (T, batch, P, d_inner), where d_state is 1, else dt, (T, batch, P, 1, d_inner)."""
-    drive: Value
-    """dt·B·x, (T, batch, P, d_inner), where d_state is 1, else dt·x, (T, batch, P, 1, d_inner)."""
-    B: Value
-    C: Value
-    A: Value
-
-
 class _BodyWriter:
     def __init__(self, variant: ScanVariant) -> None:
         self.write = Writer()
@@ -92,209 +79,198 @@ class _BodyWriter:
 
     def write_body(self) -> Value:
         write = self.write
-        x_last = write("Transpose", self._float("x"), perm=[0, 2, 3, 1])
-        x = write("Flatten", x_last, axis=3)
-        # B and C of all directions side by side: (positions, K·N + K·N).
-        projections = write("Concat", self._positions("B"), self._positions("C"), axis=1)
-        steps = self._positions("dt")
-        if self.variant.low_rank:
-            # A column of ones, so that the product with the weight adds the bias too: (positions, K, R + 1). By
-            # Concat, because Pad is five times slower.
-            ranked = write("Reshape", steps, ints(0, self.count, -1))
-            shape = write("Concat", write("Shape", x, start=0, end=1), ints(self.count, 1), axis=0)
-            one = helper.make_tensor("one", onnx.TensorProto.FLOAT, [1], [1.0])
-            steps = write("Concat", ranked, write("ConstantOfShape", shape, value=one), axis=2)
-        weights = self._time_step_weights()
-        A = [
-            write("Transpose", part, perm=[1, 0])
-            for part in self._split(self._float("A"), self.count, axis=0)
-        ]
-        raster = self._raster_indices(x, x_last)
-
-        merged: list[Value] = []
-        for orientation in ORIENTATIONS:
-            members = [k for k, d in enumerate(self.directions) if d.orientation == orientation]
-            if not members:
-                continue
-            unroll, roll = self._unrolling(raster, orientation)
-            local_x = write("Gather", x, unroll, axis=0)
-            maps = self._split(write("Gather", projections, unroll, axis=0), 2 * self.count, axis=3)
-            local_steps = self._split(write("Gather", steps, unroll, axis=0), self.count, axis=3)
-            lines = [
-                self._line(k, local_x, local_steps[k], maps[k], maps[self.count + k], weights[k], A[k])
-                for k in members
-            ]
-            flat = write("Flatten", self._solve(lines), axis=3)
-            merged.append(write("Gather", flat, roll, axis=0))
-        y = merged[0] if len(merged) == 1 else write("Add", merged[0], merged[1])
+        raster_x = write("Transpose", self._float("x"), perm=[0, 2, 3, 1])
+        x = write("Flatten", raster_x, axis=3)
+        unroll, roll = self._unrolling(x, raster_x)
+        local_x = write("Gather", x, unroll, axis=0)
+        dt, B, C = self._projections(x, unroll)
+        if self.variant.softplus:
+            dt = write_softplus(write, dt)
+        y = self._scan_single(dt, B, C, local_x) if self.single else self._scan_states(dt, B, C, local_x)
+        # Every position collects what the directions say about it: (batch, H, W, K, d_inner) → (batch, H, W, d_inner).
+        collected = write("Gather", write("Flatten", y, axis=4), roll, axis=0)
+        merged = write("ReduceSum", collected, ints(3), keepdims=0)
         grouped_D = write("Reshape", self._float("D"), ints(self.count, -1))
         skip = write("ReduceSum", grouped_D, ints(0), keepdims=0)
-        y = write("Add", y, write("Mul", x_last, skip))
-        return write("CastLike", write("Transpose", y, perm=[0, 3, 1, 2]), "x")
-
-    # Layout ----------------------------------------------------------------------------------------------------
+        total = write("Add", merged, write("Mul", raster_x, skip))
+        return write("CastLike", write("Transpose", total, perm=[0, 3, 1, 2]), "x")
 
     def _float(self, name: str) -> Value:
         return self.write("Cast", name, to=onnx.TensorProto.FLOAT)
 
-    def _positions(self, name: str) -> Value:
-        """(batch, c, H, W) → (batch·H·W, c)."""
-        return self.write("Flatten", self.write("Transpose", self._float(name), perm=[0, 2, 3, 1]), axis=3)
+    # Layout ----------------------------------------------------------------------------------------------------
 
-    def _raster_indices(self, x: Value, x_last: Value) -> Value:
-        """0, 1, … in raster order, (batch, H, W)."""
+    def _unrolling(self, x: Value, raster_x: Value) -> tuple[Value, Value]:
+        """Where each step's positions come from, (T, K, batch, P), and where each position's outputs are found.
+
+        The second, (batch, H, W, K), counts the entries of the first.
+        """
         write = self.write
+        grid = write("Shape", raster_x, start=0, end=3)
+        positions = write("Shape", x, start=0, end=1)
+        raster = write("Reshape", self._count_up(positions), grid)
+        sequences = [self._sequence(raster, direction) for direction in self.directions]
+        stacked = write("Concat", *sequences, axis=0)
+        height = write("Shape", raster_x, start=1, end=2)
+        lines = height if self.single else ints(1)
+        # (K, batch, H·W) → (K, batch, P, T).
+        split = write("Concat", ints(0, 0), lines, ints(-1), axis=0)
+        unroll = write("Transpose", write("Reshape", stacked, split), perm=_STEPS_FIRST)
+
+        entries = self._count_up(write("Mul", positions, ints(self.count)))
+        placed = write("Transpose", write("Reshape", entries, write("Shape", unroll)), perm=_POSITIONS_LAST)
+        by_sequence = write("Reshape", placed, ints(0, 0, -1))
+        parts = self._split(by_sequence, self.count, axis=0)
+        width = write("Shape", raster_x, start=2, end=3)
+        found = [
+            self._in_raster(part, direction, height, width)
+            for part, direction in zip(parts, self.directions, strict=True)
+        ]
+        return unroll, write("Concat", *found, axis=3)
+
+    def _sequence(self, raster: Value, direction: Direction) -> Value:
+        """The raster indices (batch, H, W) in the order of a direction, (1, batch, H·W)."""
+        write = self.write
+        if direction.orientation == "column":
+            raster = write("Transpose", raster, perm=[0, 2, 1])
+        sequence = write("Unsqueeze", write("Flatten", raster, axis=1), ints(0))
+        return self._reversed(sequence) if direction.reverse else sequence
+
+    def _in_raster(self, sequence: Value, direction: Direction, height: Value, width: Value) -> Value:
+        """The inverse of `_sequence`: (1, batch, H·W) in the order of a direction → (batch, H, W, 1)."""
+        write = self.write
+        if direction.reverse:
+            sequence = self._reversed(sequence)
+        column = direction.orientation == "column"
+        sides = (width, height) if column else (height, width)
+        shape = write("Concat", ints(-1), *sides, ints(1), axis=0)
+        grid = write("Reshape", sequence, shape)
+        return write("Transpose", grid, perm=[0, 2, 1, 3]) if column else grid
+
+    def _reversed(self, sequence: Value) -> Value:
+        far = np.iinfo(np.int64).min
+        return self.write("Slice", sequence, ints(-1), ints(far), ints(2), ints(-1))
+
+    def _count_up(self, size: Value) -> Value:
+        """0, 1, … size - 1, for a size given as a vector of one element."""
         zero, one = np.array(0, dtype=np.int64), np.array(1, dtype=np.int64)
-        positions = write("Squeeze", write("Shape", x, start=0, end=1), ints(0))
-        return write("Reshape", write("Range", zero, positions, one), write("Shape", x_last, start=0, end=3))
-
-    def _unrolling(self, raster: Value, orientation: str) -> tuple[Value, Value]:
-        """Row indices (T, batch, P) that turn positions into lines, and (batch, H, W) that turn them back."""
-        write = self.write
-        to_lines, to_raster = ([2, 0, 1], [1, 2, 0]) if orientation == "row" else ([1, 0, 2], [1, 0, 2])
-        unroll = write("Transpose", raster, perm=to_lines)
-        # The same count, laid out as lines: where position i of the lines has to go.
-        counted = write("Reshape", raster, write("Shape", unroll))
-        return unroll, write("Transpose", counted, perm=to_raster)
+        return self.write("Range", zero, self.write("Squeeze", size, ints(0)), one)
 
     def _split(self, value: Value, parts: int, axis: int) -> list[Value]:
         if parts == 1:
             return [value]
         return self.write.multiple("Split", [value], parts, axis=axis, num_outputs=parts)
 
-    # Parameters ------------------------------------------------------------------------------------------------
-
-    def _time_step_weights(self) -> list[Value]:
-        """K matrices (R + 1, d_inner), the last row being the bias; the biases (1, d_inner) alone at full rank."""
+    def _by_direction(self, name: str) -> Value:
+        """A map (batch, K·c, H, W) → (batch·H·W, K, c)."""
         write = self.write
-        biases = self._split(write("Unsqueeze", self._float("dt_bias"), ints(0)), self.count, axis=1)
+        flat = write("Flatten", write("Transpose", self._float(name), perm=[0, 2, 3, 1]), axis=3)
+        return write("Reshape", flat, ints(0, self.count, -1))
+
+    def _projections(self, x: Value, unroll: Value) -> tuple[Value, Value, Value]:
+        """The time step before softplus, (T, K, batch, P, d_inner), and B and C, (T, K, batch, P, N)."""
+        write, n = self.write, self.variant.d_state
+        bias = write("Reshape", self._float("dt_bias"), ints(self.count, 1, 1, -1))
+        narrow = [self._by_direction("B"), self._by_direction("C")]
+        if self.variant.low_rank:
+            # A column of ones, so that the product with the weight adds the bias too. By Concat, because ONNX
+            # Runtime's Pad is five times slower.
+            shape = write("Concat", write("Shape", x, start=0, end=1), ints(self.count, 1), axis=0)
+            one = helper.make_tensor("one", onnx.TensorProto.FLOAT, [1], [1.0])
+            ones = write("ConstantOfShape", shape, value=one)
+            narrow += [self._by_direction("dt"), ones]
+        joined = write("Flatten", write("Concat", *narrow, axis=2), axis=2)
+        # Row l·K + k holds what direction k projects from position l.
+        own = np.arange(self.count).reshape(-1, 1, 1)
+        rows = write("Add", write("Mul", unroll, np.array(self.count)), own)
+        local = write("Gather", joined, rows, axis=0)
         if not self.variant.low_rank:
-            return biases
-        weights = self._split(self._float("dt_weight"), self.count, axis=0)
-        return [
-            write("Concat", write("Transpose", weight, perm=[1, 0]), bias, axis=0)
-            for weight, bias in zip(weights, biases, strict=True)
-        ]
+            B, C = write.multiple("Split", [local, ints(n, n)], 2, axis=4)
+            wide = write("Flatten", self._by_direction("dt"), axis=2)
+            return write("Add", write("Gather", wide, rows, axis=0), bias), B, C
+        weight_shape = write(
+            "Concat", ints(self.count, -1), write("Shape", "dt_weight", start=1, end=2), axis=0
+        )
+        groups = write("Reshape", self._float("dt_weight"), weight_shape)
+        weight = write(
+            "Concat", write("Unsqueeze", write("Transpose", groups, perm=[0, 2, 1]), ints(1)), bias, axis=2
+        )
+        rank = write("Shape", weight, start=2, end=3)
+        sizes = write("Concat", ints(n, n), rank, axis=0)
+        B, C, steps = write.multiple("Split", [local, sizes], 3, axis=4)
+        return write("MatMul", steps, weight), B, C
 
     # The scan --------------------------------------------------------------------------------------------------
 
-    def _line(self, k: int, x: Value, steps: Value, B: Value, C: Value, weight: Value, A: Value) -> _Line:
-        """Form what the Scans of direction k read from its maps (T, batch, P, ...)."""
+    def _scan_single(self, dt: Value, B: Value, C: Value, x: Value) -> Value:
+        """y, (T, K, batch, P, d_inner), for a state of one number for each channel."""
         write = self.write
-        if self.variant.low_rank:
-            dt = write("MatMul", write("Squeeze", steps, ints(3)), weight)
-        else:
-            dt = write("Add", steps, weight)
-        if self.variant.softplus:
-            dt = write_softplus(write, dt)
-        reverse = self.directions[k].reverse
-        if self.single:
-            # B first: were x multiplied by B, both unrolled, ONNX Runtime would move the unrolling behind the product.
-            drive = write("Mul", write("Mul", dt, B), x)
-            return _Line(reverse, write("Mul", dt, A), drive, B, C, A)
-        drive = write("Unsqueeze", write("Mul", dt, x), ints(3))
-        B, C = write("Unsqueeze", B, ints(4)), write("Unsqueeze", C, ints(3))
-        return _Line(reverse, write("Unsqueeze", dt, ints(3)), drive, B, C, A)
+        A = write("Reshape", self._float("A"), ints(self.count, 1, 1, -1))
+        exponent = write("Mul", dt, A)
+        decay = write("Exp", exponent)
+        # B first: were x multiplied by B, both unrolled, ONNX Runtime could move the unrolling behind the product.
+        drive = write("Mul", write("Mul", dt, B), x)
+        total_decay = write("Exp", write("ReduceSum", exponent, ints(0), keepdims=0))
+        zero = write("Sub", total_decay, total_decay)
 
-    def _solve(self, lines: Sequence[_Line]) -> Value:
-        """The three Scans of one orientation; returns the sum of its directions, (T, batch, P, d_inner)."""
-        write = self.write
-        decays = [write("Exp", line.exponent) if self.single else line.exponent for line in lines]
-        drives = [
-            [decay, line.drive] + ([] if self.single else [line.B])
-            for decay, line in zip(decays, lines, strict=True)
-        ]
-        totals = [self._total_decay(line) for line in lines]
-        zeros = write("Sub", totals[0], totals[0])
-        last_states = self._scan_lines(lines, drives, [zeros] * len(lines), output=False)
-        first_states = self._scan_across(lines, last_states, totals)
-        outputs = self._scan_lines(lines, drives, first_states, output=True)
-        result = outputs[0] if len(outputs) == 1 else write("Sum", *outputs)
-        return result if self.single else write("Squeeze", result, ints(3))
-
-    def _total_decay(self, line: _Line) -> Value:
-        """The product of a line's decays, exp(A·Σdt): (batch, P, [N,] d_inner)."""
-        total = self.write("ReduceSum", line.exponent, ints(0), keepdims=0)
-        return self.write("Exp", total if self.single else self.write("Mul", total, line.A))
-
-    def _scan_lines(
-        self,
-        lines: Sequence[_Line],
-        drives: Sequence[Sequence[Value]],
-        initial: Sequence[Value],
-        output: bool,
-    ) -> list[Value]:
-        """Advance all lines position by position: the last states, or with `output` the outputs, of each direction."""
-        body = Writer("line_")
-        states_in: list[Value] = []
-        states_out: list[Value] = []
-        scanned: list[Value] = []
-        results: list[Value] = []
-        feeds: list[Value] = []
-        reversed_flags: list[int] = []
-        for line, drive in zip(lines, drives, strict=True):
-            names = [body.fresh("scanned") for _ in drive]
-            state = body.fresh("state")
-            decay, force = names[0], names[1]
-            if not self.single:
-                decay = body("Exp", body("Mul", decay, line.A))
-                force = body("Mul", force, names[2])
-            next_state = body("Add", body("Mul", decay, state), force)
-            states_in.append(state)
-            states_out.append(next_state)
-            scanned += names
-            feeds += drive
-            reversed_flags += [int(line.reverse)] * len(drive)
-            if output:
-                weight = body.fresh("scanned")
-                scanned.append(weight)
-                feeds.append(line.C)
-                reversed_flags.append(int(line.reverse))
-                results.append(
-                    body(
-                        "Mul" if self.single else "MatMul",
-                        *((next_state, weight) if self.single else (weight, next_state)),
-                    )
-                )
-        outputs = self.write.multiple(
+        along = Writer("line_")
+        last = along("Add", along("Mul", "decay", "state"), "drive")
+        own = write(
             "Scan",
-            [*initial, *feeds],
-            len(states_out) + len(results),
-            body=body.subgraph("line", [*states_in, *scanned], [*states_out, *results]),
-            num_scan_inputs=len(feeds),
-            scan_input_directions=reversed_flags,
-            **({"scan_output_directions": [int(line.reverse) for line in lines]} if output else {}),
+            zero,
+            decay,
+            drive,
+            body=along.subgraph("line", ["state", "decay", "drive"], [last]),
+            num_scan_inputs=2,
         )
-        return outputs[len(lines) :] if output else outputs
+        again = Writer("output_")
+        state = again("Add", again("Mul", "decay", "state"), "drive")
+        output = again("Mul", state, "weight")
+        _, y = write.multiple(
+            "Scan",
+            [self._scan_across(own, total_decay, zero), decay, drive, C],
+            2,
+            body=again.subgraph("output", ["state", "decay", "drive", "weight"], [state, output]),
+            num_scan_inputs=3,
+        )
+        return y
 
-    def _scan_across(
-        self, lines: Sequence[_Line], last: Sequence[Value], totals: Sequence[Value]
-    ) -> list[Value]:
-        """From the last states and total decays of the lines, the state each line starts from."""
+    def _scan_across(self, own: Value, total_decay: Value, zero: Value) -> Value:
+        """From the last states and total decays of the lines, (K, batch, P, d_inner), the states they start from."""
+        write = self.write
         body = Writer("across_")
-        carries: list[Value] = []
-        next_carries: list[Value] = []
-        scanned: list[Value] = []
-        feeds: list[Value] = []
-        flags: list[int] = []
-        for line, state, total in zip(lines, last, totals, strict=True):
-            carry, own, decay = (body.fresh("carry"), body.fresh("scanned"), body.fresh("scanned"))
-            next_carries.append(body("Add", body("Mul", decay, carry), own))
-            carries.append(carry)
-            scanned += [own, decay]
-            feeds += [state, total]
-            flags += [int(line.reverse)] * 2
-        before = [body("Identity", carry) for carry in carries]
-        zero = self.write("ReduceMin", self.write("Sub", totals[0], totals[0]), ints(1), keepdims=0)
-        outputs = self.write.multiple(
+        following = body("Add", body("Mul", "decay", "carry"), "own")
+        before = body("Identity", "carry")
+        _, starts = write.multiple(
             "Scan",
-            [zero] * len(lines) + feeds,
-            2 * len(lines),
-            body=body.subgraph("across", [*carries, *scanned], [*next_carries, *before]),
-            num_scan_inputs=len(feeds),
-            scan_input_axes=[1] * len(feeds),
-            scan_output_axes=[1] * len(lines),
-            scan_input_directions=flags,
-            scan_output_directions=[int(line.reverse) for line in lines],
+            [write("ReduceMin", zero, ints(2), keepdims=0), own, total_decay],
+            2,
+            body=body.subgraph("across", ["carry", "own", "decay"], [following, before]),
+            num_scan_inputs=2,
+            scan_input_axes=[2, 2],
+            scan_output_axes=[2],
         )
-        return outputs[len(lines) :]
+        return starts
+
+    def _scan_states(self, dt: Value, B: Value, C: Value, x: Value) -> Value:
+        """y, (T, K, batch, 1, d_inner), for d_state numbers for each channel; the state is (K, batch, N, d_inner)."""
+        write, n = self.write, self.variant.d_state
+        grouped = write("Reshape", self._float("A"), ints(self.count, -1, n))
+        A = write("Unsqueeze", write("Transpose", grouped, perm=[0, 2, 1]), ints(1))
+        # The axis of the one line becomes the axis of the states; B turns its states into a column.
+        column = write("Transpose", B, perm=[0, 1, 2, 4, 3])
+        first = write("Gather", dt, np.array(0), axis=0)
+        zero = write("Mul", write("Sub", first, first), write("Sub", A, A))
+
+        body = Writer("line_")
+        decay = body("Exp", body("Mul", "dt", A))
+        state = body("Add", body("Mul", decay, "state"), body("Mul", "driven", "column"))
+        output = body("MatMul", "row", state)
+        _, y = write.multiple(
+            "Scan",
+            [zero, dt, write("Mul", dt, x), column, C],
+            2,
+            body=body.subgraph("line", ["state", "dt", "driven", "column", "row"], [state, output]),
+            num_scan_inputs=4,
+        )
+        return y
