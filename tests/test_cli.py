@@ -261,7 +261,8 @@ def test_models_lists_every_card() -> None:
         assert load_card(name).family in line
     assert [line.split()[0] for line in lines if " * " in line and "weights" not in line] == [MODEL]
     assert "82.6" in next(line for line in lines if "vmamba_tiny_s1l8" in line)
-    assert "58.8–95.3" in next(line for line in lines if "medmamba_t" in line)
+    several = [entry.top1 for entry in load_card("medmamba_t").accuracy]
+    assert f"{min(several)}–{max(several)}" in next(line for line in lines if "medmamba_t" in line)
 
 
 def test_models_as_json() -> None:

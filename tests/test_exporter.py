@@ -117,7 +117,7 @@ def test_the_file_says_nothing_of_the_machine_that_made_it(name: str) -> None:
     model, _ = run_passes(traced(name), Selection((2,), Subsample()))
     stored = lower(model).SerializeToString()
     for path in (REPOSITORY, onnxruntime.__file__, onnx.__file__, torch.__file__):
-        for part in (str(path), "site-packages", "quartermap_deploy/", "Traceback", ".py\""):
+        for part in (str(path), "site-packages", "quartermap_deploy/", "Traceback", '.py"'):
             assert part.encode() not in stored, part
     nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
     assert not any(node.doc_string or node.metadata_props for node in nodes)
@@ -246,7 +246,9 @@ def test_one_file_takes_every_size(name: str, plan: QuarterMap | None) -> None:
         assert error(run_session(ready, {INPUT: images})[OUTPUT], expected) <= TOLERANCE, (height, width)
 
 
-@pytest.mark.xfail(strict=True, reason="torch.export fixes sizes that are 1 while tracing, and says so to nobody")
+@pytest.mark.xfail(
+    strict=True, reason="torch.export fixes sizes that are 1 while tracing, and says so to nobody"
+)
 def test_open_sizes_stay_open_when_traced_with_a_small_image() -> None:
     model = tiny("medmamba")
     graph = lower(trace(model, (1, 3, 8, 8), dynamic_size=True))
@@ -277,7 +279,9 @@ def test_a_model_that_is_pruned_in_pytorch_is_exported_as_it_is() -> None:
     traced_directly = lower(trace(prune(model, plan), (2, 3, 64, 96)))
     by_passes = pruned(traced_with_open_sizes("vmamba_s2_channel_first"), model.depths, plan)
     images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
-    assert error(run(traced_directly, {INPUT: images})[OUTPUT], run(by_passes, {INPUT: images})[OUTPUT]) <= 1e-6
+    assert (
+        error(run(traced_directly, {INPUT: images})[OUTPUT], run(by_passes, {INPUT: images})[OUTPUT]) <= 1e-6
+    )
 
 
 # What exporting leaves behind, and what it refuses ------------------------------------------------------------------

@@ -137,8 +137,16 @@ def test_the_graphs_of_these_tests_are_what_they_say(form: str) -> None:
     assert error(output(model, x), by_torch(form, x, None)) <= 1e-5
 
 
-@given(form=forms, height=heights, width=heights, known=st.booleans(), subsample=st.sampled_from(NEAREST + INTERPOLATED))
-def test_insertion_is_quartermap(form: str, height: int, width: int, known: bool, subsample: Subsample) -> None:
+@given(
+    form=forms,
+    height=heights,
+    width=heights,
+    known=st.booleans(),
+    subsample=st.sampled_from(NEAREST + INTERPOLATED),
+)
+def test_insertion_is_quartermap(
+    form: str, height: int, width: int, known: bool, subsample: Subsample
+) -> None:
     model = text_model(FORMS[form], *((height, width) if known else ()))
     inserted, _ = run_passes(model, Selection((1,), subsample), CANONICAL)
     x = image(height, width)
@@ -189,7 +197,9 @@ def test_each_pass_changes_nothing_the_second_time(
         assert main_graph(again) == main_graph(model)
 
 
-@pytest.mark.xfail(strict=True, reason="insert_quartermap does not see that a hoisted block is subsampled already")
+@pytest.mark.xfail(
+    strict=True, reason="insert_quartermap does not see that a hoisted block is subsampled already"
+)
 @pytest.mark.parametrize("passes", [CANONICAL, OPTIMIZED])
 def test_all_passes_change_nothing_the_second_time(passes: Sequence[GraphPass]) -> None:
     selection = select(1)
@@ -297,7 +307,9 @@ class TestInsert:
 
     def test_a_map_that_is_read_elsewhere_too_stays_whole_there(self) -> None:
         text = edited(
-            CHANNEL_FIRST, "y = Add (x, mixed)", "beside = Conv (features, out_proj)\n    y = Add (beside, mixed)"
+            CHANNEL_FIRST,
+            "y = Add (x, mixed)",
+            "beside = Conv (features, out_proj)\n    y = Add (beside, mixed)",
         )
         model, _ = run_passes(text_model(text), select(1), CANONICAL)
         assert readers(model, "features") == ["Conv", "Shape", "Slice"]
@@ -456,16 +468,28 @@ class TestHoist:
         [
             # Nothing but SiLU is known to stand between the convolution and the scan.
             (
-                [("gate = Sigmoid (convolved)\n    features = Mul (convolved, gate)", "features = Relu (convolved)")],
+                [
+                    (
+                        "gate = Sigmoid (convolved)\n    features = Mul (convolved, gate)",
+                        "features = Relu (convolved)",
+                    )
+                ],
                 r"SiLU\(Conv\(x\)\) before the Slice of block 1, found Relu features",
             ),
             (
                 [("gate = Sigmoid (convolved)", "gate = Sigmoid (projected)")],
                 r"SiLU\(Conv\(x\)\) before the Slice of block 1, found Mul features",
             ),
-            ([("projected = Conv (x, in_proj)", "projected = Conv (x, in_proj)\n    sums = Add (projected, projected)"),
-              ("features = Mul (convolved, gate)", "features = Mul (sums, gate)")],
-             r"SiLU\(Conv\(x\)\) before the Slice of block 1"),
+            (
+                [
+                    (
+                        "projected = Conv (x, in_proj)",
+                        "projected = Conv (x, in_proj)\n    sums = Add (projected, projected)",
+                    ),
+                    ("features = Mul (convolved, gate)", "features = Mul (sums, gate)"),
+                ],
+                r"SiLU\(Conv\(x\)\) before the Slice of block 1",
+            ),
             # Whoever else reads the map needs every position of it.
             (
                 [("y = Add (x, mixed)", "beside = Conv (features, out_proj)\n    y = Add (beside, mixed)")],
@@ -473,7 +497,10 @@ class TestHoist:
             ),
             # A convolution that shrinks, shifts or strides its map.
             (
-                [("pads = [1, 1, 1, 1], ", "pads = [0, 0, 0, 0], "), ("y = Add (x, mixed)", "y = Relu (mixed)")],
+                [
+                    ("pads = [1, 1, 1, 1], ", "pads = [0, 0, 0, 0], "),
+                    ("y = Add (x, mixed)", "y = Relu (mixed)"),
+                ],
                 r"convolved of block 1 does not keep the size",
             ),
             (
@@ -507,7 +534,9 @@ class TestHoist:
     @pytest.mark.parametrize("value", ["convolved", "gate"])
     def test_refuses_a_convolution_that_is_read_elsewhere(self, value: str) -> None:
         text = edited(
-            CHANNEL_FIRST, "y = Add (x, mixed)", f"beside = Conv ({value}, out_proj)\n    y = Add (beside, mixed)"
+            CHANNEL_FIRST,
+            "y = Add (x, mixed)",
+            f"beside = Conv ({value}, out_proj)\n    y = Add (beside, mixed)",
         )
         with pytest.raises(PassError, match=r"block 1.*beside"):
             run_passes(text_model(text), select(1), HOISTED)
@@ -541,7 +570,9 @@ class TestHoist:
 # sink_resize --------------------------------------------------------------------------------------------------------
 
 
-def sunk(text: str, selection: Selection, *sizes: int, **weights: Array) -> tuple[onnx.ModelProto, PassReport]:
+def sunk(
+    text: str, selection: Selection, *sizes: int, **weights: Array
+) -> tuple[onnx.ModelProto, PassReport]:
     """Insert and sink, check that no number has changed, and return the model and what sink_resize reports."""
     model = text_model(text, *sizes, weights=weights)
     before, _ = run_passes(model, selection, CANONICAL)
@@ -573,7 +604,9 @@ class TestSink:
         assert restoring
         end = "normal" if form == "gated" else "mixed"
         # The value has its name still, now made by the restoring nodes, or by the transpose behind them.
-        assert node_making(model, end).op_type == ("Transpose" if form != "channel_first" else restoring[-1].op_type)
+        assert node_making(model, end).op_type == (
+            "Transpose" if form != "channel_first" else restoring[-1].op_type
+        )
         assert readers(model, end) == [reader]
 
     @pytest.mark.parametrize("subsample", INTERPOLATED)
@@ -598,7 +631,9 @@ class TestSink:
         ],
     )
     def test_passes_what_acts_on_one_position_at_a_time(self, line: str, passed: str) -> None:
-        text = edited(CHANNEL_FIRST, "mixed = Conv (first, out_proj)", f"{line}\n    mixed = Conv (scaled, out_proj)")
+        text = edited(
+            CHANNEL_FIRST, "mixed = Conv (first, out_proj)", f"{line}\n    mixed = Conv (scaled, out_proj)"
+        )
         random = np.random.default_rng(0)
         _, report = sunk(
             text,
@@ -624,7 +659,9 @@ class TestSink:
         ],
     )
     def test_stops_at_what_does_not(self, line: str) -> None:
-        text = edited(CHANNEL_FIRST, "mixed = Conv (first, out_proj)", f"{line}\n    mixed = Conv (scaled, out_proj)")
+        text = edited(
+            CHANNEL_FIRST, "mixed = Conv (first, out_proj)", f"{line}\n    mixed = Conv (scaled, out_proj)"
+        )
         random = np.random.default_rng(0)
         model, report = sunk(
             text,
@@ -654,7 +691,9 @@ class TestSink:
 
     def test_stops_before_a_value_that_is_read_twice(self) -> None:
         text = edited(
-            CHANNEL_FIRST, "y = Add (x, mixed)", "beside = Conv (first, out_proj)\n    y = Add (beside, mixed)"
+            CHANNEL_FIRST,
+            "y = Add (x, mixed)",
+            "beside = Conv (first, out_proj)\n    y = Add (beside, mixed)",
         )
         model, report = sunk(text, select(1))
         assert report.changed == ["block 1: restored after LayerNormalization"]
@@ -662,7 +701,11 @@ class TestSink:
 
     @pytest.mark.xfail(strict=True, raises=PassError, reason="the place after the last node is looked up")
     def test_takes_a_block_that_ends_the_graph(self) -> None:
-        text = edited(CHANNEL_FIRST, "    mixed = Conv (first, out_proj)\n    y = Add (x, mixed)\n", "    y = Conv (first, out_proj)\n")
+        text = edited(
+            CHANNEL_FIRST,
+            "    mixed = Conv (first, out_proj)\n    y = Add (x, mixed)\n",
+            "    y = Conv (first, out_proj)\n",
+        )
         sunk(text, select(1))
 
 
@@ -689,7 +732,12 @@ class TestLower:
         nodes = [node for node in model.graph.node if node.op_type == SELECTIVE_SCAN_2D]
         assert [node.overload for node in nodes] == ["", "variant_1", ""]
         onnx.checker.check_model(model, full_check=True)
-        assert output(text_model("\n".join(lines) + "\n", weights=parameters), image(4, 5)).shape == (2, 4, 4, 5)
+        assert output(text_model("\n".join(lines) + "\n", weights=parameters), image(4, 5)).shape == (
+            2,
+            4,
+            4,
+            5,
+        )
 
     def test_lowering_twice_changes_nothing(self) -> None:
         once = lower(text_model(CHANNEL_FIRST))
@@ -698,7 +746,12 @@ class TestLower:
     def test_functions_of_others_stay(self) -> None:
         model = text_model(CHANNEL_FIRST)
         other = helper.make_function(
-            "other", "Twice", ["x"], ["y"], [helper.make_node("Add", ["x", "x"], ["y"])], [helper.make_opsetid("", 20)]
+            "other",
+            "Twice",
+            ["x"],
+            ["y"],
+            [helper.make_node("Add", ["x", "x"], ["y"])],
+            [helper.make_opsetid("", 20)],
         )
         model.functions.append(other)
         assert [function.name for function in lower(model).functions] == ["Twice", SELECTIVE_SCAN_2D]
@@ -715,7 +768,11 @@ class TestLower:
 
     def test_refuses_a_state_matrix_that_is_computed(self) -> None:
         text = edited(CHANNEL_FIRST, "(features, dt, B, C, A, D,", "(features, dt, B, C, negative, D,")
-        text = edited(text, "narrow = Conv (features, x_proj)", "negative = Neg (A)\n    narrow = Conv (features, x_proj)")
+        text = edited(
+            text,
+            "narrow = Conv (features, x_proj)",
+            "negative = Neg (A)\n    narrow = Conv (features, x_proj)",
+        )
         with pytest.raises(PassError, match=r"negative of scanned is no constant"):
             lower(text_model(text))
 
@@ -738,9 +795,13 @@ class TestInferShapes:
 
     def test_large_weights_do_not_matter(self) -> None:
         large = {"out_proj": np.zeros((4000, D_INNER, 1, 1), dtype=np.float32)}
-        model = text_model(edited(CHANNEL_FIRST, "y = Add (x, mixed)", "y = Relu (mixed)"), 8, 9, weights=large)
+        model = text_model(
+            edited(CHANNEL_FIRST, "y = Add (x, mixed)", "y = Relu (mixed)"), 8, 9, weights=large
+        )
         inferred = infer_shapes(model)
-        assert [tensor.name for tensor in inferred.graph.initializer] == [t.name for t in model.graph.initializer]
+        assert [tensor.name for tensor in inferred.graph.initializer] == [
+            t.name for t in model.graph.initializer
+        ]
         assert [value.name for value in inferred.graph.input] == ["x"]
         (mixed,) = (value for value in inferred.graph.value_info if value.name == "mixed")
         assert mixed.type.tensor_type.shape.dim[1].dim_value == 4000

@@ -191,9 +191,7 @@ def test_bfloat16_maps() -> None:
             )
     scan_node = model.graph.node[-1]
     scan_node.output[0] = "y_bfloat16"
-    model.graph.node.append(
-        helper.make_node("Cast", ["y_bfloat16"], ["0/y"], to=onnx.TensorProto.FLOAT)
-    )
+    model.graph.node.append(helper.make_node("Cast", ["y_bfloat16"], ["0/y"], to=onnx.TensorProto.FLOAT))
     feeds = {
         f"0/{name}": tensor.float().numpy()
         for name, tensor in zip(
