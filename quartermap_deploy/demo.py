@@ -234,7 +234,7 @@ def show_results(results: Sequence[Result]) -> None:
     show(
         table(f"{MODEL} on handwritten digits, in ONNX Runtime, batch {BATCH}", headings, rows),
         "",
-        f"PyTorch and bundle name the same digit for {agreement:.2%} of the held-out digits, at least.",
+        f"With every plan, bundle and PyTorch agree on at least {agreement:.2%} of the held-out digits.",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -21,3 +22,10 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 # One thread makes the sums of a run repeatable, and lets several test runs share a machine.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tell `helpers` of a folder that all processes of this test run share; pytest removes it by and by."""
+    own = tmp_path_factory.getbasetemp()
+    os.environ["QUARTERMAP_TEST_FOLDER"] = str(own.parent if "PYTEST_XDIST_WORKER" in os.environ else own)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -421,23 +423,41 @@ def shortened(name: str) -> VisualStateSpaceModel:
     return model.eval()
 
 
-@functools.cache
-def _traced_bytes(name: str, kind: str) -> bytes:
-    if kind == "open":
-        model = trace(shortened(name), (2, 3, 64, 96), dynamic_size=True)
-    else:
-        model = trace(reference(name).model, tuple(reference(name).input.shape))
-    return model.SerializeToString()
+def _made_once(name: str, make: Callable[[], onnx.ModelProto]) -> bytes:
+    """Return a model that takes long to make, made by whichever process of the test run asks first."""
+    folder = Path(os.environ["QUARTERMAP_TEST_FOLDER"])
+    stored, lock = folder / f"{name}.onnx", folder / f"{name}.lock"
+    deadline = time.monotonic() + 300
+    while not stored.exists():
+        try:
+            lock.touch(exist_ok=False)
+        except FileExistsError:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"another process was to make {stored}, and did not") from None
+            time.sleep(0.2)
+            continue
+        try:
+            unfinished = folder / f"{name}.unfinished"
+            unfinished.write_bytes(make().SerializeToString())
+            unfinished.rename(stored)
+        finally:
+            lock.unlink()
+    return stored.read_bytes()
 
 
 def traced(name: str) -> onnx.ModelProto:
     """Return a reference as the exporter traces it; traced once in a test run."""
-    return onnx.load_from_string(_traced_bytes(name, "known"))
+    given = reference(name)
+    return onnx.load_from_string(_made_once(name, lambda: trace(given.model, tuple(given.input.shape))))
 
 
 def traced_with_open_sizes(name: str) -> onnx.ModelProto:
     """Return a shortened reference, traced with open height and width."""
-    return onnx.load_from_string(_traced_bytes(name, "open"))
+
+    def make() -> onnx.ModelProto:
+        return trace(shortened(name), (2, 3, 64, 96), dynamic_size=True)
+
+    return onnx.load_from_string(_made_once(f"{name}_open", make))
 
 
 @torch.inference_mode()
@@ -500,12 +520,7 @@ def digits() -> tuple[VisualStateSpaceModel, Tensor]:
     return create_model("vmamba_digits"), torch.from_numpy(images)
 
 
-@functools.cache
-def _traced_digits_bytes() -> bytes:
-    model, images = digits()
-    return trace(model, tuple(images.shape)).SerializeToString()
-
-
 def traced_digits() -> onnx.ModelProto:
     """Return the digits model as the exporter traces it; traced once in a test run."""
-    return onnx.load_from_string(_traced_digits_bytes())
+    model, images = digits()
+    return onnx.load_from_string(_made_once("digits", lambda: trace(model, tuple(images.shape))))

@@ -31,7 +31,10 @@ from helpers import (
 from reference_models import CONFIGS, tiny
 from torch import nn
 
-from quartermap_deploy.errors import ExportError, InputError
+from quartermap_deploy.architectures.vmamba import VMamba, VMambaConfig
+from quartermap_deploy.errors import ExportError, InputError, PlanError
+from quartermap_deploy.frontend import exporter
+from quartermap_deploy.frontend.export import export, export_onnx
 from quartermap_deploy.frontend.exporter import INPUT, OUTPUT, block_output, scan_name, trace
 from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D
 from quartermap_deploy.passes import CANONICAL, OPTIMIZED, GraphPass, Selection, lower, run_passes
@@ -125,10 +128,16 @@ def test_the_file_says_nothing_of_the_machine_that_made_it(name: str) -> None:
     assert (model.producer_name, model.producer_version, model.doc_string) == ("quartermap-deploy", "", "")
 
 
-def test_exporting_twice_gives_the_same_file() -> None:
+def test_exporting_twice_gives_the_same_file_and_leaves_the_model_alone() -> None:
     name = "vmamba_s2_channel_first"
-    again = trace(shortened(name), (2, 3, 64, 96), dynamic_size=True)
+    model = copy.deepcopy(shortened(name)).train()
+    again = trace(model, (2, 3, 64, 96), dynamic_size=True)
     assert main_graph(again) == main_graph(traced_with_open_sizes(name))
+    before = shortened(name).state_dict()
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert all(module.training and not module._forward_hooks for module in model.modules())
+    assert not onnx.defs.has(SELECTIVE_SCAN_2D, DOMAIN)
 
 
 # Pruned -------------------------------------------------------------------------------------------------------------
@@ -246,9 +255,6 @@ def test_one_file_takes_every_size(name: str, plan: QuarterMap | None) -> None:
         assert error(run_session(ready, {INPUT: images})[OUTPUT], expected) <= TOLERANCE, (height, width)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="torch.export fixes sizes that are 1 while tracing, and says so to nobody"
-)
 def test_open_sizes_stay_open_when_traced_with_a_small_image() -> None:
     model = tiny("medmamba")
     graph = lower(trace(model, (1, 3, 8, 8), dynamic_size=True))
@@ -262,8 +268,13 @@ def test_open_sizes_stay_open_when_traced_with_a_small_image() -> None:
     assert error(found, expected) <= TOLERANCE
 
 
+def smallest() -> VMamba:
+    """Return a model of one block, which is quick to trace."""
+    return VMamba(VMambaConfig(depths=(1,), dims=(16,), num_classes=3)).eval()
+
+
 def test_a_fixed_batch_stays_fixed() -> None:
-    model = tiny("v2")
+    model = smallest()
     graph = trace(model, (1, 3, 32, 48), dynamic_batch=False)
     sizes = [size.dim_value for size in graph.graph.input[0].type.tensor_type.shape.dim]
     assert sizes == [1, 3, 32, 48]
@@ -284,19 +295,51 @@ def test_a_model_that_is_pruned_in_pytorch_is_exported_as_it_is() -> None:
     )
 
 
-# What exporting leaves behind, and what it refuses ------------------------------------------------------------------
+# export_onnx ----------------------------------------------------------------------------------------------------------
 
 
-def test_exporting_does_not_change_the_model() -> None:
-    model = tiny("v2")
-    before = copy.deepcopy(model.state_dict())
-    model.train()
-    trace(model, (1, 3, 32, 32))
-    assert all(module.training for module in model.modules())
-    assert model.state_dict().keys() == before.keys()
-    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
-    assert not any(module._forward_hooks for module in model.modules())
-    assert not onnx.defs.has(SELECTIVE_SCAN_2D, DOMAIN)
+@pytest.fixture
+def traced_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `export_onnx` take the trace that the other tests made."""
+
+    def give(
+        model: object, shape: Sequence[int], *, dynamic_batch: bool, dynamic_size: bool
+    ) -> onnx.ModelProto:
+        assert model is reference("vmamba_v0_gated").model and (dynamic_batch, dynamic_size) == (True, False)
+        return traced("vmamba_v0_gated")
+
+    monkeypatch.setattr(exporter, "trace", give)
+
+
+@pytest.mark.usefixtures("traced_before")
+@pytest.mark.parametrize("optimize", [True, False])
+def test_export_traces_prunes_and_lowers(optimize: bool) -> None:
+    model, plan = reference("vmamba_v0_gated").model, QuarterMap()
+    exported = export(model, (1, 3, 64, 64), plan, optimize=optimize)
+    expected = pruned(traced("vmamba_v0_gated"), model.depths, plan, OPTIMIZED if optimize else CANONICAL)
+    assert main_graph(exported.model) == main_graph(expected)
+    assert exported.pruned_blocks == plan.select(model.depths) == (3, 6)
+    names = ["insert_quartermap", "hoist_slice", "sink_resize"]
+    assert [report.name for report in exported.passes] == (names if optimize else names[:1])
+
+
+@pytest.mark.usefixtures("traced_before")
+def test_export_without_a_plan_only_lowers() -> None:
+    exported = export_onnx(reference("vmamba_v0_gated").model, (1, 3, 64, 64))
+    assert main_graph(exported) == main_graph(lowered("vmamba_v0_gated"))
+
+
+def test_export_refuses_what_it_would_do_wrongly() -> None:
+    model = reference("medmamba").model
+    with pytest.raises(ExportError, match=r"'float16'.*float32"):
+        export_onnx(model, (1, 3, 64, 64), precision="float16")
+    with pytest.raises(ExportError, match="pruned in PyTorch already"):
+        export_onnx(prune(model, QuarterMap()), (1, 3, 64, 64))
+    with pytest.raises(PlanError, match="block 9"):
+        export_onnx(model, (1, 3, 64, 64), QuarterMap(blocks=(9,)))
+
+
+# What exporting refuses ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(3, 64, 64), (1, 1, 64, 64), (0, 3, 64, 64), (1, 3, 4, 64)])
@@ -316,8 +359,8 @@ class Broken(nn.Module):
 
 
 def test_a_model_that_cannot_be_exported_is_an_export_error_with_its_cause() -> None:
-    model = tiny("v2")
-    model.layers[0].downsample = nn.Sequential(model.layers[0].downsample, Broken())
+    model = smallest()
+    model.layers[0].downsample = Broken()
     with pytest.raises(ExportError, match=r"VMamba for input \(1, 3, 32, 32\)") as caught:
         trace(model, (1, 3, 32, 32))
     assert caught.value.__cause__ is not None

@@ -8,6 +8,7 @@ are random, the skip D·x outweighs the scan a hundredfold, so that leaving out 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ from helpers import (
     digits,
     images_for,
     onnx_outputs,
-    output_errors,
     reference,
     shortened,
     torch_outputs,
@@ -33,13 +33,16 @@ from onnx import helper, numpy_helper
 from torch import Tensor
 
 from quartermap_deploy.architectures.base import VisualStateSpaceModel
-from quartermap_deploy.frontend.exporter import OUTPUT, block_output
+from quartermap_deploy.frontend.exporter import INPUT, OUTPUT, block_output
 from quartermap_deploy.lowering.operator import INPUTS_2D, SELECTIVE_SCAN_2D
 from quartermap_deploy.passes import CANONICAL, OPTIMIZED, GraphPass, Selection, lower, run_passes
 from quartermap_deploy.pruning import QuarterMap, prune
+from quartermap_deploy.validation.comparison import relative_to_largest
+from quartermap_deploy.validation.parity import ParityReport, check_parity
+from quartermap_deploy.validation.runners import TorchRunner, onnxruntime_runner
+from quartermap_deploy.validation.tolerances import Tolerance, tolerance_for
 
-TOLERANCE = 1e-4
-"""ONNX against PyTorch, of the largest value of an output."""
+TOLERANCE = tolerance_for("float32")
 
 WEAKER_SKIP = 0.01
 Fault = Callable[[onnx.ModelProto, Sequence[onnx.NodeProto]], None]
@@ -62,13 +65,10 @@ def subject(name: str) -> Subject:
     """Return a subject; shared, so it must not be changed."""
     if name == "digits":
         return Subject(digits()[0], traced_digits(), digits()[1])
-    if name.startswith("short "):
-        reference_name = name.removeprefix("short ")
-        model, graph = shortened(reference_name), traced_with_open_sizes(reference_name)
-        # Maps of 11×14 and 6×7, or, where patches round down, of 10×13 and 5×7 or 5×6: odd sizes are in it.
-        images = torch.randn(2, 3, 43, 53, generator=torch.Generator().manual_seed(0))
-    else:
-        model, graph, images = reference(name).model, traced(name), images_for(name, 1)
+    reference_name = name.removeprefix("short ")
+    model, graph = shortened(reference_name), traced_with_open_sizes(reference_name)
+    # Maps of 11×14 and 6×7, or, where patches round down, of 10×13 and 5×7 or 5×6: odd sizes are in it.
+    images = torch.randn(2, 3, 43, 53, generator=torch.Generator().manual_seed(0))
     model = copy.deepcopy(model)
     for block in model.blocks():
         with torch.no_grad():
@@ -78,10 +78,16 @@ def subject(name: str) -> Subject:
 
 
 def departures(
-    actual: dict[str, Array], expected: dict[str, Array], tolerance: float = TOLERANCE
+    actual: dict[str, Array], expected: dict[str, Array], tolerance: Tolerance = TOLERANCE
 ) -> list[str]:
-    """Return the outputs that differ by more than the tolerance, in the order of the model."""
-    return [name for name, value in output_errors(actual, expected).items() if value > tolerance]
+    """Return the outputs that do not pass the comparison of the parity check, in the order of the model."""
+    results = relative_to_largest(tolerance)(expected, actual)
+    return [name for name, result in results.items() if not result]
+
+
+def stricter(factor: float) -> Tolerance:
+    """Return the tolerance divided by a factor."""
+    return dataclasses.replace(TOLERANCE, relative=TOLERANCE.relative / factor)
 
 
 @functools.cache
@@ -198,7 +204,7 @@ def planted(name: str, fault: str, blocks: Sequence[int] | None = None) -> dict[
 
 SUBJECTS = {
     "digits": 5,
-    "vmamba_s1_channel_last": 4,
+    "short vmamba_s1_channel_last": 2,
     "short vmamba_s2_channel_first": 2,
     "short vmamba_v0_gated": 2,
     "short medmamba": 2,
@@ -212,7 +218,7 @@ def test_a_graph_without_faults_passes(name: str) -> None:
     outputs = onnx_outputs(lower(given.graph), given.images)
     assert departures(outputs, expected_outputs(name)) == []
     # Passing is no matter of luck: far inside of the tolerance.
-    assert departures(outputs, expected_outputs(name), TOLERANCE / 20) == []
+    assert departures(outputs, expected_outputs(name), stricter(20)) == []
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -227,6 +233,24 @@ def test_a_fault_in_one_block_shows_first_at_that_block(name: str, fault: str) -
 def test_a_fault_in_every_block_shows_in_the_logits_of_the_digits_model(fault: str) -> None:
     found = departures(planted("digits", fault), expected_outputs("digits"))
     assert OUTPUT in found and len(found) > 5, found
+
+
+def test_the_report_names_the_block_that_has_a_fault() -> None:
+    name, block = "short medmamba", 2
+    given = subject(name)
+    model = onnx.ModelProto()
+    model.CopyFrom(given.graph)
+    cases = {"first": given.images[:1].numpy(), "both": given.images.numpy()}
+
+    def report() -> ParityReport:
+        runners = TorchRunner(given.model), onnxruntime_runner(lower(model))
+        return check_parity(*runners, cases, INPUT, TOLERANCE)
+
+    assert report().passed and report().first_departing_block is None
+    FAULTS["no flip"](model, scans(model, [block]))
+    failed = report()
+    assert not failed.passed and failed.first_departing_block == block
+    assert f"block {block} is the first that departs" in failed.describe_failure()
 
 
 # Faults of pruning ----------------------------------------------------------------------------------------------------
@@ -372,4 +396,4 @@ def test_random_weights_hide_faults_of_direction() -> None:
     outputs = onnx_outputs(lower(graph), images)
     assert departures(outputs, expected) == []
     # It is there, and a tolerance ten times as strict, which faultless graphs keep with ease, finds it.
-    assert departures(outputs, expected, TOLERANCE / 10)
+    assert departures(outputs, expected, stricter(10))

@@ -63,7 +63,13 @@ def trace(
     prepared = copy.deepcopy(model).float().eval()
     prepared.freeze()
     # A batch of one would be burnt into the graph as a constant.
-    example = torch.zeros(max(2, input_shape[0]) if dynamic_batch else input_shape[0], *input_shape[1:])
+    batch, channels, height, width = input_shape
+    if dynamic_batch:
+        batch = max(2, batch)
+    if dynamic_size:
+        # So would be any side of a map that is one position long; with these, every stage has two at least.
+        height, width = max(96, height), max(128, width)
+    example = torch.zeros(batch, channels, height, width)
     axes: dict[int, Any] = {0: torch.export.Dim("batch")} if dynamic_batch else {}
     if dynamic_size:
         axes |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}

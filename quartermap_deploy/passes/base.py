@@ -37,6 +37,9 @@ class PassReport:
     refused: dict[int, str] = field(default_factory=dict)
 
 
+MAP_AXES = 4
+"""Axes of a feature map."""
+
 GraphPass = Callable[[gs.Graph, Selection], PassReport]
 
 
@@ -103,13 +106,28 @@ def sizes(value: gs.Tensor) -> tuple[int | None, ...]:
     return tuple(size if isinstance(size, int) else None for size in value.shape)
 
 
-class GraphWriter:
-    """Adds nodes at a place of a graph, with names that start with a prefix."""
+def place_of(graph: gs.Graph, node: gs.Node) -> int:
+    """Index of a node in its graph.
 
-    def __init__(self, graph: gs.Graph, prefix: str, dtype: Any, before: gs.Node) -> None:
-        self.graph, self.prefix, self.dtype = graph, prefix, dtype
-        # Nodes are compared by identity: gs.Node compares by contents, which is slow and may match a twin.
-        self._place = next(i for i, node in enumerate(graph.nodes) if node is before)
+    By identity: gs.Node compares by contents, which is slow and may match a twin.
+    """
+    return next(i for i, item in enumerate(graph.nodes) if item is node)
+
+
+def varies_over_channels_only(value: gs.Tensor, channel: int) -> bool:
+    """Whether a value is a constant that is the same at every position of a map with channels on axis `channel`."""
+    array = constant_of(value)
+    if array is None or array.ndim > MAP_AXES:
+        return False
+    shape = (1,) * (MAP_AXES - array.ndim) + array.shape
+    return all(size == 1 for axis, size in enumerate(shape) if axis != channel)
+
+
+class GraphWriter:
+    """Adds nodes at a place in the list of a graph's nodes, with names that start with a prefix."""
+
+    def __init__(self, graph: gs.Graph, prefix: str, dtype: Any, place: int) -> None:
+        self.graph, self.prefix, self.dtype, self._place = graph, prefix, dtype, place
 
     def constant(self, name: str, values: np.ndarray[Any, Any]) -> gs.Constant:
         """A constant input, named after the prefix."""
@@ -118,7 +136,7 @@ class GraphWriter:
     def __call__(
         self, op: str, name: str, inputs: Sequence[gs.Tensor], dtype: Any = None, **attributes: Any
     ) -> gs.Variable:
-        """Insert a node before the place given at construction, after those inserted earlier; return its output."""
+        """Insert a node at the place given at construction, after those inserted earlier; return its output."""
         output = gs.Variable(f"{self.prefix}/{name}", dtype=self.dtype if dtype is None else dtype)
         node = gs.Node(op, name=output.name, attrs=attributes, inputs=list(inputs), outputs=[output])
         self.graph.nodes.insert(self._place, node)

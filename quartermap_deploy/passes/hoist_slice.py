@@ -70,22 +70,43 @@ def _convolution_before(graph: gs.Graph, keep: gs.Node, block: int) -> gs.Node:
             f"{NAME}: expected SiLU(Conv(x)) before the Slice of block {block}, found "
             f"{'a graph input' if node is None else f'{node.op} {node.name}'}"
         )
-    inside = {id(node) for node in (keep, producer(activated), *conv.outputs[0].outputs)}
-    for value in (activated, conv.outputs[0]):
+    _require_private(graph, keep, conv, block)
+    _require_same_size(conv, block)
+    return conv
+
+
+def _require_private(graph: gs.Graph, keep: gs.Node, conv: gs.Node, block: int) -> None:
+    """Refuse a convolution or activation that something else than the Slice reads, which needs every position."""
+    activation = producer(keep.inputs[0])
+    assert activation is not None
+    inside = {id(keep), id(activation)}
+    values = [keep.inputs[0], conv.outputs[0]]
+    for item in activation.inputs:
+        gate = producer(item)
+        if gate is not None and gate is not conv and activation is not conv:
+            inside.add(id(gate))
+            values.append(item)
+    for value in values:
         outside = [n.name for n in value.outputs if id(n) not in inside and n.op != "Shape"]
         if outside or any(value is output for output in graph.outputs):
             raise PassError(
                 f"{NAME}: {value.name} of block {block} is also read by {', '.join(outside) or 'the graph output'}, "
                 "which needs every position"
             )
+
+
+def _require_same_size(conv: gs.Node, block: int) -> None:
+    """Refuse a convolution that changes the size of its map: no stride of it gives the kept positions."""
     kernel = conv.attrs["kernel_shape"] if "kernel_shape" in conv.attrs else conv.inputs[1].shape[2:]
-    same = all(2 * pad == size - 1 for pad, size in zip(conv.attrs["pads"], [*kernel, *kernel], strict=True))
-    if not same or set(conv.attrs.get("strides", [1, 1])) != {1}:
+    pads, strides = conv.attrs.get("pads", [0, 0, 0, 0]), conv.attrs.get("strides", [1, 1])
+    dilations, auto = conv.attrs.get("dilations", [1, 1]), conv.attrs.get("auto_pad", "NOTSET")
+    same = all(2 * pad == size - 1 for pad, size in zip(pads, [*kernel, *kernel], strict=True))
+    if not same or {*strides, *dilations} != {1} or auto != "NOTSET":
         raise PassError(
-            f"{NAME}: {conv.name} of block {block} does not keep the size of its map (pads {conv.attrs['pads']}, "
-            f"strides {conv.attrs.get('strides')}), so no stride of it gives the kept positions"
+            f"{NAME}: {conv.name} of block {block} does not keep the size of its map with stride 1 (kernel {list(kernel)}, "
+            f"pads {list(pads)}, strides {list(strides)}, dilations {list(dilations)}, auto_pad {auto}), so no stride "
+            "of it gives the kept positions"
         )
-    return conv
 
 
 def _before_activation(node: gs.Node | None) -> gs.Node | None:

@@ -22,12 +22,16 @@ from quartermap_deploy.passes.base import (
     ScanNode,
     Selection,
     constant_of,
+    place_of,
     producer,
     selected_scans,
+    varies_over_channels_only,
 )
-from quartermap_deploy.passes.subsampling import keeping_node, write_keep, write_restore
+from quartermap_deploy.passes.subsampling import write_keep, write_restore
 
 NAME = "insert_quartermap"
+SCANNED = "quartermap/scanned"
+"""How the output of a subsampled scan is named, by which the block is known whatever later passes moved."""
 
 
 def insert_quartermap(graph: gs.Graph, selection: Selection) -> PassReport:
@@ -38,7 +42,7 @@ def insert_quartermap(graph: gs.Graph, selection: Selection) -> PassReport:
     """
     report = PassReport(NAME)
     for scan in selected_scans(graph, selection, NAME):
-        if keeping_node(scan.node.inputs[0]) is None:
+        if not scan.node.outputs[0].name.endswith(SCANNED):
             _insert(graph, scan, selection)
             subsample = selection.subsample
             report.changed.append(
@@ -50,21 +54,20 @@ def insert_quartermap(graph: gs.Graph, selection: Selection) -> PassReport:
 
 def _insert(graph: gs.Graph, scan: ScanNode, selection: Selection) -> None:
     x, y = scan.node.inputs[0], scan.node.outputs[0]
-    projections = _pointwise_path(x, scan)
+    projections = _pointwise_path(graph, x, scan)
     readers = [node for node in x.outputs if node is scan.node or any(node is p for p in projections)]
     if not any(node is scan.node for node in readers):
         raise PassError(f"{NAME}: the scan of block {scan.block} does not read the map {x.name}")
 
-    first = min(readers, key=lambda node: next(i for i, item in enumerate(graph.nodes) if item is node))
+    first = min(place_of(graph, node) for node in readers)
     prefix = f"block_{scan.block}/quartermap"
-    kept = write_keep(GraphWriter(graph, prefix, x.dtype, before=first), x, selection.subsample)
+    kept = write_keep(GraphWriter(graph, prefix, x.dtype, first), x, selection.subsample)
     for node in readers:
         node.inputs = [kept if item is x else item for item in node.inputs]
 
-    small = gs.Variable(f"{prefix}/scanned", dtype=y.dtype)
+    small = gs.Variable(f"block_{scan.block}/{SCANNED}", dtype=y.dtype)
     scan.node.outputs = [small]
-    place = next(i for i, node in enumerate(graph.nodes) if node is scan.node)
-    write = GraphWriter(graph, prefix, y.dtype, before=graph.nodes[place + 1])
+    write = GraphWriter(graph, prefix, y.dtype, place_of(graph, scan.node) + 1)
     restored = write_restore(write, small, x, selection.subsample)
     # The restored map takes the old output's place in its producer, so that its name and readers stay.
     last = producer(restored)
@@ -72,7 +75,7 @@ def _insert(graph: gs.Graph, scan: ScanNode, selection: Selection) -> None:
     last.outputs = [y]
 
 
-def _pointwise_path(x: gs.Tensor, scan: ScanNode) -> list[gs.Node]:
+def _pointwise_path(graph: gs.Graph, x: gs.Tensor, scan: ScanNode) -> list[gs.Node]:
     """The nodes between x and the dt, B and C of the scan.
 
     Raises:
@@ -98,7 +101,20 @@ def _pointwise_path(x: gs.Tensor, scan: ScanNode) -> list[gs.Node]:
             )
         found.append(node)
         pending += node.inputs
+    _require_private(graph, found, scan)
     return found
+
+
+def _require_private(graph: gs.Graph, projections: list[gs.Node], scan: ScanNode) -> None:
+    """Refuse projections that something else than the scan reads, which needs every position of them."""
+    inside = {id(scan.node), *map(id, projections)}
+    for value in (output for node in projections for output in node.outputs):
+        outside = [node.name for node in value.outputs if id(node) not in inside]
+        if outside or any(value is output for output in graph.outputs):
+            raise PassError(
+                f"{NAME}: {value.name} of block {scan.block} is also read by {', '.join(outside) or 'the graph output'}"
+                ", which needs every position"
+            )
 
 
 def _acts_pointwise(node: gs.Node) -> bool:
@@ -108,4 +124,7 @@ def _acts_pointwise(node: gs.Node) -> bool:
         return kernel is not None and kernel.shape[2:] == (1, 1) and set(strides) == {1}
     if node.op == "Split":
         return int(node.attrs.get("axis", 0)) == 1
-    return node.op in ("Mul", "Add", "Sub", "Sigmoid", "Identity", "Cast")
+    if node.op in ("Mul", "Add", "Sub"):
+        constants = [item for item in node.inputs if constant_of(item) is not None]
+        return all(varies_over_channels_only(item, channel=1) for item in constants)
+    return node.op in ("Sigmoid", "Identity", "Cast")

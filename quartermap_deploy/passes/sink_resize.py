@@ -25,8 +25,10 @@ from quartermap_deploy.passes.base import (
     Selection,
     constant_of,
     only_consumer,
+    place_of,
     producer,
     selected_scans,
+    varies_over_channels_only,
 )
 from quartermap_deploy.passes.subsampling import restore_chain, restored_like, write_restore
 from quartermap_deploy.pruning.plan import Subsample
@@ -105,16 +107,8 @@ def _acts_on_positions(node: gs.Node, value: gs.Tensor, axes: Sequence[int]) -> 
         weight = constant_of(node.inputs[1])
         return channel == 3 and node.inputs[0] is value and weight is not None and weight.ndim == 2
     if node.op in _BINARY:
-        return len(others) == 1 and _varies_over_channels_only(others[0], channel)
+        return len(others) == 1 and varies_over_channels_only(others[0], channel)
     return node.op in _UNARY
-
-
-def _varies_over_channels_only(value: gs.Tensor, channel: int) -> bool:
-    array = constant_of(value)
-    if array is None or array.ndim > len(RASTER):
-        return False
-    shape = (1,) * (len(RASTER) - array.ndim) + array.shape
-    return all(size == 1 for axis, size in enumerate(shape) if axis != channel)
 
 
 def _permuted(axes: Sequence[int], node: gs.Node) -> tuple[int, ...]:
@@ -144,11 +138,8 @@ def _move(
     # The nodes that computed the size go too, so that their names are free again.
     graph.cleanup()
     end = passed[-1].outputs[0]
-    place = next(i for i, node in enumerate(graph.nodes) if node is passed[-1]) + 1
-    if place == len(graph.nodes):
-        raise PassError(f"{NAME}: block {block} ends the graph, where nothing reads its restored map")
     prefix = f"block_{block}/quartermap"
-    write = GraphWriter(graph, prefix, end.dtype, before=graph.nodes[place])
+    write = GraphWriter(graph, prefix, end.dtype, place_of(graph, passed[-1]) + 1)
     value: gs.Tensor = gs.Variable(f"{prefix}/small", dtype=end.dtype)
     passed[-1].outputs = [value]
     raster = tuple(axes) == RASTER

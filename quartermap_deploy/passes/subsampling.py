@@ -112,12 +112,6 @@ def strided_slice(node: gs.Node | None) -> int | None:
     return None if steps is None else int(steps[0])
 
 
-def keeping_node(x: gs.Tensor) -> gs.Node | None:
-    """The node of `write_keep` that makes x, or None."""
-    node = producer(x)
-    return node if is_keep(node) else None
-
-
 def _last_part(node: gs.Node) -> str:
     return str(node.name).rsplit("/", maxsplit=1)[-1]
 
