@@ -11,6 +11,7 @@ Loading and running a bundle needs NumPy and its target's runtime, not torch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -34,6 +35,19 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MANIFEST, MODEL, REPORT = "manifest.json", "model.onnx", "report.json"
+_KEYS = (
+    "recipe",
+    "model",
+    "input",
+    "output",
+    "plan",
+    "blocks",
+    "totals",
+    "graph",
+    "passes",
+    "versions",
+    "targets",
+)
 
 
 @dataclass(frozen=True)
@@ -123,12 +137,20 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
     if not folder.is_dir():
         raise BundleError(f"there is no bundle {folder}; expected a folder that `quartermap compile` wrote")
     manifest = _read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or "files" not in manifest or "format" not in manifest:
+    if (
+        not isinstance(manifest, dict)
+        or not isinstance(manifest.get("files"), dict)
+        or "format" not in manifest
+    ):
         raise BundleError(f"{folder / MANIFEST} is not the manifest of a bundle")
     if manifest["format"] != FORMAT:
         raise BundleError(
             f"the bundle {folder} has format {manifest['format']!r}, this version of quartermap-deploy reads format "
             f"{FORMAT}; compile it again, or install the version that wrote it"
+        )
+    if absent := [key for key in _KEYS if key not in manifest]:
+        raise BundleError(
+            f"{folder / MANIFEST} lacks {', '.join(absent)}; the bundle was altered or damaged; compile it again"
         )
     _verify(folder, manifest["files"])
     return Bundle(folder, manifest, _read_json(folder / REPORT))
@@ -180,6 +202,9 @@ def check_destination(path: Path, force: bool) -> None:
         BundleError: if something is there and `force` is not given, or if it is no bundle, which is never removed.
     """
     if not path.exists() and not path.is_symlink():
+        above = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise BundleError(f"cannot write to {path}: {above} is no folder that you may write to")
         return
     if not force:
         raise BundleError(f"{path} exists already; choose another folder, or replace it with --force")
@@ -198,6 +223,7 @@ def new_bundle(path: Path, force: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     check_destination(path, force)
+    made = [parent for parent in path.absolute().parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".draft", dir=path.parent))
@@ -219,6 +245,10 @@ def new_bundle(path: Path, force: bool = False) -> Iterator[Path]:
             draft.rename(path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        # Folders that were made for the bundle go when it did not come; those that hold something stay.
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
 
 
 def write_json(path: Path, values: Any) -> None:

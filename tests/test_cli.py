@@ -607,7 +607,6 @@ def test_a_recipe_that_is_wrong(refused: Refuse, workplace: Path, text: str | No
     [
         ["--every", "3"],
         ["--size", "64", "64"],
-        ["--checkpoint", "w.pth"],
         ["--no-optimize"],
         ["--static-batch"],
         ["--precision", "float32"],

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 BUNDLES = Path("bundles")
 
-SHARED = ("targets", "images")
-"""Fields of a recipe that an option may replace: they decide what is built and checked, not what is computed."""
+SHARED = ("checkpoint", "targets", "images")
+"""Fields of a recipe that an option may replace: where things lie on this machine, and what is built and checked."""
 
 PLAN = ("every", "blocks", "exclude_stages", "stride", "keep", "upsample")
 """Options that are fields of a `QuarterMap`."""

@@ -103,9 +103,9 @@ def _require_same_size(conv: gs.Node, block: int) -> None:
     same = all(2 * pad == size - 1 for pad, size in zip(pads, [*kernel, *kernel], strict=True))
     if not same or {*strides, *dilations} != {1} or auto != "NOTSET":
         raise PassError(
-            f"{NAME}: {conv.name} of block {block} does not keep the size of its map with stride 1 (kernel {list(kernel)}, "
-            f"pads {list(pads)}, strides {list(strides)}, dilations {list(dilations)}, auto_pad {auto}), so no stride "
-            "of it gives the kept positions"
+            f"{NAME}: {conv.name} of block {block} does not keep the size of its map with stride 1, so no stride of it "
+            f"gives the kept positions: kernel {list(kernel)}, pads {list(pads)}, strides {list(strides)}, "
+            f"dilations {list(dilations)}, auto_pad {auto}"
         )
 
 

@@ -67,20 +67,33 @@ def inference_session(model: Path | bytes, threads: int | None = None) -> Any:
     Raises:
         BundleError: if ONNX Runtime refuses the model.
     """
-    import os
-
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    chosen = threads if threads is not None else int(os.environ.get(THREADS_VARIABLE, "0"))
-    options.intra_op_num_threads = chosen
+    options.intra_op_num_threads = threads if threads is not None else _threads_wanted()
     source = model if isinstance(model, bytes) else str(model)
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         name = "the model" if isinstance(model, bytes) else str(model)
         raise BundleError(f"ONNX Runtime refuses {name}: {str(error).strip()[:400]}") from error
+
+
+def _threads_wanted() -> int:
+    """The number in the environment, or 0 for all cores.
+
+    Raises:
+        InputError: if it is no number.
+    """
+    import os
+
+    text = os.environ.get(THREADS_VARIABLE, "0")
+    if not text.isdecimal():
+        raise InputError(
+            f"the environment variable {THREADS_VARIABLE} is {text!r}; expected a number of threads"
+        )
+    return int(text)
 
 
 def build(model_path: Path, directory: Path) -> dict[str, Any]:

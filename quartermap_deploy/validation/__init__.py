@@ -89,6 +89,7 @@ def _against_torch(bundle: Bundle, target: str | None, progress: Progress) -> di
         )
     if target not in (None, "onnxruntime"):
         raise BundleError(f"blocks can be compared in ONNX Runtime only, not in {target}")
+    bundle.session(target)  # refuses a damaged model before the work begins
     with progress.step("building the PyTorch model"):
         model, card = load_model(recipe)
         cases = validation_cases(dataclasses.replace(recipe, images=None), card)

@@ -68,4 +68,6 @@ def read_golden(directory: Path) -> tuple[dict[str, NDArray[np.float32]], list[d
         outputs = [{OUTPUT: np.asarray(iteration[OUTPUT])} for iteration in iterations]
         return {name: np.asarray(feed[INPUT]) for name, feed in zip(CASES, feeds, strict=True)}, outputs
     except Exception as error:
-        raise BundleError(f"the golden files in {directory} cannot be read: {error}") from error
+        raise BundleError(
+            f"the golden files in {directory} cannot be read: {' '.join(str(error).split())}"
+        ) from error

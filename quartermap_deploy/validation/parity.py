@@ -129,5 +129,6 @@ def quiet_polygraphy() -> Iterator[None]:
     """Keep polygraphy's own log out of ours; what it finds is in the report."""
     from polygraphy.logger import G_LOGGER
 
-    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+    # Above CRITICAL, because polygraphy also prints what it raises.
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
         yield
