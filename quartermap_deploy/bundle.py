@@ -35,19 +35,11 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MANIFEST, MODEL, REPORT = "manifest.json", "model.onnx", "report.json"
-_KEYS = (
-    "recipe",
-    "model",
-    "input",
-    "output",
-    "plan",
-    "blocks",
-    "totals",
-    "graph",
-    "passes",
-    "versions",
-    "targets",
-)
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("recipe", "model", "input", "output", "totals", "graph", "versions", "targets"), dict),
+    **dict.fromkeys(("blocks", "passes"), list),
+    "plan": (dict, type(None)),
+}
 
 
 @dataclass(frozen=True)
@@ -134,6 +126,10 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
         BundleError: if it is missing, no bundle, of a newer format, or a file is missing, altered or not listed.
     """
     folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise BundleError(
+            f"{folder} is a file; expected the folder of a bundle that `quartermap compile` wrote"
+        )
     if not folder.is_dir():
         raise BundleError(f"there is no bundle {folder}; expected a folder that `quartermap compile` wrote")
     manifest = _read_json(folder / MANIFEST)
@@ -148,12 +144,16 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
             f"the bundle {folder} has format {manifest['format']!r}, this version of quartermap-deploy reads format "
             f"{FORMAT}; compile it again, or install the version that wrote it"
         )
-    if absent := [key for key in _KEYS if key not in manifest]:
+    wrong = [key for key, kind in _KINDS.items() if not isinstance(manifest.get(key, ...), kind)]
+    if wrong:
         raise BundleError(
-            f"{folder / MANIFEST} lacks {', '.join(absent)}; the bundle was altered or damaged; compile it again"
+            f"{folder / MANIFEST} has no proper {', '.join(wrong)}; the bundle was altered or damaged; compile it again"
         )
     _verify(folder, manifest["files"])
-    return Bundle(folder, manifest, _read_json(folder / REPORT))
+    report = _read_json(folder / REPORT)
+    if not isinstance(report, dict) or not isinstance(report.get("cases"), list) or "passed" not in report:
+        raise BundleError(f"{folder / REPORT} is not the report of a bundle; compile it again")
+    return Bundle(folder, manifest, report)
 
 
 def _read_json(path: Path) -> Any:
@@ -181,6 +181,10 @@ def _verify(folder: Path, files: dict[str, Any]) -> None:
                 f"{found['sha256'][:12]}…, expected {expected.get('bytes', 0):,} bytes, "
                 f"{str(expected.get('sha256'))[:12]}…); {mend}"
             )
+    if unlisted := sorted({path.name for path in folder.iterdir()} - {*files, MANIFEST}):
+        raise BundleError(
+            f"the bundle {folder} holds {unlisted[0]}, which its manifest does not list; take it out"
+        )
     for name in (MODEL, REPORT):
         if name not in files:
             raise BundleError(f"the manifest of {folder} does not list {name}; {mend}")
@@ -207,7 +211,10 @@ def check_destination(path: Path, force: bool) -> None:
             raise BundleError(f"cannot write to {path}: {above} is no folder that you may write to")
         return
     if not force:
-        raise BundleError(f"{path} exists already; choose another folder, or replace it with --force")
+        mend = "choose another folder"
+        if (path / MANIFEST).is_file():
+            mend += ", or replace it with --force"
+        raise BundleError(f"{path} exists already; {mend}")
     if path.is_dir() and not path.is_symlink() and ((path / MANIFEST).is_file() or not any(path.iterdir())):
         return
     raise BundleError(

@@ -112,6 +112,8 @@ class Recipe:
             if not isinstance(entries, dict):
                 raise RecipeError(f"[{table}] must be a table, found {entries!r}")
             if table == "quartermap":
+                if "every" in entries and "blocks" in entries:
+                    raise RecipeError("[quartermap] has both every and blocks; leave one of them out")
                 fields["quartermap"] = QuarterMap.from_dict(entries)
                 continue
             for key, value in entries.items():

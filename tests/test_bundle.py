@@ -165,6 +165,7 @@ def test_failed_parity_writes_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         (qm.Recipe("vmamba_digits", quartermap=qm.QuarterMap(blocks=(11,))), PlanError, "blocks 1 to 10"),
         (qm.Recipe("vmamba_digits", quartermap=qm.QuarterMap(every=50)), PlanError, "prunes nothing"),
         (qm.Recipe("vmamba_tiny_v0", input_size=(3, 224)), InputError, "too small"),
+        (qm.Recipe("vmamba_digits", input_size=(100_000, 100_000)), InputError, "too large"),
         (qm.Recipe("vmamba_digits", precision="float8"), QuartermapError, "float8"),
         (qm.Recipe("vmamba_digits", images=Path("no-such-folder")), InputError, "no-such-folder"),
     ],
@@ -201,6 +202,10 @@ def _flip_a_byte(folder: Path) -> None:
     (folder / "model.onnx").write_bytes(bytes(content))
 
 
+def _set(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
 DAMAGE = {
     "altered": (_flip_a_byte, "does not match its manifest"),
     "truncated": (lambda f: (f / "model.onnx").write_bytes(b"abc"), "does not match its manifest"),
@@ -208,6 +213,8 @@ DAMAGE = {
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "has no manifest.json"),
     "broken manifest": (lambda f: (f / "manifest.json").write_text("{"), "cannot be read"),
     "other manifest": (lambda f: (f / "manifest.json").write_text("[]"), "not the manifest"),
+    "manifest without blocks": (lambda f: _set(f / "manifest.json", blocks=None), "no proper blocks"),
+    "unlisted file": (lambda f: (f / "extra.txt").write_text("x"), "does not list"),
     "newer format": (
         lambda f: (f / "manifest.json").write_text('{"format": 99, "files": {}}'),
         "has format 99",

@@ -254,7 +254,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, name: str, content: by
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint file"):
         read_checkpoint(tmp_path / "absent.pth")
-    with pytest.raises(CheckpointError, match="no checkpoint file"):
+    with pytest.raises(CheckpointError, match="is a folder"):
         read_checkpoint(tmp_path)
 
 

@@ -54,9 +54,9 @@ def build(outputs: list[gs.Variable], inputs: list[gs.Variable], nodes: list[gs.
     return model
 
 
-def placeholder() -> gs.Node:
-    """Return a node for writers to write before."""
-    return gs.Node("Identity", inputs=[], outputs=[])
+def writer(graph: gs.Graph, prefix: str) -> GraphWriter:
+    """Return a writer that adds nodes at the end of a graph."""
+    return GraphWriter(graph, prefix, np.dtype(np.float32), len(graph.nodes))
 
 
 def map_variable(name: str, *sizes: int | str) -> gs.Variable:
@@ -87,8 +87,7 @@ def test_the_reference_in_pytorch(stride: int, keep: int) -> None:
 
 def known_sizes_model(subsample: Subsample, axis: int) -> onnx.ModelProto:
     """Return a model that restores, from prefixes of one long map, the maps of every size, and joins them."""
-    end = placeholder()
-    graph = gs.Graph([end], opset=20)
+    graph = gs.Graph(opset=20)
     # (1, 1, kept, 1) for rows, (1, 1, 1, kept) for columns.
     shape = [1, 1, LARGEST, 1] if axis == 2 else [1, 1, 1, LARGEST]
     ramp = map_variable("ramp", *shape)
@@ -97,7 +96,7 @@ def known_sizes_model(subsample: Subsample, axis: int) -> onnx.ModelProto:
     for size in SIZES:
         small, full = list(shape), list(shape)
         small[axis], full[axis] = subsample.kept_size(size), size
-        write = GraphWriter(graph, f"size_{size}", np.dtype(np.float32), before=end)
+        write = writer(graph, f"size_{size}")
         if small[axis] not in prefixes:
             bounds = [
                 write.constant(name, np.array([value], dtype=np.int64))
@@ -108,7 +107,7 @@ def known_sizes_model(subsample: Subsample, axis: int) -> onnx.ModelProto:
         full_map = map_variable(f"full_{size}", *full)
         restored.append(write_restore(write, prefixes[small[axis]], full_map, subsample))
     joined = map_variable("joined", *[None] * 4)
-    end.op, end.attrs["axis"], end.inputs, end.outputs = "Concat", axis, restored, [joined]
+    graph.nodes.append(gs.Node("Concat", attrs={"axis": axis}, inputs=restored, outputs=[joined]))
     return build([joined], [ramp], graph.nodes)
 
 
@@ -132,14 +131,12 @@ def test_nodes_for_known_sizes(stride: int, keep: int) -> None:
 
 def open_sizes_model(subsample: Subsample) -> onnx.ModelProto:
     """Return a model that subsamples a map and restores it, whatever its height and width are."""
-    end = placeholder()
-    graph = gs.Graph([end], opset=20)
+    graph = gs.Graph(opset=20)
     full = map_variable("full", 1, 1, "height", "width")
-    small = write_keep(GraphWriter(graph, "keeping", full.dtype, before=end), full, subsample)
+    small = write_keep(writer(graph, "keeping"), full, subsample)
     small.shape = [1, 1, None, None]
-    restored = write_restore(GraphWriter(graph, "restoring", full.dtype, before=end), small, full, subsample)
+    restored = write_restore(writer(graph, "restoring"), small, full, subsample)
     kept_output, restored_output = map_variable("kept", *[None] * 4), map_variable("restored", *[None] * 4)
-    graph.nodes.remove(end)
     for source, output in ((small, kept_output), (restored, restored_output)):
         graph.nodes.append(gs.Node("Identity", inputs=[source], outputs=[output]))
     return build([kept_output, restored_output], [full], graph.nodes)

@@ -81,6 +81,7 @@ def test_no_path_of_this_machine_stands_in_a_manifest(tmp_path: Path) -> None:
         ('[model]\nname = "x"\n[targets]\nnames = "onnxruntime"', "not a list of targets"),
         ('[model]\nname = "x"\n[quartermap]\nevry = 3', "Did you mean every"),
         ('[model]\nname = "x"\n[quartermap]\nkeep = 2', "drops nothing"),
+        ('[model]\nname = "x"\n[quartermap]\nevery = 3\nblocks = [3]', "both every and blocks"),
     ],
 )
 def test_wrong_recipes_say_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:

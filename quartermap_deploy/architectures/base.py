@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from quartermap_deploy.architectures.ss2d import SS2D
 from quartermap_deploy.errors import InputError
 
+LARGEST_SIDE = 8192
+"""Pixels; beyond it a feature map of the first stage alone takes tens of gigabytes, and a size is a typing error."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -123,6 +126,10 @@ class VisualStateSpaceModel(nn.Module):
             raise InputError(f"an input of shape {sizes} has {channels} channels{hint}; {expected}")
         if batch < 1:
             raise InputError(f"an input of shape {sizes} is empty; {expected} with a batch of at least 1")
+        if max(height, width) > LARGEST_SIDE:
+            raise InputError(
+                f"an image of {height}×{width} is too large; height and width may be {LARGEST_SIDE} pixels at most"
+            )
         if min(height, width) < self.minimum_side:
             raise InputError(
                 f"an image of {height}x{width} is too small for this model; height and width must be at "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
@@ -78,6 +79,8 @@ def read_checkpoint(path: str | PathLike[str], *, prefer_ema: bool = True) -> St
             NaN or infinite.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; expected a checkpoint file")
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint file {path}")
     if path.stat().st_size == 0:
@@ -90,6 +93,9 @@ def read_checkpoint(path: str | PathLike[str], *, prefer_ema: bool = True) -> St
             f"the checkpoint {path} holds no state dict; expected tensors by name, alone or under one of "
             f"{', '.join((*WRAPPERS, *EMA_WRAPPERS))}, but found {held or 'nothing'}"
         )
+    odd = [key for key, tensor in state.items() if tensor.layout != torch.strided or tensor.is_complex()]
+    if odd:
+        raise CheckpointError(f"the checkpoint {path} holds sparse or complex tensors in {_names(odd)}")
     broken = [
         key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()
     ]
@@ -114,7 +120,9 @@ def _read_pickle(path: Path) -> Any:
     # of its class.
     harmless: list[Any] = [(OrderedDict, "yacs.config.CfgNode"), argparse.Namespace]
     try:
-        with torch.serialization.safe_globals(harmless):
+        with torch.serialization.safe_globals(harmless), warnings.catch_warnings():
+            # What torch has to say about an odd pickle is in the error below.
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises almost anything on a damaged file
         if isinstance(error, pickle.UnpicklingError) and (found := re.search(r"GLOBAL (\S+)", str(error))):

@@ -68,7 +68,7 @@ def add_parser(subparsers: Subparsers) -> None:
             quartermap compile vmamba_tiny_s1l8 --checkpoint F --blocks 3,6,9 --size 384 512
 
             # a recipe, replacing the bundle that it made before
-            quartermap compile export/vmamba_base_k3.toml --force
+            quartermap compile export/vmamba_digits_k3.toml --force
             """,
     )
     parser.add_argument("source", metavar="MODEL|RECIPE.toml", help="name of a model, or a recipe file")

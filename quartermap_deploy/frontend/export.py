@@ -97,6 +97,8 @@ def export(
         raise ExportError(
             f"precision {precision!r} is not available; expected one of {', '.join(PRECISIONS)}"
         )
+    if not hasattr(model, "blocks") or not hasattr(model, "depths"):
+        raise ExportError(f"cannot export a {type(model).__name__}; expected a model from create_model")
     if any(block.mixer.subsample is not None for block in model.blocks()):
         raise ExportError(
             "the model is pruned in PyTorch already; export the unpruned model and give the plan here"
