@@ -38,7 +38,9 @@ from floor import FLOOR, STEP_BY_STEP, floor_onnx, with_scan
 
 import quartermap_deploy as qm
 from quartermap_deploy.bench import Timing, interleave
+from quartermap_deploy.frontend.export import export
 from quartermap_deploy.frontend.operators import selective_scan_2d
+from quartermap_deploy.passes import CANONICAL, OPTIMIZED, Selection, lower, run_passes
 from quartermap_deploy.targets.onnxruntime_cpu import OnnxRuntimeSession
 from quartermap_deploy.validation.inputs import real_images
 from quartermap_deploy.validation.tolerances import tolerance_for
@@ -55,12 +57,14 @@ def benchmark(name: str, batch: int, threads: int, repeats: int, step_by_step: b
     torch.manual_seed(0)
     model = qm.create_model(name)
     start = time.perf_counter()
-    plain = qm.export_onnx(model, (1, 3, *size))
-    exported = time.perf_counter() - start
+    exported = export(model, (1, 3, *size))
+    export_seconds = time.perf_counter() - start
+    plain = exported.model
+    selection = Selection(PLAN.select(model.depths), PLAN.subsample)
     graphs = {
         "onnx": plain,
-        "onnx k=3": qm.export_onnx(model, (1, 3, *size), PLAN),
-        "canonical k=3": qm.export_onnx(model, (1, 3, *size), PLAN, optimize=False),
+        "onnx k=3": lower(run_passes(exported.traced, selection, OPTIMIZED)[0]),
+        "canonical k=3": lower(run_passes(exported.traced, selection, CANONICAL)[0]),
         "floor": floor_onnx(plain),
     }
     sessions, loading = {}, {}
@@ -82,7 +86,7 @@ def benchmark(name: str, batch: int, threads: int, repeats: int, step_by_step: b
         "model": name,
         "batch": batch,
         "nodes": len(plain.graph.node),
-        "export_seconds": exported,
+        "export_seconds": export_seconds,
         "load_seconds": loading["onnx"],
         "median_ms": {label: timing.median * 1e3 for label, timing in timings.items()},
         "ratios": _ratios(timings),
