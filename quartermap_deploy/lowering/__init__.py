@@ -1,0 +1,1 @@
+"""The function bodies of the ONNX operator, and the operator itself."""
