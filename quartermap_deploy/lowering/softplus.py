@@ -1,8 +1,8 @@
 """Softplus in standard operators, exact to a few units in the last place.
 
-The plain log(1 + e^z) rounds 1 + e^z first: at time steps of 0.001 to 0.01, which trained models have, that puts errors
-of 3e-6 to 4e-5 of the largest output into the scan. ONNX Runtime's own Softplus is exact but slow, 20 ns for each element
-on one core of a CPU; the form here is as exact and takes half of that.
+The plain log(1 + e^z) rounds 1 + e^z first: at steps of 0.001 to 0.01, which trained models have, that puts errors
+of 3e-6 to 4e-5 of the largest output into the scan. ONNX Runtime's own Softplus is exact but slow, 20 ns for each
+element on one core of a CPU; the form here is as exact and takes half of that.
 """
 
 from __future__ import annotations
