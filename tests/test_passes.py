@@ -206,6 +206,17 @@ def test_all_passes_change_nothing_the_second_time(passes: Sequence[GraphPass]) 
     assert main_graph(twice) == main_graph(once)
 
 
+@pytest.mark.xfail(strict=True, reason="insert_quartermap takes a block of any plan for its own")
+@pytest.mark.parametrize("other", [Subsample(3), Subsample(3, 2), Subsample(upsample="bilinear")])
+@pytest.mark.parametrize("passes", [CANONICAL, OPTIMIZED])
+def test_a_block_that_another_plan_has_pruned_is_an_error(
+    passes: Sequence[GraphPass], other: Subsample
+) -> None:
+    pruned, _ = run_passes(text_model(CHANNEL_FIRST), select(1), passes)
+    with pytest.raises(PassError, match=r"insert_quartermap.*block 1"):
+        run_passes(pruned, Selection((1,), other), passes)
+
+
 @pytest.mark.parametrize("graph_pass", OPTIMIZED)
 def test_a_block_that_does_not_exist_is_an_error(graph_pass: GraphPass) -> None:
     with pytest.raises(PassError, match=rf"{graph_pass.__name__}.*block 3.*2 SelectiveScan2D"):
