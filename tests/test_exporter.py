@@ -361,7 +361,7 @@ class Broken(nn.Module):
 def test_a_model_that_cannot_be_exported_is_an_export_error_with_its_cause() -> None:
     model = smallest()
     model.layers[0].downsample = Broken()
-    with pytest.raises(ExportError, match=r"VMamba for input \(1, 3, 32, 32\)") as caught:
+    with pytest.raises(ExportError, match=r"VMamba, traced with input \(2, 3, 32, 32\)") as caught:
         trace(model, (1, 3, 32, 32))
     assert caught.value.__cause__ is not None
     assert "\n" not in str(caught.value)

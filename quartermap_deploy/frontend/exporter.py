@@ -1,6 +1,7 @@
 """PyTorch → ONNX, by `torch.onnx.export` (dynamo): the graph as the model is, before any pass.
 
-Each selective scan becomes one node `quartermap.SelectiveScan2D` named `block_<i>/scan`, still without a body, and the
+`to_onnx` exports any module whose scans are our torch operators; `trace` exports a model of `architectures`. There each
+selective scan becomes one node `quartermap.SelectiveScan2D` named `block_<i>/scan`, still without a body, and the
 output of block i is a value named `block_<i>`, which every later pass keeps, so that parity can be checked block by
 block.
 """
@@ -15,10 +16,18 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.errors import ExportError
-from quartermap_deploy.lowering.operator import DOMAIN, INPUTS_2D, SELECTIVE_SCAN_2D, VERSION
+from quartermap_deploy.lowering.operator import (
+    DOMAIN,
+    INPUTS_1D,
+    INPUTS_2D,
+    SELECTIVE_SCAN,
+    SELECTIVE_SCAN_2D,
+    VERSION,
+)
 
 if TYPE_CHECKING:
     import onnx
+    import torch
 
     from quartermap_deploy.architectures.base import VisualStateSpaceModel
 
@@ -73,27 +82,77 @@ def trace(
     axes: dict[int, Any] = {0: torch.export.Dim("batch")} if dynamic_batch else {}
     if dynamic_size:
         axes |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-    with _operators(), _marked_blocks(prepared), _quiet():
+    with _marked_blocks(prepared):
+        exported = _exported(prepared, (example,), (axes,) if axes else None, [INPUT], [OUTPUT])
+    return _tidy(exported, len(prepared.blocks()), dynamic_size)
+
+
+def to_onnx(
+    module: torch.nn.Module,
+    arguments: tuple[torch.Tensor, ...],
+    *,
+    dynamic_shapes: Any = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> onnx.ModelProto:
+    """Export a module of your own, one- or two-dimensional, without the bodies of its scans.
+
+    Its scans must be `selective_scan` or `selective_scan_2d` of `frontend.operators`; `passes.lower` attaches the
+    bodies.
+
+    Args:
+        module: in eval mode.
+        arguments: example inputs.
+        dynamic_shapes: open axes, as for `torch.export.export`.
+        input_names: names of the inputs.
+        output_names: names of the outputs.
+
+    Returns:
+        The model, opset 20, float32.
+
+    Raises:
+        ExportError: if torch cannot export the module; the cause is chained.
+    """
+    import onnx_ir
+
+    exported = _exported(module, arguments, dynamic_shapes, input_names, output_names)
+    _fold(exported)
+    exported.ir_version = IR_VERSION
+    model: onnx.ModelProto = onnx_ir.to_proto(exported)
+    return model
+
+
+def _exported(
+    module: torch.nn.Module,
+    arguments: tuple[torch.Tensor, ...],
+    dynamic_shapes: Any,
+    input_names: Sequence[str] | None,
+    output_names: Sequence[str] | None,
+) -> Any:
+    """The module as `torch.onnx.export` gives it, an onnx_ir.Model."""
+    import torch
+
+    with _operators(), _quiet():
         try:
             program = torch.onnx.export(
-                prepared,
-                (example,),
+                module,
+                arguments,
                 dynamo=True,
                 opset_version=OPSET,
-                dynamic_shapes=(axes,) if axes else None,
+                dynamic_shapes=dynamic_shapes,
                 custom_translation_table=_translations(),
-                input_names=[INPUT],
-                output_names=[OUTPUT],
+                input_names=input_names,
+                output_names=output_names,
                 verbose=False,
             )
         except Exception as error:
+            sizes = ", ".join(str(tuple(item.shape)) for item in arguments)
             raise ExportError(
-                f"torch.onnx.export failed on {type(model).__name__} for input {tuple(input_shape)}: "
-                f"{_innermost(error)}. This is a defect of the exporter or of the model; please report it with the "
-                "traceback."
+                f"torch.onnx.export failed on {type(module).__name__}, traced with input {sizes}: {_innermost(error)}. "
+                "This is a defect of the exporter or of the model; please report it with the traceback."
             ) from error
-        assert program is not None
-        return _tidy(program.model, len(prepared.blocks()), dynamic_size)
+    assert program is not None
+    return program.model
 
 
 def _innermost(error: BaseException) -> str:
@@ -109,6 +168,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     import quartermap_deploy.frontend.operators as operators  # noqa: F401  (registers the torch operators)
 
+    _define_mark()
     ours = onnxscript.values.Opset(DOMAIN, VERSION)
 
     def scan(
@@ -126,11 +186,17 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         inputs = [x, dt, B, C, A, D, dt_bias] + ([] if dt_weight is None else [dt_weight])
         return ours.SelectiveScan2D(*inputs, directions=directions.split(","), softplus=int(softplus))
 
+    def sequence_scan(
+        u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, delta_bias: Any, delta_softplus: bool
+    ) -> Any:
+        return ours.SelectiveScan(u, delta, A, B, C, D, delta_bias, delta_softplus=int(delta_softplus))
+
     def mark(x: Any, block: int) -> Any:
         return ours.BlockOutput(x, block=block)
 
     return {
         torch.ops.quartermap.selective_scan_2d.default: scan,
+        torch.ops.quartermap.selective_scan.default: sequence_scan,
         torch.ops.quartermap.block_output.default: mark,
     }
 
@@ -140,29 +206,11 @@ def _operators() -> Iterator[None]:
     """Make our ONNX operators known to the exporter, which builds only nodes that have a schema."""
     from onnx import defs
 
-    schema, parameter, attribute = defs.OpSchema, defs.OpSchema.FormalParameter, defs.OpSchema.Attribute
-    kinds, optional = defs.OpSchema.AttrType, defs.OpSchema.FormalParameterOption.Optional
-    types = [("T", ["tensor(float)"], "")]
+    kinds = defs.OpSchema.AttrType
     schemas = [
-        schema(
-            SELECTIVE_SCAN_2D,
-            DOMAIN,
-            VERSION,
-            inputs=[parameter(name, "T") for name in INPUTS_2D[:-1]]
-            + [parameter(INPUTS_2D[-1], "T", param_option=optional)],
-            outputs=[parameter("y", "T")],
-            type_constraints=types,
-            attributes=[attribute("directions", kinds.STRINGS, ""), attribute("softplus", kinds.INT, "")],
-        ),
-        schema(
-            _MARK,
-            DOMAIN,
-            VERSION,
-            inputs=[parameter("x", "T")],
-            outputs=[parameter("y", "T")],
-            type_constraints=types,
-            attributes=[attribute("block", kinds.INT, "")],
-        ),
+        _schema(SELECTIVE_SCAN_2D, INPUTS_2D, 7, {"directions": kinds.STRINGS, "softplus": kinds.INT}),
+        _schema(SELECTIVE_SCAN, INPUTS_1D, 5, {"delta_softplus": kinds.INT}),
+        _schema(_MARK, ("x",), 1, {"block": kinds.INT}),
     ]
     for item in schemas:
         defs.register_schema(item)
@@ -171,6 +219,25 @@ def _operators() -> Iterator[None]:
     finally:
         for item in schemas:
             defs.deregister_schema(item.name, VERSION, DOMAIN)
+
+
+def _schema(name: str, inputs: Sequence[str], required: int, attributes: dict[str, Any]) -> Any:
+    """The schema of one of our operators with one output y; inputs after the required ones are optional."""
+    from onnx.defs import OpSchema
+
+    optional, single = OpSchema.FormalParameterOption.Optional, OpSchema.FormalParameterOption.Single
+    return OpSchema(
+        name,
+        DOMAIN,
+        VERSION,
+        inputs=[
+            OpSchema.FormalParameter(item, "T", param_option=single if place < required else optional)
+            for place, item in enumerate(inputs)
+        ],
+        outputs=[OpSchema.FormalParameter("y", "T")],
+        type_constraints=[("T", ["tensor(float)"], "")],
+        attributes=[OpSchema.Attribute(item, kind, "") for item, kind in attributes.items()],
+    )
 
 
 @contextlib.contextmanager
@@ -220,15 +287,21 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _tidy(model: Any, blocks: int, dynamic_size: bool) -> onnx.ModelProto:
-    """Fold constants, give scans and block outputs their names, and drop what tells about the build machine."""
-    import onnx_ir
+def _fold(model: Any) -> None:
+    """Fold constants."""
     import onnxscript.optimizer
 
     # Weights may be folded whatever their size: what is folded replaces what it came from.
     no_limit = 1 << 40
     onnxscript.optimizer.fold_constants(model, input_size_limit=no_limit, output_size_limit=no_limit)
     onnxscript.optimizer.remove_unused_nodes(model)
+
+
+def _tidy(model: Any, blocks: int, dynamic_size: bool) -> onnx.ModelProto:
+    """Fold constants, give scans and block outputs their names, and drop what tells about the build machine."""
+    import onnx_ir
+
+    _fold(model)
 
     taken = {value.name for node in model.graph for value in node.outputs} | set(model.graph.initializers)
     for name in taken & {block_output(index) for index in range(1, blocks + 1)}:

@@ -1,12 +1,15 @@
-"""The ONNX operator `quartermap.SelectiveScan2D`: its names, its inputs and its attributes.
+"""The ONNX operators of domain `quartermap`: their names, inputs and attributes.
 
-    y = SelectiveScan2D(x, dt, B, C, A, D, dt_bias, dt_weight)
+    y = SelectiveScan2D(x, dt, B, C, A, D, dt_bias, dt_weight)      directions, softplus
+    y = SelectiveScan(u, delta, A, B, C, D, delta_bias)             delta_softplus
 
-`dt_weight` is optional: without it, dt is the full time-step map. DESIGN and `frontend.operators` define the values.
+`dt_weight` is optional: without it, dt is the full time-step map. So are `D` and `delta_bias`. `frontend.operators`
+defines the values.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,8 +66,29 @@ class ScanVariant:
     low_rank: bool
 
     @classmethod
-    def of(cls, inputs: int, attributes: dict[str, Any], d_state: int) -> ScanVariant:
-        """Read the variant from a node's number of inputs, its attributes and the second axis of A."""
+    def of(cls, inputs: Sequence[str], attributes: Mapping[str, Any], d_state: int) -> ScanVariant:
+        """Read the variant from a node's inputs, its attributes and the second axis of A."""
         directions = attributes["directions"]
         names = tuple(name.decode() if isinstance(name, bytes) else str(name) for name in directions)
-        return cls(names, bool(attributes.get("softplus", 1)), d_state, inputs == len(INPUTS_2D))
+        return cls(names, bool(attributes.get("softplus", 1)), d_state, len(inputs) == len(INPUTS_2D))
+
+
+@dataclass(frozen=True)
+class SequenceVariant:
+    """What the function body of the one-dimensional operator depends on beside its tensors.
+
+    Attributes:
+        softplus: whether softplus is applied to the time step.
+        skip: whether there is a D.
+        bias: whether there is a delta_bias.
+    """
+
+    softplus: bool
+    skip: bool
+    bias: bool
+
+    @classmethod
+    def of(cls, inputs: Sequence[str], attributes: Mapping[str, Any], d_state: int) -> SequenceVariant:
+        """Read the variant from a node's inputs and its attributes."""
+        present = {name for name, value in zip(INPUTS_1D, inputs, strict=False) if value}
+        return cls(bool(attributes.get("delta_softplus", 0)), "D" in present, "delta_bias" in present)

@@ -3,15 +3,8 @@
 Every direction is a sequence of L = H·W positions in its own order. The sequences of all K directions are brought into
 one layout (T, K, batch, P, channels): each sequence is cut into P = H lines of T = W positions, lines stand side by
 side, channels are last. For the row direction a line is a row; for the others it is just the next W positions, so that
-the directions fit together for any H and W. Three Scans solve the recurrence of all directions at once:
-
-1. along all lines at once from a zero state, for the last state of each line;
-2. across the lines, (K, batch, d_inner) at a time, for the state each line starts from: the product of the decays of a
-   line is exp(A·Σdt), a sum, so no running product is needed;
-3. along all lines at once from the right state; h·C is the output.
-
-Where d_state is larger than 1 a single position gives a Scan step enough to do, so there is one line, P = 1, and only
-the third Scan. The decay and the drive, which would be d_state maps each, are then formed inside it.
+the directions fit together for any H and W. `recurrence.py` then solves all of them at once, along all lines side by
+side; where d_state is larger than 1 a single position gives it enough to do, so there is one line, P = 1.
 
 Maps are unrolled by Gather: with Transpose, ONNX Runtime merges neighbours into one general permutation, which is five
 times slower. Few nodes matter as much as few operations: an operator call costs ONNX Runtime about 0.7 µs, and the time
@@ -31,6 +24,7 @@ from quartermap_deploy.lowering.operator import (
     Direction,
     ScanVariant,
 )
+from quartermap_deploy.lowering.recurrence import write_recurrence
 from quartermap_deploy.lowering.softplus import write_softplus
 from quartermap_deploy.lowering.writer import Value, Writer, ints
 
@@ -86,7 +80,8 @@ class _BodyWriter:
         dt, B, C = self._projections(x, unroll)
         if self.variant.softplus:
             dt = write_softplus(write, dt)
-        y = self._scan_single(dt, B, C, local_x) if self.single else self._scan_states(dt, B, C, local_x)
+        A = write("Reshape", self._float("A"), ints(self.count, -1, self.variant.d_state))
+        y = write_recurrence(write, A, dt, B, C, local_x, in_lines=self.single)
         # Every position collects what the directions say about it: (batch, H, W, K, d_inner) → (batch, H, W, d_inner).
         collected = write("Gather", write("Flatten", y, axis=4), roll, axis=0)
         merged = write("ReduceSum", collected, ints(3), keepdims=0)
@@ -199,78 +194,3 @@ class _BodyWriter:
         sizes = write("Concat", ints(n, n), rank, axis=0)
         B, C, steps = write.multiple("Split", [local, sizes], 3, axis=4)
         return write("MatMul", steps, weight), B, C
-
-    # The scan --------------------------------------------------------------------------------------------------
-
-    def _scan_single(self, dt: Value, B: Value, C: Value, x: Value) -> Value:
-        """y, (T, K, batch, P, d_inner), for a state of one number for each channel."""
-        write = self.write
-        A = write("Reshape", self._float("A"), ints(self.count, 1, 1, -1))
-        exponent = write("Mul", dt, A)
-        decay = write("Exp", exponent)
-        # B first: were x multiplied by B, both unrolled, ONNX Runtime could move the unrolling behind the product.
-        drive = write("Mul", write("Mul", dt, B), x)
-        total_decay = write("Exp", write("ReduceSum", exponent, ints(0), keepdims=0))
-        zero = write("Sub", total_decay, total_decay)
-
-        along = Writer("line_")
-        last = along("Add", along("Mul", "decay", "state"), "drive")
-        own = write(
-            "Scan",
-            zero,
-            decay,
-            drive,
-            body=along.subgraph("line", ["state", "decay", "drive"], [last]),
-            num_scan_inputs=2,
-        )
-        again = Writer("output_")
-        state = again("Add", again("Mul", "decay", "state"), "drive")
-        output = again("Mul", state, "weight")
-        _, y = write.multiple(
-            "Scan",
-            [self._scan_across(own, total_decay, zero), decay, drive, C],
-            2,
-            body=again.subgraph("output", ["state", "decay", "drive", "weight"], [state, output]),
-            num_scan_inputs=3,
-        )
-        return y
-
-    def _scan_across(self, own: Value, total_decay: Value, zero: Value) -> Value:
-        """From the last states and total decays of the lines, (K, batch, P, d_inner), the states they start from."""
-        write = self.write
-        body = Writer("across_")
-        following = body("Add", body("Mul", "decay", "carry"), "own")
-        before = body("Identity", "carry")
-        _, starts = write.multiple(
-            "Scan",
-            [write("ReduceMin", zero, ints(2), keepdims=0), own, total_decay],
-            2,
-            body=body.subgraph("across", ["carry", "own", "decay"], [following, before]),
-            num_scan_inputs=2,
-            scan_input_axes=[2, 2],
-            scan_output_axes=[2],
-        )
-        return starts
-
-    def _scan_states(self, dt: Value, B: Value, C: Value, x: Value) -> Value:
-        """y, (T, K, batch, 1, d_inner), for d_state numbers for each channel; the state is (K, batch, N, d_inner)."""
-        write, n = self.write, self.variant.d_state
-        grouped = write("Reshape", self._float("A"), ints(self.count, -1, n))
-        A = write("Unsqueeze", write("Transpose", grouped, perm=[0, 2, 1]), ints(1))
-        # The axis of the one line becomes the axis of the states; B turns its states into a column.
-        column = write("Transpose", B, perm=[0, 1, 2, 4, 3])
-        first = write("Gather", dt, np.array(0), axis=0)
-        zero = write("Mul", write("Sub", first, first), write("Sub", A, A))
-
-        body = Writer("line_")
-        decay = body("Exp", body("Mul", "dt", A))
-        state = body("Add", body("Mul", decay, "state"), body("Mul", "driven", "column"))
-        output = body("MatMul", "row", state)
-        _, y = write.multiple(
-            "Scan",
-            [zero, dt, write("Mul", dt, x), column, C],
-            2,
-            body=body.subgraph("line", ["state", "dt", "driven", "column", "row"], [state, output]),
-            num_scan_inputs=4,
-        )
-        return y

@@ -27,5 +27,6 @@ def write_softplus(write: Writer, z: Value) -> Value:
     # Clip, because Min with a scalar takes the slower path of operators with two inputs.
     u = write("Exp", write("Clip", z, "", scalar(CLAMP)))
     w = write("Add", u, scalar(NEXT_AFTER_ONE))
-    exact = write("Div", write("Mul", write("Log", w), u), write("Sub", w, scalar(1.0)))
-    return write("Max", exact, z)
+    # The quotient is near 1 for small u, so that the product is denormal only where softplus(z) itself is.
+    quotient = write("Div", write("Log", w), write("Sub", w, scalar(1.0)))
+    return write("Max", write("Mul", quotient, u), z)

@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 
 from quartermap_deploy.errors import PassError
 from quartermap_deploy.passes.base import PassReport, Selection, producer, selected_scans
-from quartermap_deploy.passes.subsampling import strided_slice
+from quartermap_deploy.passes.subsampling import require_pruned, strided_slice
 
 NAME = "hoist_slice"
 
@@ -26,12 +26,13 @@ def hoist_slice(graph: gs.Graph, selection: Selection) -> PassReport:
     A block whose convolution has the stride already is left as it is.
 
     Raises:
-        PassError: if a selected block has neither the Slice nor a convolution with the stride, or has other operators
-            than those above between the two.
+        PassError: if a selected block was not pruned by this plan, has neither the Slice nor a convolution with the
+            stride, or has other operators than those above between the two.
     """
     report = PassReport(NAME)
     stride = selection.subsample.stride
     for scan in selected_scans(graph, selection, NAME):
+        require_pruned(scan, selection.subsample, NAME)
         if selection.subsample.keep != 1:
             report.refused[scan.block] = (
                 f"keep = {selection.subsample.keep} positions of every {stride} cannot be a convolution's stride"
@@ -49,8 +50,8 @@ def hoist_slice(graph: gs.Graph, selection: Selection) -> PassReport:
             report.changed.append(f"block {scan.block}: {conv.name} now has stride {stride}")
         elif not _has_stride(node, stride):
             raise PassError(
-                f"{NAME}: block {scan.block} is in the plan, but no Slice with step {stride} feeds its scan; run "
-                "insert_quartermap first"
+                f"{NAME}: block {scan.block} is pruned, but neither a Slice nor a convolution of stride {stride} feeds "
+                "its scan"
             )
     graph.cleanup()
     return report

@@ -27,22 +27,26 @@ from quartermap_deploy.passes.base import (
     selected_scans,
     varies_over_channels_only,
 )
-from quartermap_deploy.passes.subsampling import write_keep, write_restore
+from quartermap_deploy.passes.subsampling import (
+    block_prefix,
+    is_pruned,
+    scanned_name,
+    write_keep,
+    write_restore,
+)
 
 NAME = "insert_quartermap"
-SCANNED = "quartermap/scanned"
-"""How the output of a subsampled scan is named, by which the block is known whatever later passes moved."""
 
 
 def insert_quartermap(graph: gs.Graph, selection: Selection) -> PassReport:
-    """Subsample the selected blocks of a graph in place; blocks that are subsampled already are left as they are.
+    """Subsample the selected blocks of a graph in place; blocks that this plan has subsampled are left as they are.
 
     Raises:
-        PassError: if a selected block is missing, or is not of the form above.
+        PassError: if a selected block is missing, is not of the form above, or was subsampled by another plan.
     """
     report = PassReport(NAME)
     for scan in selected_scans(graph, selection, NAME):
-        if not scan.node.outputs[0].name.endswith(SCANNED):
+        if not is_pruned(scan, selection.subsample, NAME):
             _insert(graph, scan, selection)
             subsample = selection.subsample
             report.changed.append(
@@ -60,12 +64,12 @@ def _insert(graph: gs.Graph, scan: ScanNode, selection: Selection) -> None:
         raise PassError(f"{NAME}: the scan of block {scan.block} does not read the map {x.name}")
 
     first = min(place_of(graph, node) for node in readers)
-    prefix = f"block_{scan.block}/quartermap"
+    prefix = block_prefix(scan.block)
     kept = write_keep(GraphWriter(graph, prefix, x.dtype, first), x, selection.subsample)
     for node in readers:
         node.inputs = [kept if item is x else item for item in node.inputs]
 
-    small = gs.Variable(f"block_{scan.block}/{SCANNED}", dtype=y.dtype)
+    small = gs.Variable(scanned_name(scan.block, selection.subsample), dtype=y.dtype)
     scan.node.outputs = [small]
     write = GraphWriter(graph, prefix, y.dtype, place_of(graph, scan.node) + 1)
     restored = write_restore(write, small, x, selection.subsample)

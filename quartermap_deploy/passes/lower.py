@@ -1,34 +1,54 @@
 """lower: give every scan the body that the target wants.
 
     SelectiveScan2D (no body)  →  SelectiveScan2D + local function `quartermap.SelectiveScan2D` in standard operators
+    SelectiveScan (no body)    →  SelectiveScan + local function `quartermap.SelectiveScan`, likewise
 
 With the function in the file, ONNX Runtime and every other runtime that knows ONNX functions runs the model as it is,
 and TensorRT ≥ 10.7 still prefers a plugin of the same name when one is loaded.
 
-Refuses: scans whose state matrix is no constant, because the body depends on the state size.
+Refuses: maps whose scan has a state matrix that is no constant, because the body depends on the state size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import onnx
 from onnx import helper
 
 from quartermap_deploy.errors import PassError
-from quartermap_deploy.lowering.operator import DOMAIN, INPUTS_2D, SELECTIVE_SCAN_2D, VERSION, ScanVariant
+from quartermap_deploy.lowering.operator import (
+    DOMAIN,
+    INPUTS_1D,
+    INPUTS_2D,
+    SELECTIVE_SCAN,
+    SELECTIVE_SCAN_2D,
+    VERSION,
+    ScanVariant,
+    SequenceVariant,
+)
 from quartermap_deploy.lowering.scan_body import scan_body
+from quartermap_deploy.lowering.sequence_body import sequence_body
 
-Body = Callable[[ScanVariant, str], onnx.FunctionProto]
-BODIES: dict[str, Body] = {"scan": scan_body}
+Body = Callable[[Any, str], onnx.FunctionProto]
+BODIES: dict[str, dict[str, Body]] = {
+    "scan": {SELECTIVE_SCAN_2D: scan_body, SELECTIVE_SCAN: sequence_body},
+}
+"""For each kind of body, how the function of each operator is written for one variant."""
+
 NAME = "lower"
+_VARIANTS: dict[str, tuple[Sequence[str], Callable[..., Any]]] = {
+    SELECTIVE_SCAN_2D: (INPUTS_2D, ScanVariant.of),
+    SELECTIVE_SCAN: (INPUTS_1D, SequenceVariant.of),
+}
 
 
 def lower(model: onnx.ModelProto, body: str = "scan") -> onnx.ModelProto:
     """Return the model with a function for each variant of its scans; functions that are there are replaced.
 
     Args:
-        model: a model with SelectiveScan2D nodes; not changed.
+        model: a model with SelectiveScan2D or SelectiveScan nodes; not changed.
         body: a key of `BODIES`.
 
     Raises:
@@ -38,25 +58,30 @@ def lower(model: onnx.ModelProto, body: str = "scan") -> onnx.ModelProto:
         raise PassError(f"{NAME}: unknown body {body!r}; expected one of {', '.join(BODIES)}")
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    kept = [f for f in result.functions if (f.domain, f.name) != (DOMAIN, SELECTIVE_SCAN_2D)]
+    kept = [f for f in result.functions if f.domain != DOMAIN or f.name not in _VARIANTS]
     del result.functions[:]
     result.functions.extend(kept)
 
     state_sizes = {
         tensor.name: tensor.dims[1] for tensor in result.graph.initializer if len(tensor.dims) == 2
     }
-    overloads: dict[ScanVariant, str] = {}
+    overloads: dict[str, dict[Any, str]] = {name: {} for name in _VARIANTS}
     for node in result.graph.node:
-        if node.domain != DOMAIN or node.op_type != SELECTIVE_SCAN_2D:
+        if node.domain != DOMAIN or node.op_type not in _VARIANTS:
             continue
-        A = node.input[INPUTS_2D.index("A")]
-        if A not in state_sizes:
+        inputs, variant_of = _VARIANTS[node.op_type]
+        A = node.input[inputs.index("A")]
+        if node.op_type == SELECTIVE_SCAN_2D and A not in state_sizes:
             raise PassError(f"{NAME}: the state matrix {A} of {node.name} is no constant (K·d_inner, N)")
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        variant = ScanVariant.of(len(node.input), attributes, state_sizes[A])
+        variant = variant_of(node.input, attributes, state_sizes.get(A))
         # Runtimes match a plugin by name alone, so the plain name goes to the first, and mostly only, variant.
-        node.overload = overloads.setdefault(variant, "" if not overloads else f"variant_{len(overloads)}")
-    result.functions.extend(BODIES[body](variant, overload) for variant, overload in overloads.items())
-    if overloads and DOMAIN not in {item.domain for item in result.opset_import}:
+        own = overloads[node.op_type]
+        node.overload = own.setdefault(variant, "" if not own else f"variant_{len(own)}")
+    for name, variants in overloads.items():
+        result.functions.extend(
+            BODIES[body][name](variant, overload) for variant, overload in variants.items()
+        )
+    if any(overloads.values()) and DOMAIN not in {item.domain for item in result.opset_import}:
         result.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
     return result

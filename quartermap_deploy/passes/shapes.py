@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 
 from quartermap_deploy.errors import PassError
-from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D
+from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN, SELECTIVE_SCAN_2D
 
 
 def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -21,7 +21,7 @@ def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
     skeleton.CopyFrom(_without_large_weights(model))
     del skeleton.graph.value_info[:]
     for node in skeleton.graph.node:
-        if node.domain == DOMAIN and node.op_type == SELECTIVE_SCAN_2D:
+        if node.domain == DOMAIN and node.op_type in (SELECTIVE_SCAN_2D, SELECTIVE_SCAN):
             node.op_type, node.domain = "Identity", ""
             del node.input[1:]
             del node.attribute[:]

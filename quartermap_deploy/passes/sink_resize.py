@@ -30,7 +30,13 @@ from quartermap_deploy.passes.base import (
     selected_scans,
     varies_over_channels_only,
 )
-from quartermap_deploy.passes.subsampling import restore_chain, restored_like, write_restore
+from quartermap_deploy.passes.subsampling import (
+    block_prefix,
+    require_pruned,
+    restore_chain,
+    restored_like,
+    write_restore,
+)
 from quartermap_deploy.pruning.plan import Subsample
 
 NAME = "sink_resize"
@@ -43,46 +49,62 @@ def sink_resize(graph: gs.Graph, selection: Selection) -> PassReport:
     """Move the restoring nodes of every selected block as far down as they stay exact, in place.
 
     Raises:
-        PassError: if a selected block has no restoring nodes, neither behind its scan nor further down.
+        PassError: if a selected block was not pruned by this plan, or nothing restores its map.
     """
     report = PassReport(NAME)
     for scan in selected_scans(graph, selection, NAME):
+        require_pruned(scan, selection.subsample, NAME)
         if selection.subsample.upsample != "nearest":
             report.refused[scan.block] = f"{selection.subsample.upsample} interpolation mixes positions"
             continue
-        small = scan.node.outputs[0]
-        chain = restore_chain(small)
+        chain, above = _restoring(graph, scan.node.outputs[0])
         if not chain:
-            if not _restored_further_down(graph, small):
-                raise PassError(
-                    f"{NAME}: block {scan.block} is in the plan, but nothing restores its map behind the scan; run "
-                    "insert_quartermap first"
-                )
-            continue
-        passed, axes = _positionwise_run(graph, chain[-1].outputs[0])
+            raise PassError(
+                f"{NAME}: block {scan.block} is pruned, but nothing restores its map behind the scan"
+            )
+        passed = _positionwise_run(graph, chain[-1].outputs[0])
         # Passing transposes alone would move work about without saving any.
         while passed and passed[-1].op == "Transpose":
             passed.pop()
         if passed:
-            axes = _axes_after(passed)
-            _move(graph, scan.block, chain, passed, axes, selection.subsample)
+            _move(graph, scan.block, chain, passed, _axes_after(passed), selection.subsample)
             names = ", ".join(node.op for node in passed if node.op != "Transpose")
             report.changed.append(f"block {scan.block}: restored after {names}")
+        elif not above:
+            report.refused[scan.block] = (
+                f"its restored map is read by {_readers(graph, chain[-1].outputs[0])}"
+            )
     return report
 
 
-def _positionwise_run(graph: gs.Graph, value: gs.Tensor) -> tuple[list[gs.Node], tuple[int, ...]]:
-    """The nodes that read `value` one after the other and act on one position at a time.
+def _restoring(graph: gs.Graph, small: gs.Tensor) -> tuple[list[gs.Node], list[gs.Node]]:
+    """The nodes that restore the scan's map, and the position-wise ones that stand above them already."""
+    above: list[gs.Node] = []
+    for node in (None, *_positionwise_run(graph, small)):
+        if node is not None:
+            above.append(node)
+        if chain := restore_chain(small if node is None else node.outputs[0]):
+            return chain, [item for item in above if item.op != "Transpose"]
+    return [], above
 
-    Returns them with the order of the raster axes (batch, channels, H, W) in the last one's output.
-    """
+
+def _readers(graph: gs.Graph, value: gs.Tensor) -> str:
+    """Who reads a value, in words."""
+    readers = [f"{node.op} {node.name}".strip() for node in value.outputs]
+    if any(value is output for output in graph.outputs):
+        readers.append("the graph's outputs")
+    return " and ".join(readers) or "nothing"
+
+
+def _positionwise_run(graph: gs.Graph, value: gs.Tensor) -> list[gs.Node]:
+    """The nodes that read `value` one after the other and act on one position at a time."""
     run: list[gs.Node] = []
     axes = RASTER
     while (node := only_consumer(graph, value)) is not None and _acts_on_positions(node, value, axes):
         axes = _permuted(axes, node)
         run.append(node)
         value = node.outputs[0]
-    return run, axes
+    return run
 
 
 def _acts_on_positions(node: gs.Node, value: gs.Tensor, axes: Sequence[int]) -> bool:
@@ -138,7 +160,7 @@ def _move(
     # The nodes that computed the size go too, so that their names are free again.
     graph.cleanup()
     end = passed[-1].outputs[0]
-    prefix = f"block_{block}/quartermap"
+    prefix = block_prefix(block)
     write = GraphWriter(graph, prefix, end.dtype, place_of(graph, passed[-1]) + 1)
     value: gs.Tensor = gs.Variable(f"{prefix}/small", dtype=end.dtype)
     passed[-1].outputs = [value]
@@ -151,10 +173,3 @@ def _move(
     last = producer(value)
     assert last is not None
     last.outputs = [end]
-
-
-def _restored_further_down(graph: gs.Graph, value: gs.Tensor) -> bool:
-    """Whether the restoring nodes stand behind the position-wise run that reads `value`."""
-    run, _ = _positionwise_run(graph, value)
-    values = [value, *(node.outputs[0] for node in run)]
-    return any(restore_chain(item) for item in values)

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from quartermap_deploy.passes.base import GraphWriter, constant_of, producer, sizes
+from quartermap_deploy.errors import PassError
+from quartermap_deploy.passes.base import GraphWriter, ScanNode, constant_of, producer, sizes
 from quartermap_deploy.pruning.plan import Subsample
 
 INT64 = np.dtype(np.int64)
+_SCANNED = "scanned_"
 SPATIAL = (2, 3)
 """The axes of height and width in a feature map (batch, channels, H, W)."""
 
@@ -67,6 +69,46 @@ def write_restore(write: GraphWriter, y: gs.Tensor, full: gs.Tensor, subsample: 
             source = write.constant(f"source_{axis}", exact.astype(INT64))
         y = write("Gather", f"restore_{axis}", [y, source], axis=axis)
     return y
+
+
+def scanned_name(block: int, subsample: Subsample) -> str:
+    """How the output of a subsampled scan is named: it tells by which plan, whatever later passes have moved."""
+    plan = f"{subsample.upsample}_{subsample.keep}_of_{subsample.stride}"
+    return f"{block_prefix(block)}/{_SCANNED}{plan}"
+
+
+def block_prefix(block: int) -> str:
+    """What the names of a pruned block's nodes start with."""
+    return f"block_{block}/quartermap"
+
+
+def is_pruned(scan: ScanNode, subsample: Subsample, pass_name: str) -> bool:
+    """Whether a scan was subsampled by this plan.
+
+    Raises:
+        PassError: if another plan has subsampled it.
+    """
+    found, expected = str(scan.node.outputs[0].name), scanned_name(scan.block, subsample)
+    own = f"{block_prefix(scan.block)}/{_SCANNED}"
+    if found != expected and found.startswith(own):
+        raise PassError(
+            f"{pass_name}: block {scan.block} was pruned by another plan already ({found.removeprefix(own)}), expected "
+            f"{expected.removeprefix(own)}; start from the unpruned model"
+        )
+    return found == expected
+
+
+def require_pruned(scan: ScanNode, subsample: Subsample, pass_name: str) -> None:
+    """Refuse a scan that this plan has not subsampled yet.
+
+    Raises:
+        PassError: if the scan has its whole map, or was subsampled by another plan.
+    """
+    if not is_pruned(scan, subsample, pass_name):
+        raise PassError(
+            f"{pass_name}: block {scan.block} is in the plan, but its scan has the whole map; run insert_quartermap "
+            "first"
+        )
 
 
 def is_keep(node: gs.Node | None) -> bool:

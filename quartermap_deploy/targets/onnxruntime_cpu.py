@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,6 @@ class OnnxRuntimeSession:
 
     def _check(self, images: NDArray[np.float32]) -> None:
         expected = tuple(self._input.shape)
-        found = f"{tuple(getattr(images, 'shape', ()))} of {getattr(images, 'dtype', type(images).__name__)}"
         fits = (
             isinstance(images, np.ndarray)
             and images.dtype == np.float32
@@ -56,9 +56,20 @@ class OnnxRuntimeSession:
         )
         if not fits:
             raise InputError(
-                f"the model takes images of shape {expected} and float32, found {found}; prepare images as the "
-                "model's card says"
+                f"the model takes images of shape {expected} and float32, found {_described(images)}"
             )
+
+
+def _described(images: object) -> str:
+    """What was given instead of images, and how to mend it."""
+    if not isinstance(images, np.ndarray):
+        mend = 'np.asarray(images, dtype="float32") makes an array of it'
+        return f"a {type(images).__name__}; {mend}, if the values are prepared as the model's card says"
+    found = f"{images.shape} of {images.dtype}"
+    if images.dtype != np.float32 and np.issubdtype(images.dtype, np.floating):
+        return f'{found}; convert them with images.astype("float32")'
+    # Whole numbers are pixels that nobody has normalised: another type alone would not make an input of them.
+    return f"{found}; prepare images as the model's card says"
 
 
 def inference_session(model: Path | bytes, threads: int | None = None) -> Any:
@@ -72,6 +83,8 @@ def inference_session(model: Path | bytes, threads: int | None = None) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads if threads is not None else _threads_wanted()
+    # Idle workers spin for some milliseconds after a run and would take the cores from the next session's run.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     source = model if isinstance(model, bytes) else str(model)
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
@@ -86,14 +99,23 @@ def _threads_wanted() -> int:
     Raises:
         InputError: if it is no number.
     """
-    import os
-
     text = os.environ.get(THREADS_VARIABLE, "0")
     if not text.isdecimal():
         raise InputError(
             f"the environment variable {THREADS_VARIABLE} is {text!r}; expected a number of threads"
         )
     return int(text)
+
+
+def default_threads() -> int:
+    """The threads that one operator gets where a session is made without a number: the environment's, or all cores.
+
+    Raises:
+        InputError: if the environment holds no number.
+    """
+    # As ONNX Runtime counts them: two threads of one physical core are one. Only Linux tells.
+    topology = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings_list")
+    return _threads_wanted() or len({path.read_text() for path in topology}) or os.cpu_count() or 1
 
 
 def build(model_path: Path, directory: Path) -> dict[str, Any]:
