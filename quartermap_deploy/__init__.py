@@ -8,9 +8,6 @@ never imports torch.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
 __version__ = "0.1.0"
 
 _PUBLIC = {
@@ -42,7 +39,12 @@ __all__ = [
     "prune",
 ]
 
+# Nothing is imported here, not even typing: the command line begins with this file, and what comes before its own code
+# answers an interruption with a traceback.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from quartermap_deploy.architectures import create_model, list_models, load_card
     from quartermap_deploy.bundle import Bundle, load_bundle
     from quartermap_deploy.compiler import compile
@@ -56,6 +58,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
     return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
 
 

@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,10 +32,13 @@ from quartermap_deploy.errors import BundleError, UnknownNameError
 from quartermap_deploy.targets import DEFAULT, Session, load_target
 
 if TYPE_CHECKING:
+    import onnx
+
     from quartermap_deploy.recipe import Recipe
 
 FORMAT = 1
 MANIFEST, MODEL, REPORT = "manifest.json", "model.onnx", "report.json"
+_MEND = "the bundle was altered or damaged; compile it again"
 _KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("recipe", "model", "input", "output", "totals", "graph", "versions", "targets"), dict),
     **dict.fromkeys(("blocks", "passes"), list),
@@ -84,7 +88,8 @@ class Bundle:
         """Run the model.
 
         Args:
-            images: (batch, channels, height, width), float32, prepared as the model's card says.
+            images: (batch, channels, height, width), float32, prepared as the model's card says. Type and shape are
+                checked at every call, values are not, for speed: NaN or infinite ones give logits that mean nothing.
             target: one of the targets the bundle was built for; None for the default.
 
         Returns:
@@ -95,6 +100,35 @@ class Bundle:
             UnknownNameError: if the bundle was not built for the target.
         """
         return self.session(target).run(images)
+
+    def check_graph(self) -> None:
+        """Check that the portable model is valid ONNX with the operators that the manifest lists; nothing is run.
+
+        A hash alone proves little: who replaces the model can write its hash into the manifest.
+
+        Raises:
+            BundleError: if it is not.
+        """
+        import onnx
+
+        try:
+            model = onnx.load(self.model_path, load_external_data=False)
+            onnx.checker.check_model(model)
+        except Exception as error:  # protobuf and onnx.checker have several kinds
+            reason = " ".join(str(error).split())[:400]
+            raise BundleError(f"{self.model_path} is no valid ONNX model ({reason}); {_MEND}") from error
+        found, listed = operators(model), self.manifest["graph"]
+        if any(found[key] != listed.get(key) for key in found):
+            counts, others = (entry.get("operators") or {} for entry in (found, listed))
+            differing = [
+                f"{counts.get(name, 0)} {name} instead of {others.get(name, 0)}"
+                for name in sorted({*counts, *others})
+                if counts.get(name, 0) != others.get(name, 0)
+            ]
+            raise BundleError(
+                f"{self.model_path} has {found['nodes']} nodes, its manifest lists {listed.get('nodes')} "
+                f"({', '.join(differing[:3]) or 'the same operators'}); {_MEND}"
+            )
 
     def recipe(self) -> Recipe:
         """The recipe that the bundle was compiled from; its paths are file names only."""
@@ -146,9 +180,7 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
         )
     wrong = [key for key, kind in _KINDS.items() if not isinstance(manifest.get(key, ...), kind)]
     if wrong:
-        raise BundleError(
-            f"{folder / MANIFEST} has no proper {', '.join(wrong)}; the bundle was altered or damaged; compile it again"
-        )
+        raise BundleError(f"{folder / MANIFEST} has no proper {', '.join(wrong)}; {_MEND}")
     _verify(folder, manifest["files"])
     report = _read_json(folder / REPORT)
     if not isinstance(report, dict) or not isinstance(report.get("cases"), list) or "passed" not in report:
@@ -167,19 +199,20 @@ def _read_json(path: Path) -> Any:
 
 def _verify(folder: Path, files: dict[str, Any]) -> None:
     """Compare the files of a bundle with what its manifest says about them."""
-    mend = "the bundle was altered or damaged; compile it again"
     for name, expected in files.items():
         # A manifest must not make us read outside its bundle.
         if Path(name).name != name:
-            raise BundleError(f"the manifest of {folder} lists {name!r}, which is no plain file name; {mend}")
+            raise BundleError(
+                f"the manifest of {folder} lists {name!r}, which is no plain file name; {_MEND}"
+            )
         if not (folder / name).is_file():
-            raise BundleError(f"{name} is missing from the bundle {folder}; {mend}")
+            raise BundleError(f"{name} is missing from the bundle {folder}; {_MEND}")
         found = describe_file(folder / name)
         if found != expected:
             raise BundleError(
                 f"{name} in the bundle {folder} does not match its manifest ({found['bytes']:,} bytes, sha256 "
                 f"{found['sha256'][:12]}…, expected {expected.get('bytes', 0):,} bytes, "
-                f"{str(expected.get('sha256'))[:12]}…); {mend}"
+                f"{str(expected.get('sha256'))[:12]}…); {_MEND}"
             )
     if unlisted := sorted({path.name for path in folder.iterdir()} - {*files, MANIFEST}):
         raise BundleError(
@@ -187,7 +220,7 @@ def _verify(folder: Path, files: dict[str, Any]) -> None:
         )
     for name in (MODEL, REPORT):
         if name not in files:
-            raise BundleError(f"the manifest of {folder} does not list {name}; {mend}")
+            raise BundleError(f"the manifest of {folder} does not list {name}; {_MEND}")
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -197,6 +230,12 @@ def describe_file(path: Path) -> dict[str, Any]:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
+
+
+def operators(model: onnx.ModelProto) -> dict[str, Any]:
+    """How many nodes the main graph has, and of which operators, as a manifest lists them."""
+    counts = Counter(node.op_type for node in model.graph.node)
+    return {"nodes": sum(counts.values()), "operators": dict(counts.most_common())}
 
 
 def check_destination(path: Path, force: bool) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.metadata
 import os
 import platform
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from quartermap_deploy.bundle import (
     describe_file,
     load_bundle,
     new_bundle,
+    operators,
     write_json,
 )
 from quartermap_deploy.errors import ParityError
@@ -32,10 +33,9 @@ from quartermap_deploy.recipe import Recipe
 from quartermap_deploy.targets import load_target
 
 if TYPE_CHECKING:
-    import onnx
-
     from quartermap_deploy.architectures.base import VisualStateSpaceModel
     from quartermap_deploy.architectures.cards import ModelCard
+    from quartermap_deploy.architectures.factory import Weights
     from quartermap_deploy.complexity import Complexity
     from quartermap_deploy.frontend.export import Export
     from quartermap_deploy.validation.parity import ParityReport
@@ -78,8 +78,9 @@ def compile(
     targets = {name: load_target(name) for name in recipe.targets}
     check_destination(out, force)
     with progress.step(f"loading {recipe.model}"):
-        model, card = load_model(recipe)
+        model, card, loaded = load_model(recipe)
         cases = validation_cases(recipe, card)
+        weights = weights_entry(recipe, loaded)
     exported = export_model(recipe, model, card, progress)
     with new_bundle(out, force) as folder:
         (folder / MODEL).write_bytes(exported.model.SerializeToString())
@@ -89,9 +90,10 @@ def compile(
                 entries[name] = target.build(folder / MODEL, folder)
         parity = validate(recipe, model, cases, folder, progress)
         write_json(folder / REPORT, parity.to_dict())
-        write_json(folder / MANIFEST, manifest(recipe, model, card, exported, folder, entries))
-        load_bundle(folder)
-    return load_bundle(out)
+        write_json(folder / MANIFEST, manifest(recipe, model, card, weights, exported, folder, entries))
+        # Checked before it takes its place, which moves the folder and touches no file in it.
+        bundle = load_bundle(folder)
+    return dataclasses.replace(bundle, path=out)
 
 
 def as_recipe(recipe: Recipe | str | os.PathLike[str]) -> Recipe:
@@ -103,23 +105,26 @@ def as_recipe(recipe: Recipe | str | os.PathLike[str]) -> Recipe:
     return Recipe(model=str(recipe))
 
 
-def load_model(recipe: Recipe) -> tuple[VisualStateSpaceModel, ModelCard]:
-    """Build the recipe's model, unpruned, and return it with its card.
+def load_model(recipe: Recipe) -> tuple[VisualStateSpaceModel, ModelCard, Weights]:
+    """Build the recipe's model, unpruned, and return it with its card and where its weights come from.
 
     New weights come from the recipe's seed, without touching torch's global generator.
     """
-    from quartermap_deploy.architectures import create_model, load_card
+    from quartermap_deploy.architectures import load_card
+    from quartermap_deploy.architectures.factory import create_with_weights
 
     card = load_card(recipe.model)
     import torch
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        model = create_model(recipe.model, num_classes=recipe.num_classes, checkpoint=recipe.checkpoint)
+        model, weights = create_with_weights(
+            recipe.model, num_classes=recipe.num_classes, checkpoint=recipe.checkpoint
+        )
     model.check_input_shape((1, model.in_channels, *input_size(recipe, card)))
     if recipe.quartermap is not None:
         recipe.quartermap.select(model.depths)
-    return model, card
+    return model, card, weights
 
 
 def input_size(recipe: Recipe, card: ModelCard) -> tuple[int, int]:
@@ -203,10 +208,20 @@ def validate(
     return report
 
 
+def weights_entry(recipe: Recipe, weights: Weights) -> dict[str, str | None]:
+    """What the manifest says about the weights: enough to know the checkpoint's file again."""
+    return {
+        "weights": weights.source,
+        "weights_sha256": None if recipe.checkpoint is None else describe_file(recipe.checkpoint)["sha256"],
+        "head": "new" if weights.new_head else "loaded",
+    }
+
+
 def manifest(
     recipe: Recipe,
     model: VisualStateSpaceModel,
     card: ModelCard,
+    weights: dict[str, str | None],
     exported: Export,
     folder: Path,
     targets: dict[str, Any],
@@ -217,7 +232,6 @@ def manifest(
 
     size = input_size(recipe, card)
     before, after = measure(model, size), measure(reference_model(recipe, model), size)
-    weights = "checkpoint" if recipe.checkpoint else "included" if card.weights else "new"
     open_axis = ("height", "width") if recipe.dynamic_size else size
     batch = "batch" if recipe.dynamic_batch else 1
     return {
@@ -230,7 +244,7 @@ def manifest(
             "title": card.title,
             "parameters": before.parameters,
             "num_classes": model.num_classes,
-            "weights": weights,
+            **weights,
         },
         "input": {"name": INPUT, "shape": [batch, model.in_channels, *open_axis], "type": recipe.precision},
         "output": {"name": OUTPUT, "shape": [batch, model.num_classes], "type": recipe.precision},
@@ -275,12 +289,6 @@ def block_map(before: Complexity, after: Complexity) -> list[dict[str, Any]]:
         }
         for old, new in zip(before.blocks, after.blocks, strict=True)
     ]
-
-
-def operators(model: onnx.ModelProto) -> dict[str, Any]:
-    """How many nodes the main graph has, and of which operators."""
-    counts = Counter(node.op_type for node in model.graph.node)
-    return {"nodes": sum(counts.values()), "operators": dict(counts.most_common())}
 
 
 def versions() -> dict[str, str]:

@@ -21,7 +21,11 @@ class UnknownNameError(QuartermapError):
     def for_choice(cls, kind: str, name: str, choices: Iterable[str]) -> UnknownNameError:
         """Build the error with the nearest valid names first, or all of them when none is near."""
         available = sorted(choices)
-        near = difflib.get_close_matches(name, available, n=3, cutoff=0.5)
+        closest = max(
+            (difflib.SequenceMatcher(None, choice, name).ratio() for choice in available), default=0.0
+        )
+        # Names much further off than the nearest one would only be noise beside it.
+        near = difflib.get_close_matches(name, available, n=3, cutoff=max(0.6, closest - 0.1))
         hint = f"Did you mean {' or '.join(near)}?" if near else f"Available: {', '.join(available)}."
         return cls(f"unknown {kind} {name!r}. {hint}")
 

@@ -219,8 +219,12 @@ def test_an_unknown_model_is_refused_with_near_names() -> None:
         create_model("vmamba_tinny_s1l8")
     with pytest.raises(UnknownNameError):
         load_card("../models/vmamba_digits")
-    with pytest.raises(InputError, match="num_classes"):
-        create_model("medmamba_t", num_classes=0)
+
+
+@pytest.mark.parametrize("count", [0, "a", 2.0, True])
+def test_a_class_count_that_is_none_is_refused(count: object) -> None:
+    with pytest.raises(InputError, match=f"num_classes = {count!r} is not a whole number"):
+        create_model("medmamba_t", num_classes=count)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

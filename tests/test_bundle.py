@@ -17,6 +17,7 @@ import torch
 
 import quartermap_deploy as qm
 from quartermap_deploy import compiler
+from quartermap_deploy.bundle import load_bundle
 from quartermap_deploy.errors import (
     BundleError,
     CheckpointError,
@@ -68,7 +69,7 @@ def test_the_report_covers_every_block_and_case(digits_bundle: qm.Bundle) -> Non
     assert report["passed"] and report["first_departing_block"] is None
     assert report["worst_relative_error"] <= report["tolerance"]["relative"] == 1e-4
     assert [case["name"] for case in report["cases"]] == ["images", "single image", "zeros", "large values"]
-    names = [*(f"block_{i}" for i in range(1, 11)), "logits"]
+    names = [*(f"block_{i}{part}" for i in range(1, 11) for part in ("/scan", "")), "logits"]
     for case in report["cases"]:
         assert [output["name"] for output in case["outputs"]] == names
 
@@ -84,6 +85,8 @@ def test_the_manifest_tells_the_block_map(digits_bundle: qm.Bundle) -> None:
     assert totals["tokens"] == sum(block["tokens"] for block in blocks) < totals["tokens_unpruned"]
     assert digits_bundle.manifest["recipe"]["quartermap"]["every"] == 3
     assert digits_bundle.manifest["versions"]["torch"].startswith("2.")
+    model = digits_bundle.manifest["model"]
+    assert (model["weights"], model["weights_sha256"], model["head"]) == ("included", None, "loaded")
 
 
 def test_the_model_is_plain_onnx(digits_bundle: qm.Bundle) -> None:
@@ -178,13 +181,20 @@ def test_bad_recipes_write_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_folder_is_refused_and_replaced_by_force(copy_of_bundle: Path) -> None:
+def test_an_existing_folder_is_refused_and_replaced_by_force(
+    copy_of_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = (copy_of_bundle / "manifest.json").read_text()
     with pytest.raises(BundleError, match="--force"):
         qm.compile(RECIPE, copy_of_bundle)
     assert (copy_of_bundle / "manifest.json").read_text() == before
+    loaded: list[Path] = []
+    monkeypatch.setattr(compiler, "load_bundle", lambda path: loaded.append(path) or load_bundle(path))
     replaced = qm.compile(qm.Recipe("vmamba_digits"), copy_of_bundle, force=True)
     assert replaced.manifest["plan"] is None
+    # Its files are read and hashed once, in the draft.
+    assert len(loaded) == 1 and loaded[0] != copy_of_bundle
+    assert replaced == load_bundle(copy_of_bundle)
     assert [path.name for path in copy_of_bundle.parent.iterdir()] == ["copy"]
 
 
@@ -239,18 +249,20 @@ def test_a_manifest_cannot_point_outside_its_bundle(copy_of_bundle: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "images",
+    ("images", "mend"),
     [
-        np.zeros((1, 3, 32, 32), np.float32),
-        np.zeros((1, 3, 64, 64), np.float64),
-        np.zeros((0, 3, 64, 64), np.float32),
-        np.zeros((3, 64, 64), np.float32),
-        [[0.0]],
+        (np.zeros((1, 3, 32, 32), np.float32), "model's card"),
+        (np.zeros((1, 3, 64, 64), np.float64), r'images\.astype\("float32"\)'),
+        (np.zeros((1, 3, 64, 64), np.uint8), "model's card"),
+        (np.zeros((0, 3, 64, 64), np.float32), "model's card"),
+        (np.zeros((3, 64, 64), np.float32), "model's card"),
+        ([[0.0]], r'a list; np\.asarray\(images, dtype="float32"\)'),
+        (torch.zeros(1, 3, 64, 64), r"a Tensor; np\.asarray"),
     ],
-    ids=["size", "type", "empty", "axes", "list"],
+    ids=["size", "type", "pixels", "empty", "axes", "list", "tensor"],
 )
-def test_wrong_images_are_refused(digits_bundle: qm.Bundle, images: Any) -> None:
-    with pytest.raises(InputError, match="the model takes images of shape"):
+def test_wrong_images_are_refused(digits_bundle: qm.Bundle, images: Any, mend: str) -> None:
+    with pytest.raises(InputError, match=f"the model takes images of shape .*, found .*{mend}"):
         digits_bundle.run(images)
 
 

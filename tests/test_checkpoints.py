@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import pickle
 import sys
 import types
 from collections import OrderedDict
@@ -25,6 +26,7 @@ from quartermap_deploy.architectures.checkpoint import (
     read_checkpoint,
     unwrap,
 )
+from quartermap_deploy.architectures.factory import Weights, create_with_weights
 from quartermap_deploy.errors import CheckpointError
 
 State = dict[str, Tensor]
@@ -211,6 +213,17 @@ def test_code_in_a_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
     assert trace.exists()
 
 
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_code_in_a_plain_pickle_is_refused_as_such_and_does_not_run(tmp_path: Path, protocol: int) -> None:
+    trace, path = tmp_path / "trace", tmp_path / "weights.pth"
+    whole = pickle.dumps({"model": Payload(f"touch {trace}")}, protocol)
+    for content in (whole, whole[:-1]) if protocol else (whole,):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="could run code"):
+            read_checkpoint(path)
+    assert not trace.exists()
+
+
 def test_a_pickled_module_is_refused(tmp_path: Path) -> None:
     torch.save(tiny("v2"), tmp_path / "module.pth")
     with pytest.raises(CheckpointError, match=r"VMamba, which could run code"):
@@ -243,7 +256,13 @@ def test_a_truncated_file_is_refused(
 
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
 @pytest.mark.parametrize(
-    "content", [b"version https://git-lfs.github.com/spec/v1", b"<!DOCTYPE html>", b"PK\x03\x04 not a zip"]
+    "content",
+    [
+        b"version https://git-lfs.github.com/spec/v1",
+        b"<!DOCTYPE html>",
+        b"PK\x03\x04 not a zip",
+        pickle.dumps({"epoch": 3}),
+    ],
 )
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
@@ -267,6 +286,12 @@ def test_a_file_without_a_state_dict_is_refused(tmp_path: Path, content: Any) ->
         read_checkpoint(tmp_path / "other.pth")
 
 
+def test_only_the_first_keys_of_such_a_file_are_named(tmp_path: Path) -> None:
+    torch.save({f"key {number}": number for number in range(12)}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=r"found key 0, key 1, key 2, key 3, key 4 and 7 more$"):
+        read_checkpoint(tmp_path / "other.pth")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path: Path, value: float) -> None:
     state = tiny("v2").state_dict()
@@ -274,6 +299,15 @@ def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path: Path, value: 
     save_file(state, tmp_path / "broken.safetensors")
     with pytest.raises(CheckpointError, match=r"NaN or infinite values in layers\.1\.blocks\.0\.op\.A_logs$"):
         read_checkpoint(tmp_path / "broken.safetensors")
+
+
+def test_weights_that_are_whole_numbers_are_refused_by_name(tmp_path: Path) -> None:
+    state = tiny("v2").state_dict()
+    for key, dtype in (("layers.0.blocks.0.op.Ds", torch.int64), ("classifier.head.weight", torch.int8)):
+        state[key] = state[key].to(dtype)
+    save_file(state, tmp_path / "whole.safetensors")
+    with pytest.raises(CheckpointError, match=r"\.Ds \(int64\), classifier\.head\.weight \(int8\)\. Give"):
+        read_checkpoint(tmp_path / "whole.safetensors")
 
 
 def test_what_does_not_fit_is_named_and_counted(tmp_path: Path) -> None:
@@ -347,6 +381,13 @@ class TestClassCount:
 
     def test_from_the_card(self) -> None:
         assert create_model("vmamba_digits").num_classes == load_card("vmamba_digits").num_classes == 10
+
+    def test_what_became_of_the_last_layer_is_told(self, seven: Path) -> None:
+        for count, new_head in ((None, False), (7, False), (10, True)):
+            weights = create_with_weights("vmamba_digits", num_classes=count, checkpoint=seven)[1]
+            assert weights == Weights("checkpoint", new_head)
+        assert create_with_weights("vmamba_digits")[1] == Weights("included", new_head=False)
+        assert create_with_weights("vmamba_digits", num_classes=7)[1] == Weights("included", new_head=True)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:

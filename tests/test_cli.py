@@ -23,6 +23,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 
@@ -30,9 +31,10 @@ from quartermap_deploy import bundle as bundles
 from quartermap_deploy import cli, compiler, demo
 from quartermap_deploy.architectures import create_model, list_models, load_card
 from quartermap_deploy.architectures.cards import models_directory
-from quartermap_deploy.cli import common
+from quartermap_deploy.cli import common, program
 from quartermap_deploy.cli.compile import recipe_and_folder
 from quartermap_deploy.data.digits import load_digits
+from quartermap_deploy.data.images import prepare
 from quartermap_deploy.errors import ParityError
 from quartermap_deploy.pruning import QuarterMap
 from quartermap_deploy.recipe import Recipe
@@ -134,6 +136,23 @@ def bundle(compiled: tuple[Path, Outcome], workplace: Path) -> Path:
     return shutil.copytree(compiled[0], workplace / "k3")
 
 
+@pytest.fixture(scope="module")
+def from_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Outcome]:
+    """A bundle for ten classes, the checkpoint for seven that it was compiled from, and what the command said.
+
+    Parity was proved on one image of noise, beside them.
+    """
+    folder = tmp_path_factory.mktemp("from_checkpoint")
+    torch.save(create_model(MODEL, num_classes=7).state_dict(), folder / "seven.pth")
+    (folder / "images").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "images" / "noise.png")
+    given = ["--checkpoint", folder / "seven.pth", "--num-classes", 10, "--images", folder / "images"]
+    outcome = call("compile", MODEL, *given, "--out", folder / "bundle")
+    assert outcome.code == 0, outcome.err
+    return folder / "bundle", folder / "seven.pth", outcome
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, compiled: tuple[Path, Outcome]) -> list[tuple[Recipe, Path, bool]]:
     """Compile nothing; return what the compiler was asked for."""
@@ -173,7 +192,7 @@ def damaged_block(model: onnx.ModelProto, block: int) -> onnx.ModelProto:
 
 def subparsers() -> dict[str, argparse.ArgumentParser]:
     action = next(
-        action for action in cli.build_parser()._actions if isinstance(action, argparse._SubParsersAction)
+        action for action in program.build_parser()._actions if isinstance(action, argparse._SubParsersAction)
     )
     return dict(action.choices)
 
@@ -220,7 +239,7 @@ def test_every_example_can_be_typed(command: str) -> None:
     ]
     assert len(examples) >= 2
     for example in examples:
-        options = cli.build_parser().parse_args(shlex.split(example)[1:])
+        options = program.build_parser().parse_args(shlex.split(example)[1:])
         assert options.command == command
 
 
@@ -242,6 +261,8 @@ def test_every_example_can_be_typed(command: str) -> None:
         (["compile", MODEL, "--num-classes", "0"], ["--num-classes", "at least 1"]),
         (["compile", MODEL, "--targets", "onnxruntime,"], ["--targets", "such as"]),
         (["compile", MODEL, "--ever", "3"], ["--ever"]),
+        (["compile", MODEL, "--out", ""], ["--out", "the path is empty"]),
+        (["inspect", ""], ["BUNDLE", "the path is empty"]),
     ],
 )
 def test_wrong_usage_is_said_in_one_line(refused: Refuse, arguments: list[str], words: list[str]) -> None:
@@ -291,6 +312,7 @@ def test_an_unknown_model_suggests_near_ones(refused: Refuse) -> None:
     assert "vmamba_tiny_s1l8" in refused("models", "vmamba_tiny_s18")
     assert "vmamba_tiny_s1l8" in refused("compile", "vmamba_tiny_s18")
     assert all(name in refused("compile", "resnet50") for name in list_models())
+    assert refused("models", "vmamba_digit").endswith("Did you mean vmamba_digits?")
 
 
 # compile --------------------------------------------------------------------------------------------------------
@@ -306,8 +328,6 @@ def test_compile_makes_a_bundle_that_reads_digits(compiled: tuple[Path, Outcome]
     assert "quartermap: warning" not in outcome.err
     assert re.search(r"^\[ *\d+\.\d s\] exporting", outcome.err, re.MULTILINE), "progress belongs on stderr"
     card, digits = load_card(MODEL), load_digits().held_out
-    from quartermap_deploy.data.images import prepare
-
     images = prepare(list(digits.images[:50]), card.preprocessing)
     predicted = bundles.load_bundle(path).run(images).argmax(axis=1)
     assert (predicted == digits.labels[:50]).mean() > 0.9
@@ -423,20 +443,25 @@ def test_quiet_prints_nothing_and_json_alone_prints_json(asked: list[tuple[Recip
 
 
 @pytest.mark.parametrize(
-    ("arguments", "warned"),
+    ("weights", "head", "warned"),
     [
-        (["vmamba_tiny_s1l8"], "newly initialised weights (seed 0)"),
-        (["vmamba_tiny_s1l8", "--seed", "5"], "newly initialised weights (seed 5)"),
-        ([MODEL, "--num-classes", "7"], "last layer is newly initialised"),
-        ([MODEL, "--num-classes", "10"], None),
-        (["vmamba_tiny_s1l8", "--checkpoint", "w.pth"], None),
-        ([MODEL], None),
+        ("new", "new", "newly initialised weights (seed 0)"),
+        ("included", "new", "last layer is newly initialised (seed 0)"),
+        ("included", "loaded", None),
+        ("checkpoint", "loaded", None),
     ],
 )
 def test_weights_that_were_never_trained_are_warned_of(
-    asked: list[tuple[Recipe, Path, bool]], arguments: list[str], warned: str | None
+    monkeypatch: pytest.MonkeyPatch,
+    compiled: tuple[Path, Outcome],
+    weights: str,
+    head: str,
+    warned: str | None,
 ) -> None:
-    outcome = call("compile", *arguments, "--quiet")
+    made = bundles.load_bundle(compiled[0])
+    made.manifest["model"].update(weights=weights, head=head)
+    monkeypatch.setattr(compiler, "compile", lambda *arguments, **options: made)
+    outcome = call("compile", MODEL, "--quiet")
     assert outcome.code == 0
     if warned is None:
         assert outcome.err == ""
@@ -444,10 +469,24 @@ def test_weights_that_were_never_trained_are_warned_of(
         assert outcome.err.startswith("quartermap: warning: ") and warned in outcome.err
 
 
+def test_a_checkpoint_for_another_number_of_classes_is_told_of(
+    from_checkpoint: tuple[Path, Path, Outcome],
+) -> None:
+    bundle, checkpoint, compiled = from_checkpoint
+    assert re.search(
+        r"^quartermap: warning: .* another number of classes than 10", compiled.err, re.MULTILINE
+    )
+    model = json.loads((bundle / "manifest.json").read_text())["model"]
+    assert (model["weights"], model["head"], model["num_classes"]) == ("checkpoint", "new", 10)
+    assert model["weights_sha256"] == bundles.describe_file(checkpoint)["sha256"]
+    for outcome in (compiled, call("inspect", bundle)):
+        assert "from a checkpoint; the last layer, for 10 classes, newly initialised" in outcome.out
+
+
 def test_recipes_of_the_repository_are_complete() -> None:
     folder = models_directory().parent / "export"
     for path in folder.glob("*.toml"):
-        options = cli.build_parser().parse_args(["compile", str(path)])
+        options = program.build_parser().parse_args(["compile", str(path)])
         recipe, out = recipe_and_folder(options)
         assert recipe.model in list_models() and out == Path("bundles") / path.stem
 
@@ -749,6 +788,38 @@ def test_a_target_that_the_bundle_was_not_built_for(refused: Refuse, bundle: Pat
     assert "onnxruntime" in refused("validate", bundle, "--target", "tensorrt", "--quiet")
 
 
+def test_a_bundle_from_a_checkpoint_is_compared_with_the_model_of_that_file(
+    from_checkpoint: tuple[Path, Path, Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, checkpoint, _ = from_checkpoint
+    seen = []
+    compare = compiler.parity_of
+    monkeypatch.setattr(
+        compiler, "parity_of", lambda *arguments: seen.append(arguments[2]) or compare(*arguments)
+    )
+    outcome = call("validate", bundle, "--reference", "torch", "--checkpoint", checkpoint, "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["passed"] is True
+    # On the images that it was compiled with, wherever they are by now.
+    own = prepare([checkpoint.parent / "images" / "noise.png"] * 2, load_card(MODEL).preprocessing)
+    np.testing.assert_array_equal(seen[0]["images"], own)
+
+
+def test_no_other_file_than_the_checkpoint_of_a_bundle_will_do(
+    refused: Refuse, from_checkpoint: tuple[Path, Path, Outcome], bundle: Path, workplace: Path
+) -> None:
+    ours, checkpoint, _ = from_checkpoint
+    (workplace / "other.pth").write_bytes(checkpoint.read_bytes() + b"\0")
+    torch_reference = ["validate", ours, "--reference", "torch"]
+    assert "give the file with --checkpoint" in refused(*torch_reference)
+    assert "no checkpoint file gone.pth" in refused(*torch_reference, "--checkpoint", "gone.pth")
+    text = refused(*torch_reference, "--checkpoint", "other.pth")
+    assert "other.pth is not the file that the bundle was compiled from, seven.pth (sha256" in text
+    assert "need no checkpoint" in refused("validate", ours, "--checkpoint", checkpoint)
+    text = refused("validate", bundle, "--reference", "torch", "--checkpoint", checkpoint)
+    assert "was not compiled from a checkpoint" in text
+
+
 # Bundles that are damaged ---------------------------------------------------------------------------------------
 
 
@@ -812,13 +883,31 @@ def test_a_bundle_that_is_not_there(refused: Refuse, command: str) -> None:
     assert "there is no bundle gone" in refused(command, "gone")
 
 
-@pytest.mark.parametrize("command", [["validate"], ["validate", "--reference", "torch"], ["bench"]])
+@pytest.mark.parametrize(
+    "command", [["inspect"], ["validate"], ["validate", "--reference", "torch"], ["bench"]]
+)
 def test_an_onnx_file_that_is_corrupted_although_its_hash_fits(
     refused: Refuse, bundle: Path, command: list[str]
 ) -> None:
     (bundle / "model.onnx").write_bytes((bundle / "model.onnx").read_bytes()[:5000])
     rewrite_manifest(bundle)
     assert "model" in refused(*command, bundle)
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_inspect_notices_another_graph_although_its_hash_fits(
+    refused: Refuse, bundle: Path, options: list[str]
+) -> None:
+    model = onnx.load(bundle / "model.onnx")
+    model.graph.node.append(onnx.helper.make_node("Sinh", ["logits"], ["more"], name="more"))
+    onnx.save(model, bundle / "model.onnx")
+    rewrite_manifest(bundle)
+    text = refused("inspect", bundle, *options)
+    assert "its manifest lists" in text and "1 Sinh instead of 0" in text
+    model.graph.node[-1].op_type = "NoSuchOperator"
+    onnx.save(model, bundle / "model.onnx")
+    rewrite_manifest(bundle)
+    assert "no valid ONNX model" in refused("inspect", bundle, *options)
 
 
 def test_golden_files_that_are_corrupted_although_their_hash_fits(refused: Refuse, bundle: Path) -> None:
@@ -854,6 +943,14 @@ def test_bench_runs_on_real_images(bundle: Path) -> None:
     assert batch.shape == (5, 3, 64, 64) and batch.dtype == np.float32
     assert all(image.std() > 0.1 for image in batch)
     np.testing.assert_array_equal(batch[0], batch[2])
+
+
+def test_bench_says_on_how_many_threads_it_ran(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUARTERMAP_THREADS", "3")
+    assert call("bench", bundle, "--repeats", 1, "--json").json["threads"] == 3
+    monkeypatch.delenv("QUARTERMAP_THREADS")
+    out = call("bench", bundle, "--repeats", 1).out
+    assert re.search(r"batch 1, [1-9]\d* threads, 1 rounds", out)
 
 
 def test_the_threads_of_bench_are_its_own(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -902,6 +999,31 @@ def test_interrupting_leaves_nothing_behind(
     outcome = call("compile", MODEL, "--out", bundle, "--force", "--quiet")
     assert (outcome.code, outcome.err) == (130, "quartermap: error: interrupted\n")
     assert contents(workplace) == before
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "from quartermap_deploy.cli import main; sys.exit(main())",
+        "runpy.run_module('quartermap_deploy', run_name='__main__')",
+        "runpy.run_module('quartermap_deploy.cli', run_name='__main__')",
+    ],
+    ids=["quartermap", "-m quartermap_deploy", "-m quartermap_deploy.cli"],
+)
+def test_an_interruption_at_the_start_leaves_no_traceback(start: str) -> None:
+    script = """
+import runpy, signal, sys
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "quartermap_deploy.cli.bench":
+            signal.raise_signal(signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupting())
+"""
+    done = subprocess.run([sys.executable, "-c", script + start], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "quartermap: error: interrupted\n")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")

@@ -70,7 +70,7 @@ class TestPlan:
             ({"every": True}, "not a whole number"),
             ({"stride": 1}, "stride = 1 must be at least 2"),
             ({"keep": 0}, "keep = 0 must be at least 1"),
-            ({"keep": 2}, "keep must be 1 to 1"),
+            ({"keep": 2}, "keep must be 1$"),
             ({"stride": 4, "keep": 5}, "keep must be 1 to 3"),
             ({"upsample": "nearst"}, "Did you mean 'nearest'"),
             ({"upsample": None}, "unknown upsample"),

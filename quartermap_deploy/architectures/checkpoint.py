@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import pickletools
 import re
 import warnings
 from collections import OrderedDict
@@ -48,6 +49,12 @@ _SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 _PER_DIRECTION = re.compile(r"\.(x_proj_weight|dt_projs_weight|dt_projs_bias|A_logs|Ds)$")
 """Parameters with one part per direction, stored as (K, rows, …) or (K·rows, …)."""
 
+_WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+_CODE_OPERATIONS = frozenset({"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE"})
+"""Operations of a pickle by which it names or calls something of the running program."""
+_SEARCHED = 1 << 20
+
 _LISTED = 5
 
 
@@ -75,33 +82,52 @@ def read_checkpoint(path: str | PathLike[str], *, prefer_ema: bool = True) -> St
             is the default because VMamba's published models, except `vmamba_tiny_v0`, were trained with it.
 
     Raises:
-        CheckpointError: if the file is missing, damaged or holds code, holds no state dict, or a weight is
-            NaN or infinite.
+        CheckpointError: if the file is missing, damaged or holds code, holds no state dict, or a weight is no
+            floating-point number, NaN or infinite.
     """
     path = Path(path)
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder; expected a checkpoint file")
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint file {path}")
+    require_file(path)
     if path.stat().st_size == 0:
         raise CheckpointError(f"the checkpoint {path} is empty; download it again")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     state = unwrap(content, prefer_ema=prefer_ema)
     if not state:
-        held = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+        held = _names(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(
             f"the checkpoint {path} holds no state dict; expected tensors by name, alone or under one of "
             f"{', '.join((*WRAPPERS, *EMA_WRAPPERS))}, but found {held or 'nothing'}"
         )
-    odd = [key for key, tensor in state.items() if tensor.layout != torch.strided or tensor.is_complex()]
-    if odd:
-        raise CheckpointError(f"the checkpoint {path} holds sparse or complex tensors in {_names(odd)}")
-    broken = [
-        key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()
-    ]
-    if broken:
-        raise CheckpointError(f"the checkpoint {path} has NaN or infinite values in {_names(broken)}")
+    _check_values(path, {key: tensor for key, tensor in state.items() if not _IGNORED.search(key)})
     return state
+
+
+def require_file(path: Path) -> None:
+    """Check that there is a checkpoint file.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; expected a checkpoint file")
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint file {path}")
+
+
+def _check_values(path: Path, weights: StateDict) -> None:
+    if sparse := [key for key, tensor in weights.items() if tensor.layout != torch.strided]:
+        raise CheckpointError(f"the checkpoint {path} holds sparse tensors in {_names(sparse)}")
+    odd = [
+        f"{key} ({str(tensor.dtype).removeprefix('torch.')})"
+        for key, tensor in weights.items()
+        if tensor.dtype not in _WEIGHT_TYPES
+    ]
+    if odd:
+        raise CheckpointError(
+            f"the checkpoint {path} holds weights that are no floating-point numbers of 16 to 64 bits: "
+            f"{_names(odd)}. Give the checkpoint as it was trained, not a quantised one"
+        )
+    if broken := [key for key, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise CheckpointError(f"the checkpoint {path} has NaN or infinite values in {_names(broken)}")
 
 
 def _read_safetensors(path: Path) -> StateDict:
@@ -125,14 +151,35 @@ def _read_pickle(path: Path) -> Any:
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises almost anything on a damaged file
-        if isinstance(error, pickle.UnpicklingError) and (found := re.search(r"GLOBAL (\S+)", str(error))):
+        named = (
+            re.search(r"GLOBAL (\w\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        )
+        if named or _may_run_code(path):
             raise CheckpointError(
-                f"the checkpoint {path} holds a pickled {found[1]}, which could run code, so it was refused. "
-                "Where you trust it, load it yourself and save model.state_dict() as safetensors"
+                f"the checkpoint {path} {f'holds a pickled {named[1]}' if named else 'is a plain pickle'}, which could "
+                "run code, so it was refused. Where you trust it, load it yourself and save model.state_dict() as "
+                "safetensors"
             ) from error
         raise CheckpointError(
             f"the checkpoint {path} is truncated, damaged or not a PyTorch file; download it again"
         ) from error
+
+
+def _may_run_code(path: Path) -> bool:
+    """Whether the file starts with a pickle that names or calls anything; the pickle is read, never run.
+
+    The oldest and the newest protocols have operations that torch's safe reader does not know, so it cannot tell.
+    """
+    with path.open("rb") as file:
+        start = file.read(_SEARCHED)
+    found = False
+    try:
+        for operation, _, _ in pickletools.genops(start):
+            found = found or operation.name in _CODE_OPERATIONS
+    except Exception:
+        # Cut off, or no pickle. Text may look like one for a while, but has not the mark of all but the oldest.
+        return found and start.startswith(pickle.PROTO)
+    return found
 
 
 def unwrap(content: Any, *, prefer_ema: bool = True) -> StateDict:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from os import PathLike
+from typing import Literal
 
 from quartermap_deploy.architectures.base import VisualStateSpaceModel
 from quartermap_deploy.architectures.cards import ModelCard, freeze_lists, load_card
@@ -15,6 +17,21 @@ from quartermap_deploy.architectures.checkpoint import (
 from quartermap_deploy.architectures.medmamba import MedMamba, MedMambaConfig
 from quartermap_deploy.architectures.vmamba import VMamba, VMambaConfig
 from quartermap_deploy.errors import InputError, QuartermapError
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the weights of a model come from.
+
+    Attributes:
+        source: "checkpoint" for a file that was given, "included" for the one that comes with the package, "new" for
+            newly initialised ones.
+        new_head: whether the last layer is newly initialised, as all of "new" is, or as its number of classes is not
+            the file's.
+    """
+
+    source: Literal["checkpoint", "included", "new"]
+    new_head: bool
 
 
 def create_model(
@@ -38,25 +55,37 @@ def create_model(
     Raises:
         UnknownNameError: if there is no such model; the message names similar ones.
         CheckpointError: if the checkpoint is missing, damaged or unsafe, or does not fit the model.
-        InputError: if num_classes is not positive.
+        InputError: if num_classes is no whole number of at least 1.
     """
+    return create_with_weights(name, num_classes=num_classes, checkpoint=checkpoint)[0]
+
+
+def create_with_weights(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    checkpoint: str | PathLike[str] | None = None,
+) -> tuple[VisualStateSpaceModel, Weights]:
+    """`create_model` that also says where the weights come from."""
     card = load_card(name)
-    if num_classes is not None and num_classes < 1:
-        raise InputError(f"num_classes = {num_classes} must be at least 1")
+    # A bool is an int in Python, and True classes are a mistake.
+    if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
+        raise InputError(f"num_classes = {num_classes!r} is not a whole number of at least 1")
     path = card.weights_path if checkpoint is None else checkpoint
     if path is None:
-        return build(card, num_classes=num_classes).eval()
+        return build(card, num_classes=num_classes).eval(), Weights("new", new_head=True)
     state = read_checkpoint(path)
     trained_classes = head_classes(state)
     model = build(card, num_classes=num_classes or trained_classes)
     state = canonical_state_dict(state, model)
-    if num_classes is not None and num_classes != trained_classes:
+    new_head = num_classes is not None and num_classes != trained_classes
+    if new_head:
         initialised = model.state_dict()
         state.update(
             {key: initialised[key] for key in (f"{model.head_path}.weight", f"{model.head_path}.bias")}
         )
     load_state(model, state, source=str(path))
-    return model.eval()
+    return model.eval(), Weights("included" if checkpoint is None else "checkpoint", new_head)
 
 
 def build(card: ModelCard, *, num_classes: int | None = None) -> VisualStateSpaceModel:

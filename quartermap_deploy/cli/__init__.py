@@ -1,55 +1,17 @@
-"""The command line, `quartermap`: one file per command, and `common.py` for what they share."""
+"""The command line, `quartermap`: one file per command, `program.py` around them, `common.py` for what they share."""
 
 from __future__ import annotations
 
-import os
 import sys
-import traceback
-from collections.abc import Sequence
 
-from quartermap_deploy import __version__
-from quartermap_deploy.cli import bench, compile, inspect, models, validate
-from quartermap_deploy.cli.common import CommandParser, HelpFormatter, mendable, message, terminable
-from quartermap_deploy.errors import QuartermapError
+# Not from typing, see quartermap_deploy/__init__.py.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-__all__ = ["build_parser", "main"]
+__all__ = ["main"]
 
-OK, DEFECT, USER_ERROR, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
-
-COMMANDS = (models, compile, inspect, validate, bench)
-
-DESCRIPTION = """\
-Deployment compiler for visual state-space models. A model, pruned by QuarterMap or not, goes in; a bundle comes
-out: one portable ONNX file, proof that it computes what the PyTorch model computes, and a manifest.
-"""
-
-EPILOG = """\
-examples:
-  quartermap models                                              what can be compiled
-  quartermap compile vmamba_digits                               compile, and prove the result
-  quartermap compile vmamba_digits --every 3                     the same, with every third block pruned
-  quartermap inspect bundles/vmamba_digits_k3                    which blocks are pruned, what is in the graph
-  quartermap validate bundles/vmamba_digits_k3                   prove it again, on this machine
-  quartermap bench bundles/vmamba_digits bundles/vmamba_digits_k3
-
-exit codes:
-  0    done
-  1    a defect of quartermap-deploy, with a traceback
-  2    something that you can mend, with a message
-  130  interrupted
-"""
-
-
-def build_parser() -> CommandParser:
-    """Return the parser of the whole command line."""
-    parser = CommandParser(
-        prog="quartermap", description=DESCRIPTION, epilog=EPILOG, formatter_class=HelpFormatter
-    )
-    parser.add_argument("--version", action="store_true", help="print the version and exit")
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for command in COMMANDS:
-        command.add_parser(subparsers)
-    return parser
+INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,38 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code; `--help` and wrong usage leave by SystemExit, as argparse has it.
     """
-    parser = build_parser()
-    options, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        # Left to argparse, this would point to the help of the whole program instead of the command's.
-        command = f"quartermap {options.command}" if options.command else "quartermap"
-        message("error", f"unknown option or argument {' '.join(unknown)}. See {command} --help")
-        return USER_ERROR
-    if options.version:
-        print(f"quartermap-deploy {__version__}")
-        return OK
-    if options.command is None:
-        parser.print_help()
-        return OK
     try:
-        with terminable():
-            options.run(options)
-        sys.stdout.flush()
-    except QuartermapError as error:
-        message("error", str(error))
-        return USER_ERROR
+        # Here, as importing takes long enough to be interrupted.
+        from quartermap_deploy.cli.program import run
+
+        return run(arguments)
     except KeyboardInterrupt:
-        message("error", "interrupted")
+        # `common.message` may not be there yet.
+        print("quartermap: error: interrupted", file=sys.stderr, flush=True)
         return INTERRUPTED
-    except BrokenPipeError:
-        # Who read the output wants no more of it, as with `| head`; Python would complain again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
-    except Exception as error:
-        if isinstance(error, OSError) and mendable(error):
-            message("error", f"{error.strerror}: {error.filename}" if error.filename else str(error))
-            return USER_ERROR
-        traceback.print_exc()
-        message("error", "this is a defect of quartermap-deploy; please report it with the lines above")
-        return DEFECT
-    return OK

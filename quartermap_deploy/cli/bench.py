@@ -14,6 +14,7 @@ from quartermap_deploy.cli.common import (
     add_command,
     add_output_options,
     at_least_one,
+    file_or_folder,
     make_progress,
     print_json,
     results_only,
@@ -52,7 +53,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "bundles",
-        type=Path,
+        type=file_or_folder,
         nargs="+",
         metavar="BUNDLE",
         help="folders that `quartermap compile` wrote; speeds are relative to the first",
@@ -78,7 +79,10 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Time the bundles and print the table."""
+    from quartermap_deploy.targets.onnxruntime_cpu import default_threads
+
     bundles = dict(zip(labels(options.bundles), options.bundles, strict=True))
+    threads = options.threads or default_threads()
     with results_only():
         timings = time_bundles(bundles, options, make_progress(options))
     first = next(iter(timings.values()))
@@ -87,12 +91,12 @@ def run(options: argparse.Namespace) -> None:
         for label, timing in timings.items()
     ]
     if options.json:
-        settings = {name: getattr(options, name) for name in ("batch", "threads", "repeats")}
+        settings = {"batch": options.batch, "threads": threads, "repeats": options.repeats}
         print_json({**settings, "bundles": results})
     elif not options.quiet:
         show(
             table(
-                f"batch {options.batch}, {options.threads or 'default'} threads, {options.repeats} rounds",
+                f"batch {options.batch}, {threads} threads, {options.repeats} rounds",
                 ["bundle", ">median ms", ">fastest", ">slowest", ">images/s", ">speed"],
                 [row(result) for result in results],
             )

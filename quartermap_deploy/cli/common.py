@@ -114,7 +114,24 @@ def add_output_options(parser: argparse.ArgumentParser, *, quiet: bool = True) -
         )
 
 
+def add_bundle_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the bundle that a command is about."""
+    parser.add_argument(
+        "bundle", type=file_or_folder, metavar="BUNDLE", help="folder that `quartermap compile` wrote"
+    )
+
+
 # Values of options ----------------------------------------------------------------------------------------------
+
+
+def file_or_folder(text: str) -> Path:
+    """Read a path, for argparse.
+
+    An empty one, as an unset variable of a shell leaves behind, would mean the current folder.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -401,7 +418,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, object]:
         "tokens scanned": f"{totals['tokens']:,}{_of(totals['tokens'], totals['tokens_unpruned'])}",
         "FLOPs": f"{count_text(totals['flops'])}{_of(totals['flops'], totals['flops_unpruned'])}",
         "nodes": f"{graph['nodes']}, as exported {graph['before']['nodes']}",
-        "weights": WEIGHTS.get(manifest["model"]["weights"], manifest["model"]["weights"]),
+        "weights": weights_text(manifest["model"]),
         "input": _value_text(manifest["input"]),
         "output": _value_text(manifest["output"]),
         "targets": ", ".join(manifest["targets"]),
@@ -432,6 +449,14 @@ WEIGHTS = {
     "included": "those that come with the package",
     "new": "newly initialised, not trained",
 }
+
+
+def weights_text(model: Mapping[str, Any]) -> str:
+    """Return in words where the weights of a manifest's model come from."""
+    text = WEIGHTS.get(model["weights"], str(model["weights"]))
+    if model["weights"] != "new" and model.get("head") == "new":
+        text += f"; the last layer, for {model['num_classes']} classes, newly initialised"
+    return text
 
 
 def worst_error(report: Mapping[str, Any]) -> float | None:

@@ -16,6 +16,7 @@ from quartermap_deploy.cli.common import (
     bundle_facts,
     bundle_json,
     facts,
+    file_or_folder,
     make_progress,
     message,
     numbers,
@@ -31,6 +32,7 @@ from quartermap_deploy.pruning.plan import UPSAMPLE_MODES, QuarterMap
 from quartermap_deploy.recipe import Recipe
 
 if TYPE_CHECKING:
+    from quartermap_deploy.bundle import Bundle
     from quartermap_deploy.cli.common import Subparsers
 
 BUNDLES = Path("bundles")
@@ -78,7 +80,7 @@ def add_parser(subparsers: Subparsers) -> None:
     group = parser.add_argument_group("the bundle")
     group.add_argument(
         "--out",
-        type=Path,
+        type=file_or_folder,
         metavar="DIR",
         help=f"folder to write (default: {BUNDLES}/<recipe>, or {BUNDLES}/<model> with _k<every> or _blocks)",
     )
@@ -94,7 +96,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     group.add_argument(
         "--images",
-        type=Path,
+        type=file_or_folder,
         metavar="DIR",
         default=argparse.SUPPRESS,
         help="folder of images to prove parity with (default: the recipe's, or images that come with the package)",
@@ -103,10 +105,10 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("the model (not with a recipe)")
+    group = parser.add_argument_group("the model (with a recipe, --checkpoint alone)")
     group.add_argument(
         "--checkpoint",
-        type=Path,
+        type=file_or_folder,
         metavar="FILE",
         default=argparse.SUPPRESS,
         help="its weights, .pth or .safetensors (default: those that come with the package, or else new ones)",
@@ -226,7 +228,7 @@ def run(options: argparse.Namespace) -> None:
     with results_only():
         bundle = compile(recipe, out, force=options.force, progress=make_progress(options))
     # After the work: an error then is the only message, and a warning stands where it is seen.
-    for warning in warnings(recipe):
+    for warning in warnings(bundle):
         message("warning", warning)
     if options.json:
         print_json(bundle_json(bundle))
@@ -280,18 +282,18 @@ def plan(given: dict[str, Any]) -> QuarterMap | None:
     return QuarterMap(**settings)
 
 
-def warnings(recipe: Recipe) -> list[str]:
+def warnings(bundle: Bundle) -> list[str]:
     """Return what the user should know before believing the bundle's outputs."""
-    card = load_card(recipe.model)
-    if recipe.checkpoint is None and card.weights is None:
+    model, seed = bundle.manifest["model"], bundle.manifest["recipe"]["seed"]
+    if model["weights"] == "new":
         return [
-            f"{recipe.model} is compiled with newly initialised weights (seed {recipe.seed}): good for trying and "
+            f"{model['name']} is compiled with newly initialised weights (seed {seed}): good for trying and "
             "timing, its predictions mean nothing. Give the trained ones with --checkpoint, or in the recipe"
         ]
-    if recipe.checkpoint is None and recipe.num_classes not in (None, card.num_classes):
+    if model["head"] == "new":
         return [
-            f"the weights of {recipe.model} have {card.num_classes} classes, not {recipe.num_classes}, so its last "
-            f"layer is newly initialised (seed {recipe.seed}) and its predictions mean nothing"
+            f"the weights of {model['name']} are for another number of classes than {model['num_classes']}, so its "
+            f"last layer is newly initialised (seed {seed}) and its predictions mean nothing"
         ]
     return []
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.cli.common import (
+    add_bundle_argument,
     add_command,
     add_output_options,
     bundle_facts,
@@ -34,8 +34,8 @@ def add_parser(subparsers: Subparsers) -> None:
         summary="show what a bundle holds: block map, operators, passes, files",
         description="""
             Show what a bundle holds: which blocks are pruned and what that saves, the operators of the graph before
-            and after the passes, what each pass changed, and the versions and files behind it. The files are checked
-            against the manifest first. Nothing is run.
+            and after the passes, what each pass changed, and the versions and files behind it. First the files and
+            the graph's operators are checked against the manifest, and the graph by onnx.checker. Nothing is run.
 
             Tokens are the positions that a block's scan walks for one image, over its four directions. FLOPs are
             multiply-accumulates of one image, a pruned block in its canonical form; the passes may save more.
@@ -45,15 +45,20 @@ def add_parser(subparsers: Subparsers) -> None:
             quartermap inspect bundles/vmamba_digits_k3 --json | jq '.manifest.totals'
             """,
     )
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder that `quartermap compile` wrote")
+    add_bundle_argument(parser)
     add_output_options(parser, quiet=False)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print the tables."""
+    """Print the tables.
+
+    Raises:
+        BundleError: if the bundle is damaged.
+    """
     from quartermap_deploy.bundle import load_bundle
 
     bundle = load_bundle(options.bundle)
+    bundle.check_graph()
     if options.json:
         print_json(bundle_json(bundle))
         return

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.cli.common import (
+    add_bundle_argument,
     add_command,
     add_output_options,
     error_text,
+    file_or_folder,
     make_progress,
     print_json,
     results_only,
@@ -37,20 +39,24 @@ def add_parser(subparsers: Subparsers) -> None:
         summary="prove on this machine that a bundle computes what it should",
         description="""
             Check that the files of a bundle are those that were compiled, run it on this machine, and compare its
-            outputs with a reference: on real images, in another batch size, and on edge cases.
+            outputs with a reference: on the images that it was compiled with, in another batch size, and on edge
+            cases.
 
             golden   outputs that PyTorch computed in float64 when the bundle was compiled; needs no torch
             torch    the PyTorch model, built again; compares every block and names the first one that departs
+
+            For torch, a bundle that was compiled from a checkpoint needs that very file: --checkpoint.
 
             A bundle that departs by more than the tolerance of its element type ends with exit code 2.
             """,
         examples="""
             quartermap validate bundles/vmamba_digits_k3
             quartermap validate bundles/vmamba_digits_k3 --reference torch
+            quartermap validate bundles/base_k3 --reference torch --checkpoint vssm_base_0229_ckpt_epoch_237.pth
             quartermap validate bundles/vmamba_digits_k3 --json | jq .passed
             """,
     )
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder that `quartermap compile` wrote")
+    add_bundle_argument(parser)
     parser.add_argument(
         "--target", metavar="NAME", help="target to check (default: onnxruntime, or the bundle's only one)"
     )
@@ -59,6 +65,12 @@ def add_parser(subparsers: Subparsers) -> None:
         choices=REFERENCES,
         default=REFERENCES[0],
         help="what to compare with (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=file_or_folder,
+        metavar="FILE",
+        help="for --reference torch, the file that the bundle was compiled from (default: it was compiled from none)",
     )
     add_output_options(parser)
 
@@ -75,7 +87,11 @@ def run(options: argparse.Namespace) -> None:
     bundle = load_bundle(options.bundle)
     with results_only():
         report = validate_bundle(
-            bundle, options.target, reference=options.reference, progress=make_progress(options)
+            bundle,
+            options.target,
+            reference=options.reference,
+            checkpoint=options.checkpoint,
+            progress=make_progress(options),
         )
     if options.json:
         print_json(report)
@@ -124,8 +140,10 @@ def failure(report: Mapping[str, Any], path: Path, reference: str) -> str:
         if not output["passed"]
     ]
     block = report["first_departing_block"]
+    # Of a block, its scan comes before its output.
     case, output = next(
-        ((case, output) for case, output in failures if output["name"] == f"block_{block}"), failures[0]
+        ((case, output) for case, output in failures if output["name"].split("/")[0] == f"block_{block}"),
+        failures[0],
     )
     where = f"block {block} is the first that departs" if block is not None else f"{output['name']} departs"
     text = f"{path} departs from the {reference} reference: {where}, on {case!r}: {output['detail']}"

@@ -29,7 +29,7 @@ def prepare(images: Iterable[ImageLike], preprocessing: Preprocessing) -> NDArra
         The batch, (N, 3, height, width) with the height and width of `preprocessing.crop`.
 
     Raises:
-        InputError: if an image cannot be read, is no image, or if there is none.
+        InputError: if an image cannot be read, is no image or has NaN or infinite values, or if there is none.
     """
     batch = [_prepare_one(open_image(image), preprocessing) for image in images]
     if not batch:
@@ -41,7 +41,7 @@ def open_image(image: ImageLike) -> Image:
     """Return an image as a Pillow image in RGB.
 
     Raises:
-        InputError: if it cannot be read or is no image.
+        InputError: if it cannot be read, is no image, or has NaN or infinite values.
     """
     from PIL import Image as pillow
     from PIL import UnidentifiedImageError
@@ -49,8 +49,7 @@ def open_image(image: ImageLike) -> Image:
     if isinstance(image, (str, PathLike)):
         try:
             with pillow.open(image) as opened:
-                converted: Image = opened.convert("RGB")
-                return converted
+                return _rgb(opened, f"the image {image}")
         except (OSError, UnidentifiedImageError, pillow.DecompressionBombError) as error:
             raise InputError(f"the image {image} cannot be read: {error}") from error
     if isinstance(image, np.ndarray):
@@ -61,7 +60,17 @@ def open_image(image: ImageLike) -> Image:
                 "(H, W, 3) of uint8"
             )
         return pillow.fromarray(image).convert("RGB")
-    return image.convert("RGB")
+    if not isinstance(image, pillow.Image):
+        raise InputError(f"a {type(image).__name__} is no image; expected a file, an array or a Pillow image")
+    return _rgb(image, "the image")
+
+
+def _rgb(image: Image, name: str) -> Image:
+    # Pillow's only type with such values, and its conversion makes a colour of them without a word.
+    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+        raise InputError(f"{name} has NaN or infinite values")
+    converted: Image = image.convert("RGB")
+    return converted
 
 
 def _prepare_one(image: Image, preprocessing: Preprocessing) -> NDArray[np.float32]:

@@ -43,9 +43,9 @@ class Subsample:
         _require_integer("stride", self.stride, minimum=2, why="a stride of 1 keeps every position")
         _require_integer("keep", self.keep, minimum=1, why="a block must keep a position")
         if self.keep >= self.stride:
+            most = f" to {self.stride - 1}" if self.stride > 2 else ""
             raise PlanError(
-                f"keep = {self.keep} with stride = {self.stride} drops nothing; keep must be 1 to "
-                f"{self.stride - 1}"
+                f"keep = {self.keep} with stride = {self.stride} drops nothing; keep must be 1{most}"
             )
         if self.upsample not in UPSAMPLE_MODES:
             near = difflib.get_close_matches(str(self.upsample), UPSAMPLE_MODES, n=1)

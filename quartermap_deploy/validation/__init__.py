@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import OrderedDict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quartermap_deploy.errors import BundleError
+from quartermap_deploy.errors import BundleError, CheckpointError
 from quartermap_deploy.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -17,7 +19,12 @@ REFERENCES = ("golden", "torch")
 
 
 def validate_bundle(
-    bundle: Bundle, target: str | None = None, *, reference: str = "golden", progress: Progress = SILENT
+    bundle: Bundle,
+    target: str | None = None,
+    *,
+    reference: str = "golden",
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Check a bundle on this machine.
 
@@ -25,19 +32,27 @@ def validate_bundle(
         bundle: the bundle; its files were checked against its manifest when it was loaded.
         target: the target to check; None for the default.
         reference: "golden" compares with the outputs kept in the bundle and needs no torch; "torch" builds the
-            PyTorch model from the bundle's recipe again and compares every block.
+            PyTorch model from the bundle's recipe again and compares every block. Both run the images that are kept in
+            the bundle: those that it was compiled with.
+        checkpoint: for "torch", the file that the bundle was compiled from; None if it was compiled from none.
         progress: told about the steps.
 
     Returns:
         The report in the form of the bundle's report.json.
 
     Raises:
-        BundleError: if the reference is not available for this bundle.
+        BundleError: if the reference is not available for this bundle, or the checkpoint does not belong to it.
+        CheckpointError: if there is no checkpoint, or it is another file than that of the bundle.
         UnknownNameError: if the bundle was not built for the target.
     """
     if reference not in REFERENCES:
         raise BundleError(f"unknown reference {reference!r}; expected one of {', '.join(REFERENCES)}")
-    return (_against_golden if reference == "golden" else _against_torch)(bundle, target, progress)
+    path = None if checkpoint is None else Path(checkpoint)
+    if reference == "torch":
+        return _against_torch(bundle, target, path, progress)
+    if path is not None:
+        raise BundleError("the golden outputs need no checkpoint; leave it out, or take the reference torch")
+    return _against_golden(bundle, target, progress)
 
 
 def _against_golden(bundle: Bundle, target: str | None, progress: Progress) -> dict[str, Any]:
@@ -78,19 +93,48 @@ def _GoldenRunner(outputs: list[dict[str, Any]]) -> Any:
     return Golden(name="golden outputs")
 
 
-def _against_torch(bundle: Bundle, target: str | None, progress: Progress) -> dict[str, Any]:
-    from quartermap_deploy.compiler import load_model, parity_of, validation_cases
+def _against_torch(
+    bundle: Bundle, target: str | None, checkpoint: Path | None, progress: Progress
+) -> dict[str, Any]:
+    from quartermap_deploy.compiler import load_model, parity_of
+    from quartermap_deploy.validation.golden import read_golden
+    from quartermap_deploy.validation.inputs import parity_cases
 
-    recipe = bundle.recipe()
-    if recipe.checkpoint is not None:
-        raise BundleError(
-            f"the bundle was compiled from the checkpoint {recipe.checkpoint.name}, which is not in it; compile it "
-            "again to compare with PyTorch, or validate against the golden outputs"
-        )
+    _check_checkpoint(bundle, checkpoint)
+    recipe = dataclasses.replace(bundle.recipe(), checkpoint=checkpoint)
     if target not in (None, "onnxruntime"):
         raise BundleError(f"blocks can be compared in ONNX Runtime only, not in {target}")
     bundle.session(target)  # refuses a damaged model before the work begins
+    cases, _ = read_golden(bundle.path)
     with progress.step("building the PyTorch model"):
-        model, card = load_model(recipe)
-        cases = validation_cases(dataclasses.replace(recipe, images=None), card)
-    return parity_of(recipe, model, cases, bundle.model_path.read_bytes(), progress).to_dict()
+        model, _, _ = load_model(recipe)
+    report = parity_of(recipe, model, parity_cases(cases["images"]), bundle.model_path.read_bytes(), progress)
+    return report.to_dict()
+
+
+def _check_checkpoint(bundle: Bundle, checkpoint: Path | None) -> None:
+    """Check that the checkpoint is the file that the bundle was compiled from, or that neither is there."""
+    from quartermap_deploy.architectures.checkpoint import require_file
+    from quartermap_deploy.bundle import describe_file
+
+    compiled_from = bundle.recipe().checkpoint
+    if compiled_from is None:
+        if checkpoint is not None:
+            raise BundleError(
+                f"the bundle {bundle.path} was not compiled from a checkpoint; leave {checkpoint} out"
+            )
+        return
+    if checkpoint is None:
+        raise BundleError(
+            f"the bundle was compiled from the checkpoint {compiled_from.name}, which is not in it; give the file with "
+            "--checkpoint (in Python: checkpoint=), or validate against the golden outputs"
+        )
+    require_file(checkpoint)
+    # A bundle without the hash has another one than any file.
+    expected = bundle.manifest["model"].get("weights_sha256")
+    found = describe_file(checkpoint)["sha256"]
+    if found != expected:
+        raise CheckpointError(
+            f"{checkpoint} is not the file that the bundle was compiled from, {compiled_from.name} (sha256 "
+            f"{found[:12]}…, expected {str(expected)[:12]}…); give that file"
+        )
