@@ -59,4 +59,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(RUN) -m pip --version >/dev/null 2>&1 || { echo "making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
 	$(RUN) -m pip install --disable-pip-version-check -c constraints.txt torch
 	$(RUN) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@# Engines for RTX are built without a GPU, on Linux and Windows; elsewhere their tests skip.
+	@$(RUN) -m pip install --disable-pip-version-check -c constraints.txt -e '.[tensorrt-rtx]' || \
+		echo "TensorRT for RTX is not to be had here: its tests will skip" >&2
 	@touch $@

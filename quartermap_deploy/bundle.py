@@ -134,11 +134,15 @@ class Bundle:
         """The recipe that the bundle was compiled from; its paths are file names only."""
         from quartermap_deploy.pruning.plan import QuarterMap
         from quartermap_deploy.recipe import Recipe
+        from quartermap_deploy.targets.tensorrt_options import EngineOptions
 
         values = dict(self.manifest["recipe"])
         plan = values["quartermap"]
         values["quartermap"] = None if plan is None else QuarterMap.from_dict(plan)
         values["targets"] = tuple(values["targets"])
+        for name in ("keep_float32", "blocks_float32"):
+            values[name] = tuple(values.get(name, ()))
+        values["engine"] = EngineOptions.from_dict(values.get("engine", {}))
         values["input_size"] = None if values["input_size"] is None else tuple(values["input_size"])
         for name in ("checkpoint", "images"):
             values[name] = None if values[name] is None else Path(values[name])

@@ -27,10 +27,11 @@ from quartermap_deploy.bundle import (
     operators,
     write_json,
 )
-from quartermap_deploy.errors import ParityError
+from quartermap_deploy.errors import ParityError, RecipeError
+from quartermap_deploy.frontend.export import PRECISIONS
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.recipe import Recipe
-from quartermap_deploy.targets import load_target
+from quartermap_deploy.targets import Target, load_target
 
 if TYPE_CHECKING:
     from quartermap_deploy.architectures.base import VisualStateSpaceModel
@@ -38,7 +39,12 @@ if TYPE_CHECKING:
     from quartermap_deploy.architectures.factory import Weights
     from quartermap_deploy.complexity import Complexity
     from quartermap_deploy.frontend.export import Export
+    from quartermap_deploy.targets.tensorrt_options import EngineOptions
+    from quartermap_deploy.validation.localise import LocaliseReport
     from quartermap_deploy.validation.parity import ParityReport
+
+CALIBRATION_IMAGES = 8
+"""How many images the range scan of float16 looks at."""
 
 _PACKAGES = (
     "quartermap-deploy",
@@ -75,7 +81,7 @@ def compile(
             departs from PyTorch by more than the tolerance.
     """
     recipe, out = as_recipe(recipe), Path(out)
-    targets = {name: load_target(name) for name in recipe.targets}
+    targets = load_targets(recipe)
     check_destination(out, force)
     with progress.step(f"loading {recipe.model}"):
         model, card, loaded = load_model(recipe)
@@ -87,9 +93,15 @@ def compile(
         entries = {}
         for name, target in targets.items():
             with progress.step(f"building for {name}"):
-                entries[name] = target.build(folder / MODEL, folder)
-        parity = validate(recipe, model, cases, folder, progress)
-        write_json(folder / REPORT, parity.to_dict())
+                entries[name] = target.build(
+                    folder / MODEL,
+                    folder,
+                    engine_options(recipe, out),
+                    examples=[images.shape for images in cases.values()],
+                    progress=progress,
+                )
+        parity = validate(recipe, model, cases, exported, folder, progress)
+        write_json(folder / REPORT, {**parity.to_dict(), **precision_entry(exported)})
         write_json(folder / MANIFEST, manifest(recipe, model, card, weights, exported, folder, entries))
         # Checked before it takes its place, which moves the folder and touches no file in it.
         bundle = load_bundle(folder)
@@ -103,6 +115,51 @@ def as_recipe(recipe: Recipe | str | os.PathLike[str]) -> Recipe:
     if str(recipe).endswith(".toml"):
         return Recipe.load(Path(recipe))
     return Recipe(model=str(recipe))
+
+
+def load_targets(recipe: Recipe) -> dict[str, Target]:
+    """The recipe's targets by name, each checked to be able to do what the recipe wants.
+
+    Raises:
+        UnknownNameError: if there is no such target.
+        RecipeError: if a target does not take the recipe's precision.
+        QuartermapError: of the target, if it lacks something on this machine.
+    """
+    targets = {name: load_target(name) for name in recipe.targets}
+    for name, target in targets.items():
+        if recipe.precision in PRECISIONS and recipe.precision not in target.PRECISIONS:
+            raise RecipeError(
+                f"the target {name} does not take {recipe.precision}; expected {' or '.join(target.PRECISIONS)}, or "
+                "another target"
+            )
+        target.check(recipe)
+    return targets
+
+
+def engine_options(recipe: Recipe, out: Path) -> EngineOptions:
+    """The recipe's options for engines, with the caches beside the bundle."""
+    from quartermap_deploy.targets.tensorrt_builder import CACHE_FOLDER
+
+    return dataclasses.replace(
+        recipe.engine, cache=recipe.engine.cache or out.absolute().parent / CACHE_FOLDER
+    )
+
+
+def precision_entry(exported: Export) -> dict[str, Any]:
+    """What the report says about 16-bit types: what stayed float32, and the ranges that decided it."""
+    cast = exported.cast
+    if cast is None:
+        return {}
+    return {
+        "precision": {
+            "type": cast.precision,
+            "operators": cast.operators,
+            "casts": cast.casts,
+            "kept_float32": cast.kept,
+            "subnormal_weights": cast.subnormal,
+            "ranges": None if exported.ranges is None else exported.ranges.to_dict(),
+        }
+    }
 
 
 def load_model(recipe: Recipe) -> tuple[VisualStateSpaceModel, ModelCard, Weights]:
@@ -133,8 +190,15 @@ def input_size(recipe: Recipe, card: ModelCard) -> tuple[int, int]:
 
 
 def export_model(recipe: Recipe, model: VisualStateSpaceModel, card: ModelCard, progress: Progress) -> Export:
-    """Export the model and run the passes."""
+    """Export the model and run the passes; in float16, images tell which values come near its limit."""
     from quartermap_deploy.frontend.export import export
+    from quartermap_deploy.validation.inputs import real_images
+
+    calibration = (
+        real_images(card, input_size(recipe, card), recipe.images, count=CALIBRATION_IMAGES)
+        if recipe.precision == "float16"
+        else None
+    )
 
     with progress.step("exporting to ONNX"):
         return export(
@@ -142,6 +206,10 @@ def export_model(recipe: Recipe, model: VisualStateSpaceModel, card: ModelCard, 
             (1, model.in_channels, *input_size(recipe, card)),
             recipe.quartermap,
             precision=recipe.precision,
+            io=recipe.io,
+            keep_float32=recipe.keep_float32,
+            blocks_float32=recipe.blocks_float32,
+            calibration=calibration,
             dynamic_batch=recipe.dynamic_batch,
             dynamic_size=recipe.dynamic_size,
             optimize=recipe.optimize,
@@ -175,11 +243,13 @@ def parity_of(
 
     from quartermap_deploy.frontend.exporter import INPUT
     from quartermap_deploy.validation.parity import check_parity
+    from quartermap_deploy.validation.rounding import rounded_in_float32
     from quartermap_deploy.validation.runners import TorchRunner, onnxruntime_runner
     from quartermap_deploy.validation.tolerances import tolerance_for
 
     reference = TorchRunner(reference_model(recipe, model))
-    target = onnxruntime_runner(onnx.load_from_string(onnx_bytes))
+    # In 16 bits every value is rounded as the types say, which ONNX Runtime's own casts would leave out.
+    target = onnxruntime_runner(rounded_in_float32(onnx.load_from_string(onnx_bytes)))
     with progress.step("comparing every block with PyTorch"):
         return check_parity(reference, target, cases, INPUT, tolerance_for(recipe.precision))
 
@@ -188,6 +258,7 @@ def validate(
     recipe: Recipe,
     model: VisualStateSpaceModel,
     cases: Mapping[str, NDArray[np.float32]],
+    exported: Export,
     folder: Path,
     progress: Progress,
 ) -> ParityReport:
@@ -200,12 +271,38 @@ def validate(
 
     report = parity_of(recipe, model, cases, (folder / MODEL).read_bytes(), progress)
     if not report.passed:
-        raise ParityError(
-            f"{report.describe_failure()}. Nothing was written; please report this with the recipe."
-        )
+        advice = "please report this with the recipe"
+        if recipe.precision != "float32":
+            found = localise_precision(recipe, model, cases, exported, progress)
+            advice = f"{found.describe()}. {found.advice()}"
+        raise ParityError(f"{report.describe_failure()}. Nothing was written; {advice}.")
     with progress.step("writing golden outputs"):
         write_golden(folder, reference_model(recipe, model), cases)
     return report
+
+
+def localise_precision(
+    recipe: Recipe,
+    model: VisualStateSpaceModel,
+    cases: Mapping[str, NDArray[np.float32]],
+    exported: Export,
+    progress: Progress,
+) -> LocaliseReport:
+    """Find the blocks whose return to float32 brings a 16-bit model back within its tolerance."""
+    from quartermap_deploy.validation.localise import localise
+    from quartermap_deploy.validation.runners import TorchRunner
+    from quartermap_deploy.validation.tolerances import tolerance_for
+
+    ranges = exported.ranges.keep_float32 if exported.ranges is not None else ()
+    return localise(
+        exported.float32,
+        recipe.precision,
+        TorchRunner(reference_model(recipe, model)),
+        cases,
+        tolerance_for(recipe.precision),
+        keep_float32=(*recipe.keep_float32, *ranges),
+        progress=progress,
+    )
 
 
 def weights_entry(recipe: Recipe, weights: Weights) -> dict[str, str | None]:
@@ -234,6 +331,7 @@ def manifest(
     before, after = measure(model, size), measure(reference_model(recipe, model), size)
     open_axis = ("height", "width") if recipe.dynamic_size else size
     batch = "batch" if recipe.dynamic_batch else 1
+    io_type = recipe.precision if recipe.io == "same" else "float32"
     return {
         "format": FORMAT,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -246,8 +344,8 @@ def manifest(
             "num_classes": model.num_classes,
             **weights,
         },
-        "input": {"name": INPUT, "shape": [batch, model.in_channels, *open_axis], "type": recipe.precision},
-        "output": {"name": OUTPUT, "shape": [batch, model.num_classes], "type": recipe.precision},
+        "input": {"name": INPUT, "shape": [batch, model.in_channels, *open_axis], "type": io_type},
+        "output": {"name": OUTPUT, "shape": [batch, model.num_classes], "type": io_type},
         "plan": None if recipe.quartermap is None else recipe.quartermap.to_dict(),
         "blocks": block_map(before, after),
         "totals": {

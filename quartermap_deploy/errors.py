@@ -64,3 +64,7 @@ class ParityError(QuartermapError):
 
 class MissingDependencyError(QuartermapError):
     """An optional package is needed; the message holds the pip command that brings it."""
+
+
+class EngineError(QuartermapError):
+    """An engine that could not be built, or is not what the graph says."""

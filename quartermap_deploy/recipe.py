@@ -13,11 +13,18 @@ dynamic_batch = true
 dynamic_size = false
 
 [export]
-precision = "float32"
+precision = "float32"   # or "float16", "bfloat16"
 optimize = true
+io = "float32"          # with 16 bits: the type of input and output, "float32" or "same"
+blocks_float32 = [2]    # with 16 bits: blocks that stay float32 all the same; `validate --localise` tells which
+keep_float32 = []       # with 16 bits: operators and values that do, by name
 
 [targets]
 names = ["onnxruntime"]
+
+[engine]                # for tensorrt and tensorrt-rtx; every key may be left out
+profiles = [{ batch = [1, 8, 32] }]
+compute_capabilities = ["8.6", "8.9"]
 
 [validation]
 images = "photographs"  # a folder beside the recipe; leave out for the images that come with the package
@@ -29,12 +36,13 @@ import dataclasses
 import difflib
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from quartermap_deploy.errors import PlanError, RecipeError
+from quartermap_deploy.errors import InputError, PlanError, RecipeError
 from quartermap_deploy.pruning.plan import QuarterMap
+from quartermap_deploy.targets.tensorrt_options import EngineOptions
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -44,11 +52,11 @@ else:
 _TABLES: dict[str, dict[str, str]] = {
     "model": {"name": "model", "checkpoint": "checkpoint", "num_classes": "num_classes", "seed": "seed"},
     "input": {"size": "input_size", "dynamic_batch": "dynamic_batch", "dynamic_size": "dynamic_size"},
-    "export": {"precision": "precision", "optimize": "optimize"},
+    "export": {name: name for name in ("precision", "optimize", "io", "keep_float32", "blocks_float32")},
     "targets": {"names": "targets"},
     "validation": {"images": "images"},
 }
-"""Tables of the file: key → field of the recipe. The table `quartermap` is a plan."""
+"""Tables of the file: key → field of the recipe. The table `quartermap` is a plan, `engine` the options of engines."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +71,13 @@ class Recipe:
         dynamic_batch: leave the batch size open.
         dynamic_size: leave height and width open; `input_size` is then the size to validate with.
         quartermap: the plan, or None to prune nothing.
-        precision: element type of weights and activations.
+        precision: element type of weights and activations: "float32", "float16" or "bfloat16".
+        io: with 16 bits, the type of input and output: "float32" or "same".
+        blocks_float32: with 16 bits, blocks that stay float32 all the same, from 1.
+        keep_float32: with 16 bits, operators and values that stay float32 all the same, by name.
         optimize: run the passes that make pruned blocks cheaper without changing a number.
         targets: what to build and validate.
+        engine: how engines are built, for the targets that have some.
         images: folder of images to validate with; None takes those that come with the package.
         seed: seed of new weights, where there is no checkpoint.
     """
@@ -79,7 +91,11 @@ class Recipe:
     quartermap: QuarterMap | None = None
     precision: str = "float32"
     optimize: bool = True
+    io: Literal["float32", "same"] = "float32"
+    blocks_float32: tuple[int, ...] = ()
+    keep_float32: tuple[str, ...] = ()
     targets: tuple[str, ...] = ("onnxruntime",)
+    engine: EngineOptions = field(default_factory=EngineOptions)
     images: Path | None = None
     seed: int = 0
 
@@ -101,20 +117,23 @@ class Recipe:
             raise RecipeError(f"the recipe {path} is no valid TOML: {error}") from error
         try:
             return cls._from_document(document, path.parent)
-        except (RecipeError, PlanError) as error:
+        except (RecipeError, PlanError, InputError) as error:
             raise RecipeError(f"the recipe {path}: {error}") from error
 
     @classmethod
     def _from_document(cls, document: Mapping[str, Any], folder: Path) -> Recipe:
         fields: dict[str, Any] = {}
         for table, entries in document.items():
-            _require_known("table", table, [*_TABLES, "quartermap"])
+            _require_known("table", table, [*_TABLES, "quartermap", "engine"])
             if not isinstance(entries, dict):
                 raise RecipeError(f"[{table}] must be a table, found {entries!r}")
             if table == "quartermap":
                 if "every" in entries and "blocks" in entries:
                     raise RecipeError("[quartermap] has both every and blocks; leave one of them out")
                 fields["quartermap"] = QuarterMap.from_dict(entries)
+                continue
+            if table == "engine":
+                fields["engine"] = EngineOptions.from_dict(_beside(entries, folder))
                 continue
             for key, value in entries.items():
                 _require_known(f"key in [{table}]", key, list(_TABLES[table]))
@@ -127,6 +146,8 @@ class Recipe:
         """Return the recipe as plain values for JSON."""
         values = dataclasses.asdict(self)
         values["quartermap"] = None if self.quartermap is None else self.quartermap.to_dict()
+        values["engine"] = self.engine.to_dict()
+        values["keep_float32"], values["blocks_float32"] = list(self.keep_float32), list(self.blocks_float32)
         # The file name alone: where it lay on the machine that compiled is nobody else's business.
         for name in ("checkpoint", "images"):
             path = getattr(self, name)
@@ -134,6 +155,14 @@ class Recipe:
         values["input_size"] = None if self.input_size is None else list(self.input_size)
         values["targets"] = list(self.targets)
         return values
+
+
+def _beside(entries: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Engine options whose paths are relative to the folder of the recipe."""
+    return {
+        key: folder / value if key in ("plugin", "cache") and isinstance(value, str) else value
+        for key, value in entries.items()
+    }
 
 
 def _require_known(kind: str, name: str, known: list[str]) -> None:
@@ -150,6 +179,7 @@ _TYPES: dict[str, type] = {
     "dynamic_size": bool,
     "precision": str,
     "optimize": bool,
+    "io": str,
     "seed": int,
 }
 
@@ -160,7 +190,7 @@ def _checked(name: str, value: Any, folder: Path) -> Any:
     Raises:
         RecipeError: if it has another type.
     """
-    if isinstance(value, QuarterMap):
+    if isinstance(value, (QuarterMap, EngineOptions)):
         return value
     if name in ("checkpoint", "images"):
         if not isinstance(value, str):
@@ -171,9 +201,15 @@ def _checked(name: str, value: Any, folder: Path) -> Any:
         if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
             raise RecipeError(f"size = {value!r} is not [height, width] in pixels")
         return tuple(sides)
-    if name == "targets":
-        if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
-            raise RecipeError(f"names = {value!r} is not a list of targets")
+    if name == "blocks_float32":
+        if not isinstance(value, list) or not all(type(item) is int and item > 0 for item in value):
+            raise RecipeError(f"blocks_float32 = {value!r} is not a list of blocks, which count from 1")
+        return tuple(value)
+    if name in ("targets", "keep_float32"):
+        named = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        if not named or (name == "targets" and not value):
+            key, what = ("names", "targets") if name == "targets" else (name, "names")
+            raise RecipeError(f"{key} = {value!r} is not a list of {what}")
         return tuple(value)
     expected = _TYPES[name]
     if type(value) is not expected:

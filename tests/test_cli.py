@@ -668,7 +668,7 @@ def exported_before(
     from quartermap_deploy.frontend.export import Export
 
     model = change(onnx.load(bundle / "model.onnx"))
-    monkeypatch.setattr(compiler, "export_model", lambda *arguments: Export(model, model, (), ()))
+    monkeypatch.setattr(compiler, "export_model", lambda *arguments: Export(model, model, model, (), ()))
 
 
 def test_a_model_that_departs_is_not_written_and_its_block_is_named(

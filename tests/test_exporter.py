@@ -331,8 +331,10 @@ def test_export_without_a_plan_only_lowers() -> None:
 
 def test_export_refuses_what_it_would_do_wrongly() -> None:
     model = reference("medmamba").model
-    with pytest.raises(ExportError, match=r"'float16'.*float32"):
-        export_onnx(model, (1, 3, 64, 64), precision="float16")
+    with pytest.raises(ExportError, match=r"'float8'.*float32, float16"):
+        export_onnx(model, (1, 3, 64, 64), precision="float8")
+    with pytest.raises(ExportError, match=r"io 'half'.*float32, same"):
+        export_onnx(model, (1, 3, 64, 64), precision="float16", io="half")  # type: ignore[arg-type]
     with pytest.raises(ExportError, match="pruned in PyTorch already"):
         export_onnx(prune(model, QuarterMap()), (1, 3, 64, 64))
     with pytest.raises(PlanError, match="block 9"):

@@ -27,9 +27,10 @@ from quartermap_deploy.cli.common import (
     words,
 )
 from quartermap_deploy.errors import PlanError, RecipeError
-from quartermap_deploy.frontend.export import PRECISIONS
+from quartermap_deploy.frontend.export import IO_TYPES, PRECISIONS
 from quartermap_deploy.pruning.plan import UPSAMPLE_MODES, QuarterMap
 from quartermap_deploy.recipe import Recipe
+from quartermap_deploy.targets.tensorrt_options import EngineOptions, Profile
 
 if TYPE_CHECKING:
     from quartermap_deploy.bundle import Bundle
@@ -77,6 +78,7 @@ def add_parser(subparsers: Subparsers) -> None:
     _add_model_options(parser)
     _add_plan_options(parser)
     _add_graph_options(parser)
+    _add_engine_options(parser)
     group = parser.add_argument_group("the bundle")
     group.add_argument(
         "--out",
@@ -214,9 +216,81 @@ def _add_graph_options(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help=f"element type of weights and activations (default: {Recipe.precision})",
     )
+    group.add_argument(
+        "--float32-blocks",
+        dest="blocks_float32",
+        type=numbers,
+        metavar="2,5",
+        default=argparse.SUPPRESS,
+        help="in 16 bits, blocks that stay float32; `quartermap validate --localise` tells which must (default: none)",
+    )
+    group.add_argument(
+        "--float32-names",
+        dest="keep_float32",
+        type=words,
+        metavar="NAMES",
+        default=argparse.SUPPRESS,
+        help="in 16 bits, operators and values of the graph that stay float32 (default: those that come near the limit "
+        "of float16 on the validation images)",
+    )
+    group.add_argument(
+        "--io",
+        choices=IO_TYPES,
+        default=argparse.SUPPRESS,
+        help=f"in 16 bits, the type of input and output: float32, or the same (default: {Recipe.io})",
+    )
 
 
-FLAGS = {"input_size": "--size", "dynamic_batch": "--static-batch", "optimize": "--no-optimize"}
+def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "engines, for the targets tensorrt and tensorrt-rtx (not with a recipe)"
+    )
+    profile = EngineOptions().profiles[0].batch
+    group.add_argument(
+        "--batch",
+        dest="engine_batch",
+        type=numbers,
+        metavar="MIN,OPT,MAX",
+        default=argparse.SUPPRESS,
+        help="batch sizes of an engine: smallest, tuned for, largest; give it again for another profile "
+        f"(default: {','.join(map(str, profile))})",
+        action="append",
+    )
+    group.add_argument(
+        "--compute-capabilities",
+        dest="engine_compute_capabilities",
+        type=words,
+        metavar="8.6,8.9",
+        default=argparse.SUPPRESS,
+        help=f"GPUs of a tensorrt-rtx engine (default: {','.join(EngineOptions().compute_capabilities)})",
+    )
+    group.add_argument(
+        "--optimization-level",
+        dest="engine_optimization_level",
+        type=int,
+        choices=range(6),
+        metavar="0-5",
+        default=argparse.SUPPRESS,
+        help="how long the builder searches (default: the builder's own)",
+    )
+    group.add_argument(
+        "--plugin",
+        dest="engine_plugin",
+        type=file_or_folder,
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="plugin library for the target tensorrt (default: the environment variable QUARTERMAP_PLUGIN)",
+    )
+
+
+FLAGS = {
+    "input_size": "--size",
+    "dynamic_batch": "--static-batch",
+    "optimize": "--no-optimize",
+    "blocks_float32": "--float32-blocks",
+    "keep_float32": "--float32-names",
+    "engine": "an option of engines",
+}
 """Options that are not named after the field of the recipe that they set."""
 
 
@@ -246,10 +320,14 @@ def recipe_and_folder(options: argparse.Namespace) -> tuple[Recipe, Path]:
     """
     source: str = options.source
     given = vars(options)
+    engine = engine_options(given)
+    if engine is not None:
+        given["engine"] = engine
     fields = {field.name for field in dataclasses.fields(Recipe)} - {"model", "quartermap"}
     set_fields = {name: given[name] for name in fields if name in given}
-    if "input_size" in set_fields:
-        set_fields["input_size"] = tuple(set_fields["input_size"])
+    for name in ("input_size", "blocks_float32", "keep_float32"):
+        if name in set_fields:
+            set_fields[name] = tuple(set_fields[name])
     if source.endswith(".toml"):
         decided = [name for name in (*sorted(fields), *PLAN) if name in given and name not in SHARED]
         if decided:
@@ -262,6 +340,23 @@ def recipe_and_folder(options: argparse.Namespace) -> tuple[Recipe, Path]:
     load_card(source)
     recipe = Recipe(model=source, quartermap=plan(given), **set_fields)
     return recipe, options.out or BUNDLES / _folder_name(recipe)
+
+
+def engine_options(given: dict[str, Any]) -> EngineOptions | None:
+    """Return the options of engines that were given, or None if none were.
+
+    Raises:
+        InputError: if one has a wrong value.
+    """
+    prefix = "engine_"
+    settings = {name.removeprefix(prefix): given[name] for name in given if name.startswith(prefix)}
+    if not settings:
+        return None
+    if "batch" in settings:
+        settings["profiles"] = tuple(Profile(batch=tuple(sizes)) for sizes in settings.pop("batch"))
+    if "compute_capabilities" in settings:
+        settings["compute_capabilities"] = tuple(settings["compute_capabilities"])
+    return EngineOptions(**settings)
 
 
 def plan(given: dict[str, Any]) -> QuarterMap | None:
@@ -299,13 +394,11 @@ def warnings(bundle: Bundle) -> list[str]:
 
 
 def _folder_name(recipe: Recipe) -> str:
-    if recipe.quartermap is None:
-        return recipe.model
-    return (
-        f"{recipe.model}_k{recipe.quartermap.every}"
-        if recipe.quartermap.blocks is None
-        else f"{recipe.model}_blocks"
-    )
+    name = recipe.model
+    if recipe.quartermap is not None:
+        blocks = recipe.quartermap.blocks
+        name += f"_k{recipe.quartermap.every}" if blocks is None else "_blocks"
+    return name if recipe.precision == Recipe.precision else f"{name}_{recipe.precision}"
 
 
 def _flags(names: Iterable[str]) -> str:

@@ -27,6 +27,7 @@ from quartermap_deploy.validation import REFERENCES
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from quartermap_deploy.bundle import Bundle
     from quartermap_deploy.cli.common import Subparsers
 
 
@@ -47,12 +48,16 @@ def add_parser(subparsers: Subparsers) -> None:
 
             For torch, a bundle that was compiled from a checkpoint needs that very file: --checkpoint.
 
+            --localise finds, in a bundle of 16-bit precision that departs, the block that has to stay in float32: its
+            casts are flipped block by block, and each form is compared with PyTorch.
+
             A bundle that departs by more than the tolerance of its element type ends with exit code 2.
             """,
         examples="""
             quartermap validate bundles/vmamba_digits_k3
             quartermap validate bundles/vmamba_digits_k3 --reference torch
             quartermap validate bundles/base_k3 --reference torch --checkpoint vssm_base_0229_ckpt_epoch_237.pth
+            quartermap validate bundles/tiny_float16 --localise
             quartermap validate bundles/vmamba_digits_k3 --json | jq .passed
             """,
     )
@@ -67,10 +72,15 @@ def add_parser(subparsers: Subparsers) -> None:
         help="what to compare with (default: %(default)s)",
     )
     parser.add_argument(
+        "--localise",
+        action="store_true",
+        help="find the block whose return to float32 brings a 16-bit bundle back within its tolerance (default: no)",
+    )
+    parser.add_argument(
         "--checkpoint",
         type=file_or_folder,
         metavar="FILE",
-        help="for --reference torch, the file that the bundle was compiled from (default: it was compiled from none)",
+        help="for --reference torch and --localise, the file that the bundle was compiled from (default: it was compiled from none)",
     )
     add_output_options(parser)
 
@@ -85,6 +95,9 @@ def run(options: argparse.Namespace) -> None:
     from quartermap_deploy.validation import validate_bundle
 
     bundle = load_bundle(options.bundle)
+    if options.localise:
+        run_localise(bundle, options)
+        return
     with results_only():
         report = validate_bundle(
             bundle,
@@ -108,6 +121,31 @@ def run(options: argparse.Namespace) -> None:
         )
     if not report["passed"]:
         raise ParityError(failure(report, bundle.path, options.reference))
+
+
+def run_localise(bundle: Bundle, options: argparse.Namespace) -> None:
+    """Print which block has to stay in float32.
+
+    Raises:
+        ParityError: if the bundle departs, with the block's name.
+    """
+    from quartermap_deploy.validation import localise_bundle
+    from quartermap_deploy.validation.localise import part_name
+
+    with results_only():
+        report = localise_bundle(bundle, checkpoint=options.checkpoint, progress=make_progress(options))
+    if options.json:
+        print_json(report.to_dict())
+    elif not options.quiet:
+        rows = [
+            (part_name(part), error_text(error), "yes" if passed else "")
+            for part, (passed, error) in report.alone.items()
+        ]
+        if rows:
+            show(table("returned to float32 alone", ["part", ">error left", "restores parity"], rows), "")
+        show(with_verdict(report.passed, report.describe()))
+    if not report.passed:
+        raise ParityError(f"{report.describe()}; {report.advice()}")
 
 
 def parity_table(report: Mapping[str, Any]) -> Table:

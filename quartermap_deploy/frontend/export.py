@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from quartermap_deploy.errors import ExportError
 from quartermap_deploy.pruning.plan import QuarterMap
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx
+    from numpy.typing import NDArray
 
     from quartermap_deploy.architectures.base import VisualStateSpaceModel
     from quartermap_deploy.passes.base import PassReport
+    from quartermap_deploy.passes.cast_precision import CastReport
+    from quartermap_deploy.validation.ranges import RangeReport
 
-PRECISIONS = ("float32",)
+PRECISIONS = ("float32", "float16", "bfloat16")
+IO_TYPES = ("float32", "same")
 
 
 @dataclass(frozen=True)
@@ -23,16 +28,28 @@ class Export:
     """An exported model and how it came about.
 
     Attributes:
-        model: the portable model: opset 20, scans as `quartermap.SelectiveScan2D` with their body.
+        model: the portable model: opset 20 (22 in bfloat16), scans as `quartermap.SelectiveScan2D` with their body.
         traced: the same model before any pass, without bodies.
+        float32: the model after the passes that prune, in float32 and without bodies: what other precisions and other
+            bodies are made from.
         pruned_blocks: numbers of the pruned blocks.
         passes: what each pass did.
+        ranges: the range of every value on the calibration images, for float16.
     """
 
     model: onnx.ModelProto
     traced: onnx.ModelProto
+    float32: onnx.ModelProto
     pruned_blocks: tuple[int, ...]
     passes: tuple[PassReport, ...]
+    ranges: RangeReport | None = None
+
+    @property
+    def cast(self) -> CastReport | None:
+        """What `cast_precision` did, or None in float32."""
+        from quartermap_deploy.passes.cast_precision import CastReport
+
+        return next((report for report in self.passes if isinstance(report, CastReport)), None)
 
 
 def export_onnx(
@@ -41,6 +58,10 @@ def export_onnx(
     quartermap: QuarterMap | None = None,
     *,
     precision: str = "float32",
+    io: Literal["float32", "same"] = "float32",
+    keep_float32: Iterable[str] = (),
+    blocks_float32: Iterable[int] = (),
+    calibration: NDArray[np.float32] | None = None,
     dynamic_batch: bool = True,
     dynamic_size: bool = False,
     optimize: bool = True,
@@ -51,7 +72,12 @@ def export_onnx(
         model: a model of `create_model`, not pruned by `prune`: the plan is carried out in the graph.
         input_shape: (batch, channels, height, width) to trace with.
         quartermap: the plan, or None to prune nothing.
-        precision: element type of weights and activations: "float32".
+        precision: element type of weights and activations: "float32", "float16" or "bfloat16".
+        io: type of input and output in 16 bits: "float32", or "same" for that of `precision`.
+        keep_float32: operators to compute and values to hold in float32 though `precision` has 16 bits, by name.
+        blocks_float32: blocks, from 1, to compute in float32 though `precision` has 16 bits.
+        calibration: images (N, channels, height, width) for the range scan in float16: values that come within a
+            factor of 8 of its limit stay float32. None does without the scan.
         dynamic_batch: leave the batch size open.
         dynamic_size: leave height and width open.
         optimize: subsample before the convolution and restore after the projection where that changes no number;
@@ -71,6 +97,10 @@ def export_onnx(
         input_shape,
         quartermap,
         precision=precision,
+        io=io,
+        keep_float32=keep_float32,
+        blocks_float32=blocks_float32,
+        calibration=calibration,
         dynamic_batch=dynamic_batch,
         dynamic_size=dynamic_size,
         optimize=optimize,
@@ -83,6 +113,10 @@ def export(
     quartermap: QuarterMap | None = None,
     *,
     precision: str = "float32",
+    io: Literal["float32", "same"] = "float32",
+    keep_float32: Iterable[str] = (),
+    blocks_float32: Iterable[int] = (),
+    calibration: NDArray[np.float32] | None = None,
     dynamic_batch: bool = True,
     dynamic_size: bool = False,
     optimize: bool = True,
@@ -97,6 +131,8 @@ def export(
         raise ExportError(
             f"precision {precision!r} is not available; expected one of {', '.join(PRECISIONS)}"
         )
+    if io not in IO_TYPES:
+        raise ExportError(f"io {io!r} is not available; expected one of {', '.join(IO_TYPES)}")
     if not hasattr(model, "blocks") or not hasattr(model, "depths"):
         raise ExportError(f"cannot export a {type(model).__name__}; expected a model from create_model")
     if any(block.mixer.subsample is not None for block in model.blocks()):
@@ -111,6 +147,19 @@ def export(
     else:
         selection = Selection(pruned, quartermap.subsample)
         shaped, reports = run_passes(traced, selection, OPTIMIZED if optimize else CANONICAL)
-    lowered = lower(shaped)
+    typed, kept, ranges = shaped, tuple(keep_float32), None
+    if precision == "float16" and calibration is not None:
+        from quartermap_deploy.validation.ranges import scan_ranges
+
+        ranges = scan_ranges(lower(shaped), calibration, precision)
+        kept += ranges.keep_float32
+    if precision != "float32":
+        from quartermap_deploy.passes.cast_precision import cast_precision
+
+        typed, report = cast_precision(
+            shaped, precision, keep_float32=kept, io=io, blocks_float32=blocks_float32
+        )
+        reports.append(report)
+    lowered = lower(typed)
     onnx.checker.check_model(lowered, full_check=True)
-    return Export(lowered, traced, pruned, tuple(reports))
+    return Export(lowered, traced, shaped, pruned, tuple(reports), ranges)

@@ -3,6 +3,9 @@
     SelectiveScan2D (no body)  →  SelectiveScan2D + local function `quartermap.SelectiveScan2D` in standard operators
     SelectiveScan (no body)    →  SelectiveScan + local function `quartermap.SelectiveScan`, likewise
 
+The body `scan` serves every size; `tree` is written for each size of the maps that the graph has, so that such a model
+holds several functions, told apart by their overload names.
+
 With the function in the file, ONNX Runtime and every other runtime that knows ONNX functions runs the model as it is,
 and TensorRT ≥ 10.7 still prefers a plugin of the same name when one is loaded.
 
@@ -30,12 +33,16 @@ from quartermap_deploy.lowering.operator import (
 )
 from quartermap_deploy.lowering.scan_body import scan_body
 from quartermap_deploy.lowering.sequence_body import sequence_body
+from quartermap_deploy.lowering.tree_body import TreeVariant, tree_body
 
 Body = Callable[[Any, str], onnx.FunctionProto]
 BODIES: dict[str, dict[str, Body]] = {
     "scan": {SELECTIVE_SCAN_2D: scan_body, SELECTIVE_SCAN: sequence_body},
+    "tree": {SELECTIVE_SCAN_2D: tree_body},
 }
 """For each kind of body, how the function of each operator is written for one variant."""
+BY_SIZE = ("tree",)
+"""The bodies that are written for one size of the maps, where the graph knows it."""
 
 NAME = "lower"
 _VARIANTS: dict[str, tuple[Sequence[str], Callable[..., Any]]] = {
@@ -52,7 +59,8 @@ def lower(model: onnx.ModelProto, body: str = "scan") -> onnx.ModelProto:
         body: a key of `BODIES`.
 
     Raises:
-        PassError: if the body is unknown, or a scan's state matrix is no constant.
+        PassError: if the body is unknown or there is none of its kind for an operator, or a scan's state matrix is no
+            constant.
     """
     if body not in BODIES:
         raise PassError(f"{NAME}: unknown body {body!r}; expected one of {', '.join(BODIES)}")
@@ -65,16 +73,23 @@ def lower(model: onnx.ModelProto, body: str = "scan") -> onnx.ModelProto:
     state_sizes = {
         tensor.name: tensor.dims[1] for tensor in result.graph.initializer if len(tensor.dims) == 2
     }
+    sizes = map_sizes(result) if body in BY_SIZE else {}
     overloads: dict[str, dict[Any, str]] = {name: {} for name in _VARIANTS}
     for node in result.graph.node:
         if node.domain != DOMAIN or node.op_type not in _VARIANTS:
             continue
+        if node.op_type not in BODIES[body]:
+            raise PassError(
+                f"{NAME}: there is no body {body!r} for the operator {node.op_type} of {node.name}"
+            )
         inputs, variant_of = _VARIANTS[node.op_type]
         A = node.input[inputs.index("A")]
         if node.op_type == SELECTIVE_SCAN_2D and A not in state_sizes:
             raise PassError(f"{NAME}: the state matrix {A} of {node.name} is no constant (K·d_inner, N)")
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         variant = variant_of(node.input, attributes, state_sizes.get(A))
+        if body in BY_SIZE:
+            variant = TreeVariant(**vars(variant), size=sizes.get(node.input[0]))
         # Runtimes match a plugin by name alone, so the plain name goes to the first, and mostly only, variant.
         own = overloads[node.op_type]
         node.overload = own.setdefault(variant, "" if not own else f"variant_{len(own)}")
@@ -82,6 +97,29 @@ def lower(model: onnx.ModelProto, body: str = "scan") -> onnx.ModelProto:
         result.functions.extend(
             BODIES[body][name](variant, overload) for variant, overload in variants.items()
         )
+    _match_opset(result)
     if any(overloads.values()) and DOMAIN not in {item.domain for item in result.opset_import}:
         result.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
     return result
+
+
+def _match_opset(model: onnx.ModelProto) -> None:
+    """Let the functions have the opset of a model that is ahead of them, as one in bfloat16 is.
+
+    ONNX wants the same version of an operator inside and outside; later ones only take more types.
+    """
+    (version,) = (entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    for function in model.functions:
+        for entry in function.opset_import:
+            if entry.domain == "":
+                entry.version = max(entry.version, version)
+
+
+def map_sizes(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
+    """(H, W) of the feature maps of a graph whose size is known, by name."""
+    found = {}
+    for value in (*model.graph.input, *model.graph.value_info):
+        sides = value.type.tensor_type.shape.dim[2:]
+        if len(sides) == 2 and all(side.dim_value > 0 for side in sides):
+            found[value.name] = (sides[0].dim_value, sides[1].dim_value)
+    return found

@@ -1,22 +1,28 @@
 """Targets: what a bundle is built for and run by, behind one small interface.
 
-A target is a module with `check(recipe)`, which refuses early what it cannot do; `build(model_path, directory)`, which
-writes what it needs beside the portable model and returns its entry for the manifest; and `open(bundle_path, entry)`,
-which returns a session.
+A target is a module with `check`, which refuses early what cannot be built here; `build`, which writes what it needs
+beside the portable model and returns its entry for the manifest; and `open`, which returns a session. `PRECISIONS`
+names the element types that it takes.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quartermap_deploy.errors import UnknownNameError
+from quartermap_deploy.progress import SILENT, Progress
 
-_MODULES = {"onnxruntime": "onnxruntime_cpu"}
+if TYPE_CHECKING:
+    from quartermap_deploy.recipe import Recipe
+    from quartermap_deploy.targets.tensorrt_options import EngineOptions
+
+_MODULES = {"onnxruntime": "onnxruntime_cpu", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 DEFAULT = "onnxruntime"
 
 
@@ -31,7 +37,21 @@ class Session(Protocol):
 class Target(Protocol):
     """The functions of a target module."""
 
-    def build(self, model_path: Path, directory: Path) -> dict[str, Any]:
+    PRECISIONS: tuple[str, ...]
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse, before any work, what cannot be built here."""
+        ...
+
+    def build(
+        self,
+        model_path: Path,
+        directory: Path,
+        options: EngineOptions | None = None,
+        *,
+        examples: Sequence[Sequence[int]] = (),
+        progress: Progress = SILENT,
+    ) -> dict[str, Any]:
         """Write what the target needs into `directory` and return its entry for the manifest."""
         ...
 

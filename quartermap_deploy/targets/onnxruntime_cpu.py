@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quartermap_deploy.errors import BundleError, InputError
+from quartermap_deploy.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from quartermap_deploy.targets.tensorrt_options import EngineOptions
 
 MODEL_FILE = "model.onnx"
+PRECISIONS = ("float32", "float16")
+"""ONNX Runtime has no kernels for bfloat16 on a CPU and refuses such a model."""
 THREADS_VARIABLE = "QUARTERMAP_THREADS"
 
 
@@ -31,9 +38,12 @@ class OnnxRuntimeSession:
         """
         self._session = inference_session(model, threads)
         self._input = self._session.get_inputs()[0]
+        self._type = np.dtype(np.float16 if self._input.type == "tensor(float16)" else np.float32)
 
     def run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return logits, (batch, num_classes), for images (batch, channels, height, width).
+
+        Both are float32, or float16 where the model was exported with io = "same".
 
         Raises:
             InputError: if the images have another type or shape than the model takes.
@@ -42,11 +52,16 @@ class OnnxRuntimeSession:
         logits: NDArray[np.float32] = self._session.run(None, {self._input.name: images})[0]
         return logits
 
+    @property
+    def input_type(self) -> np.dtype[Any]:
+        """The element type of the images that the model takes."""
+        return self._type
+
     def _check(self, images: NDArray[np.float32]) -> None:
         expected = tuple(self._input.shape)
         fits = (
             isinstance(images, np.ndarray)
-            and images.dtype == np.float32
+            and images.dtype == self._type
             and images.ndim == len(expected)
             and images.shape[0] > 0
             and all(
@@ -56,18 +71,18 @@ class OnnxRuntimeSession:
         )
         if not fits:
             raise InputError(
-                f"the model takes images of shape {expected} and float32, found {_described(images)}"
+                f"the model takes images of shape {expected} and {self._type}, found {_described(images, self._type)}"
             )
 
 
-def _described(images: object) -> str:
+def _described(images: object, expected: np.dtype[Any]) -> str:
     """What was given instead of images, and how to mend it."""
     if not isinstance(images, np.ndarray):
-        mend = 'np.asarray(images, dtype="float32") makes an array of it'
+        mend = f'np.asarray(images, dtype="{expected}") makes an array of it'
         return f"a {type(images).__name__}; {mend}, if the values are prepared as the model's card says"
     found = f"{images.shape} of {images.dtype}"
-    if images.dtype != np.float32 and np.issubdtype(images.dtype, np.floating):
-        return f'{found}; convert them with images.astype("float32")'
+    if images.dtype != expected and np.issubdtype(images.dtype, np.floating):
+        return f'{found}; convert them with images.astype("{expected}")'
     # Whole numbers are pixels that nobody has normalised: another type alone would not make an input of them.
     return f"{found}; prepare images as the model's card says"
 
@@ -118,7 +133,18 @@ def default_threads() -> int:
     return _threads_wanted() or len({path.read_text() for path in topology}) or os.cpu_count() or 1
 
 
-def build(model_path: Path, directory: Path) -> dict[str, Any]:
+def check(recipe: Any = None) -> None:
+    """Nothing has to be there but the core install."""
+
+
+def build(
+    model_path: Path,
+    directory: Path,
+    options: EngineOptions | None = None,
+    *,
+    examples: Sequence[Sequence[int]] = (),
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
     """Nothing has to be written: the portable model is loaded as it is. Returns the manifest entry."""
     import onnxruntime
 

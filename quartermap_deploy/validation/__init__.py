@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.errors import BundleError, CheckpointError
 from quartermap_deploy.progress import SILENT, Progress
+from quartermap_deploy.targets import DEFAULT
 
 if TYPE_CHECKING:
     from quartermap_deploy.bundle import Bundle
+    from quartermap_deploy.validation.localise import LocaliseReport
 
 REFERENCES = ("golden", "torch")
 
@@ -53,6 +55,38 @@ def validate_bundle(
     if path is not None:
         raise BundleError("the golden outputs need no checkpoint; leave it out, or take the reference torch")
     return _against_golden(bundle, target, progress)
+
+
+def localise_bundle(
+    bundle: Bundle, *, checkpoint: str | os.PathLike[str] | None = None, progress: Progress = SILENT
+) -> LocaliseReport:
+    """Find the blocks whose return to float32 brings a 16-bit bundle back within its tolerance.
+
+    The PyTorch model is built and exported again, and its graph is typed anew with single blocks in float32.
+
+    Args:
+        bundle: a bundle in float16 or bfloat16.
+        checkpoint: the file that the bundle was compiled from; None if it was compiled from none.
+        progress: told about the steps.
+
+    Raises:
+        BundleError: if the bundle is in float32, or the checkpoint does not belong to it.
+        CheckpointError: if there is no checkpoint, or it is another file than that of the bundle.
+    """
+    from quartermap_deploy.compiler import export_model, load_model, localise_precision
+    from quartermap_deploy.validation.golden import read_golden
+    from quartermap_deploy.validation.inputs import parity_cases
+
+    path = None if checkpoint is None else Path(checkpoint)
+    _check_checkpoint(bundle, path)
+    recipe = dataclasses.replace(bundle.recipe(), checkpoint=path, images=None)
+    if recipe.precision == "float32":
+        raise BundleError(f"the bundle {bundle.path} is in float32 everywhere; there is nothing to localise")
+    cases, _ = read_golden(bundle.path)
+    with progress.step("building the PyTorch model"):
+        model, card, _ = load_model(recipe)
+    exported = export_model(recipe, model, card, progress)
+    return localise_precision(recipe, model, parity_cases(cases["images"]), exported, progress)
 
 
 def _against_golden(bundle: Bundle, target: str | None, progress: Progress) -> dict[str, Any]:
@@ -102,9 +136,10 @@ def _against_torch(
 
     _check_checkpoint(bundle, checkpoint)
     recipe = dataclasses.replace(bundle.recipe(), checkpoint=checkpoint)
-    if target not in (None, "onnxruntime"):
+    if target not in (None, DEFAULT):
         raise BundleError(f"blocks can be compared in ONNX Runtime only, not in {target}")
-    bundle.session(target)  # refuses a damaged model before the work begins
+    if DEFAULT in bundle.manifest["targets"]:
+        bundle.session(DEFAULT)  # refuses a damaged model before the work begins
     cases, _ = read_golden(bundle.path)
     with progress.step("building the PyTorch model"):
         model, _, _ = load_model(recipe)

@@ -5,6 +5,7 @@ The function returned by `relative_to_largest` is a compare function for polygra
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ class OutputComparison:
             cannot be compared.
         max_abs_error: largest absolute difference.
         largest: largest absolute value of the reference.
+        tolerance: largest relative error that passes.
         passed: whether the relative error is within the tolerance.
         detail: what is wrong, in words; empty if it passed.
     """
@@ -34,6 +36,7 @@ class OutputComparison:
     relative_error: float
     max_abs_error: float
     largest: float
+    tolerance: float
     passed: bool
     detail: str = ""
 
@@ -50,13 +53,22 @@ class OutputComparison:
 
 
 def compare_output(
-    name: str, reference: NDArray[Any], found: NDArray[Any], tolerance: Tolerance
+    name: str, reference: NDArray[Any], found: NDArray[Any] | None, tolerance: float
 ) -> OutputComparison:
-    """Compare one output. A wrong shape, a wrong type, NaN or infinity always fails."""
+    """Compare one output. One that is missing, another shape or element type, NaN or infinity always fails.
+
+    Args:
+        name: name of the output.
+        reference: what is right.
+        found: what the target returned, or None.
+        tolerance: largest relative error that passes.
+    """
 
     def failed(detail: str) -> OutputComparison:
-        return OutputComparison(name, float("inf"), float("inf"), float("inf"), False, detail)
+        return OutputComparison(name, np.inf, np.inf, np.inf, tolerance, False, detail)
 
+    if found is None:
+        return failed("the target has no such output")
     if reference.shape != found.shape:
         return failed(f"shape {found.shape}, expected {reference.shape}")
     if reference.dtype != found.dtype:
@@ -72,25 +84,32 @@ def compare_output(
     largest = float(np.abs(wide).max())
     # An output of zeros has no scale; then every difference counts in full.
     relative = error / largest if largest > 0 else error
-    passed = relative <= tolerance.relative
-    detail = "" if passed else f"{relative:.2e} of the largest value, tolerance {tolerance.relative:.0e}"
-    return OutputComparison(name, relative, error, largest, passed, detail)
+    passed = relative <= tolerance
+    detail = "" if passed else f"{relative:.2e} of the largest value, tolerance {tolerance:.0e}"
+    return OutputComparison(name, relative, error, largest, tolerance, passed, detail)
+
+
+def block_of(output: str) -> int | None:
+    """The block whose scan or output this is, or None if it is neither."""
+    match = re.fullmatch(r"block_(\d+)(/scan)?", output)
+    return int(match.group(1)) if match else None
 
 
 def relative_to_largest(tolerance: Tolerance) -> Callable[[Mapping[str, Any], Mapping[str, Any]], Any]:
     """A polygraphy compare function: reference first, target second, by name; outputs that one side lacks fail."""
 
     def compare(reference: Mapping[str, Any], found: Mapping[str, Any]) -> OrderedDict[str, OutputComparison]:
-        results: OrderedDict[str, OutputComparison] = OrderedDict()
-        for name in reference:
-            if name in found:
-                results[name] = compare_output(
-                    name, np.asarray(reference[name]), np.asarray(found[name]), tolerance
-                )
-            else:
-                results[name] = OutputComparison(
-                    name, float("inf"), float("inf"), float("inf"), False, "the target has no such output"
-                )
-        return results
+        return OrderedDict(
+            (
+                name,
+                compare_output(
+                    name,
+                    np.asarray(expected),
+                    np.asarray(found[name]) if name in found else None,
+                    tolerance.relative if block_of(name) is None else tolerance.of_block,
+                ),
+            )
+            for name, expected in reference.items()
+        )
 
     return compare

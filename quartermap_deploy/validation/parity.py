@@ -1,9 +1,8 @@
-"""Parity: does a target compute what PyTorch computes, at every block and on every case?"""
+"""Parity: does a target compute what PyTorch computes, at every scan, at every block and on every case?"""
 
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quartermap_deploy.validation.comparison import OutputComparison, relative_to_largest
+from quartermap_deploy.frontend.exporter import scan_name
+from quartermap_deploy.validation.comparison import OutputComparison, block_of, relative_to_largest
 from quartermap_deploy.validation.tolerances import Tolerance
 
 if TYPE_CHECKING:
@@ -48,12 +48,12 @@ class ParityReport:
 
     @property
     def first_departing_block(self) -> int | None:
-        """The first block, in the order of the network, whose output departs in any case."""
+        """The first block of the network whose scan or output departs in any case."""
         departing = [
-            int(match.group(1))
+            block
             for outputs in self.cases.values()
             for output in outputs
-            if not output.passed and (match := re.fullmatch(r"block_(\d+)", output.name))
+            if not output.passed and (block := block_of(output.name)) is not None
         ]
         return min(departing, default=None)
 
@@ -80,14 +80,21 @@ class ParityReport:
         if not failures:
             return "every output is within the tolerance"
         block = self.first_departing_block
-        shown = next(((c, o) for c, o in failures if o.name == f"block_{block}"), failures[0])
-        where = (
-            f"block {block} is the first that departs" if block is not None else f"{shown[1].name} departs"
-        )
+        own = [(c, o) for c, o in failures if block_of(o.name) == block] or failures
+        if block is None:
+            case, output = own[0]
+            judged = any(block_of(o.name) is not None for outputs in self.cases.values() for o in outputs)
+            # Where blocks were judged and are right, rounding errors have grown on their way through the network.
+            where = f"{output.name} departs" + (", though no block does by itself" if judged else "")
+        else:
+            # A scan that departs takes its block's output along, so it tells more.
+            case, output = next(((c, o) for c, o in own if o.name == scan_name(block)), own[0])
+            place = "in or before its scan" if output.name == scan_name(block) else "behind its scan"
+            where = f"block {block} is the first that departs, {place}"
         count = sum(len(outputs) for outputs in self.cases.values())
         return (
             f"{self.target} departs from {self.reference} in {len(failures)} of {count} outputs; {where}, on case "
-            f"{shown[0]!r}: {shown[1].detail}"
+            f"{case!r}: {output.detail}"
         )
 
 
@@ -101,7 +108,8 @@ def check_parity(
     """Run two polygraphy runners over the cases and compare their outputs through polygraphy's Comparator.
 
     Args:
-        reference: the runner that is right by definition.
+        reference: the runner that is right by definition. A `TorchRunner` follows the target, so that every block is
+            judged by itself: whatever its input is, does it make the right thing of it?
         target: the runner to check; it must have every output of the reference.
         cases: input batches by name.
         input_name: name of the models' input.
@@ -109,9 +117,15 @@ def check_parity(
     """
     from polygraphy.comparator import Comparator
 
+    from quartermap_deploy.validation.runners import TorchRunner
+
     feeds = [{input_name: images} for images in cases.values()]
     with quiet_polygraphy():
-        results = Comparator.run([reference, target], data_loader=feeds)
+        found = Comparator.run([target], data_loader=feeds)
+        if isinstance(reference, TorchRunner):
+            reference.follow([dict(outputs.items()) for outputs in found[target.name]])
+        results = Comparator.run([reference], data_loader=feeds)
+        results.extend(found)
         accuracy = Comparator.compare_accuracy(results, compare_func=relative_to_largest(tolerance))
     # One result per compare function since polygraphy 0.50, the one result itself before.
     by_pair = accuracy if hasattr(accuracy, "items") else accuracy[0]

@@ -1,40 +1,60 @@
-"""Polygraphy runners: the PyTorch reference, a target's session, and ONNX Runtime with the outputs of all blocks."""
+"""Polygraphy runners: the PyTorch reference, a target's session, and ONNX Runtime with every scan and every block.
+
+The outputs beside the logits are `block_<i>/scan`, what the selective scan of block i returns, and `block_<i>`, what
+leaves the block. A pruned scan returns the smaller map, before it is restored.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
 
-from quartermap_deploy.frontend.exporter import INPUT, OUTPUT, block_output
+from quartermap_deploy.frontend.exporter import INPUT, OUTPUT, block_output, scan_name
+from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D
 from quartermap_deploy.targets import Session
 from quartermap_deploy.targets.onnxruntime_cpu import inference_session
 
 if TYPE_CHECKING:
     import onnx
+    import torch
 
     from quartermap_deploy.architectures.base import VisualStateSpaceModel
 
 
 class TorchRunner(BaseRunner):  # type: ignore[misc]
-    """A PyTorch model whose outputs are the logits and, named as in the graph, the output of every block."""
+    """A PyTorch model whose outputs are those of every scan and block, in the order of the network, and the logits."""
 
     def __init__(self, model: VisualStateSpaceModel, *, blocks: bool = True, double: bool = False) -> None:
         """Wrap a model.
 
         Args:
             model: the model, pruned or not.
-            blocks: also return the output of every block.
+            blocks: also return the output of every scan and every block.
             double: compute in float64 and round the outputs to float32.
         """
         super().__init__(name="torch")
         self._model, self._blocks, self._double = model, blocks, double
+        self._followed: Iterator[Mapping[str, NDArray[Any]]] = iter(())
+
+    def follow(self, outputs: Iterable[Mapping[str, NDArray[Any]]]) -> None:
+        """Compute every block from what a target handed to it, so that errors do not add up from block to block.
+
+        The logits stay those of the model by itself.
+
+        Args:
+            outputs: what the target returned for each of the batches to come. A block's output that is absent, has
+                another shape or is not finite is not followed.
+        """
+        self._followed = iter(outputs)
 
     def get_input_metadata_impl(self) -> Any:
         """Name and type of the input."""
@@ -48,28 +68,76 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
 
         model = copy.deepcopy(self._model).double() if self._double else self._model
         images = torch.from_numpy(np.ascontiguousarray(feed_dict[INPUT]))
+        if self._double:
+            images = images.double()
         outputs: OrderedDict[str, Any] = OrderedDict()
 
-        def keep(name: str) -> Any:
-            def hook(module: Any, inputs: Any, output: Any) -> None:
-                outputs[name] = output.float().numpy()
+        def keep(name: str, value: torch.Tensor) -> None:
+            outputs[name] = value.float().numpy()
 
-            return hook
-
-        handles = [
-            block.module.register_forward_hook(keep(block_output(block.index)))
-            for block in (model.blocks() if self._blocks else [])
-        ]
-        try:
-            start = time.perf_counter()
-            with torch.no_grad():
-                logits = model(images.double() if self._double else images)
-            self.inference_time = time.perf_counter() - start
-        finally:
-            for handle in handles:
-                handle.remove()
-        outputs[OUTPUT] = logits.float().numpy()
+        followed = next(self._followed, {})
+        start = time.perf_counter()
+        with torch.no_grad():
+            with _recording(model, keep, followed) if self._blocks else contextlib.nullcontext():
+                logits = model(images)
+            if followed:
+                logits = model(images)
+        self.inference_time = time.perf_counter() - start
+        keep(OUTPUT, logits)
         return outputs
+
+
+@contextlib.contextmanager
+def _recording(
+    model: VisualStateSpaceModel,
+    keep: Callable[[str, torch.Tensor], None],
+    followed: Mapping[str, NDArray[Any]],
+) -> Iterator[None]:
+    """Give the output of every scan and every block of a model to `keep`, and hand on those that are followed instead.
+
+    Blocks are seen by forward hooks. A scan is a call of the torch operator in the middle of its mixer, so it is seen
+    where torch dispatches operators.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    operator = torch.ops.quartermap.selective_scan_2d.default
+    running: list[int] = []
+
+    class Scans(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if function is operator:
+                keep(scan_name(running[-1]), result)
+            return result
+
+    def enter(index: int) -> Callable[..., None]:
+        return lambda module, inputs: running.append(index)
+
+    def leave(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
+        name = block_output(running.pop())
+        keep(name, output)
+        other = followed.get(name)
+        if other is None or other.shape != tuple(output.shape) or not np.isfinite(other).all():
+            return None
+        return torch.tensor(other, dtype=output.dtype)
+
+    handles = [
+        handle
+        for block in model.blocks()
+        for handle in (
+            block.module.register_forward_pre_hook(enter(block.index)),
+            block.module.register_forward_hook(leave),
+        )
+    ]
+    try:
+        with Scans():  # type: ignore[no-untyped-call]
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class SessionRunner(BaseRunner):  # type: ignore[misc]
@@ -92,24 +160,44 @@ class SessionRunner(BaseRunner):  # type: ignore[misc]
 
 
 def onnxruntime_runner(model: onnx.ModelProto) -> OnnxrtRunner:
-    """A runner for a model in memory whose outputs are its own and the output of every block."""
+    """A runner for a model in memory whose outputs are those of every scan and every block, and its own."""
     marked = with_block_outputs(model)
     return OnnxrtRunner(lambda: inference_session(marked.SerializeToString()), name="onnxruntime")
 
 
 def with_block_outputs(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the model with the output of every block as a graph output, before its own outputs."""
+    """Return the model with the outputs of every scan and every block as graph outputs, before its own outputs.
+
+    What the scan named `block_<i>/scan` makes is named like it. One that is gone is not marked, and the comparison then
+    finds that it is missing.
+    """
     import onnx
 
     marked = onnx.ModelProto()
     marked.CopyFrom(model)
+    scans = {
+        node.output[0]: node.name
+        for node in marked.graph.node
+        if node.domain == DOMAIN and node.op_type == SELECTIVE_SCAN_2D
+    }
+    for node in marked.graph.node:
+        for names in (node.input, node.output):
+            for position, name in enumerate(names):
+                if name in scans:
+                    names[position] = scans[name]
+    # Shapes noted under the old names would belong to no value.
+    kept = [info for info in marked.graph.value_info if info.name not in scans]
+    del marked.graph.value_info[:]
+    marked.graph.value_info.extend(kept)
+
     made = {name for node in marked.graph.node for name in node.output}
     own = list(marked.graph.output)
     del marked.graph.output[:]
     index = 1
-    while block_output(index) in made:
-        info = onnx.helper.make_tensor_value_info(block_output(index), onnx.TensorProto.FLOAT, None)
-        marked.graph.output.append(info)
+    while found := [name for name in (scan_name(index), block_output(index)) if name in made]:
+        marked.graph.output.extend(
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in found
+        )
         index += 1
     marked.graph.output.extend(own)
     return marked

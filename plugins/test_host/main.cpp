@@ -1,0 +1,736 @@
+// Drives the plugin as TensorRT does, without TensorRT: loads the library, takes its creator, makes plugins from fields,
+// asks for shapes and formats, configures, clones, serialises and makes again, and runs the kernel.
+//
+//   quartermap_test_host LIBRARY [GOLDEN_FOLDER]
+//
+// The golden folder is written by test_host/write_golden.py. Its cases run on a GPU; in a library with emulated kernels
+// they run on the CPU. Ends with 0 when all checks passed, 1 when one failed, and 77 when the host-side checks passed but
+// the kernel could not be run for want of a GPU or of golden data.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <dlfcn.h>
+
+#include <NvInferRuntime.h>
+
+#if !defined(QUARTERMAP_EMULATION)
+#include <cuda_runtime_api.h>
+#endif
+
+#include "contract.h"
+
+using namespace nvinfer1;
+using quartermap::kPluginNamespace;
+
+namespace
+{
+
+int failures = 0;
+int checks = 0;
+
+void check(bool passed, std::string const& what)
+{
+    ++checks;
+    if (!passed)
+    {
+        ++failures;
+        std::printf("FAILED: %s\n", what.c_str());
+    }
+}
+
+// TensorRT's expressions --------------------------------------------------------------------------------------------------
+
+// A dimension, constant or not.
+class Expression final : public IDimensionExpr, private apiv::VDimensionExpr
+{
+public:
+    explicit Expression(std::int64_t value, bool constant)
+        : value_(value)
+        , constant_(constant)
+    {
+        mImpl = this;
+    }
+    ~Expression() noexcept override = default;
+
+private:
+    bool isConstant() const override
+    {
+        return constant_;
+    }
+    std::int64_t getConstantValue() const override
+    {
+        return value_;
+    }
+    bool isSizeTensor() const override
+    {
+        return false;
+    }
+
+    std::int64_t value_;
+    bool constant_;
+};
+
+class Builder final : public IExprBuilder, private apiv::VExprBuilder
+{
+public:
+    Builder()
+    {
+        mImpl = this;
+    }
+    ~Builder() noexcept override = default;
+
+    IDimensionExpr const* make(std::int64_t value, bool constant)
+    {
+        made_.push_back(std::make_unique<Expression>(value, constant));
+        return made_.back().get();
+    }
+
+private:
+    IDimensionExpr const* constant(std::int64_t value) override
+    {
+        return make(value, true);
+    }
+    IDimensionExpr const* operation(DimensionOperation, IDimensionExpr const&, IDimensionExpr const&) override
+    {
+        return make(-1, false);
+    }
+    IDimensionExpr const* declareSizeTensor(std::int32_t, IDimensionExpr const&, IDimensionExpr const&) override
+    {
+        return make(-1, false);
+    }
+
+    std::vector<std::unique_ptr<Expression>> made_;
+};
+
+// A plugin as the host holds it -------------------------------------------------------------------------------------------
+
+struct Capabilities
+{
+    std::unique_ptr<IPluginV3> plugin;
+    IPluginV3OneCore* core = nullptr;
+    IPluginV3OneBuild* build = nullptr;
+    IPluginV3OneRuntime* runtime = nullptr;
+
+    explicit Capabilities(IPluginV3* made)
+        : plugin(made)
+    {
+        if (made != nullptr)
+        {
+            core = static_cast<IPluginV3OneCore*>(made->getCapabilityInterface(PluginCapabilityType::kCORE));
+            build = static_cast<IPluginV3OneBuild*>(made->getCapabilityInterface(PluginCapabilityType::kBUILD));
+            runtime = static_cast<IPluginV3OneRuntime*>(made->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
+        }
+    }
+};
+
+struct FieldList
+{
+    std::vector<PluginField> fields;
+
+    FieldList& directions(std::string const& names)
+    {
+        texts.push_back(std::make_unique<std::string>(names));
+        fields.emplace_back("directions", texts.back()->data(), PluginFieldType::kCHAR,
+            static_cast<std::int32_t>(texts.back()->size()));
+        return *this;
+    }
+    FieldList& softplus(std::int32_t value)
+    {
+        numbers.push_back(std::make_unique<std::int32_t>(value));
+        fields.emplace_back("softplus", numbers.back().get(), PluginFieldType::kINT32, 1);
+        return *this;
+    }
+    FieldList& add(char const* name, void const* data, PluginFieldType type, std::int32_t length)
+    {
+        fields.emplace_back(name, data, type, length);
+        return *this;
+    }
+    PluginFieldCollection collection() const
+    {
+        PluginFieldCollection result;
+        result.nbFields = static_cast<std::int32_t>(fields.size());
+        result.fields = fields.data();
+        return result;
+    }
+    IPluginV3* create(IPluginCreatorV3One& creator, TensorRTPhase phase = TensorRTPhase::kBUILD) const
+    {
+        PluginFieldCollection const made = collection();
+        return creator.createPlugin("scan", &made, phase);
+    }
+
+    std::vector<std::unique_ptr<std::string>> texts;
+    std::vector<std::unique_ptr<std::int32_t>> numbers;
+};
+
+// As TensorRT's ONNX parser passes an attribute of type STRINGS: each name with a NUL behind it.
+std::string const kAll = std::string("row") + '\0' + "column" + '\0' + "row_reverse" + '\0' + "column_reverse" + '\0';
+
+std::string serialized_directions(Capabilities const& plugin)
+{
+    PluginFieldCollection const* fields = plugin.runtime->getFieldsToSerialize();
+    for (std::int32_t i = 0; fields != nullptr && i < fields->nbFields; ++i)
+    {
+        if (std::strcmp(fields->fields[i].name, "directions") == 0)
+        {
+            return static_cast<char const*>(fields->fields[i].data);
+        }
+    }
+    return "";
+}
+
+// Checks without a device -------------------------------------------------------------------------------------------------
+
+void check_creator(IPluginCreatorV3One& creator)
+{
+    check(std::strcmp(creator.getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") == 0, "the creator is of kind V3ONE");
+    check(std::strcmp(creator.getPluginName(), "SelectiveScan2D") == 0, "the creator's name");
+    check(std::strcmp(creator.getPluginVersion(), "1") == 0, "the creator's version");
+    check(std::strcmp(creator.getPluginNamespace(), "quartermap") == 0, "the creator's namespace");
+    PluginFieldCollection const* names = creator.getFieldNames();
+    check(names != nullptr && names->nbFields == 2 && std::strcmp(names->fields[0].name, "directions") == 0
+            && std::strcmp(names->fields[1].name, "softplus") == 0,
+        "the creator names its fields");
+}
+
+void check_fields(IPluginCreatorV3One& creator)
+{
+    std::printf("fields that have to be refused, each with its reason:\n");
+    std::int32_t const number = 1;
+    std::int64_t const wide = 1;
+    float const fraction = 1.0F;
+    auto const refused = [&](FieldList const& list, std::string const& what) {
+        check(Capabilities(list.create(creator)).plugin == nullptr, "refuses " + what);
+    };
+    refused(FieldList(), "no fields");
+    check(creator.createPlugin("scan", nullptr, TensorRTPhase::kBUILD) == nullptr, "refuses a null collection");
+    refused(FieldList().directions(kAll), "a missing softplus");
+    refused(FieldList().softplus(1), "missing directions");
+    refused(FieldList().directions(kAll).softplus(1).add("unknown", &number, PluginFieldType::kINT32, 1),
+        "an unknown field");
+    refused(FieldList().directions("row,diagonal").softplus(1), "an unknown direction");
+    refused(FieldList().directions("").softplus(1), "empty directions");
+    refused(FieldList().directions(",,").softplus(1), "directions without a name");
+    refused(FieldList().directions("row,row,row,row,row,row,row,row,row").softplus(1), "nine directions");
+    refused(FieldList().directions("row").softplus(2), "a softplus of 2");
+    refused(FieldList().directions("row").add("softplus", &fraction, PluginFieldType::kFLOAT32, 1),
+        "a softplus of another type");
+    refused(FieldList().directions("row").add("softplus", nullptr, PluginFieldType::kINT32, 1), "a null softplus");
+    refused(FieldList().softplus(1).add("directions", &number, PluginFieldType::kINT32, 1),
+        "directions of another type");
+
+    auto const accepted = [&](FieldList const& list, std::string const& expected, std::string const& what) {
+        Capabilities const plugin(list.create(creator));
+        check(plugin.plugin != nullptr && serialized_directions(plugin) == expected, "takes " + what);
+    };
+    std::string const all = "row,column,row_reverse,column_reverse";
+    accepted(FieldList().directions(kAll).softplus(1), all, "directions as the parser passes them");
+    accepted(FieldList().directions(all).softplus(0), all, "directions with commas");
+    accepted(FieldList().directions("column_reverse").softplus(1), "column_reverse", "one direction");
+    accepted(FieldList().directions("row,row,row,row,row,row,row,row").softplus(1), "row,row,row,row,row,row,row,row",
+        "eight directions");
+    accepted(FieldList().directions(kAll).add("softplus", &wide, PluginFieldType::kINT64, 1), all, "a wide softplus");
+}
+
+DynamicPluginTensorDesc describe(std::vector<std::int64_t> const& shape, DataType type,
+    TensorFormat format = TensorFormat::kLINEAR, std::int64_t batch = -2)
+{
+    DynamicPluginTensorDesc result{};
+    result.desc.dims.nbDims = static_cast<std::int32_t>(shape.size());
+    std::copy(shape.begin(), shape.end(), result.desc.dims.d);
+    result.desc.type = type;
+    result.desc.format = format;
+    result.desc.scale = 1.0F;
+    result.min = result.max = result.opt = result.desc.dims;
+    if (batch >= 0 && shape.size() == 4) // a dynamic batch with this maximum
+    {
+        result.desc.dims.d[0] = -1;
+        result.min.d[0] = 1;
+        result.max.d[0] = result.opt.d[0] = batch;
+    }
+    return result;
+}
+
+struct Sizes
+{
+    std::int64_t batch, d_inner, height, width, d_state, dt_rank, directions;
+};
+
+std::vector<std::vector<std::int64_t>> shapes_of(Sizes const& s)
+{
+    std::int64_t const k = s.directions;
+    std::vector<std::vector<std::int64_t>> shapes = {
+        {s.batch, s.d_inner, s.height, s.width},
+        {s.batch, k * (s.dt_rank > 0 ? s.dt_rank : s.d_inner), s.height, s.width},
+        {s.batch, k * s.d_state, s.height, s.width},
+        {s.batch, k * s.d_state, s.height, s.width},
+        {k * s.d_inner, s.d_state},
+        {k * s.d_inner},
+        {k * s.d_inner},
+    };
+    if (s.dt_rank > 0)
+    {
+        shapes.push_back({k * s.d_inner, s.dt_rank});
+    }
+    return shapes;
+}
+
+bool is_parameter(std::size_t input)
+{
+    return input >= 4 && input <= 6;
+}
+
+void check_shapes(IPluginCreatorV3One& creator)
+{
+    Capabilities plugin(FieldList().directions(kAll).softplus(1).create(creator));
+    Builder builder;
+    for (std::int64_t const rank : {std::int64_t{0}, std::int64_t{6}})
+    {
+        auto const shapes = shapes_of({-1, 96, -1, 14, 1, rank, 4});
+        std::vector<DimsExprs> inputs;
+        for (auto const& shape : shapes)
+        {
+            DimsExprs dims{};
+            dims.nbDims = static_cast<std::int32_t>(shape.size());
+            for (std::size_t i = 0; i < shape.size(); ++i)
+            {
+                dims.d[i] = builder.make(shape[i], shape[i] >= 0);
+            }
+            inputs.push_back(dims);
+        }
+        auto const count = static_cast<std::int32_t>(inputs.size());
+        DimsExprs output{};
+        check(plugin.build->getOutputShapes(inputs.data(), count, nullptr, 0, &output, 1, builder) == 0
+                && output.nbDims == 4 && std::equal(output.d, output.d + 4, inputs[0].d),
+            "the output has the shape of x, dynamic sizes included");
+        std::vector<DataType> types(inputs.size(), DataType::kHALF);
+        DataType type{};
+        check(plugin.build->getOutputDataTypes(&type, 1, types.data(), count) == 0 && type == DataType::kHALF,
+            "the output has the type of x");
+    }
+    DimsExprs none{};
+    DimsExprs output{};
+    std::printf("shapes that have to be refused, each with its reason:\n");
+    check(plugin.build->getOutputShapes(&none, 1, nullptr, 0, &output, 1, builder) != 0, "refuses a single input");
+
+    auto const configured = [&](Sizes const& sizes, std::vector<std::vector<std::int64_t>> const& shapes) {
+        std::vector<DynamicPluginTensorDesc> descs;
+        for (std::size_t i = 0; i < shapes.size(); ++i)
+        {
+            descs.push_back(describe(shapes[i], is_parameter(i) ? DataType::kFLOAT : DataType::kHALF));
+        }
+        DynamicPluginTensorDesc const out
+            = describe({sizes.batch, sizes.d_inner, sizes.height, sizes.width}, DataType::kHALF);
+        return plugin.build->configurePlugin(descs.data(), static_cast<std::int32_t>(descs.size()), &out, 1) == 0;
+    };
+    Sizes const sizes{2, 10, 7, 5, 3, 4, 4};
+    check(configured(sizes, shapes_of(sizes)), "configures with fitting shapes");
+    check(configured(sizes, shapes_of({-1, 10, -1, -1, 3, 4, 4})), "configures with dynamic shapes");
+    auto const shapes = shapes_of(sizes);
+    for (std::size_t i = 0; i < shapes.size(); ++i)
+    {
+        for (std::size_t axis = 0; axis < shapes[i].size(); ++axis)
+        {
+            // A rank that dt_weight has is what dt must have, and N comes from A, so that one of the pair differs.
+            auto wrong = shapes;
+            wrong[i][axis] += 1;
+            check(!configured(sizes, wrong),
+                "refuses axis " + std::to_string(axis) + " of " + quartermap::kInputs[i].name);
+        }
+    }
+}
+
+void check_formats(IPluginCreatorV3One& creator)
+{
+    Capabilities plugin(FieldList().directions(kAll).softplus(1).create(creator));
+    std::vector<DataType> const types = {DataType::kFLOAT, DataType::kHALF, DataType::kBF16, DataType::kINT8,
+        DataType::kINT32, DataType::kBOOL, DataType::kINT64};
+    std::vector<TensorFormat> const formats = {TensorFormat::kLINEAR, TensorFormat::kCHW2, TensorFormat::kHWC8,
+        TensorFormat::kCHW4, TensorFormat::kCHW16, TensorFormat::kCHW32, TensorFormat::kHWC};
+    for (std::int64_t const rank : {std::int64_t{0}, std::int64_t{6}})
+    {
+        auto shapes = shapes_of({2, 8, 7, 7, 1, rank, 4});
+        auto const inputs = static_cast<std::int32_t>(shapes.size());
+        shapes.push_back(shapes[0]);
+        for (DataType const x : types)
+        {
+            bool const known = x == DataType::kFLOAT || x == DataType::kHALF || x == DataType::kBF16;
+            for (std::int32_t pos = 0; pos <= inputs; ++pos)
+            {
+                for (DataType const type : types)
+                {
+                    for (TensorFormat const format : formats)
+                    {
+                        // TensorRT asks in order, so what lies before `pos` is right already.
+                        std::vector<DynamicPluginTensorDesc> descs;
+                        for (std::int32_t i = 0; i <= inputs; ++i)
+                        {
+                            auto const at = static_cast<std::size_t>(i);
+                            descs.push_back(describe(shapes[at], is_parameter(at) ? DataType::kFLOAT : x));
+                        }
+                        auto const at = static_cast<std::size_t>(pos);
+                        descs[at] = describe(shapes[at], type, format);
+                        bool const as_x = !is_parameter(at);
+                        bool const fits = pos == 0 ? type == DataType::kFLOAT || type == DataType::kHALF
+                                    || type == DataType::kBF16
+                            : as_x ? type == x
+                                   : type == DataType::kFLOAT;
+                        bool const expected = fits && format == TensorFormat::kLINEAR;
+                        if (pos == 0 || known)
+                        {
+                            check(plugin.build->supportsFormatCombination(pos, descs.data(), inputs, 1) == expected,
+                                "format combination of input " + std::to_string(pos));
+                        }
+                    }
+                }
+            }
+        }
+    }
+    check(!plugin.build->supportsFormatCombination(0, nullptr, 3, 1), "no format for three inputs");
+}
+
+void check_workspace(IPluginCreatorV3One& creator)
+{
+    Capabilities plugin(FieldList().directions(kAll).softplus(1).create(creator));
+    auto const workspace = [&](Sizes const& sizes, DataType type) {
+        auto const shapes = shapes_of(sizes);
+        std::vector<DynamicPluginTensorDesc> descs;
+        for (std::size_t i = 0; i < shapes.size(); ++i)
+        {
+            DataType const own = is_parameter(i) ? DataType::kFLOAT : type;
+            descs.push_back(describe(shapes[i], own, TensorFormat::kLINEAR, sizes.batch));
+        }
+        DynamicPluginTensorDesc const out = descs[0];
+        return plugin.build->getWorkspaceSize(descs.data(), static_cast<std::int32_t>(descs.size()), &out, 1);
+    };
+    check(workspace({8, 96, 56, 56, 1, 6, 4}, DataType::kHALF) == 0, "maps of 56 x 56 need no workspace");
+    check(workspace({8, 96, 200, 200, 1, 6, 4}, DataType::kFLOAT) == 0, "float32 never needs a workspace");
+    check(workspace({8, 96, 200, 200, 1, 6, 4}, DataType::kHALF) == std::size_t{8} * 96 * 200 * 200 * 4,
+        "large maps have a float32 workspace, for the largest batch");
+}
+
+void check_life(IPluginCreatorV3One& creator)
+{
+    Capabilities plugin(FieldList().directions("column,row_reverse").softplus(0).create(creator));
+    check(plugin.core != nullptr && plugin.build != nullptr && plugin.runtime != nullptr, "has three capabilities");
+    check(std::strcmp(plugin.core->getPluginName(), creator.getPluginName()) == 0
+            && std::strcmp(plugin.core->getPluginVersion(), creator.getPluginVersion()) == 0
+            && std::strcmp(plugin.core->getPluginNamespace(), creator.getPluginNamespace()) == 0,
+        "the plugin is named as its creator");
+    check(plugin.build->getNbOutputs() == 1, "has one output");
+    check(plugin.build->getNbTactics() == 0, "has no tactics of its own");
+
+    Capabilities copy(plugin.plugin->clone());
+    plugin.plugin.reset();
+    check(copy.plugin != nullptr && serialized_directions(copy) == "column,row_reverse", "a clone outlives its origin");
+
+    // Serialise and make again, as when an engine is loaded.
+    PluginFieldCollection const* fields = copy.runtime->getFieldsToSerialize();
+    Capabilities again(creator.createPlugin("scan", fields, TensorRTPhase::kRUNTIME));
+    check(again.plugin != nullptr && serialized_directions(again) == "column,row_reverse", "is made again");
+    PluginFieldCollection const* second = again.plugin == nullptr ? nullptr : again.runtime->getFieldsToSerialize();
+    bool same = second != nullptr && second->nbFields == fields->nbFields;
+    for (std::int32_t i = 0; same && i < fields->nbFields; ++i)
+    {
+        PluginField const& a = fields->fields[i];
+        PluginField const& b = second->fields[i];
+        std::size_t const width = a.type == PluginFieldType::kCHAR ? 1 : 4;
+        same = std::strcmp(a.name, b.name) == 0 && a.type == b.type && a.length == b.length
+            && std::memcmp(a.data, b.data, width * static_cast<std::size_t>(a.length)) == 0;
+    }
+    check(same, "what was made again serialises to the same bytes");
+    std::unique_ptr<IPluginV3> attached(again.runtime->attachToContext(nullptr));
+    check(attached != nullptr, "attaches to a context");
+}
+
+// Golden cases ------------------------------------------------------------------------------------------------------------
+
+// Memory that the kernel can reach: the device's, or with emulated kernels the host's.
+class Memory
+{
+public:
+    explicit Memory(std::size_t bytes)
+        : bytes_(std::max<std::size_t>(bytes, 1))
+    {
+#if defined(QUARTERMAP_EMULATION)
+        data_ = std::malloc(bytes_);
+        std::memset(data_, 0xff, bytes_);
+#else
+        fine_ = cudaMalloc(&data_, bytes_) == cudaSuccess && cudaMemset(data_, 0xff, bytes_) == cudaSuccess;
+#endif
+    }
+    Memory(Memory&& other) noexcept
+        : bytes_(other.bytes_)
+        , data_(other.data_)
+        , fine_(other.fine_)
+    {
+        other.data_ = nullptr;
+    }
+    Memory(Memory const&) = delete;
+    ~Memory()
+    {
+#if defined(QUARTERMAP_EMULATION)
+        std::free(data_);
+#else
+        cudaFree(data_);
+#endif
+    }
+
+    void* get() const
+    {
+        return data_;
+    }
+    bool write(void const* from, std::size_t bytes)
+    {
+#if defined(QUARTERMAP_EMULATION)
+        std::memcpy(data_, from, bytes);
+        return true;
+#else
+        return fine_ && cudaMemcpy(data_, from, bytes, cudaMemcpyHostToDevice) == cudaSuccess;
+#endif
+    }
+    bool read(void* to, std::size_t bytes) const
+    {
+#if defined(QUARTERMAP_EMULATION)
+        std::memcpy(to, data_, bytes);
+        return true;
+#else
+        return fine_ && cudaMemcpy(to, data_, bytes, cudaMemcpyDeviceToHost) == cudaSuccess;
+#endif
+    }
+
+private:
+    std::size_t bytes_;
+    void* data_ = nullptr;
+    bool fine_ = true;
+};
+
+bool device_present()
+{
+#if defined(QUARTERMAP_EMULATION)
+    return true;
+#else
+    int count = 0;
+    return cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
+#endif
+}
+
+bool synchronise()
+{
+#if defined(QUARTERMAP_EMULATION)
+    return true;
+#else
+    return cudaDeviceSynchronize() == cudaSuccess;
+#endif
+}
+
+// One case of write_golden.py: a line of text, then the tensors as they lie in memory, then y in float64.
+//   NAME type softplus tolerance batch d_inner H W N R K direction...
+struct Case
+{
+    std::string name;
+    std::string type;
+    int softplus = 0;
+    double tolerance = 0;
+    Sizes sizes{};
+    std::string directions;
+    std::vector<std::vector<char>> inputs;
+    std::vector<double> expected;
+};
+
+std::size_t volume(std::vector<std::int64_t> const& shape)
+{
+    std::size_t product = 1;
+    for (std::int64_t const size : shape)
+    {
+        product *= static_cast<std::size_t>(size);
+    }
+    return product;
+}
+
+std::size_t width_of(std::string const& type)
+{
+    return type == "float32" ? 4 : 2;
+}
+
+bool read_case(std::string const& path, Case& result)
+{
+    std::ifstream file(path, std::ios::binary);
+    file >> result.name >> result.type >> result.softplus >> result.tolerance >> result.sizes.batch
+        >> result.sizes.d_inner >> result.sizes.height >> result.sizes.width >> result.sizes.d_state
+        >> result.sizes.dt_rank >> result.sizes.directions >> result.directions;
+    file.get();
+    auto const shapes = shapes_of(result.sizes);
+    for (std::size_t i = 0; file && i < shapes.size(); ++i)
+    {
+        std::vector<char> bytes(volume(shapes[i]) * (is_parameter(i) ? 4 : width_of(result.type)));
+        file.read(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+        result.inputs.push_back(std::move(bytes));
+    }
+    result.expected.resize(volume(shapes[0]));
+    file.read(reinterpret_cast<char*>(result.expected.data()),
+        static_cast<std::streamsize>(result.expected.size() * sizeof(double)));
+    return static_cast<bool>(file);
+}
+
+double value_of(std::vector<char> const& bytes, std::size_t i, std::string const& type)
+{
+    if (type == "float32")
+    {
+        float value;
+        std::memcpy(&value, bytes.data() + i * 4, 4);
+        return value;
+    }
+    std::uint16_t bits;
+    std::memcpy(&bits, bytes.data() + i * 2, 2);
+    if (type == "bfloat16")
+    {
+        std::uint32_t const wide = static_cast<std::uint32_t>(bits) << 16;
+        float value;
+        std::memcpy(&value, &wide, 4);
+        return value;
+    }
+    int const exponent = (bits >> 10) & 31;
+    double const fraction = (bits & 1023) / 1024.0;
+    double const magnitude = exponent == 31 ? (fraction == 0 ? INFINITY : NAN)
+        : exponent == 0                     ? std::ldexp(fraction, -14)
+                                            : std::ldexp(1 + fraction, exponent - 15);
+    return bits & 0x8000 ? -magnitude : magnitude;
+}
+
+void run_case(IPluginCreatorV3One& creator, Case const& golden)
+{
+    DataType const type = golden.type == "float32" ? DataType::kFLOAT
+        : golden.type == "float16"                 ? DataType::kHALF
+                                                   : DataType::kBF16;
+    FieldList const fields = std::move(FieldList().directions(golden.directions).softplus(golden.softplus));
+    Capabilities built(fields.create(creator));
+    if (built.plugin == nullptr)
+    {
+        check(false, golden.name + ": is created");
+        return;
+    }
+    auto const shapes = shapes_of(golden.sizes);
+    auto const count = static_cast<std::int32_t>(shapes.size());
+    std::vector<DynamicPluginTensorDesc> descs;
+    std::vector<PluginTensorDesc> plain;
+    std::vector<Memory> memory;
+    std::vector<void const*> pointers;
+    bool fine = true;
+    for (std::size_t i = 0; i < shapes.size(); ++i)
+    {
+        descs.push_back(describe(shapes[i], is_parameter(i) ? DataType::kFLOAT : type));
+        plain.push_back(descs.back().desc);
+        memory.emplace_back(golden.inputs[i].size());
+        fine = memory.back().write(golden.inputs[i].data(), golden.inputs[i].size()) && fine;
+        pointers.push_back(memory.back().get());
+    }
+    DynamicPluginTensorDesc const out = descs[0];
+    fine = built.build->configurePlugin(descs.data(), count, &out, 1) == 0 && fine;
+    Memory workspace(built.build->getWorkspaceSize(descs.data(), count, &out, 1));
+
+    // The context's own plugin, made from what was serialised.
+    Capabilities loaded(
+        creator.createPlugin("scan", built.runtime->getFieldsToSerialize(), TensorRTPhase::kRUNTIME));
+    Capabilities context(loaded.runtime->attachToContext(nullptr));
+    fine = context.runtime->onShapeChange(plain.data(), count, &plain[0], 1) == 0 && fine;
+    std::size_t const elements = golden.expected.size();
+    std::vector<char> result(elements * width_of(golden.type));
+    Memory y(result.size());
+    void* const outputs[] = {y.get()};
+    double worst = 0;
+    double largest = 0;
+    for (int run = 0; run < 2 && fine; ++run) // twice: nothing of the first may be left for the second
+    {
+        fine = context.runtime->enqueue(
+                   plain.data(), &plain[0], pointers.data(), outputs, workspace.get(), nullptr)
+                == 0
+            && synchronise() && y.read(result.data(), result.size());
+        for (std::size_t i = 0; i < elements && fine; ++i)
+        {
+            double const error = std::fabs(value_of(result, i, golden.type) - golden.expected[i]);
+            worst = error <= worst ? worst : error; // NaN stays
+            largest = std::max(largest, std::fabs(golden.expected[i]));
+        }
+    }
+    bool const close = worst <= golden.tolerance * largest;
+    std::printf("%-44s %-9s error %.2e of the largest value, tolerance %.0e%s\n", golden.name.c_str(),
+        golden.type.c_str(), worst / largest, golden.tolerance, fine && close ? "" : "   FAILED");
+    check(fine && close, golden.name + " " + golden.type);
+}
+
+} // namespace
+
+int main(int argc, char** argv)
+{
+    if (argc < 2 || argc > 3)
+    {
+        std::fprintf(stderr, "usage: %s LIBRARY [GOLDEN_FOLDER]\n", argv[0]);
+        return 2;
+    }
+    void* const library = dlopen(argv[1], RTLD_NOW | RTLD_LOCAL);
+    if (library == nullptr)
+    {
+        std::fprintf(stderr, "cannot load the plugin: %s\n", dlerror());
+        return 1;
+    }
+    using GetCreators = IPluginCreatorInterface* const* (*)(std::int32_t&);
+    auto const get_creators = reinterpret_cast<GetCreators>(dlsym(library, "getCreators"));
+    auto const set_finder = reinterpret_cast<void (*)(ILoggerFinder*)>(dlsym(library, "setLoggerFinder"));
+    check(get_creators != nullptr && set_finder != nullptr, "getCreators and setLoggerFinder are exported");
+    if (get_creators == nullptr)
+    {
+        return 1;
+    }
+    set_finder(nullptr);
+    std::int32_t count = 0;
+    IPluginCreatorInterface* const* creators = get_creators(count);
+    check(count == 1, "there is one creator");
+    auto& creator = *static_cast<IPluginCreatorV3One*>(creators[0]);
+    check_creator(creator);
+    check_fields(creator);
+    check_shapes(creator);
+    check_formats(creator);
+    check_workspace(creator);
+    check_life(creator);
+
+    char const* skipped = nullptr;
+    if (argc < 3)
+    {
+        skipped = "no golden folder was named";
+    }
+    else if (!device_present())
+    {
+        skipped = "there is no GPU";
+    }
+    else
+    {
+        std::ifstream index(std::string(argv[2]) + "/index.txt");
+        int cases = 0;
+        for (std::string name; std::getline(index, name);)
+        {
+            Case golden;
+            bool const readable = read_case(std::string(argv[2]) + "/" + name, golden);
+            check(readable, "reads " + name);
+            if (readable)
+            {
+                run_case(creator, golden);
+                ++cases;
+            }
+        }
+        check(cases > 0, "there are golden cases");
+    }
+    std::printf("%d checks, %d failed\n", checks, failures);
+    if (skipped != nullptr)
+    {
+        std::printf("SKIPPED: the kernel was not run, as %s\n", skipped);
+    }
+    return failures > 0 ? 1 : skipped != nullptr ? 77 : 0;
+}

@@ -1,0 +1,222 @@
+"""Building the plugin library with CMake, from the sources that come with this package."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from quartermap_deploy.errors import MissingDependencyError
+from quartermap_deploy.plugin.errors import PluginError
+from quartermap_deploy.progress import SILENT, Progress
+
+PLUGIN_LIBRARY = "libquartermap_plugin.so"
+KERNEL_LIBRARY = "libquartermap_kernels.so"
+NVCC_PLACES = ("/usr/local/cuda/bin/nvcc", "/opt/cuda/bin/nvcc")
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How the plugin is built.
+
+    Attributes:
+        tensorrt_include: folder with NvInferRuntime.h; None lets CMake look in $TENSORRT_ROOT and the usual places.
+        cuda_architectures: such as ("80", "90"); empty for all that these kernels and the compiler know.
+        kernels_only: build the kernels' C interface without the TensorRT plugin.
+        emulation: run the kernels on the CPU; for tests.
+        optimisation: a compiler flag that replaces those of a release, for tests, or None.
+    """
+
+    tensorrt_include: Path | None = None
+    cuda_architectures: tuple[str, ...] = ()
+    kernels_only: bool = False
+    emulation: bool = False
+    optimisation: str | None = None
+
+    @property
+    def library(self) -> str:
+        """Name of the file that is built."""
+        return KERNEL_LIBRARY if self.kernels_only else PLUGIN_LIBRARY
+
+
+def plugin_sources() -> Path:
+    """Return the folder with the C++ sources.
+
+    Raises:
+        PluginError: if this installation brings none.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "_plugins", package.parent / "plugins"):
+        if (folder / "CMakeLists.txt").is_file():
+            return folder
+    raise PluginError(
+        "this installation of quartermap-deploy brings no plugin sources; install it anew with pip"
+    )
+
+
+def build_plugin(
+    output: Path,
+    options: BuildOptions | None = None,
+    *,
+    progress: Progress = SILENT,
+    on_output: Callable[[str], None] | None = None,
+) -> Path:
+    """Build the library and put it into a folder, in one piece or not at all.
+
+    Args:
+        output: the folder; made if it is not there. A library of the same name in it is replaced.
+        options: how; None for the defaults.
+        progress: is told of the steps.
+        on_output: is given each line that CMake and the compilers print.
+
+    Returns:
+        The path of the library.
+
+    Raises:
+        MissingDependencyError: if CMake, nvcc or TensorRT's headers are missing.
+        PluginError: if compiling fails.
+    """
+    options = options or BuildOptions()
+    if output.exists() and not output.is_dir():
+        raise PluginError(f"{output} is no folder; name the folder that the library is to be put into")
+    configure = [_cmake(), "-S", str(plugin_sources()), *_definitions(options)]
+    say = on_output or _ignore
+    with tempfile.TemporaryDirectory(prefix="quartermap-plugin-") as temporary:
+        configure += ["-B", temporary]
+        with progress.step("configuring the plugin"):
+            _configure(configure, say)
+        with progress.step("compiling the kernels for each GPU architecture, some minutes"):
+            jobs = str(os.cpu_count() or 1)
+            lines, code = _run(
+                [configure[0], "--build", temporary, "--target", "quartermap_plugin", "--parallel", jobs], say
+            )
+        if code != 0:
+            raise PluginError("the plugin could not be compiled:\n" + _important(lines))
+        return _place(Path(temporary) / options.library, output)
+
+
+def _ignore(line: str) -> None:
+    return None
+
+
+def _cmake() -> str:
+    found = shutil.which("cmake")
+    if found is None:
+        raise MissingDependencyError(
+            "building the plugin needs CMake 3.24 or newer, and there is none on the PATH: pip install cmake"
+        )
+    return found
+
+
+def _definitions(options: BuildOptions) -> list[str]:
+    """Return the arguments that tell CMake what to build."""
+    found = ["-DQUARTERMAP_TEST_HOST=OFF"]
+    if shutil.which("ninja"):
+        found += ["-G", "Ninja"]
+    if options.kernels_only:
+        found.append("-DQUARTERMAP_KERNELS_ONLY=ON")
+    elif options.tensorrt_include is not None:
+        header = options.tensorrt_include / "NvInferRuntime.h"
+        if not header.is_file():
+            raise MissingDependencyError(
+                f"there is no {header.name} in {options.tensorrt_include}; name the folder `include` of a TensorRT "
+                "10.7 to 11.x archive (https://developer.nvidia.com/tensorrt); the pip packages bring no headers"
+            )
+        found.append(f"-DTENSORRT_INCLUDE_DIR={options.tensorrt_include.resolve()}")
+    if options.emulation:
+        found.append("-DQUARTERMAP_EMULATION=ON")
+    else:
+        found.append(f"-DCMAKE_CUDA_COMPILER={_nvcc()}")
+    for name in options.cuda_architectures:
+        if not re.fullmatch(r"\d{2,3}[af]?(-real|-virtual)?", name):
+            raise PluginError(f"{name!r} is no CUDA architecture; expected numbers such as 80,90 or 120-real")
+    if options.cuda_architectures:
+        found.append(f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(options.cuda_architectures)}")
+    if options.optimisation is not None:
+        found += [
+            f"-DCMAKE_CXX_FLAGS_RELEASE={options.optimisation}",
+            f"-DCMAKE_CUDA_FLAGS_RELEASE={options.optimisation}",
+        ]
+    return found
+
+
+def _nvcc() -> str:
+    """Find nvcc where CMake would, and where CUDA is installed but not on the PATH."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = [
+        os.environ.get("CUDACXX"),
+        shutil.which("nvcc"),
+        *([f"{home}/bin/nvcc"] if home else []),
+        *NVCC_PLACES,
+    ]
+    for place in places:
+        if place and Path(place).is_file():
+            return place
+    raise MissingDependencyError(
+        "building the plugin needs nvcc from the CUDA toolkit 12.4 or newer "
+        "(https://developer.nvidia.com/cuda-downloads; on Debian and Ubuntu from NVIDIA's repository: apt install "
+        "cuda-nvcc-13-0 cuda-cudart-dev-13-0); put it on the PATH or set CUDA_HOME"
+    )
+
+
+def _configure(command: Sequence[str], say: Callable[[str], None]) -> None:
+    lines, code = _run(command, say)
+    if code == 0:
+        return
+    text = "\n".join(lines)
+    if "TensorRT's headers" in text:
+        raise MissingDependencyError(
+            "building the plugin needs TensorRT's headers (NvInferRuntime.h of 10.7 to 11.x), and they were not found. "
+            "Name their folder with --tensorrt-include, or set TENSORRT_ROOT to the unpacked archive of "
+            "https://developer.nvidia.com/tensorrt (on Debian and Ubuntu with NVIDIA's repository: apt install "
+            "libnvinfer-headers-dev); the pip packages bring no headers. For the CUDA kernels alone: --kernels-only"
+        )
+    if "CMAKE_CXX_COMPILER" in text:
+        raise MissingDependencyError(
+            "building the plugin needs a C++17 compiler, and CMake found none: apt install g++ (or set CXX)"
+        )
+    raise PluginError("the plugin could not be configured:\n" + _important(lines))
+
+
+def _run(command: Sequence[str], say: Callable[[str], None]) -> tuple[list[str], int]:
+    lines: list[str] = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                lines.append(line.rstrip("\n"))
+                say(lines[-1])
+        except BaseException:
+            process.terminate()
+            raise
+    return lines, process.returncode
+
+
+def _important(lines: Sequence[str], most: int = 20) -> str:
+    """Return the lines around the first error, or the last ones."""
+    errors = [i for i, line in enumerate(lines) if re.search(r"\berror\b|CMake Error", line, re.IGNORECASE)]
+    start = max(0, errors[0] - 2) if errors else max(0, len(lines) - most)
+    return "\n".join(f"  {line}" for line in lines[start : start + most])
+
+
+def _place(built: Path, output: Path) -> Path:
+    """Put a file into a folder under its own name, by a rename, so that nobody ever loads half of it."""
+    output.mkdir(parents=True, exist_ok=True)
+    target = output / built.name
+    handle, temporary = tempfile.mkstemp(dir=output, prefix=f".{built.name}.")
+    os.close(handle)
+    try:
+        shutil.copyfile(built, temporary)
+        os.chmod(temporary, 0o755)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return target

@@ -1,0 +1,110 @@
+"""`rebuild_bundle`: make a bundle's engines again from its portable model, for this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from quartermap_deploy.bundle import (
+    FORMAT,
+    MANIFEST,
+    MODEL,
+    Bundle,
+    describe_file,
+    load_bundle,
+    new_bundle,
+    write_json,
+)
+from quartermap_deploy.errors import BundleError, UnknownNameError
+from quartermap_deploy.progress import SILENT, Progress
+from quartermap_deploy.targets import load_target
+from quartermap_deploy.targets.tensorrt_options import EngineOptions
+
+
+def rebuild_bundle(
+    path: str | os.PathLike[str],
+    target: str | None = None,
+    *,
+    options: EngineOptions | None = None,
+    progress: Progress = SILENT,
+) -> Bundle:
+    """Make engines of a bundle again from its portable model.
+
+    Args:
+        path: the bundle. Its engines may be damaged or missing; its other files must be whole.
+        target: the target to build for, also one that the bundle has no engine for yet; None for all engines it has.
+        options: how to build; None takes what the engines were built with.
+        progress: told about the steps.
+
+    Returns:
+        The bundle with its new engines, loaded from disk.
+
+    Raises:
+        BundleError: if it is no bundle, has no engine, or its portable model is damaged.
+        UnknownNameError: if the target does not exist or has no engine.
+        QuartermapError: of the target, if an engine cannot be built. Then the bundle is what it was before.
+    """
+    folder = Path(path)
+    manifest = _manifest(folder)
+    entries: dict[str, dict[str, Any]] = manifest["targets"]
+    engines = {name: entry["file"] for name, entry in entries.items() if entry.get("file") != MODEL}
+    names = list(engines) if target is None else [target]
+    if not names:
+        raise BundleError(
+            f"the bundle {folder} has no engine; name a target to build one for, such as --target tensorrt-rtx"
+        )
+    modules = {name: load_target(name) for name in names}
+    for name, module in modules.items():
+        if not hasattr(module, "prepare"):
+            raise UnknownNameError(f"the target {name} has no engine: it runs {MODEL} as it is")
+    made = {engines[name] for name in names if name in engines}
+    with new_bundle(folder, force=True) as draft:
+        files = _copied(folder, draft, {n: e for n, e in manifest["files"].items() if n not in made})
+        for name, module in modules.items():
+            before = entries.get(name)
+            chosen = options or EngineOptions.from_dict(before["options"] if before else {})
+            with progress.step(f"building for {name}"):
+                build: Any = module.build
+                entries[name] = build(draft / MODEL, draft, _beside(chosen, folder), progress=progress)
+            files[entries[name]["file"]] = describe_file(draft / entries[name]["file"])
+        manifest["files"] = dict(sorted(files.items()))
+        write_json(draft / MANIFEST, manifest)
+        bundle = load_bundle(draft)
+    return dataclasses.replace(bundle, path=folder)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a bundle, without a look at its other files."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BundleError(f"{folder / MANIFEST} cannot be read: {error}") from error
+    wrong = not isinstance(manifest, dict) or manifest.get("format") != FORMAT
+    if wrong or not all(isinstance(manifest.get(key), dict) for key in ("files", "targets")):
+        raise BundleError(f"{folder / MANIFEST} is not the manifest of a bundle of format {FORMAT}")
+    return dict(manifest)
+
+
+def _copied(folder: Path, draft: Path, files: dict[str, Any]) -> dict[str, Any]:
+    """Copy files of a bundle that are what its manifest says; returns what it says."""
+    for name, expected in files.items():
+        if Path(name).name != name or not (folder / name).is_file():
+            raise BundleError(f"{name} is missing from the bundle {folder}; compile it again")
+        shutil.copyfile(folder / name, draft / name)
+        if describe_file(draft / name) != expected:
+            raise BundleError(f"{name} in the bundle {folder} does not match its manifest; compile it again")
+    return dict(files)
+
+
+def _beside(options: EngineOptions, folder: Path) -> EngineOptions:
+    from quartermap_deploy.targets.tensorrt_builder import CACHE_FOLDER
+
+    if options.cache is not None:
+        return options
+    return dataclasses.replace(options, cache=folder.absolute().parent / CACHE_FOLDER)

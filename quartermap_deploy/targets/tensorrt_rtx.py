@@ -1,0 +1,67 @@
+"""The target `tensorrt-rtx`: engines for GeForce and RTX GPUs, built without a GPU.
+
+TensorRT for RTX takes no plugin nodes. The model is lowered again with the scan's `tree` body, put into the main graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quartermap_deploy.progress import SILENT, Progress
+from quartermap_deploy.targets.tensorrt_flavour import TENSORRT_RTX
+from quartermap_deploy.targets.tensorrt_options import EngineOptions
+
+if TYPE_CHECKING:
+    import onnx
+
+    from quartermap_deploy.targets.tensorrt_session import EngineSession
+
+PRECISIONS = ("float32", "float16", "bfloat16")
+
+
+def check(recipe: Any = None) -> None:
+    """Check, before any work, that engines can be built here.
+
+    Raises:
+        MissingDependencyError: if TensorRT for RTX is absent or its version is not supported.
+    """
+    TENSORRT_RTX.load()
+
+
+def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model as the parser gets it: scans in standard operators, in the main graph."""
+    from quartermap_deploy.passes.inline_scans import inline_scans
+    from quartermap_deploy.passes.lower import lower
+
+    return inline_scans(lower(model, "tree"))
+
+
+def build(
+    model_path: Path,
+    directory: Path,
+    options: EngineOptions | None = None,
+    *,
+    examples: Sequence[Sequence[int]] = (),
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Build an engine; see `tensorrt_builder.build_engine`."""
+    from quartermap_deploy.targets.tensorrt_builder import build_engine
+
+    return build_engine(
+        TENSORRT_RTX,
+        Path(model_path),
+        Path(directory),
+        options or EngineOptions(),
+        prepare,
+        examples=examples,
+        progress=progress,
+    )
+
+
+def open(bundle_path: Path, entry: dict[str, Any]) -> EngineSession:
+    """Return a session; see `tensorrt_session.open_engine`."""
+    from quartermap_deploy.targets.tensorrt_session import open_engine
+
+    return open_engine(TENSORRT_RTX, Path(bundle_path), entry)

@@ -1,0 +1,186 @@
+"""Localising a fault of precision: the block that is planted is the block that is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from helpers import CHANNEL_FIRST, Array, block_weights, chained, image, session, text_model
+from onnx import numpy_helper
+from polygraphy.backend.onnxrt import OnnxrtRunner
+from reference_models import tiny
+
+from quartermap_deploy.errors import PassError
+from quartermap_deploy.frontend.export import export
+from quartermap_deploy.passes import infer_shapes, lower
+from quartermap_deploy.passes.cast_precision import cast_precision
+from quartermap_deploy.validation.localise import LocaliseReport, localise
+from quartermap_deploy.validation.parity import check_parity
+from quartermap_deploy.validation.ranges import scan_ranges
+from quartermap_deploy.validation.rounding import rounded_in_float32
+from quartermap_deploy.validation.runners import TorchRunner, onnxruntime_runner, with_block_outputs
+from quartermap_deploy.validation.tolerances import Tolerance
+
+BLOCKS = 3
+TOLERANCE = Tolerance("float16", 5e-3, "as at block level")
+
+
+def network(faulty: Sequence[int] = (), scale: float = 4e4, after: str = "") -> onnx.ModelProto:
+    """Return three blocks; in the faulty ones a value grows beyond float16 and is brought back at once.
+
+    The weights themselves stay within its range.
+    """
+    weights = block_weights()
+    text = chained(CHANNEL_FIRST, BLOCKS)
+    own: dict[str, Array] = {"x_proj": weights["x_proj"] / 6}
+    for index in range(1, BLOCKS + 1):
+        value = "y" if index == BLOCKS else f"y_{index}"
+        text = text.replace(f"    {value} = ", f"    block_{index} = ")
+        text = text.replace(f"({value},", f"(block_{index},").replace(f"({value})", f"(block_{index})")
+        own[f"in_{index}"] = weights["in_proj"].copy()
+        own[f"conv_{index}"] = weights["conv"].copy()
+        if index in faulty:
+            own[f"in_{index}"] *= np.float32(scale)
+            own[f"conv_{index}"] /= np.float32(scale)
+        source = "x" if index == 1 else f"block_{index - 1}"
+        text = text.replace(f"({source}, in_proj)", f"({source}, in_{index})")
+        text = text.replace(f"(projected_{index}, conv)", f"(projected_{index}, conv_{index})")
+    return infer_shapes(text_model(text + (after or f"\n    y = Relu (block_{BLOCKS})\n"), weights=own))
+
+
+def found(model: onnx.ModelProto, precision: str = "float16", **options: object) -> LocaliseReport:
+    return localise(model, precision, in_float32(model), cases(), TOLERANCE, input_name="x", **options)  # type: ignore[arg-type]
+
+
+def in_float32(model: onnx.ModelProto) -> OnnxrtRunner:
+    """Return a runner whose session is loaded once for many comparisons."""
+    return OnnxrtRunner(session(with_block_outputs(lower(model))), name="float32")
+
+
+def cases() -> Mapping[str, Array]:
+    return {"images": image(6, 7), "zeros": np.zeros((2, 4, 6, 7), np.float32)}
+
+
+def passes_with(model: onnx.ModelProto, blocks: Sequence[int]) -> bool:
+    typed, _ = cast_precision(model, "float16", blocks_float32=blocks)
+    target = onnxruntime_runner(rounded_in_float32(lower(typed)))
+    return check_parity(in_float32(model), target, cases(), "x", TOLERANCE).passed
+
+
+def test_a_model_that_is_right_has_nothing_to_localise() -> None:
+    report = found(network())
+    assert report.passed
+    assert report.runs == 1
+    assert 1e-5 < report.error <= TOLERANCE.relative
+    assert "nothing to localise" in report.describe()
+
+
+@pytest.mark.parametrize("block", range(1, BLOCKS + 1))
+def test_the_faulty_block_is_named(block: int) -> None:
+    report = found(network([block]))
+    assert not report.passed
+    assert report.restoring == (block,)
+    assert report.names == (f"block_{block}",)
+    assert [part for part, (passed, _) in report.alone.items() if passed] == [block]
+    assert report.error == float("inf")
+    assert report.remaining <= TOLERANCE.relative
+    assert f"block_{block} in float32 restores parity in float16" in report.describe()
+    written = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert written["restoring"] == [f"block_{block}"]
+    assert written["relative_error"] is None
+    assert written["alone"][f"block_{block}"]["passed"]
+
+
+@pytest.mark.parametrize("blocks", [(1, 3), (1, 2, 3)])
+def test_a_smallest_set_is_found_where_no_block_alone_is_enough(blocks: tuple[int, ...]) -> None:
+    model = network(blocks)
+    report = found(model)
+    assert report.restoring == blocks
+    assert not any(passed for passed, _ in report.alone.values())
+    assert "together" in report.describe()
+    assert passes_with(model, blocks)
+    for left_out in blocks:
+        assert not passes_with(model, [block for block in blocks if block != left_out])
+
+
+def test_a_fault_behind_the_last_block_is_told_apart() -> None:
+    after = f"""
+    large = Mul (block_{BLOCKS}, up)
+    y = Mul (large, down)
+"""
+    model = network(after=after)
+    for name, value in (("up", 6e4), ("down", 1 / 6e4)):
+        model.graph.initializer.append(numpy_helper.from_array(np.array(value, np.float32), name))
+    report = found(model)
+    assert report.names == ("the part after the last block",)
+
+
+def test_a_fault_that_is_not_one_of_precision_is_not_blamed_on_a_block() -> None:
+    model = network()
+    other = network([1], scale=2.0)
+    for tensor in other.graph.initializer:
+        if tensor.name == "conv_1":
+            tensor.CopyFrom(numpy_helper.from_array(block_weights()["conv"], "conv_1"))
+    report = localise(model, "float16", in_float32(other), cases(), TOLERANCE, input_name="x")
+    assert report.restoring is None
+    assert report.names == ()
+    assert "not one of precision" in report.describe()
+    assert report.to_dict()["restoring"] is None
+
+
+def test_what_is_kept_anyway_counts() -> None:
+    assert found(network([2]), keep_float32=["projected_2"]).passed
+
+
+def test_progress_is_told() -> None:
+    class Counting:
+        def __init__(self) -> None:
+            self.steps: list[tuple[str, int | None]] = []
+            self.units = 0
+
+        def step(self, title: str, total: int | None = None):  # type: ignore[no-untyped-def]
+            import contextlib
+
+            @contextlib.contextmanager
+            def opened():  # type: ignore[no-untyped-def]
+                self.steps.append((title, total))
+                yield self.advance
+
+            return opened()
+
+        def advance(self, units: int) -> None:
+            self.units += units
+
+    progress = Counting()
+    found(network([1]), progress=progress)
+    ((_, total),) = progress.steps
+    assert total == progress.units == BLOCKS + 2
+
+
+def test_a_graph_without_blocks_is_refused() -> None:
+    model = infer_shapes(text_model(CHANNEL_FIRST))
+    with pytest.raises(PassError, match="block_1"):
+        found(model)
+
+
+def test_an_overflow_in_a_block_of_a_model_is_found_and_the_range_scan_prevents_it() -> None:
+    model = tiny("v2")
+    block = model.layers[1].blocks[0]  # type: ignore[union-attr, index]
+    with torch.no_grad():
+        block.norm2.weight.mul_(1e3)  # type: ignore[union-attr, operator]
+        block.mlp.fc1.weight.mul_(300)  # type: ignore[union-attr, operator]
+        block.mlp.fc2.weight.mul_(1e-3)  # type: ignore[union-attr, operator]
+    images = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
+    graph = export(model, images.shape).float32
+    cases = {"images": images}
+    report = localise(graph, "float16", TorchRunner(model), cases, TOLERANCE)
+    assert report.names == ("block_2",)
+
+    ranges = scan_ranges(lower(graph), images)
+    assert any(name.startswith("gelu") for name in ranges.keep_float32)
+    kept = localise(graph, "float16", TorchRunner(model), cases, TOLERANCE, keep_float32=ranges.keep_float32)
+    assert kept.passed

@@ -1,0 +1,241 @@
+"""The TensorRT plugin: the test host, the registry of TensorRT for RTX, building, checking and the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import plugin_builds
+import pytest
+
+from quartermap_deploy.cli import main
+from quartermap_deploy.errors import MissingDependencyError
+from quartermap_deploy.plugin import build
+from quartermap_deploy.plugin.build import BuildOptions, build_plugin, plugin_sources
+from quartermap_deploy.plugin.check import check_plugin
+from quartermap_deploy.plugin.contract import CONTRACT
+from quartermap_deploy.plugin.errors import PluginError
+
+GOLDEN = plugin_sources() / "test_host" / "write_golden.py"
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("golden")
+    subprocess.run([sys.executable, str(GOLDEN), str(folder)], check=True, timeout=120)
+    return folder
+
+
+@pytest.mark.parametrize("which", range(8))
+def test_host_drives_the_plugin(tmp_path_factory: pytest.TempPathFactory, golden: Path, which: int) -> None:
+    """For each TensorRT release whose headers are here: all host-side checks, and the kernels on the CPU."""
+    headers = plugin_builds.require_headers()
+    if which >= len(headers):
+        pytest.skip(f"headers of {len(headers)} TensorRT releases")
+    folder = plugin_builds.emulated_plugin(tmp_path_factory, headers[which])
+    host = [str(folder / "quartermap_test_host"), str(folder / "libquartermap_plugin.so")]
+    done = subprocess.run([*host, str(golden)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert " 0 failed" in done.stdout
+    skipped = subprocess.run(host, capture_output=True, text=True, timeout=100)
+    assert skipped.returncode == 77 and "SKIPPED" in skipped.stdout
+
+
+@pytest.mark.parametrize("which", range(8))
+def test_registry_loads_the_plugin(tmp_path_factory: pytest.TempPathFactory, which: int) -> None:
+    """The real registry of TensorRT for RTX loads the library, lists its creator and makes a plugin; no GPU."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed", exc_type=ImportError)
+    headers = plugin_builds.require_headers()
+    if which >= len(headers):
+        pytest.skip(f"headers of {len(headers)} TensorRT releases")
+    library = plugin_builds.emulated_plugin(tmp_path_factory, headers[which]) / "libquartermap_plugin.so"
+    # This registry is that of 11.x: a library for 10.x is loaded by it, but cannot register itself with it.
+    script = REGISTER.replace("STATIC", str(plugin_builds.major(headers[which]) >= 11))
+    # A process of its own: a registry cannot be emptied, and a crash is to fail one test.
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(library)], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "unknown direction 'diagonal'" in done.stderr
+
+
+REGISTER = """
+import _ctypes, ctypes, sys
+import numpy as np
+import tensorrt_rtx as trt
+
+class Quiet(trt.ILogger):
+    def __init__(self): trt.ILogger.__init__(self)
+    def log(self, severity, message): pass
+
+runtime = trt.Runtime(Quiet())
+registry = trt.get_plugin_registry()
+ours = lambda: [c.name for c in registry.all_creators if c.plugin_namespace == "quartermap"]
+assert ours() == []
+if STATIC:
+    handle = ctypes.CDLL(sys.argv[1])
+    assert ours() == ["SelectiveScan2D"], "a plain dlopen registers"
+    assert registry.load_library(sys.argv[1]) is not None, "loading it again by the registry is no conflict"
+    assert ours() == ["SelectiveScan2D"]
+else:
+    loaded = registry.load_library(sys.argv[1])
+    assert loaded is not None and ours() == ["SelectiveScan2D"]
+    registry.deregister_library(loaded)
+    assert ours() == []
+    assert registry.load_library(sys.argv[1]) is not None and ours() == ["SelectiveScan2D"], "and once more"
+creator = registry.get_creator("SelectiveScan2D", "1", "quartermap")
+softplus = trt.PluginField("softplus", np.array([1], np.int32), trt.PluginFieldType.INT32)
+
+def make(directions):
+    field = trt.PluginField("directions", directions, trt.PluginFieldType.CHAR)
+    return creator.create_plugin("scan", trt.PluginFieldCollection([field, softplus]), trt.TensorRTPhase.BUILD)
+
+assert make(b"row\\0column\\0") is not None
+assert make(b"row,diagonal") is None
+"""
+
+
+def test_check_accepts_the_plugin(
+    tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    headers = plugin_builds.require_headers()
+    library = plugin_builds.emulated_plugin(tmp_path_factory, headers[0]) / "libquartermap_plugin.so"
+    report = check_plugin(library)
+    assert report.build["tensorrt"].startswith(f"{plugin_builds.major(headers[0])}.")
+    if report.registry is not None:
+        assert [(c.name, c.version, c.namespace) for c in report.creators] == [
+            ("SelectiveScan2D", "1", "quartermap")
+        ]
+    assert main(["plugin", "check", str(library), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["contract"] == CONTRACT.to_dict()
+    assert main(["plugin", "check", str(library)]) == 0
+    assert "quartermap::SelectiveScan2D version 1" in capsys.readouterr().out
+
+
+def test_check_refuses_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(PluginError, match="no plugin library"):
+        check_plugin(tmp_path / "missing.so")
+    damaged = tmp_path / "damaged.so"
+    damaged.write_bytes(b"\x7fELF and then nothing")
+    with pytest.raises(PluginError, match="cannot be loaded"):
+        check_plugin(damaged)
+    assert main(["plugin", "check", str(damaged)]) == 2
+    assert "cannot be loaded" in capsys.readouterr().err
+
+
+FOREIGN = 'extern "C" int something() { return 1; }'
+STALE = (
+    'extern "C" const char* quartermap_plugin_contract() { return "{\\"name\\": \\"SelectiveScan2D\\"}"; }'
+)
+SILENT = 'extern "C" const char* quartermap_plugin_contract() { return nullptr; }'
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (FOREIGN, "no plugin of quartermap-deploy"),
+        (STALE, "does not fit this release"),
+        (SILENT, "describe itself"),
+    ],
+    ids=["foreign", "stale", "silent"],
+)
+def test_check_refuses_other_libraries(tmp_path: Path, source: str, words: str) -> None:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    library = tmp_path / "library.so"
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)],
+        input=source,
+        text=True,
+        check=True,
+    )
+    with pytest.raises(PluginError, match=words):
+        check_plugin(library)
+
+
+def test_check_of_kernels_alone(tmp_path_factory: pytest.TempPathFactory) -> None:
+    report = check_plugin(plugin_builds.emulated_kernels(tmp_path_factory))
+    assert report.note is not None and "kernels only" in report.note
+    assert report.creators == ()
+
+
+def test_build_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "out"
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    with pytest.raises(MissingDependencyError, match="pip install cmake"):
+        build_plugin(output)
+    monkeypatch.setattr(build.shutil, "which", lambda name: "/bin/cmake" if name == "cmake" else None)
+    monkeypatch.setattr(build, "NVCC_PLACES", ())
+    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(MissingDependencyError, match="CUDA toolkit"):
+        build_plugin(output, BuildOptions(kernels_only=True))
+    with pytest.raises(MissingDependencyError, match=r"no NvInferRuntime\.h"):
+        build_plugin(output, BuildOptions(tensorrt_include=tmp_path))
+    assert not output.exists()
+
+
+def test_build_finds_no_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin_builds.require_compiler()
+    for name in ("TENSORRT_ROOT", "TENSORRT_INCLUDE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    if any((Path(place) / "NvInferRuntime.h").is_file() for place in ("/usr/include", "/usr/local/include")):
+        pytest.skip("TensorRT's headers are installed here")
+    with pytest.raises(MissingDependencyError, match="--tensorrt-include"):
+        build_plugin(tmp_path / "out", BuildOptions(emulation=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_build_that_fails_leaves_the_old_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin_builds.require_compiler()
+    sources = tmp_path / "plugins"
+    shutil.copytree(plugin_sources(), sources)
+    (sources / "src" / "contract.cpp").write_text("#error planted\n")
+    monkeypatch.setattr(build, "plugin_sources", lambda: sources)
+    output = tmp_path / "out"
+    output.mkdir()
+    options = BuildOptions(kernels_only=True, emulation=True, optimisation="-O0")
+    (output / options.library).write_text("old")
+    with pytest.raises(PluginError, match="planted"):
+        build_plugin(output, options)
+    assert [path.name for path in output.iterdir()] == [options.library]
+    assert (output / options.library).read_text() == "old"
+
+
+@pytest.mark.parametrize("name", ["ninety", "9", "90;rm", "90-fast"])
+def test_build_refuses_architectures(tmp_path: Path, name: str) -> None:
+    plugin_builds.require_compiler()
+    with pytest.raises(PluginError, match="CUDA architecture"):
+        build_plugin(tmp_path, BuildOptions(kernels_only=True, emulation=True, cuda_architectures=(name,)))
+
+
+def test_the_kernels_compile(tmp_path: Path) -> None:
+    """With nvcc, for one architecture; what the compiler makes of them runs on a GPU alone."""
+    plugin_builds.require_compiler()
+    try:
+        build._nvcc()
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
+    headers = plugin_builds.header_folders()
+    options = BuildOptions(
+        tensorrt_include=headers[-1] if headers else None,
+        kernels_only=not headers,
+        cuda_architectures=("90-real",),
+        optimisation="-O1",
+    )
+    library = build_plugin(tmp_path / "out", options)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [options.library]
+    report = check_plugin(library)
+    assert report.build["architectures"] == "90-real" and report.build["cuda"] is not None
+    assert os.access(library, os.X_OK)
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plugin"]) == 0
+    text = capsys.readouterr().out
+    assert "build" in text and "check" in text

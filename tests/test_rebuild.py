@@ -1,0 +1,114 @@
+"""`quartermap rebuild`: engines of a bundle made again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from test_tensorrt_rtx import needs_rtx, small_model
+
+from quartermap_deploy.bundle import FORMAT, describe_file, load_bundle, write_json
+from quartermap_deploy.cli.program import run as run_command
+from quartermap_deploy.errors import BundleError, InputError, UnknownNameError
+from quartermap_deploy.rebuild import rebuild_bundle
+from quartermap_deploy.targets import tensorrt_rtx
+from quartermap_deploy.targets.tensorrt_options import EngineOptions, Profile
+
+OPTIONS = EngineOptions(profiles=(Profile((1, 2, 4)),), compute_capabilities=("8.9",))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def write_bundle(folder: Path, engine: bool = True) -> Path:
+    """Write a small bundle by hand, with an engine or without."""
+    folder.mkdir()
+    onnx.save(small_model(), folder / "model.onnx")
+    write_json(folder / "report.json", {"cases": [], "passed": True})
+    targets: dict[str, Any] = {"onnxruntime": {"file": "model.onnx"}}
+    if engine:
+        targets["tensorrt-rtx"] = tensorrt_rtx.build(folder / "model.onnx", folder, OPTIONS)
+    files = {path.name: describe_file(path) for path in sorted(folder.iterdir())}
+    sections: dict[str, Any] = {
+        name: {} for name in ("recipe", "model", "input", "output", "totals", "graph", "versions")
+    }
+    manifest = {"format": FORMAT, **sections, "blocks": [], "passes": [], "plan": None}
+    write_json(folder / "manifest.json", {**manifest, "files": files, "targets": targets})
+    return folder
+
+
+@needs_rtx
+def test_a_damaged_engine_is_made_again(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "bundle")
+    before = contents(folder)
+    (engine,) = folder.glob("*.engine")
+    engine.write_bytes(b"damaged")
+    with pytest.raises(BundleError, match="does not match"):
+        load_bundle(folder)
+    bundle = rebuild_bundle(folder)
+    assert bundle.path == folder
+    entry = load_bundle(folder).manifest["targets"]["tensorrt-rtx"]
+    assert EngineOptions.from_dict(entry["options"]) == OPTIONS
+    assert engine.stat().st_size == entry["build"]["engine_bytes"]
+    after = contents(folder)
+    assert set(after) == set(before)
+    assert {name for name in after if after[name] != before[name]} <= {engine.name, "manifest.json"}
+    # A missing engine is no worse.
+    engine.unlink()
+    rebuild_bundle(folder, "tensorrt-rtx")
+    load_bundle(folder)
+
+
+@needs_rtx
+def test_an_engine_is_added_and_its_options_changed(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "bundle", engine=False)
+    with pytest.raises(BundleError, match=r"has no engine; name a target"):
+        rebuild_bundle(folder)
+    bundle = rebuild_bundle(folder, "tensorrt-rtx", options=OPTIONS)
+    assert list(bundle.manifest["targets"]) == ["onnxruntime", "tensorrt-rtx"]
+    wider = EngineOptions(profiles=(Profile((1, 8, 64)),), compute_capabilities=("8.9", "12.0"))
+    bundle = rebuild_bundle(folder, options=wider)
+    assert bundle.manifest["targets"]["tensorrt-rtx"]["compute_capabilities"] == ["8.9", "12.0"]
+
+
+@needs_rtx
+def test_a_failed_rebuild_changes_nothing(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "bundle")
+    before = contents(folder)
+    with pytest.raises(InputError, match="compute capability"):
+        rebuild_bundle(folder, options=EngineOptions(compute_capabilities=("9.9",)))
+    with pytest.raises(UnknownNameError, match=r"runs model.onnx as it is"):
+        rebuild_bundle(folder, "onnxruntime")
+    with pytest.raises(UnknownNameError, match="tensorrt-rtx"):
+        rebuild_bundle(folder, "tensorrt-rtxx")
+    assert contents(folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    (folder / "model.onnx").write_bytes(b"damaged")
+    with pytest.raises(BundleError, match=r"model\.onnx .* does not match its manifest; compile it again"):
+        rebuild_bundle(folder)
+
+
+def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="is no bundle"):
+        rebuild_bundle(tmp_path)
+    (tmp_path / "manifest.json").write_text("[]")
+    with pytest.raises(BundleError, match="not the manifest"):
+        rebuild_bundle(tmp_path)
+
+
+@needs_rtx
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from quartermap_deploy.cli import program, rebuild
+
+    if rebuild not in program.COMMANDS:
+        pytest.skip("the command is not registered")
+    folder = write_bundle(tmp_path / "bundle")
+    assert run_command(["rebuild", str(folder), "--json", "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out)["manifest"]["targets"]["tensorrt-rtx"]["version"]
+    assert run_command(["rebuild", str(folder)]) == 0
+    assert "compute capability 8.9" in capsys.readouterr().out
+    assert run_command(["rebuild", str(tmp_path)]) == 2

@@ -1,0 +1,530 @@
+"""Engines: built for real with TensorRT for RTX, without a GPU; the same builder's decisions with stand-ins."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from helpers import traced_digits
+from onnx import helper, numpy_helper
+
+from quartermap_deploy.errors import (
+    BundleError,
+    EngineError,
+    InputError,
+    MissingDependencyError,
+    QuartermapError,
+)
+from quartermap_deploy.passes.lower import lower
+from quartermap_deploy.passes.shapes import infer_shapes
+from quartermap_deploy.targets import load_target, tensorrt, tensorrt_builder, tensorrt_rtx
+from quartermap_deploy.targets.gpu import Gpu, find_gpu
+from quartermap_deploy.targets.tensorrt_checks import (
+    check_file,
+    check_plugins,
+    check_types,
+    inspected,
+    rtx_header,
+)
+from quartermap_deploy.targets.tensorrt_flavour import TENSORRT, TENSORRT_RTX, Flavour, version_numbers
+from quartermap_deploy.targets.tensorrt_monitor import Phases
+from quartermap_deploy.targets.tensorrt_options import EngineOptions, Profile
+from quartermap_deploy.targets.tensorrt_session import profile_for, refusal
+
+try:
+    TENSORRT_RTX.load()
+    WHY_NOT = ""
+except MissingDependencyError as absent:
+    WHY_NOT = str(absent)
+
+needs_rtx = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+without_gpu = pytest.mark.skipif(find_gpu() is not None, reason="a GPU is there")
+
+OPTIONS = EngineOptions(profiles=(Profile((1, 2, 4)),), compute_capabilities=("8.6", "8.9"))
+SMALL = (1, 3, 64, 64)
+
+
+class Recorder:
+    """Progress that keeps the titles and units of its steps."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, int] = {}
+        self.open = 0
+
+    @contextlib.contextmanager
+    def step(self, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        self.steps.setdefault(title, 0)
+        self.open += 1
+
+        def advance(units: int) -> None:
+            self.steps[title] += units
+
+        try:
+            yield advance
+        finally:
+            self.open -= 1
+
+
+def small_model(operator: str = "Relu", size: int | str = 8) -> onnx.ModelProto:
+    """Return a model that is built in a second: a convolution, one more operator, and logits."""
+    weight = numpy_helper.from_array(np.ones((2, 3, 1, 1), np.float32), "weight")
+    nodes = [
+        helper.make_node("Conv", ["images", "weight"], ["features"], name="block_1/conv"),
+        helper.make_node(operator, ["features"], ["active"], name="block_1/odd"),
+        helper.make_node("GlobalAveragePool", ["active"], ["pooled"], name="pool"),
+        helper.make_node("Flatten", ["pooled"], ["logits"], name="flatten"),
+    ]
+    images = helper.make_tensor_value_info("images", 1, ["batch", 3, size, size])
+    logits = helper.make_tensor_value_info("logits", 1, ["batch", 2])
+    graph = helper.make_graph(nodes, "small", [images], [logits], [weight])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def save(model: onnx.ModelProto, folder: Path) -> Path:
+    onnx.save(model, folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], Recorder]:
+    """The digits model's engine: its folder, its entry, and the progress of its build."""
+    folder = tmp_path_factory.mktemp("digits")
+    progress = Recorder()
+    path = save(lower(infer_shapes(traced_digits())), folder)
+    entry = tensorrt_rtx.build(path, folder, OPTIONS, examples=[(4, 3, 64, 64)], progress=progress)
+    return folder, entry, progress
+
+
+# Building -------------------------------------------------------------------------------------------------------
+
+
+@needs_rtx
+def test_the_digits_engine_is_what_its_entry_says(built: tuple[Path, dict[str, Any], Recorder]) -> None:
+    folder, entry, _ = built
+    engine = folder / entry["file"]
+    assert sorted(path.name for path in folder.iterdir()) == ["model.onnx", entry["file"]]
+    assert json.loads(json.dumps(entry)) == entry
+    size = engine.stat().st_size
+    assert entry["build"]["engine_bytes"] == size > 1_000_000
+    assert entry["build"]["seconds"] > 0
+    header = rtx_header(engine.read_bytes()[:64])
+    assert header == (size, entry["version"])
+    assert entry["compute_capabilities"] == ["8.6", "8.9"]
+    assert EngineOptions.from_dict(entry["options"]) == OPTIONS
+    assert entry["plugin"] is None and entry["gpu"] is None
+    assert set(entry["build"]["network_types"]) == {"float32"}
+    check_file(engine, entry)
+
+
+@needs_rtx
+def test_the_build_tells_its_progress(built: tuple[Path, dict[str, Any], Recorder]) -> None:
+    *_, progress = built
+    assert len(progress.steps) >= 2 and progress.open == 0
+    assert max(progress.steps.values()) > 100
+
+
+@needs_rtx
+@without_gpu
+def test_the_memory_and_the_plan_are_read(built: tuple[Path, dict[str, Any], Recorder]) -> None:
+    _, entry, _ = built
+    build = entry["build"]
+    if build["memory_before_bytes"] is not None:
+        assert build["peak_memory_bytes"] >= build["memory_before_bytes"]
+    assert build["read_by"] == "plan"
+    # Undocumented, so an engine of another version may not be readable. This one is.
+    if entry["version"].startswith("1.7"):
+        assert build["engine_types"]["float32"] > 10 and build["layers"] > 10
+
+
+@needs_rtx
+@without_gpu
+def test_an_engine_without_a_gpu_is_a_clear_error(built: tuple[Path, dict[str, Any], Recorder]) -> None:
+    folder, entry, _ = built
+    with pytest.raises(BundleError, match=r"needs an NVIDIA GPU.*onnxruntime"):
+        tensorrt_rtx.open(folder, entry)
+
+
+@needs_rtx
+def test_an_engine_cut_short_is_refused(built: tuple[Path, dict[str, Any], Recorder], tmp_path: Path) -> None:
+    folder, entry, _ = built
+    data = (folder / entry["file"]).read_bytes()
+    short = tmp_path / entry["file"]
+    short.write_bytes(data[: len(data) // 2])
+    with pytest.raises(BundleError, match=r"bytes, it was built with .*quartermap rebuild"):
+        tensorrt_rtx.open(tmp_path, entry)
+    # Even where the manifest was changed to fit, the engine's own header does not.
+    forged = json.loads(json.dumps(entry))
+    forged["build"]["engine_bytes"] = short.stat().st_size
+    with pytest.raises(EngineError, match="its own header says"):
+        check_file(short, forged)
+    short.unlink()
+    with pytest.raises(BundleError, match=r"no engine .*quartermap rebuild"):
+        tensorrt_rtx.open(tmp_path, entry)
+
+
+@needs_rtx
+def test_float16_stays_float16(tmp_path: Path) -> None:
+    precision = pytest.importorskip("quartermap_deploy.passes.cast_precision")
+    typed, _ = precision.cast_precision(infer_shapes(traced_digits()), "float16")
+    entry = tensorrt_rtx.build(save(lower(typed), tmp_path), tmp_path, OPTIONS)
+    types, found = entry["build"]["network_types"], entry["build"]["engine_types"]
+    assert types["float16"] > 100
+    if found:
+        assert found["float16"] / sum(found.values()) > types["float16"] / sum(types.values())
+
+
+@needs_rtx
+def test_several_profiles_and_open_sizes(tmp_path: Path) -> None:
+    profiles = (Profile((1, 1, 1), (8, 16, 32), (8, 16, 32)), Profile((2, 8, 16), (8, 16, 32), (8, 16, 32)))
+    options = EngineOptions(profiles=profiles, compute_capabilities=("8.9",), optimization_level=2)
+    path = save(small_model(size="side"), tmp_path)
+    entry = tensorrt_rtx.build(path, tmp_path, options, examples=[(1, 3, 8, 8), (16, 3, 32, 32)])
+    assert len(entry["options"]["profiles"]) == 2
+    with pytest.raises(InputError, match="leaves its height open"):
+        tensorrt_rtx.build(path, tmp_path, EngineOptions())
+
+
+@needs_rtx
+def test_bad_requests_write_nothing(tmp_path: Path) -> None:
+    path = save(small_model(), tmp_path)
+    options = EngineOptions(profiles=(Profile((1, 2, 4)),))
+    with pytest.raises(InputError, match=r"no profile takes an input of shape \(8, 3, 8, 8\).*widen"):
+        tensorrt_rtx.build(path, tmp_path, options, examples=[(8, 3, 8, 8)])
+    with pytest.raises(InputError, match=r"no compute capability '9\.9'; expected some of .*8\.9"):
+        tensorrt_rtx.build(path, tmp_path, EngineOptions(compute_capabilities=("9.9",)))
+    with pytest.raises(InputError, match="the model has 8; leave it out"):
+        tensorrt_rtx.build(path, tmp_path, EngineOptions(profiles=(Profile(height=(4, 8, 16)),)))
+    assert [item.name for item in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@needs_rtx
+def test_a_refused_operator_is_named_with_its_block(tmp_path: Path) -> None:
+    model = small_model("Frobnicate")
+    model.graph.node[1].domain = "elsewhere"
+    model.opset_import.append(helper.make_opsetid("elsewhere", 1))
+    with pytest.raises(EngineError, match=r"Frobnicate at node block_1/odd, block 1: "):
+        tensorrt_rtx.build(save(model, tmp_path), tmp_path, OPTIONS)
+    assert [item.name for item in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@needs_rtx
+def test_an_error_in_progress_stops_the_build(tmp_path: Path) -> None:
+    class Broken:
+        @contextlib.contextmanager
+        def step(self, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+            def advance(units: int) -> None:
+                raise RuntimeError("the display is gone")
+
+            yield advance
+
+    with pytest.raises(RuntimeError, match="the display is gone"):
+        tensorrt_rtx.build(save(small_model(), tmp_path), tmp_path, OPTIONS, progress=Broken())
+    assert [item.name for item in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@needs_rtx
+def test_vmamba_tiny_is_built_within_a_minute(tmp_path: Path) -> None:
+    from quartermap_deploy.architectures import create_model
+    from quartermap_deploy.frontend.export import export_onnx
+    from quartermap_deploy.pruning.plan import QuarterMap
+
+    model = export_onnx(create_model("vmamba_tiny_s1l8"), (1, 3, 224, 224), QuarterMap(every=3))
+    # The builder uses one thread; on a machine that others use too, its clock says more than the wall's.
+    start = time.process_time()
+    entry = tensorrt_rtx.build(save(model, tmp_path), tmp_path, EngineOptions())
+    assert time.process_time() - start < 60
+    assert entry["build"]["engine_bytes"] < 250e6
+
+
+# Caches ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_cache_key_depends_on_all_that_matters(tmp_path: Path) -> None:
+    plugin, other = tmp_path / "a.so", tmp_path / "b.so"
+    plugin.write_bytes(b"a")
+    other.write_bytes(b"b")
+    gpu = Gpu("NVIDIA A", "8.9")
+    base: dict[str, Any] = {
+        "flavour": TENSORRT,
+        "data": b"graph",
+        "options": EngineOptions(),
+        "plugin": plugin,
+        "version": "10.13.0",
+        "gpu": gpu,
+    }
+    changes: list[dict[str, Any]] = [
+        {},
+        {"data": b"another graph"},
+        {"options": EngineOptions(tf32=True)},
+        {"options": EngineOptions(profiles=(Profile((1, 1, 1)),))},
+        {"plugin": other},
+        {"plugin": None},
+        {"version": "10.13.1"},
+        {"gpu": Gpu("NVIDIA B", "8.9")},
+        {"gpu": Gpu("NVIDIA A", "9.0")},
+        {"flavour": dataclasses.replace(TENSORRT, target="another")},
+    ]
+    keys = [tensorrt_builder.cache_key(**{**base, **change}) for change in changes]
+    assert len(set(keys)) == len(keys)
+    # Neither where the cache lies nor what the plugin's file is called changes an engine.
+    same = tmp_path / "c.so"
+    same.write_bytes(b"a")
+    options = EngineOptions(cache=tmp_path, plugin=same)
+    assert tensorrt_builder.cache_key(**{**base, "options": options, "plugin": same}) == keys[0]
+
+
+def test_the_timing_cache_is_kept_and_read_again(tmp_path: Path) -> None:
+    class Config:
+        def __init__(self) -> None:
+            self.given: bytes | None = None
+
+        def create_timing_cache(self, data: bytes) -> bytes:
+            self.given = data
+            return data
+
+        def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
+            return not ignore_mismatch
+
+        def get_timing_cache(self) -> Any:
+            return SimpleNamespace(serialize=lambda: (self.given or b"") + b"timing")
+
+    for expected in (b"", b"timing"):
+        config = Config()
+        cache = tensorrt_builder.TimingCache(None, config, TENSORRT, tmp_path / "cache", "key" * 20)
+        assert config.given == expected
+        cache.save()
+    assert cache.path.read_bytes() == b"timingtiming"
+    rtx = tensorrt_builder.TimingCache(None, None, TENSORRT_RTX, tmp_path / "none", "key" * 20)
+    rtx.save()
+    assert not (tmp_path / "none").exists()
+
+
+# What speaks against an engine ----------------------------------------------------------------------------------
+
+ENTRY: dict[str, Any] = {
+    "version": "10.13.0.35",
+    "options": EngineOptions().to_dict(),
+    "compute_capabilities": ["8.9"],
+    "plugin": None,
+}
+ADA = Gpu("NVIDIA L4", "8.9")
+
+
+def test_an_engine_for_this_machine_is_taken() -> None:
+    assert refusal(TENSORRT, ENTRY, "10.13.0.35", ADA, None) is None
+
+
+@pytest.mark.parametrize("version", ["10.12.0.1", "10.14.0.0", "11.0.0"])
+def test_an_engine_of_another_version_is_refused(version: str) -> None:
+    reason = refusal(TENSORRT, ENTRY, version, ADA, None)
+    assert reason is not None and "10.13.0.35" in reason and version in reason
+
+
+def test_a_version_compatible_engine_runs_on_later_versions() -> None:
+    entry = {**ENTRY, "options": EngineOptions(version_compatible=True).to_dict()}
+    assert refusal(TENSORRT, entry, "11.0.0", ADA, None) is None
+    assert refusal(TENSORRT, entry, "10.12.0", ADA, None) is not None
+
+
+def test_an_engine_for_another_gpu_is_refused() -> None:
+    reason = refusal(TENSORRT, ENTRY, "10.13.0", Gpu("NVIDIA H200", "9.0"), None)
+    assert reason is not None and "8.9" in reason and "H200" in reason and "9.0" in reason
+    entry = {**ENTRY, "options": EngineOptions(hardware_compatibility="ampere_plus").to_dict()}
+    assert refusal(TENSORRT, entry, "10.13.0", Gpu("NVIDIA H200", "9.0"), None) is None
+    assert refusal(TENSORRT, entry, "10.13.0", Gpu("Tesla T4", "7.5"), None) is not None
+
+
+def test_an_engine_with_another_plugin_is_refused(tmp_path: Path) -> None:
+    library = tmp_path / "libquartermap.so"
+    library.write_bytes(b"a plugin")
+    plugin = {"file": library.name, "sha256": tensorrt_builder.file_hash(library)}
+    assert refusal(TENSORRT, {**ENTRY, "plugin": plugin}, "10.13.0", ADA, library) is None
+    library.write_bytes(b"another")
+    reason = refusal(TENSORRT, {**ENTRY, "plugin": plugin}, "10.13.0", ADA, library)
+    assert reason is not None and "plugin libquartermap.so" in reason
+
+
+def test_images_that_no_profile_takes_are_refused() -> None:
+    options = EngineOptions(profiles=(Profile((1, 1, 1)), Profile((2, 4, 8))))
+    shape: list[int | str] = ["batch", 3, 8, 8]
+    images = np.zeros((8, 3, 8, 8), dtype=np.float32)
+    assert profile_for(images[:1], shape, options) == 0
+    assert profile_for(images, shape, options) == 1
+    with pytest.raises(InputError, match=r"found \(16, 3, 8, 8\).*wider profile"):
+        profile_for(np.zeros((16, 3, 8, 8), dtype=np.float32), shape, options)
+    with pytest.raises(InputError, match=r"float64; convert"):
+        profile_for(images.astype(np.float64), shape, options)
+    with pytest.raises(InputError, match=r"a list; convert"):
+        profile_for([1.0], shape, options)
+
+
+# What the inspector says ----------------------------------------------------------------------------------------
+
+
+def layer(name: str, kind: str, datatype: str) -> dict[str, Any]:
+    return {"Name": name, "LayerType": kind, "Outputs": [{"Name": "y", "Format/Datatype": datatype}]}
+
+
+def test_the_inspector_is_read() -> None:
+    layers = [
+        layer("conv", "CaskConvolution", "Channel major FP16 format where channel % 8 == 0"),
+        layer("norm", "kgen", "Row major linear FP32"),
+        layer("block_1/scan", "PluginV3", "Row major linear FP16 format"),
+        layer("mean", "Reduce", "BF16"),
+        layer("new", "kgen", "Half"),
+    ]
+    types, plugins = inspected(json.dumps({"Layers": layers, "Bindings": []}))
+    assert types == {"float16": 3, "float32": 1, "bfloat16": 1}
+    check_plugins(["block_1/scan"], plugins, "engine inspector")
+    with pytest.raises(EngineError, match=r"1 scans did not become .*: block_11/scan "):
+        check_plugins(["block_1/scan", "block_11/scan"], plugins, "engine inspector")
+    with pytest.raises(EngineError, match="detailed profiling verbosity"):
+        inspected(json.dumps({"Layers": ["conv"]}))
+    with pytest.raises(EngineError, match="cannot be read"):
+        inspected("no JSON")
+
+
+def test_a_silent_float32_engine_is_refused() -> None:
+    graph = {"float16": 90, "float32": 10}
+    check_types(graph, {"float16": 60, "float32": 30}, "engine inspector")
+    check_types(graph, {}, "its plan")
+    check_types({"float32": 100}, {"float32": 50}, "engine inspector")
+    with pytest.raises(
+        EngineError, match=r"90% of the graph's layers are float16, but only 0% of the engine's"
+    ):
+        check_types(graph, {"float32": 50}, "engine inspector")
+    with pytest.raises(EngineError, match="did not keep the types"):
+        check_types({"bfloat16": 90, "float32": 10}, {"float16": 90, "float32": 10}, "engine inspector")
+
+
+# Without TensorRT -----------------------------------------------------------------------------------------------
+
+
+def test_an_absent_tensorrt_names_the_command() -> None:
+    absent = dataclasses.replace(TENSORRT_RTX, module="tensorrt_that_is_not_there")
+    with pytest.raises(MissingDependencyError, match=r"not installed.*pip install .*tensorrt-rtx-cu13"):
+        absent.load()
+
+
+@pytest.mark.parametrize("version", ["10.6.0", "12.0.0", "9.3"])
+def test_an_unsupported_version_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", SimpleNamespace(__version__=version))
+    with pytest.raises(MissingDependencyError, match=rf"{version} is not supported; expected 10\.7 or later"):
+        TENSORRT.load()
+
+
+@pytest.mark.parametrize("version", ["10.7.0", "10.13.0.35", "11.0.0", "11.1.0.post1"])
+def test_supported_versions_are_taken(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = SimpleNamespace(__version__=version)
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", stand_in)
+    assert TENSORRT.load() is stand_in
+    assert version_numbers(version)[:2] == tuple(int(part) for part in version.split(".")[:2])
+
+
+@without_gpu
+def test_tensorrt_without_a_gpu_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", SimpleNamespace(__version__="10.13.0"))
+    library = tmp_path / "libquartermap.so"
+    library.write_bytes(b"")
+    path = save(small_model(), tmp_path)
+    with pytest.raises(EngineError, match=r"GPU at hand, and there is none.*tensorrt-rtx"):
+        tensorrt.build(path, tmp_path, EngineOptions(plugin=library))
+    monkeypatch.delenv(tensorrt.PLUGIN_VARIABLE, raising=False)
+    with pytest.raises(EngineError, match="quartermap plugin build"):
+        tensorrt.build(path, tmp_path)
+
+
+def test_scans_become_plugin_nodes() -> None:
+    model = lower(infer_shapes(traced_digits()))
+    prepared = tensorrt.prepare(model)
+    assert not prepared.functions and model.functions
+    scans = [node for node in prepared.graph.node if node.op_type == "SelectiveScan2D"]
+    assert len(scans) == len(tensorrt_builder.scan_names(prepared)) > 1
+    attributes = {item.name: helper.get_attribute_value(item) for item in scans[0].attribute}
+    assert attributes == {
+        "directions": b"row,column,row_reverse,column_reverse",
+        "softplus": 1,
+        "plugin_namespace": b"quartermap",
+        "plugin_version": b"1",
+    }
+
+
+def test_a_plugin_is_loaded_once_and_must_bring_its_creator(tmp_path: Path) -> None:
+    class Registry:
+        def __init__(self, brings: str) -> None:
+            self.brings, self.loaded = brings, 0
+            self.all_creators: list[Any] = []
+
+        def load_library(self, path: str) -> None:
+            self.loaded += 1
+            if not self.brings:
+                raise RuntimeError("undefined symbol")
+            self.all_creators.append(SimpleNamespace(name=self.brings, plugin_namespace="quartermap"))
+
+    logger = SimpleNamespace(errors=["an ABI of another version"])
+
+    def load(registry: Registry) -> None:
+        trt = SimpleNamespace(get_plugin_registry=lambda: registry)
+        tensorrt_builder.load_plugin(trt, logger, tmp_path / "libquartermap.so")
+
+    ours = Registry("SelectiveScan2D")
+    load(ours)
+    load(ours)
+    assert ours.loaded == 1
+    with pytest.raises(EngineError, match=r"brought no creator .*an ABI of another version.*plugin check"):
+        load(Registry("Another"))
+    with pytest.raises(EngineError, match=r"cannot load the plugin .*undefined symbol"):
+        load(Registry(""))
+
+
+def test_targets_are_known() -> None:
+    for name, flavour in (("tensorrt", TENSORRT), ("tensorrt-rtx", TENSORRT_RTX)):
+        assert load_target(name) is not None
+        assert isinstance(flavour, Flavour) and flavour.target == name
+
+
+# Options --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"profiles": []}, "no profiles"),
+        ({"profiles": [{"batch": [4, 2, 8]}]}, "smallest ≤ tuned for ≤ largest"),
+        ({"profiles": [{"batch": [0, 1, 8]}]}, "smallest ≤ tuned for"),
+        ({"profiles": [{"batches": [1, 1, 8]}]}, "batches"),
+        ({"profile": []}, "Did you mean 'profiles'"),
+        ({"compute_capabilities": []}, "no compute capabilities"),
+        ({"optimization_level": 9}, "expected 0 to 5"),
+        ({"hardware_compatibility": "all"}, "expected one of none, ampere_plus"),
+    ],
+)
+def test_wrong_options_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(QuartermapError, match=message):
+        EngineOptions.from_dict(values)
+
+
+def test_options_survive_json() -> None:
+    options = EngineOptions(profiles=(Profile(), Profile((1, 1, 1), (8, 8, 8), (4, 5, 6))), refit=True)
+    assert EngineOptions.from_dict(json.loads(json.dumps(options.to_dict()))) == options
+
+
+def test_phases_are_shown_and_closed() -> None:
+    progress = Recorder()
+    phases = Phases(progress)
+    phases.start("Building engine", None, 2)
+    phases.start("Parsing", "Building engine", 5)
+    phases.start("Deep down", "Parsing", 5)
+    assert phases.step("Parsing", 1) and phases.step("Parsing", 3) and phases.step("Deep down", 0)
+    assert progress.steps == {"  parsing": 4} and progress.open == 1
+    phases.close()
+    assert progress.open == 0
