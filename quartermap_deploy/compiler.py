@@ -53,6 +53,8 @@ _PACKAGES = (
     "onnxscript",
     "onnx-graphsurgeon",
     "onnxruntime",
+    "tensorrt-rtx-cu13",
+    "tensorrt-cu13",
     "polygraphy",
     "numpy",
 )

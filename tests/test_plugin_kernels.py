@@ -131,6 +131,8 @@ def test_devices(kernels: Kernels, element_type: str, sizes: Sizes, device: tupl
         ((1, 5, 14, 14, 16, 9), H100),
         ((1, 9, 28, 28, 1, 9), ONE_MULTIPROCESSOR),
         ((1, 2, 40, 41, 2, 0), LITTLE_SHARED_MEMORY),
+        ((1, 37, 14, 14, 1, 9), (1, 60_000, 70_000)),
+        ((2, 65, 7, 7, 1, 8), ONE_MULTIPROCESSOR),
     ],
     ids=str,
 )

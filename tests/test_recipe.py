@@ -8,6 +8,7 @@ import pytest
 
 import quartermap_deploy as qm
 from quartermap_deploy.errors import RecipeError
+from quartermap_deploy.targets.tensorrt_options import EngineOptions, Profile
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -30,11 +31,20 @@ dynamic_batch = false
 dynamic_size = true
 
 [export]
-precision = "float32"
+precision = "float16"
 optimize = false
+io = "same"
+blocks_float32 = [2]
+keep_float32 = ["logits"]
 
 [targets]
 names = ["onnxruntime"]
+
+[engine]
+profiles = [{ batch = [1, 4, 16], height = [48, 48, 96], width = [64, 64, 128] }]
+compute_capabilities = ["8.9"]
+optimization_level = 2
+plugin = "libs/plugin.so"
 
 [validation]
 images = "pictures"
@@ -52,7 +62,17 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         dynamic_batch=False,
         dynamic_size=True,
         quartermap=qm.QuarterMap(blocks=(3, 6), stride=3, keep=2, upsample="bilinear"),
+        precision="float16",
         optimize=False,
+        io="same",
+        blocks_float32=(2,),
+        keep_float32=("logits",),
+        engine=EngineOptions(
+            profiles=(Profile((1, 4, 16), (48, 48, 96), (64, 64, 128)),),
+            compute_capabilities=("8.9",),
+            optimization_level=2,
+            plugin=tmp_path / "libs/plugin.so",
+        ),
         images=tmp_path / "pictures",
         seed=3,
     )
@@ -103,3 +123,20 @@ def test_missing_and_unreadable_recipes(tmp_path: Path) -> None:
 def test_there_is_a_recipe_for_every_model() -> None:
     recipes = [qm.Recipe.load(path) for path in sorted((REPOSITORY / "export").glob("*.toml"))]
     assert sorted({recipe.model for recipe in recipes}) == sorted(qm.list_models())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[export]\nblocks_float32 = [0]", "count from 1"),
+        ('[export]\nkeep_float32 = "logits"', "not a list of names"),
+        ("[engine]\nprofile = []", "Did you mean 'profiles'"),
+        ("[engine]\nprofiles = [{ batch = [4, 2, 8] }]", "smallest ≤ tuned for ≤ largest"),
+        ("[engine]\noptimization_level = 9", "expected 0 to 5"),
+    ],
+)
+def test_wrong_precision_and_engine_settings_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text(f'[model]\nname = "vmamba_digits"\n{text}\n')
+    with pytest.raises(RecipeError, match=message):
+        qm.Recipe.load(path)

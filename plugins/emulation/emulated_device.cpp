@@ -77,6 +77,8 @@ public:
 
 private:
     static void enter();
+    bool release_if_all(std::size_t first, std::size_t last, Waits what);
+    void turn(int thread);
     bool release();
 
     Body body_;
@@ -111,26 +113,39 @@ float const* Block::exchange(float value)
     return warps_[thread / 32].values[turn];
 }
 
+// Lets fibres go on if all of them wait for the same.
+bool Block::release_if_all(std::size_t first, std::size_t last, Waits what)
+{
+    auto const begin = fibres_.begin() + static_cast<std::ptrdiff_t>(first);
+    auto const end = fibres_.begin() + static_cast<std::ptrdiff_t>(last);
+    if (!std::all_of(begin, end, [what](Fibre const& f) { return f.waits == what; }))
+    {
+        return false;
+    }
+    std::for_each(begin, end, [](Fibre& f) { f.waits = Waits::kNot; });
+    return true;
+}
+
+// Lets a fibre run until it waits, if it may.
+void Block::turn(int thread)
+{
+    Fibre& fibre = fibres_[static_cast<std::size_t>(thread)];
+    if (fibre.waits == Waits::kNot)
+    {
+        current.thread = thread;
+        swapcontext(&scheduler_, &fibre.context);
+    }
+}
+
 // Lets those go on that have nobody left to wait for; false if there are none.
 bool Block::release()
 {
     bool any = false;
-    auto const release_if_all = [&](std::size_t first, std::size_t last, Waits what) {
-        bool const all
-            = std::all_of(fibres_.begin() + static_cast<std::ptrdiff_t>(first),
-                fibres_.begin() + static_cast<std::ptrdiff_t>(last), [&](Fibre const& f) { return f.waits == what; });
-        for (std::size_t i = first; all && i < last; ++i)
-        {
-            fibres_[i].waits = Waits::kNot;
-            any = true;
-        }
-    };
     for (std::size_t first = 0; first < fibres_.size(); first += 32)
     {
-        release_if_all(first, std::min(first + 32, fibres_.size()), Waits::kForWarp);
+        any = release_if_all(first, first + 32, Waits::kForWarp) || any;
     }
-    release_if_all(0, fibres_.size(), Waits::kForBlock);
-    return any;
+    return release_if_all(0, fibres_.size(), Waits::kForBlock) || any;
 }
 
 bool Block::run()
@@ -149,11 +164,15 @@ bool Block::run()
     {
         for (int const thread : order_)
         {
-            Fibre& fibre = fibres_[static_cast<std::size_t>(thread)];
-            if (fibre.waits == Waits::kNot)
+            turn(thread);
+            // Odd seeds let a warp run as far ahead of the others as barriers allow, even ones keep all side by side.
+            std::size_t const first = static_cast<std::size_t>(thread) / 32 * 32;
+            while (order_seed % 2 == 1 && release_if_all(first, first + 32, Waits::kForWarp))
             {
-                current.thread = thread;
-                swapcontext(&scheduler_, &fibre.context);
+                for (std::size_t i = first; i < first + 32; ++i)
+                {
+                    turn(static_cast<int>(i));
+                }
             }
         }
         if (std::all_of(fibres_.begin(), fibres_.end(), [](Fibre const& f) { return f.waits == Waits::kDone; }))

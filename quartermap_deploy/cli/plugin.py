@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quartermap_deploy.cli.common import (
@@ -18,12 +17,11 @@ from quartermap_deploy.cli.common import (
     table,
     words,
 )
+from quartermap_deploy.plugin.build import DEFAULT_OUTPUT
 
 if TYPE_CHECKING:
     from quartermap_deploy.cli.common import Subparsers
     from quartermap_deploy.plugin.check import PluginReport
-
-DEFAULT_OUTPUT = Path("plugin")
 
 
 def add_parser(subparsers: Subparsers) -> None:

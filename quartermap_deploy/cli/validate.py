@@ -80,7 +80,8 @@ def add_parser(subparsers: Subparsers) -> None:
         "--checkpoint",
         type=file_or_folder,
         metavar="FILE",
-        help="for --reference torch and --localise, the file that the bundle was compiled from (default: it was compiled from none)",
+        help="for --reference torch and --localise, the file that the bundle was compiled from "
+        "(default: it was compiled from none)",
     )
     add_output_options(parser)
 

@@ -15,6 +15,8 @@ from quartermap_deploy.errors import MissingDependencyError
 from quartermap_deploy.plugin.errors import PluginError
 from quartermap_deploy.progress import SILENT, Progress
 
+DEFAULT_OUTPUT = Path("plugin")
+"""Where `quartermap plugin build` puts the library, in the folder it is called in."""
 PLUGIN_LIBRARY = "libquartermap_plugin.so"
 KERNEL_LIBRARY = "libquartermap_kernels.so"
 NVCC_PLACES = ("/usr/local/cuda/bin/nvcc", "/opt/cuda/bin/nvcc")

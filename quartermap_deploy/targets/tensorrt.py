@@ -35,12 +35,17 @@ def check(recipe: Any = None) -> None:
 
 
 def plugin_library(options: EngineOptions | None = None) -> Path:
-    """The plugin library: the one of the options, or of the environment variable QUARTERMAP_PLUGIN.
+    """The plugin library: the one of the options, of the environment variable QUARTERMAP_PLUGIN, or in ./plugin.
 
     Raises:
         EngineError: if there is none.
     """
+    from quartermap_deploy.plugin.build import DEFAULT_OUTPUT, PLUGIN_LIBRARY
+
+    built_here = DEFAULT_OUTPUT / PLUGIN_LIBRARY
     named = (options.plugin if options else None) or os.environ.get(PLUGIN_VARIABLE)
+    if not named and built_here.is_file():
+        named = built_here
     if not named:
         raise EngineError(
             "the target tensorrt needs the SelectiveScan2D plugin; build it with `quartermap plugin build` and name "

@@ -1,0 +1,127 @@
+"""Bundles in 16 bits as a user meets them: compiled, run, validated, localised, and with an engine for RTX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from test_cli import Refuse, call, refused, workplace  # noqa: F401  (fixtures)
+from test_tensorrt_rtx import needs_rtx
+
+import quartermap_deploy as qm
+from quartermap_deploy import compiler
+from quartermap_deploy.data.digits import load_digits
+from quartermap_deploy.data.images import prepare
+from quartermap_deploy.errors import BundleError, RecipeError
+from quartermap_deploy.validation import localise_bundle, validate_bundle
+
+MODEL = "vmamba_digits"
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float16 bundle, pruned; not to be changed."""
+    path = tmp_path_factory.mktemp("half") / "bundle"
+    arguments = ("compile", MODEL, "--every", 3, "--precision", "float16", "--out", path)
+    outcome = call(*arguments)
+    assert outcome.code == 0, outcome.err
+    return path
+
+
+def test_the_types_are_in_the_graph_and_the_report(half: Path) -> None:
+    model = onnx.load(half / "model.onnx")
+    types = {tensor.data_type for tensor in model.graph.initializer if tensor.name.endswith("weight")}
+    assert onnx.TensorProto.FLOAT16 in types
+    bundle = qm.load_bundle(half)
+    assert bundle.manifest["input"]["type"] == bundle.manifest["output"]["type"] == "float32"
+    assert bundle.manifest["recipe"]["precision"] == "float16"
+    precision = bundle.report["precision"]
+    assert precision["operators"]["float16"] > precision["operators"]["float32"]
+    assert precision["ranges"]["images"] == compiler.CALIBRATION_IMAGES
+    # A file of half the weights' size.
+    assert (half / "model.onnx").stat().st_size < 1.4e6
+
+
+def test_it_says_of_digits_what_the_float32_model_says(half: Path) -> None:
+    bundle, digits = qm.load_bundle(half), load_digits().held_out
+    images = prepare(list(digits.images), qm.load_card(MODEL).preprocessing)
+    model = qm.prune(qm.create_model(MODEL), qm.QuarterMap(every=3))
+    with torch.no_grad():
+        expected = model(torch.from_numpy(images)).argmax(1).numpy()
+    assert (bundle.run(images).argmax(1) == expected).mean() >= 0.995
+
+
+def test_validate_and_localise(half: Path) -> None:
+    bundle = qm.load_bundle(half)
+    report = validate_bundle(bundle)
+    assert report["passed"] and report["tolerance"]["element_type"] == "float16"
+    outcome = call("validate", half, "--localise")
+    assert outcome.code == 0 and "nothing to localise" in " ".join(outcome.out.split())
+
+
+def test_a_fault_of_precision_is_localised_when_compiling_fails(
+    refused: Refuse,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    load_model = compiler.load_model
+
+    def with_large_values(recipe: qm.Recipe) -> Any:
+        model, card, weights = load_model(recipe)
+        scale = 3e4
+        # The weights fit float16, what the normalisation makes does not, and the projection behind it undoes it.
+        mixer = model.blocks()[3].mixer
+        with torch.no_grad():
+            mixer.out_norm.weight.mul_(scale)
+            mixer.out_norm.bias.mul_(scale)
+            mixer.out_proj.weight.div_(scale)
+        return model, card, weights
+
+    monkeypatch.setattr(compiler, "load_model", with_large_values)
+    # Without the range scan, which would have kept these values in float32.
+    monkeypatch.setattr(compiler, "CALIBRATION_IMAGES", 1)
+    monkeypatch.setattr("quartermap_deploy.validation.ranges.RangeReport.keep_float32", ())
+    text = refused("compile", MODEL, "--precision", "float16", "--out", "new")
+    assert "block_4 in float32 restores parity" in text and "--float32-blocks 4" in text
+
+
+def test_a_bundle_in_float32_has_nothing_to_localise(tmp_path: Path) -> None:
+    bundle = qm.compile(qm.Recipe(MODEL), tmp_path / "bundle")
+    with pytest.raises(BundleError, match="float32 everywhere"):
+        localise_bundle(bundle)
+
+
+def test_input_and_output_of_the_same_type(tmp_path: Path) -> None:
+    bundle = qm.compile(qm.Recipe(MODEL, precision="float16", io="same"), tmp_path / "bundle")
+    assert bundle.manifest["input"]["type"] == "float16"
+    images = prepare(list(load_digits().held_out.images[:2]), qm.load_card(MODEL).preprocessing)
+    with pytest.raises(qm.errors.InputError, match='astype\\("float16"\\)'):
+        bundle.run(images)
+    logits = bundle.run(images.astype(np.float16))
+    assert logits.dtype == np.float16 and logits.shape == (2, 10)
+    assert validate_bundle(bundle)["passed"]
+
+
+def test_bfloat16_is_refused_where_it_cannot_run(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="onnxruntime does not take bfloat16"):
+        qm.compile(qm.Recipe(MODEL, precision="bfloat16"), tmp_path / "bundle")
+    assert not list(tmp_path.iterdir())
+
+
+@needs_rtx
+def test_an_engine_in_bfloat16_with_its_own_bundle(tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    outcome = call(
+        *("compile", MODEL, "--every", 3, "--precision", "bfloat16", "--targets", "tensorrt-rtx"),
+        *("--compute-capabilities", "8.9", "--batch", "1,2,8", "--out", out, "--json"),
+    )
+    assert outcome.code == 0, outcome.err
+    entry = outcome.json["manifest"]["targets"]["tensorrt-rtx"]
+    assert entry["compute_capabilities"] == ["8.9"]
+    assert entry["options"]["profiles"] == [{"batch": [1, 2, 8]}]
+    assert (out / entry["file"]).stat().st_size == entry["build"]["engine_bytes"]
+    with pytest.raises(BundleError, match="GPU"):
+        qm.load_bundle(out).run(np.zeros((1, 3, 64, 64), np.float32))
