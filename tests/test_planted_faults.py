@@ -431,7 +431,7 @@ def test_a_value_that_cannot_be_followed_is_replaced_by_the_right_one() -> None:
     name = "new vmamba_tiny_s1l8"
     given = subject(name)
     feed = {INPUT: given.images.numpy()}
-    runner = TorchRunner(given.model)
+    runner = TorchRunner(given.model, double=True)
     with runner:
         right = runner.infer(feed)
         shape = right[block_output(1)].shape

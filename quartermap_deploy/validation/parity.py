@@ -109,7 +109,7 @@ def check_parity(
 
     Args:
         reference: the runner that is right by definition. A `TorchRunner` follows the target, so that every block is
-            judged by itself: whatever its input is, does it make the right thing of it?
+            judged by itself: given its input, does it return the right thing?
         target: the runner to check; it must have every output of the reference.
         cases: input batches by name.
         input_name: name of the models' input.

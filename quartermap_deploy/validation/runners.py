@@ -7,6 +7,7 @@ leaves the block. A pruned scan returns the smaller map, before it is restored.
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -48,7 +49,7 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
     def follow(self, outputs: Iterable[Mapping[str, NDArray[Any]]]) -> None:
         """Compute every block from what a target handed to it, so that errors do not add up from block to block.
 
-        The logits stay those of the model by itself.
+        That is done in float64. The logits stay those of the model by itself.
 
         Args:
             outputs: what the target returned for each of the batches to come. A block's output that is absent, has
@@ -62,29 +63,31 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
 
     def infer_impl(self, feed_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
         """Run the model on one batch."""
-        import copy
-
         import torch
 
-        model = copy.deepcopy(self._model).double() if self._double else self._model
         images = torch.from_numpy(np.ascontiguousarray(feed_dict[INPUT]))
-        if self._double:
-            images = images.double()
         outputs: OrderedDict[str, Any] = OrderedDict()
 
         def keep(name: str, value: torch.Tensor) -> None:
             outputs[name] = value.float().numpy()
 
-        followed = next(self._followed, {})
+        followed = next(self._followed, None)
         start = time.perf_counter()
         with torch.no_grad():
-            with _recording(model, keep, followed) if self._blocks else contextlib.nullcontext():
-                logits = model(images)
-            if followed:
-                logits = model(images)
+            if followed is not None:
+                with _recording(wide := _in_float64(self._model), keep, followed):
+                    wide(images.double())
+            model = _in_float64(self._model) if self._double else self._model
+            record = self._blocks and followed is None
+            with _recording(model, keep, {}) if record else contextlib.nullcontext():
+                logits = model(images.double() if self._double else images)
         self.inference_time = time.perf_counter() - start
         keep(OUTPUT, logits)
         return outputs
+
+
+def _in_float64(model: VisualStateSpaceModel) -> VisualStateSpaceModel:
+    return copy.deepcopy(model).double()
 
 
 @contextlib.contextmanager
