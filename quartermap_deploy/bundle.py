@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MANIFEST, MODEL, REPORT = "manifest.json", "model.onnx", "report.json"
+ENGINE_SUFFIX = ".engine"
 _MEND = "the bundle was altered or damaged; compile it again"
 _KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("recipe", "model", "input", "output", "totals", "graph", "versions", "targets"), dict),
@@ -209,14 +210,15 @@ def _verify(folder: Path, files: dict[str, Any]) -> None:
             raise BundleError(
                 f"the manifest of {folder} lists {name!r}, which is no plain file name; {_MEND}"
             )
+        mend = f"make it again: quartermap rebuild {folder}" if name.endswith(ENGINE_SUFFIX) else _MEND
         if not (folder / name).is_file():
-            raise BundleError(f"{name} is missing from the bundle {folder}; {_MEND}")
+            raise BundleError(f"{name} is missing from the bundle {folder}; {mend}")
         found = describe_file(folder / name)
         if found != expected:
             raise BundleError(
                 f"{name} in the bundle {folder} does not match its manifest ({found['bytes']:,} bytes, sha256 "
                 f"{found['sha256'][:12]}…, expected {expected.get('bytes', 0):,} bytes, "
-                f"{str(expected.get('sha256'))[:12]}…); {_MEND}"
+                f"{str(expected.get('sha256'))[:12]}…); {mend}"
             )
     if unlisted := sorted({path.name for path in folder.iterdir()} - {*files, MANIFEST}):
         raise BundleError(

@@ -32,6 +32,7 @@ from quartermap_deploy.frontend.export import PRECISIONS
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.recipe import Recipe
 from quartermap_deploy.targets import Target, load_target
+from quartermap_deploy.targets.tensorrt_options import EngineOptions
 
 if TYPE_CHECKING:
     from quartermap_deploy.architectures.base import VisualStateSpaceModel
@@ -39,9 +40,11 @@ if TYPE_CHECKING:
     from quartermap_deploy.architectures.factory import Weights
     from quartermap_deploy.complexity import Complexity
     from quartermap_deploy.frontend.export import Export
-    from quartermap_deploy.targets.tensorrt_options import EngineOptions
     from quartermap_deploy.validation.localise import LocaliseReport
     from quartermap_deploy.validation.parity import ParityReport
+
+ENGINES = frozenset({"tensorrt", "tensorrt-rtx"})
+"""The targets that build an engine."""
 
 CALIBRATION_IMAGES = 8
 """How many images the range scan of float16 looks at."""
@@ -89,6 +92,7 @@ def compile(
         model, card, loaded = load_model(recipe)
         cases = validation_cases(recipe, card)
         weights = weights_entry(recipe, loaded)
+        check_settings(recipe, model, card, cases)
     exported = export_model(recipe, model, card, progress)
     with new_bundle(out, force) as folder:
         (folder / MODEL).write_bytes(exported.model.SerializeToString())
@@ -135,7 +139,44 @@ def load_targets(recipe: Recipe) -> dict[str, Target]:
                 "another target"
             )
         target.check(recipe)
+        if name in ENGINES and recipe.io == "same":
+            raise RecipeError(f'the target {name} takes io = "float32" only; leave io out')
+    if recipe.engine != EngineOptions() and ENGINES.isdisjoint(targets):
+        raise RecipeError(
+            "there are options of engines, but no target that has one; add one to the targets: "
+            f"{' or '.join(sorted(ENGINES))}"
+        )
     return targets
+
+
+def check_settings(
+    recipe: Recipe,
+    model: VisualStateSpaceModel,
+    card: ModelCard,
+    cases: Mapping[str, NDArray[np.float32]],
+) -> None:
+    """Refuse, before the export, settings that would be refused after it.
+
+    Raises:
+        RecipeError: if a block that is to stay float32 does not exist.
+        InputError: if the profiles of engines do not fit the model, or exclude an image that it is validated on.
+    """
+    blocks = sum(model.depths)
+    if absent := [block for block in recipe.blocks_float32 if block > blocks]:
+        raise RecipeError(f"blocks_float32 names block {absent[0]}, but {recipe.model} has {blocks} blocks")
+    if ENGINES.isdisjoint(recipe.targets):
+        return
+    from quartermap_deploy.frontend.exporter import INPUT
+    from quartermap_deploy.targets.tensorrt_builder import check_examples
+
+    shape = input_shape(recipe, model, card)
+    check_examples(recipe.engine, {INPUT: shape}, [images.shape for images in cases.values()])
+
+
+def input_shape(recipe: Recipe, model: VisualStateSpaceModel, card: ModelCard) -> tuple[int | str, ...]:
+    """The shape of the exported model's input; an open size is a string."""
+    sides = ("height", "width") if recipe.dynamic_size else input_size(recipe, card)
+    return ("batch" if recipe.dynamic_batch else 1, model.in_channels, *sides)
 
 
 def engine_options(recipe: Recipe, out: Path) -> EngineOptions:
@@ -303,6 +344,7 @@ def localise_precision(
         cases,
         tolerance_for(recipe.precision),
         keep_float32=(*recipe.keep_float32, *ranges),
+        blocks_float32=recipe.blocks_float32,
         progress=progress,
     )
 
@@ -331,8 +373,7 @@ def manifest(
 
     size = input_size(recipe, card)
     before, after = measure(model, size), measure(reference_model(recipe, model), size)
-    open_axis = ("height", "width") if recipe.dynamic_size else size
-    batch = "batch" if recipe.dynamic_batch else 1
+    shape = input_shape(recipe, model, card)
     io_type = recipe.precision if recipe.io == "same" else "float32"
     return {
         "format": FORMAT,
@@ -346,8 +387,8 @@ def manifest(
             "num_classes": model.num_classes,
             **weights,
         },
-        "input": {"name": INPUT, "shape": [batch, model.in_channels, *open_axis], "type": io_type},
-        "output": {"name": OUTPUT, "shape": [batch, model.num_classes], "type": io_type},
+        "input": {"name": INPUT, "shape": list(shape), "type": io_type},
+        "output": {"name": OUTPUT, "shape": [shape[0], model.num_classes], "type": io_type},
         "plan": None if recipe.quartermap is None else recipe.quartermap.to_dict(),
         "blocks": block_map(before, after),
         "totals": {

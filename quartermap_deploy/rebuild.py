@@ -30,6 +30,7 @@ def rebuild_bundle(
     target: str | None = None,
     *,
     options: EngineOptions | None = None,
+    plugin: Path | None = None,
     progress: Progress = SILENT,
 ) -> Bundle:
     """Make engines of a bundle again from its portable model.
@@ -38,6 +39,7 @@ def rebuild_bundle(
         path: the bundle. Its engines may be damaged or missing; its other files must be whole.
         target: the target to build for, also one that the bundle has no engine for yet; None for all engines it has.
         options: how to build; None takes what the engines were built with.
+        plugin: the plugin library for `tensorrt`, whatever the options say; None leaves it to them.
         progress: told about the steps.
 
     Returns:
@@ -66,7 +68,8 @@ def rebuild_bundle(
         files = _copied(folder, draft, {n: e for n, e in manifest["files"].items() if n not in made})
         for name, module in modules.items():
             before = entries.get(name)
-            chosen = options or EngineOptions.from_dict(before["options"] if before else {})
+            chosen = options or _options(manifest, before)
+            chosen = dataclasses.replace(chosen, plugin=plugin or chosen.plugin)
             with progress.step(f"building for {name}"):
                 build: Any = module.build
                 entries[name] = build(draft / MODEL, draft, _beside(chosen, folder), progress=progress)
@@ -75,6 +78,12 @@ def rebuild_bundle(
         write_json(draft / MANIFEST, manifest)
         bundle = load_bundle(draft)
     return dataclasses.replace(bundle, path=folder)
+
+
+def _options(manifest: dict[str, Any], entry: dict[str, Any] | None) -> EngineOptions:
+    """What an engine was built with, or else what the recipe says."""
+    recipe: dict[str, Any] = manifest.get("recipe") or {}
+    return EngineOptions.from_dict((entry or {}).get("options", recipe.get("engine", {})))
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -99,6 +99,30 @@ class Recipe:
     images: Path | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        plan, engine = self.quartermap, self.engine
+        if plan is not None and not isinstance(plan, QuarterMap):
+            raise RecipeError(f"quartermap = {plan!r} is no QuarterMap")
+        if not isinstance(engine, EngineOptions):
+            raise RecipeError(f"engine = {engine!r} is no EngineOptions")
+        for name in ("model", "dynamic_batch", "dynamic_size", "precision", "optimize", "io", "seed"):
+            _checked(name, getattr(self, name), Path())
+        if self.num_classes is not None:
+            _checked("num_classes", self.num_classes, Path())
+        for name in ("targets", "keep_float32", "blocks_float32"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, _checked(name, list(value) if _is_list(value) else value, Path()))
+        if self.input_size is not None:
+            size = list(self.input_size) if _is_list(self.input_size) else self.input_size
+            object.__setattr__(self, "input_size", _checked("input_size", size, Path()))
+        if self.precision == "float32":
+            idle = [name for name in ("blocks_float32", "keep_float32") if getattr(self, name)]
+            idle += ["io"] if self.io != "float32" else []
+            if idle:
+                raise RecipeError(
+                    f"{', '.join(idle)} would change nothing in float32; set a precision of 16 bits too"
+                )
+
     @classmethod
     def load(cls, path: Path) -> Recipe:
         """Read a recipe file. Paths in it are relative to it.
@@ -155,6 +179,10 @@ class Recipe:
         values["input_size"] = None if self.input_size is None else list(self.input_size)
         values["targets"] = list(self.targets)
         return values
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, (list, tuple))
 
 
 def _beside(entries: Mapping[str, Any], folder: Path) -> dict[str, Any]:

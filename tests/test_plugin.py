@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import plugin_builds
 import pytest
 
@@ -19,6 +20,7 @@ from quartermap_deploy.plugin.build import BuildOptions, build_plugin, plugin_so
 from quartermap_deploy.plugin.check import check_plugin
 from quartermap_deploy.plugin.contract import CONTRACT
 from quartermap_deploy.plugin.errors import PluginError
+from quartermap_deploy.plugin.library import load
 
 GOLDEN = plugin_sources() / "test_host" / "write_golden.py"
 
@@ -239,3 +241,28 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plugin"]) == 0
     text = capsys.readouterr().out
     assert "build" in text and "check" in text
+
+
+def test_a_library_that_is_cut_short_is_refused_and_not_mapped(tmp_path: Path) -> None:
+    origin = np._core._multiarray_umath.__file__  # type: ignore[attr-defined]
+    data = Path(origin).read_bytes()
+    for size in (10, 5000, len(data) // 2, len(data) - 100):
+        short = tmp_path / "short.so"
+        short.write_bytes(data[:size])
+        with pytest.raises(PluginError, match=r"cut short|no 64-bit ELF"):
+            load(short)
+    with pytest.raises(PluginError, match="is a folder"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("version", "message"), [("8 6", "TensorRT 8.6"), ("12 0", "TensorRT 12.0"), ("", "names no version")]
+)
+def test_headers_of_another_tensorrt_are_refused(tmp_path: Path, version: str, message: str) -> None:
+    (tmp_path / "NvInferRuntime.h").write_text("")
+    if version:
+        major, minor = version.split()
+        text = f"#define NV_TENSORRT_MAJOR {major}\n#define NV_TENSORRT_MINOR {minor}\n"
+        (tmp_path / "NvInferVersion.h").write_text(text)
+    with pytest.raises(MissingDependencyError, match=message):
+        build_plugin(tmp_path / "out", BuildOptions(tensorrt_include=tmp_path))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from quartermap_deploy import compiler
 from quartermap_deploy.data.digits import load_digits
 from quartermap_deploy.data.images import prepare
 from quartermap_deploy.errors import BundleError, RecipeError
+from quartermap_deploy.targets.tensorrt_options import EngineOptions, Profile
 from quartermap_deploy.validation import localise_bundle, validate_bundle
 
 MODEL = "vmamba_digits"
@@ -125,3 +128,64 @@ def test_an_engine_in_bfloat16_with_its_own_bundle(tmp_path: Path) -> None:
     assert (out / entry["file"]).stat().st_size == entry["build"]["engine_bytes"]
     with pytest.raises(BundleError, match="GPU"):
         qm.load_bundle(out).run(np.zeros((1, 3, 64, 64), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"blocks_float32": (3,)}, "blocks_float32 would change nothing in float32"),
+        ({"io": "same"}, "io would change nothing in float32"),
+        ({"precision": "float16", "blocks_float32": (99,)}, r"block 99.*has 10 blocks"),
+        ({"precision": "float16", "blocks_float32": 3}, "not a list of blocks"),
+        ({"engine": EngineOptions(optimization_level=1)}, "no target that has one"),
+        ({"targets": ()}, "not a list of targets"),
+        ({"targets": "onnxruntime"}, "not a list of targets"),
+        ({"input_size": 64}, "not \\[height, width\\]"),
+        ({"quartermap": 3}, "no QuarterMap"),
+    ],
+)
+def test_settings_without_effect_or_sense_are_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(compiler, "export_model", no_export)
+    with pytest.raises(RecipeError, match=message):
+        qm.compile(qm.Recipe(MODEL, **settings), tmp_path / "bundle")
+    assert not list(tmp_path.iterdir())
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("settings", "engine", "message"),
+    [
+        ({}, {"compute_capabilities": ("5.0",)}, "no compute capability '5.0'"),
+        ({}, {"plugin": Path("nothere.so")}, "has no plugin"),
+        ({}, {"profiles": (Profile((1, 1, 1)),)}, "no profile takes"),
+        ({"dynamic_size": True}, {}, "leaves its height open"),
+        ({"precision": "float16", "io": "same"}, {}, 'io = "float32" only'),
+    ],
+)
+def test_engines_that_cannot_be_are_refused_before_the_work(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    engine: dict[str, Any],
+    message: str,
+) -> None:
+    monkeypatch.setattr(compiler, "export_model", no_export)
+    recipe = qm.Recipe(MODEL, targets=("tensorrt-rtx",), engine=EngineOptions(**engine), **settings)
+    with pytest.raises(qm.errors.QuartermapError, match=message):
+        qm.compile(recipe, tmp_path / "bundle")
+    assert not list(tmp_path.iterdir())
+
+
+def no_export(*arguments: Any) -> Any:
+    raise AssertionError("it was exported")
+
+
+def test_a_damaged_engine_is_to_be_made_again(half: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(half, tmp_path / "bundle")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["files"]["model.tensorrt_rtx.engine"] = {"bytes": 10, "sha256": "0"}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=r"missing.*quartermap rebuild"):
+        qm.load_bundle(bundle)

@@ -279,7 +279,8 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
         type=file_or_folder,
         metavar="FILE",
         default=argparse.SUPPRESS,
-        help="plugin library for the target tensorrt (default: the environment variable QUARTERMAP_PLUGIN)",
+        help="plugin library for the target tensorrt (default: the environment variable QUARTERMAP_PLUGIN, or what "
+        "`quartermap plugin build` left in ./plugin)",
     )
 
 

@@ -11,6 +11,7 @@ from quartermap_deploy.cli.common import (
     add_output_options,
     bundle_json,
     facts,
+    file_or_folder,
     make_progress,
     print_json,
     results_only,
@@ -45,6 +46,13 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="NAME",
         help="build for this target alone (default: every engine that the bundle has)",
     )
+    parser.add_argument(
+        "--plugin",
+        type=file_or_folder,
+        metavar="FILE",
+        help="plugin library for the target tensorrt (default: the environment variable QUARTERMAP_PLUGIN, or what "
+        "`quartermap plugin build` left in ./plugin)",
+    )
     add_output_options(parser)
 
 
@@ -57,7 +65,9 @@ def run(options: argparse.Namespace) -> None:
     from quartermap_deploy.rebuild import rebuild_bundle
 
     with terminable(), results_only():
-        bundle = rebuild_bundle(options.bundle, options.target, progress=make_progress(options))
+        bundle = rebuild_bundle(
+            options.bundle, options.target, plugin=options.plugin, progress=make_progress(options)
+        )
     if options.json:
         print_json(bundle_json(bundle))
     elif not options.quiet:

@@ -21,7 +21,7 @@ from quartermap_deploy.cli.common import (
     with_verdict,
     worst_error,
 )
-from quartermap_deploy.errors import ParityError
+from quartermap_deploy.errors import BundleError, ParityError
 from quartermap_deploy.validation import REFERENCES
 
 if TYPE_CHECKING:
@@ -97,6 +97,10 @@ def run(options: argparse.Namespace) -> None:
 
     bundle = load_bundle(options.bundle)
     if options.localise:
+        if options.target is not None:
+            raise BundleError(
+                "--localise works on the portable model, whatever the target; leave --target out"
+            )
         run_localise(bundle, options)
         return
     with results_only():

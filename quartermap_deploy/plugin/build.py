@@ -17,6 +17,7 @@ from quartermap_deploy.progress import SILENT, Progress
 
 DEFAULT_OUTPUT = Path("plugin")
 """Where `quartermap plugin build` puts the library, in the folder it is called in."""
+OLDEST_ARCHITECTURE = 80
 PLUGIN_LIBRARY = "libquartermap_plugin.so"
 KERNEL_LIBRARY = "libquartermap_kernels.so"
 NVCC_PLACES = ("/usr/local/cuda/bin/nvcc", "/opt/cuda/bin/nvcc")
@@ -129,6 +130,7 @@ def _definitions(options: BuildOptions) -> list[str]:
                 f"there is no {header.name} in {options.tensorrt_include}; name the folder `include` of a TensorRT "
                 "10.7 to 11.x archive (https://developer.nvidia.com/tensorrt); the pip packages bring no headers"
             )
+        _require_supported(options.tensorrt_include)
         found.append(f"-DTENSORRT_INCLUDE_DIR={options.tensorrt_include.resolve()}")
     if options.emulation:
         found.append("-DQUARTERMAP_EMULATION=ON")
@@ -137,6 +139,10 @@ def _definitions(options: BuildOptions) -> list[str]:
     for name in options.cuda_architectures:
         if not re.fullmatch(r"\d{2,3}[af]?(-real|-virtual)?", name):
             raise PluginError(f"{name!r} is no CUDA architecture; expected numbers such as 80,90 or 120-real")
+        if int(re.match(r"\d+", name)[0]) < OLDEST_ARCHITECTURE:  # type: ignore[index]
+            raise PluginError(
+                f"the kernels need CUDA architecture {OLDEST_ARCHITECTURE} or newer, found {name}"
+            )
     if options.cuda_architectures:
         found.append(f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(options.cuda_architectures)}")
     if options.optimisation is not None:
@@ -145,6 +151,32 @@ def _definitions(options: BuildOptions) -> list[str]:
             f"-DCMAKE_CUDA_FLAGS_RELEASE={options.optimisation}",
         ]
     return found
+
+
+def _require_supported(include: Path) -> None:
+    """Refuse headers of another TensorRT than 10.7 to 11.x.
+
+    Raises:
+        MissingDependencyError: if their version is another, or cannot be read.
+    """
+    header = include / "NvInferVersion.h"
+    text = header.read_text(errors="replace") if header.is_file() else ""
+    # Newer headers name the numbers of the products apart, and define the old names by these.
+    found = {
+        part: re.search(rf"#define\s+(?:TRT_{part}_ENTERPRISE|NV_TENSORRT_{part})\s+(\d+)", text)
+        for part in ("MAJOR", "MINOR")
+    }
+    numbers = [int(match[1]) for match in found.values() if match is not None]
+    if len(numbers) < 2:
+        raise MissingDependencyError(
+            f"{header} is missing or names no version; name the folder `include` of a whole TensorRT archive, 10.7 to "
+            "11.x"
+        )
+    major, minor = numbers
+    if not (10, 7) <= (major, minor) < (12, 0):
+        raise MissingDependencyError(
+            f"the headers in {include} are of TensorRT {major}.{minor}; expected 10.7 to 11.x"
+        )
 
 
 def _nvcc() -> str:
@@ -177,6 +209,10 @@ def _configure(command: Sequence[str], say: Callable[[str], None]) -> None:
             "Name their folder with --tensorrt-include, or set TENSORRT_ROOT to the unpacked archive of "
             "https://developer.nvidia.com/tensorrt (on Debian and Ubuntu with NVIDIA's repository: apt install "
             "libnvinfer-headers-dev); the pip packages bring no headers. For the CUDA kernels alone: --kernels-only"
+        )
+    if "CMAKE_MAKE_PROGRAM" in text:
+        raise MissingDependencyError(
+            "building the plugin needs make or Ninja, and CMake found neither: apt install ninja-build"
         )
     if "CMAKE_CXX_COMPILER" in text:
         raise MissingDependencyError(

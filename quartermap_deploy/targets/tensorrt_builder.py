@@ -274,22 +274,33 @@ def configure(trt: Any, builder: Any, flavour: Flavour, options: EngineOptions) 
     return config
 
 
-def set_compute_capabilities(trt: Any, config: Any, wanted: Sequence[str]) -> None:
-    """Name the GPUs that an engine is for.
+def known_capabilities(trt: Any, wanted: Sequence[str]) -> list[Any]:
+    """The module's values for compute capabilities such as "8.9".
 
     Raises:
         InputError: if TensorRT-RTX does not know one.
     """
     members = trt.ComputeCapability.__members__
     known = {f"{name[2:-1]}.{name[-1]}": value for name, value in members.items() if name[:2] == "SM"}
-    config.num_compute_capabilities = len(wanted)
-    for index, capability in enumerate(wanted):
+    for capability in wanted:
         if capability not in known:
             raise InputError(
                 f"TensorRT-RTX {trt.__version__} has no compute capability {capability!r}; expected some of "
                 f"{', '.join(known)}"
             )
-        if not config.set_compute_capability(known[capability], index):
+    return [known[capability] for capability in wanted]
+
+
+def set_compute_capabilities(trt: Any, config: Any, wanted: Sequence[str]) -> None:
+    """Name the GPUs that an engine is for.
+
+    Raises:
+        InputError: if TensorRT-RTX does not know one.
+    """
+    values = known_capabilities(trt, wanted)
+    config.num_compute_capabilities = len(values)
+    for index, value in enumerate(values):
+        if not config.set_compute_capability(value, index):
             raise InputError(f"TensorRT-RTX refuses the compute capabilities {', '.join(wanted)}")
 
 

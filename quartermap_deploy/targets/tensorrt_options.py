@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,19 @@ class EngineOptions:
     cache: Path | None = None
 
     def __post_init__(self) -> None:
+        for name in ("version_compatible", "refit", "tf32"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} = {getattr(self, name)!r}; expected true or false")
+        if self.workspace is not None and not (type(self.workspace) is int and self.workspace > 0):
+            raise InputError(f"workspace = {self.workspace!r}; expected a number of bytes")
+        capabilities = self.compute_capabilities
+        proper = isinstance(capabilities, tuple) and all(
+            isinstance(item, str) and re.fullmatch(r"\d+\.\d", item) for item in capabilities
+        )
+        if not proper or len(set(capabilities)) != len(capabilities):
+            raise InputError(
+                f'compute_capabilities = {list(capabilities)!r}; expected different strings such as "8.9"'
+            )
         if not self.profiles:
             raise InputError("there are no profiles; leave them out for the default, batches of 1 to 32")
         if not self.compute_capabilities:
@@ -150,12 +164,29 @@ class EngineOptions:
         fields = dict(values)
         try:
             if "profiles" in fields:
-                fields["profiles"] = tuple(Profile(**profile) for profile in fields["profiles"])
+                fields["profiles"] = tuple(map(_profile, fields["profiles"]))
             if "compute_capabilities" in fields:
-                fields["compute_capabilities"] = tuple(map(str, fields["compute_capabilities"]))
+                found = fields["compute_capabilities"]
+                fields["compute_capabilities"] = tuple([found] if isinstance(found, str) else found)
             for name in ("plugin", "cache"):
                 if fields.get(name) is not None:
                     fields[name] = Path(fields[name])
         except TypeError as error:
             raise InputError(f"engine options {dict(values)!r} are wrong: {error}") from error
         return cls(**fields)
+
+
+def _profile(values: object) -> Profile:
+    """A profile from plain values.
+
+    Raises:
+        InputError: if a key is unknown or a value is wrong.
+    """
+    keys = [field.name for field in dataclasses.fields(Profile)]
+    if not isinstance(values, Mapping) or not set(values) <= set(keys):
+        raise InputError(
+            f"the profile {values!r} is wrong; expected some of {', '.join(keys)}, each with three numbers"
+        )
+    return Profile(
+        **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quartermap_deploy.errors import InputError
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.targets.tensorrt_flavour import TENSORRT_RTX
 from quartermap_deploy.targets.tensorrt_options import EngineOptions
@@ -26,8 +27,17 @@ def check(recipe: Any = None) -> None:
 
     Raises:
         MissingDependencyError: if TensorRT for RTX is absent or its version is not supported.
+        InputError: if it does not know a compute capability, or the recipe has an option that it has not.
     """
-    TENSORRT_RTX.load()
+    from quartermap_deploy.targets.tensorrt_builder import known_capabilities
+
+    trt = TENSORRT_RTX.load()
+    options = getattr(recipe, "engine", None) or EngineOptions()
+    known_capabilities(trt, options.compute_capabilities)
+    idle = [name for name in ("plugin", "version_compatible") if getattr(options, name)]
+    idle += ["hardware_compatibility"] if options.hardware_compatibility != "none" else []
+    if idle and "tensorrt" not in getattr(recipe, "targets", ()):
+        raise InputError(f"TensorRT for RTX has no {', '.join(idle)}; leave it out")
 
 
 def prepare(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -38,6 +38,12 @@ def open_engine(
         MissingDependencyError: if TensorRT is absent or its version is not supported.
         BundleError: if the engine does not fit this machine, or is not whole; the message says how to make it again.
     """
+    needed = ("file", "version", "compute_capabilities", "inputs", "options", "key", "build")
+    if missing := [name for name in needed if name not in entry]:
+        raise BundleError(
+            f"the manifest of {bundle_path} says too little about its {flavour.target} engine ({', '.join(missing)}); "
+            f"make it again with `quartermap rebuild {bundle_path} --target {flavour.target}`"
+        )
     path = Path(bundle_path) / entry["file"]
     mend = f"make it again with `quartermap rebuild {bundle_path} --target {flavour.target}`"
     try:
@@ -52,7 +58,7 @@ def open_engine(
     if gpu is None:
         raise BundleError(
             f"the engine {path} needs an NVIDIA GPU, and there is none (no NVIDIA driver answers); run it where "
-            "there is one, or run the bundle with the target onnxruntime"
+            "there is one; on a CPU, a bundle compiled with --targets onnxruntime runs"
         )
     logger = make_logger(trt)
     if plugin is not None:

@@ -62,7 +62,8 @@ def localise_bundle(
 ) -> LocaliseReport:
     """Find the blocks whose return to float32 brings a 16-bit bundle back within its tolerance.
 
-    The PyTorch model is built and exported again, and its graph is typed anew with single blocks in float32.
+    The PyTorch model is built and exported again, and its graph is typed anew with single blocks in float32. What the
+    bundle keeps in float32 stays so.
 
     Args:
         bundle: a bundle in float16 or bfloat16.
@@ -73,7 +74,7 @@ def localise_bundle(
         BundleError: if the bundle is in float32, or the checkpoint does not belong to it.
         CheckpointError: if there is no checkpoint, or it is another file than that of the bundle.
     """
-    from quartermap_deploy.compiler import export_model, load_model, localise_precision
+    from quartermap_deploy.compiler import export_model, load_model, localise_precision, parity_of
     from quartermap_deploy.validation.golden import read_golden
     from quartermap_deploy.validation.inputs import parity_cases
 
@@ -82,11 +83,24 @@ def localise_bundle(
     recipe = dataclasses.replace(bundle.recipe(), checkpoint=path, images=None)
     if recipe.precision == "float32":
         raise BundleError(f"the bundle {bundle.path} is in float32 everywhere; there is nothing to localise")
-    cases, _ = read_golden(bundle.path)
+    golden, _ = read_golden(bundle.path)
+    cases = parity_cases(golden["images"])
     with progress.step("building the PyTorch model"):
         model, card, _ = load_model(recipe)
+    # What the range scan found when the bundle was compiled, on images that may not be here.
+    ranges = bundle.report.get("precision", {}).get("ranges") or {}
+    kept = (*recipe.keep_float32, *ranges.get("kept_float32", {}))
+    recipe = dataclasses.replace(recipe, keep_float32=kept)
     exported = export_model(recipe, model, card, progress)
-    return localise_precision(recipe, model, parity_cases(cases["images"]), exported, progress)
+    report = localise_precision(recipe, model, cases, exported, progress)
+    if report.passed:
+        own = parity_of(recipe, model, cases, bundle.model_path.read_bytes(), progress)
+        if not own.passed:
+            raise BundleError(
+                f"{own.describe_failure()}, though a model exported anew is right: the fault of {bundle.path} is none "
+                "of precision; compile it again"
+            )
+    return report
 
 
 def _against_golden(bundle: Bundle, target: str | None, progress: Progress) -> dict[str, Any]:

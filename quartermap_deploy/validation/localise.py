@@ -109,6 +109,7 @@ def localise(
     tolerance: Tolerance,
     *,
     keep_float32: Iterable[str] = (),
+    blocks_float32: Iterable[int] = (),
     runner: Callable[[onnx.ModelProto], BaseRunner] | None = None,
     input_name: str = INPUT,
     progress: Progress = SILENT,
@@ -122,6 +123,7 @@ def localise(
         cases: input batches by name.
         tolerance: what counts as equal.
         keep_float32: what is kept in float32 anyway, as for `cast_precision`.
+        blocks_float32: blocks that are kept in float32 anyway.
         runner: makes the runner of a typed model with bodies; None takes ONNX Runtime, with every 16-bit value
             rounded.
         input_name: name of the model's input.
@@ -138,14 +140,14 @@ def localise(
     blocks = [part for part in parts if part != AFTER_BLOCKS]
     if not blocks:
         raise PassError(f"the graph has no value {block_output(1)}, so there are no blocks to tell apart")
-    kept = tuple(keep_float32)
+    kept, anyway = tuple(keep_float32), set(blocks_float32)
     after = tuple(node.name for node in parts[AFTER_BLOCKS] if node.name)
     runs = 0
 
     def compare(float32: Iterable[int]) -> ParityReport:
         nonlocal runs
         runs += 1
-        wanted = set(float32)
+        wanted = set(float32) | anyway
         names = (*kept, *after) if AFTER_BLOCKS in wanted else kept
         typed, _ = cast_precision(
             model, precision, keep_float32=names, blocks_float32=wanted - {AFTER_BLOCKS}
@@ -154,7 +156,7 @@ def localise(
         with np.errstate(invalid="ignore"):
             return check_parity(reference, make(lower(typed)), cases, input_name, tolerance)
 
-    candidates = [*blocks, AFTER_BLOCKS] if after else blocks
+    candidates = [part for part in ([*blocks, AFTER_BLOCKS] if after else blocks) if part not in anyway]
     with progress.step("flipping casts block by block", len(candidates) + 1) as advance:
         as_it_is = compare(())
         advance(1)
