@@ -21,6 +21,7 @@ class UnknownNameError(QuartermapError):
     def for_choice(cls, kind: str, name: str, choices: Iterable[str]) -> UnknownNameError:
         """Build the error with the nearest valid names first, or all of them when none is near."""
         available = sorted(choices)
+        name = name if isinstance(name, str) else repr(name)
         closest = max(
             (difflib.SequenceMatcher(None, choice, name).ratio() for choice in available), default=0.0
         )

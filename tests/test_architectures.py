@@ -219,6 +219,8 @@ def test_an_unknown_model_is_refused_with_near_names() -> None:
         create_model("vmamba_tinny_s1l8")
     with pytest.raises(UnknownNameError):
         load_card("../models/vmamba_digits")
+    with pytest.raises(UnknownNameError, match="unknown model"):
+        create_model(None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("count", [0, "a", 2.0, True])

@@ -6,6 +6,7 @@ import itertools
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,6 +24,10 @@ from quartermap_deploy.pruning.reference import keep_positions, restore_position
 
 STRIDES = [(stride, keep) for stride in range(2, 9) for keep in range(1, stride)]
 subsamples = st.sampled_from(STRIDES).map(lambda pair: Subsample(*pair))
+
+
+def test_blocks_may_be_numpy_numbers() -> None:
+    assert QuarterMap(blocks=np.array([6, 3])).blocks == (3, 6)  # type: ignore[arg-type]
 
 
 class TestPlan:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -181,7 +182,11 @@ def _numbers(name: str, values: object) -> tuple[int, ...]:
     """Check a list of block or stage numbers and return it in order."""
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise PlanError(f"{name} = {values!r} is not a list of numbers")
-    numbers = tuple(values)
+    # NumPy's whole numbers, as np.arange makes them, become Python's.
+    numbers = tuple(
+        operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else value
+        for value in values
+    )
     for number in numbers:
         _require_integer(
             f"a number in {name}", number, minimum=1, why="blocks and stages are numbered from 1"
