@@ -123,10 +123,10 @@ def test_check_refuses_other_files(tmp_path: Path, capsys: pytest.CaptureFixture
         check_plugin(tmp_path / "missing.so")
     damaged = tmp_path / "damaged.so"
     damaged.write_bytes(b"\x7fELF and then nothing")
-    with pytest.raises(PluginError, match="cannot be loaded"):
+    with pytest.raises(PluginError, match="no 64-bit ELF library"):
         check_plugin(damaged)
     assert main(["plugin", "check", str(damaged)]) == 2
-    assert "cannot be loaded" in capsys.readouterr().err
+    assert "no 64-bit ELF library" in capsys.readouterr().err
 
 
 FOREIGN = 'extern "C" int something() { return 1; }'
