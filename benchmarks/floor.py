@@ -12,14 +12,12 @@ from typing import Any
 
 import onnx
 import torch
-from onnx import helper
 from torch import Tensor
 
 from quartermap_deploy.architectures import ss2d
 from quartermap_deploy.frontend.definition import selective_scan_2d_definition
-from quartermap_deploy.lowering.operator import DOMAIN, INPUTS_2D, SELECTIVE_SCAN_2D
-from quartermap_deploy.lowering.scan_body import OPSET
-from quartermap_deploy.lowering.writer import Writer, ints
+from quartermap_deploy.lowering.operator import INPUTS_2D, SELECTIVE_SCAN_2D
+from quartermap_deploy.lowering.writer import Writer, ints, scan_function
 
 DIRECTIONS = 4
 
@@ -35,14 +33,13 @@ def floor_onnx(model: onnx.ModelProto) -> onnx.ModelProto:
     grouped = write("Reshape", "D", ints(DIRECTIONS, -1))
     skip = write("Unsqueeze", write("ReduceSum", grouped, ints(0), keepdims=0), ints(1, 2))
     write("Add", write("Mul", "x", skip), first)
-    body = helper.make_function(
-        DOMAIN,
+    body = scan_function(
+        write,
         SELECTIVE_SCAN_2D,
-        list(INPUTS_2D),
-        [write.nodes[-1].output[0]],
-        write.nodes,
-        [helper.make_opsetid("", OPSET)],
-        ["directions", "softplus"],
+        INPUTS_2D,
+        write.nodes[-1].output[0],
+        ("directions", "softplus"),
+        overload="",
     )
     floor = onnx.ModelProto()
     floor.CopyFrom(model)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -29,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quartermap_deploy.errors import BundleError, UnknownNameError
+from quartermap_deploy.files import file_hash
 from quartermap_deploy.targets import DEFAULT, Session, load_target
 
 if TYPE_CHECKING:
@@ -231,11 +231,7 @@ def _verify(folder: Path, files: dict[str, Any]) -> None:
 
 def describe_file(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file, as a manifest lists them."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
+    return {"sha256": file_hash(path), "bytes": path.stat().st_size}
 
 
 def operators(model: onnx.ModelProto) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def compile(
                 entries[name] = target.build(
                     folder / MODEL,
                     folder,
-                    engine_options(recipe, out),
+                    recipe.engine.with_cache_beside(out),
                     examples=[images.shape for images in cases.values()],
                     progress=progress,
                 )
@@ -177,15 +177,6 @@ def input_shape(recipe: Recipe, model: VisualStateSpaceModel, card: ModelCard) -
     """The shape of the exported model's input; an open size is a string."""
     sides = ("height", "width") if recipe.dynamic_size else input_size(recipe, card)
     return ("batch" if recipe.dynamic_batch else 1, model.in_channels, *sides)
-
-
-def engine_options(recipe: Recipe, out: Path) -> EngineOptions:
-    """The recipe's options for engines, with the caches beside the bundle."""
-    from quartermap_deploy.targets.tensorrt_builder import CACHE_FOLDER
-
-    return dataclasses.replace(
-        recipe.engine, cache=recipe.engine.cache or out.absolute().parent / CACHE_FOLDER
-    )
 
 
 def precision_entry(exported: Export) -> dict[str, Any]:

@@ -72,7 +72,9 @@ def rebuild_bundle(
             chosen = dataclasses.replace(chosen, plugin=plugin or chosen.plugin)
             with progress.step(f"building for {name}"):
                 build: Any = module.build
-                entries[name] = build(draft / MODEL, draft, _beside(chosen, folder), progress=progress)
+                entries[name] = build(
+                    draft / MODEL, draft, chosen.with_cache_beside(folder), progress=progress
+                )
             files[entries[name]["file"]] = describe_file(draft / entries[name]["file"])
         manifest["files"] = dict(sorted(files.items()))
         write_json(draft / MANIFEST, manifest)
@@ -109,11 +111,3 @@ def _copied(folder: Path, draft: Path, files: dict[str, Any]) -> dict[str, Any]:
         if describe_file(draft / name) != expected:
             raise BundleError(f"{name} in the bundle {folder} does not match its manifest; compile it again")
     return dict(files)
-
-
-def _beside(options: EngineOptions, folder: Path) -> EngineOptions:
-    from quartermap_deploy.targets.tensorrt_builder import CACHE_FOLDER
-
-    if options.cache is not None:
-        return options
-    return dataclasses.replace(options, cache=folder.absolute().parent / CACHE_FOLDER)

@@ -18,7 +18,6 @@ import onnx
 from onnx import helper
 
 from quartermap_deploy.lowering.operator import (
-    DOMAIN,
     INPUTS_2D,
     SELECTIVE_SCAN_2D,
     Direction,
@@ -26,9 +25,8 @@ from quartermap_deploy.lowering.operator import (
 )
 from quartermap_deploy.lowering.recurrence import write_recurrence
 from quartermap_deploy.lowering.softplus import write_softplus
-from quartermap_deploy.lowering.writer import Value, Writer, ints
+from quartermap_deploy.lowering.writer import Value, Writer, ints, scan_function
 
-OPSET = 20
 _POSITIONS_LAST = [1, 2, 3, 0]
 """(T, K, batch, P) → (K, batch, P, T): sequences as they run."""
 _STEPS_FIRST = [3, 0, 1, 2]
@@ -50,17 +48,9 @@ def scan_body(variant: ScanVariant, overload: str = "") -> onnx.FunctionProto:
     writer = _BodyWriter(variant)
     result = writer.write_body()
     inputs = INPUTS_2D if variant.low_rank else INPUTS_2D[:-1]
-    function = helper.make_function(
-        DOMAIN,
-        SELECTIVE_SCAN_2D,
-        list(inputs),
-        [result],
-        writer.write.nodes,
-        [helper.make_opsetid("", OPSET)],
-        ["directions", "softplus"],
+    return scan_function(
+        writer.write, SELECTIVE_SCAN_2D, inputs, result, ("directions", "softplus"), overload
     )
-    function.overload = overload
-    return function
 
 
 class _BodyWriter:

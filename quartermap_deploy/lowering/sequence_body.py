@@ -7,13 +7,11 @@ the sequence once. A length is not cut into lines, as maps are by their width: i
 from __future__ import annotations
 
 import onnx
-from onnx import helper
 
-from quartermap_deploy.lowering.operator import DOMAIN, INPUTS_1D, SELECTIVE_SCAN, SequenceVariant
+from quartermap_deploy.lowering.operator import INPUTS_1D, SELECTIVE_SCAN, SequenceVariant
 from quartermap_deploy.lowering.recurrence import write_recurrence
-from quartermap_deploy.lowering.scan_body import OPSET
 from quartermap_deploy.lowering.softplus import write_softplus
-from quartermap_deploy.lowering.writer import Value, Writer, ints
+from quartermap_deploy.lowering.writer import Value, Writer, ints, scan_function
 
 
 def sequence_body(variant: SequenceVariant, overload: str = "") -> onnx.FunctionProto:
@@ -56,14 +54,4 @@ def sequence_body(variant: SequenceVariant, overload: str = "") -> onnx.Function
     # (L, G, batch, 1, d) → (batch, G·d, L).
     rolled = write("Reshape", write("Transpose", y, perm=[2, 1, 3, 4, 0]), write("Shape", "u"))
     result = write("CastLike", rolled, "u")
-    function = helper.make_function(
-        DOMAIN,
-        SELECTIVE_SCAN,
-        list(INPUTS_1D),
-        [result],
-        write.nodes,
-        [helper.make_opsetid("", OPSET)],
-        ["delta_softplus"],
-    )
-    function.overload = overload
-    return function
+    return scan_function(write, SELECTIVE_SCAN, INPUTS_1D, result, ("delta_softplus",), overload)

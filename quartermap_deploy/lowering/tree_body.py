@@ -23,18 +23,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import helper
 
 from quartermap_deploy.lowering.operator import (
-    DOMAIN,
     INPUTS_2D,
     SELECTIVE_SCAN_2D,
     Direction,
     ScanVariant,
 )
-from quartermap_deploy.lowering.scan_body import OPSET
 from quartermap_deploy.lowering.softplus_series import write_softplus_series
-from quartermap_deploy.lowering.writer import Value, Writer, ints
+from quartermap_deploy.lowering.writer import Value, Writer, ints, scan_function
 
 LONG = 256
 """Sequences up to this length are not cut into lines: they take no more kernels in one piece."""
@@ -69,17 +66,9 @@ def tree_body(variant: ScanVariant, overload: str = "") -> onnx.FunctionProto:
     writer = _BodyWriter(variant)
     result = writer.write_body()
     inputs = INPUTS_2D if variant.low_rank else INPUTS_2D[:-1]
-    function = helper.make_function(
-        DOMAIN,
-        SELECTIVE_SCAN_2D,
-        list(inputs),
-        [result],
-        writer.write.nodes,
-        [helper.make_opsetid("", OPSET)],
-        ["directions", "softplus"],
+    return scan_function(
+        writer.write, SELECTIVE_SCAN_2D, inputs, result, ("directions", "softplus"), overload
     )
-    function.overload = overload
-    return function
 
 
 def lines(length: int) -> tuple[int, int]:

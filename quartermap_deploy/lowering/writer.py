@@ -9,6 +9,10 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from quartermap_deploy.lowering.operator import DOMAIN
+
+OPSET = 20
+"""Of the standard operators in function bodies."""
 Value = str
 Constant = np.ndarray[Any, Any]
 
@@ -60,6 +64,18 @@ class Writer:
             return helper.make_tensor_value_info(value, onnx.TensorProto.FLOAT, None)
 
         return helper.make_graph(self.nodes, name, [info(v) for v in inputs], [info(v) for v in outputs])
+
+
+def scan_function(
+    write: Writer, name: str, inputs: Sequence[Value], result: Value, attributes: Sequence[str], overload: str
+) -> onnx.FunctionProto:
+    """Return the collected nodes as the body of one of our operators."""
+    opset = helper.make_opsetid("", OPSET)
+    function = helper.make_function(
+        DOMAIN, name, list(inputs), [result], write.nodes, [opset], list(attributes)
+    )
+    function.overload = overload
+    return function
 
 
 def ints(*values: int) -> Constant:

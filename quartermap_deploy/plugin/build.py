@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quartermap_deploy.errors import MissingDependencyError
+from quartermap_deploy.files import write_whole
 from quartermap_deploy.plugin.errors import PluginError
 from quartermap_deploy.progress import SILENT, Progress
 
@@ -245,16 +246,8 @@ def _important(lines: Sequence[str], most: int = 20) -> str:
 
 
 def _place(built: Path, output: Path) -> Path:
-    """Put a file into a folder under its own name, by a rename, so that nobody ever loads half of it."""
+    """Put a file into a folder under its own name, whole, so that nobody ever loads half of it."""
     output.mkdir(parents=True, exist_ok=True)
     target = output / built.name
-    handle, temporary = tempfile.mkstemp(dir=output, prefix=f".{built.name}.")
-    os.close(handle)
-    try:
-        shutil.copyfile(built, temporary)
-        os.chmod(temporary, 0o755)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(target, built.read_bytes(), mode=0o755)
     return target

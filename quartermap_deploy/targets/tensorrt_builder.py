@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 import onnx
 
 from quartermap_deploy.errors import EngineError, InputError
+from quartermap_deploy.files import file_hash, write_whole
 from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.targets.gpu import Gpu, find_gpu
@@ -39,9 +38,8 @@ from quartermap_deploy.targets.tensorrt_monitor import (
     make_monitor,
     seconds_since,
 )
-from quartermap_deploy.targets.tensorrt_options import EngineOptions
+from quartermap_deploy.targets.tensorrt_options import CACHE_FOLDER, EngineOptions
 
-CACHE_FOLDER = ".quartermap-cache"
 _NO_GPU = re.compile(
     r"cudaError 35|cudaError 100|driver version is insufficient|no CUDA-capable", re.IGNORECASE
 )
@@ -357,38 +355,6 @@ def compare(
 def scan_names(model: onnx.ModelProto) -> list[str]:
     """Names of the scans that are nodes of their own."""
     return [node.name for node in model.graph.node if node.op_type == SELECTIVE_SCAN_2D]
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(draft, 0o666 & ~umask)
-        os.replace(draft, path)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _hash(file)
-        )
-
-
-def _hash(file: Any) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 # Caches ---------------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from typing import Any
 from quartermap_deploy.errors import InputError
 
 Range = tuple[int, int, int]
+CACHE_FOLDER = ".quartermap-cache"
+"""Where caches lie beside a bundle."""
 HARDWARE = ("none", "ampere_plus", "same_compute_capability")
 
 
@@ -136,6 +138,10 @@ class EngineOptions:
         level = self.optimization_level
         if level is not None and not (type(level) is int and 0 <= level <= 5):
             raise InputError(f"optimization_level = {level!r}; expected 0 to 5")
+
+    def with_cache_beside(self, bundle: Path) -> EngineOptions:
+        """Return the options with their cache beside a bundle, unless they name a folder for it."""
+        return dataclasses.replace(self, cache=self.cache or bundle.absolute().parent / CACHE_FOLDER)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON: everything that changes the engine, so neither the cache nor a path."""

@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quartermap_deploy.errors import BundleError, EngineError, InputError
+from quartermap_deploy.files import file_hash, write_whole
 from quartermap_deploy.targets.gpu import Gpu, find_gpu
-from quartermap_deploy.targets.tensorrt_builder import CACHE_FOLDER, file_hash, load_plugin, write_whole
+from quartermap_deploy.targets.tensorrt_builder import load_plugin
 from quartermap_deploy.targets.tensorrt_checks import check_file
 from quartermap_deploy.targets.tensorrt_flavour import Flavour, version_numbers
 from quartermap_deploy.targets.tensorrt_monitor import make_logger
-from quartermap_deploy.targets.tensorrt_options import EngineOptions
+from quartermap_deploy.targets.tensorrt_options import CACHE_FOLDER, EngineOptions
 
 
 def open_engine(
