@@ -1,0 +1,1 @@
+"""Evaluation: data sets, accuracy on any target, and what is built on them."""
