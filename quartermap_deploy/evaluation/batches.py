@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quartermap_deploy.architectures.cards import Preprocessing
-from quartermap_deploy.data.images import prepare
+from quartermap_deploy.data.images import prepare_into
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.evaluation.datasets import Dataset
 from quartermap_deploy.progress import SILENT, Progress
@@ -86,18 +86,17 @@ def prepare_all(
 
 
 def _batch(dataset: Dataset, preprocessing: Preprocessing, positions: range) -> Batch:
-    images: list[NDArray[np.float32]] = []
+    images = np.empty((len(positions), 3, *preprocessing.crop), dtype=np.float32)
     indices: list[int] = []
     broken: list[tuple[str, str]] = []
     for index in positions:
         try:
-            images.append(prepare([dataset.image(index)], preprocessing))
+            prepare_into(images[len(indices)], dataset.image(index), preprocessing)
             indices.append(index)
         except InputError as error:
             broken.append((dataset.item_name(index), str(error)))
-    height, width = preprocessing.crop
     return Batch(
-        images=np.concatenate(images) if images else np.empty((0, 3, height, width), np.float32),
+        images=images[: len(indices)],
         labels=dataset.labels[indices],
         indices=np.array(indices, dtype=np.int64),
         broken=tuple(broken),

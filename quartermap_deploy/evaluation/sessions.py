@@ -42,6 +42,7 @@ class Runner:
         plan: the QuarterMap plan, or None.
         num_classes: size of the output.
         weights: "checkpoint", "included" or "new".
+        trained: whether all of its weights are trained, the last layer's too.
         identity: hash of everything that decides the logits: weights, plan, precision and target.
     """
 
@@ -53,6 +54,7 @@ class Runner:
     plan: QuarterMap | None
     num_classes: int
     weights: str
+    trained: bool
     identity: str
 
 
@@ -130,6 +132,7 @@ def _bundle_runner(bundle: Bundle, target: str, checkpoint: Path | None, progres
         plan=recipe.quartermap,
         num_classes=manifest["model"]["num_classes"],
         weights=manifest["model"]["weights"],
+        trained=manifest["model"]["weights"] != "new" and manifest["model"].get("head") != "new",
         identity=_hash(identity),
     )
 
@@ -162,6 +165,7 @@ def _recipe_runner(recipe: Recipe, name: str, target: str, progress: Progress) -
         plan=recipe.quartermap,
         num_classes=model.num_classes,
         weights=weights.source,
+        trained=weights.source != "new" and not weights.new_head,
         identity=_hash(identity),
     )
 
