@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from quartermap_deploy.cli.common import at_least_one, file_or_folder, message
+from quartermap_deploy.evaluation import FORMATS
 
 if TYPE_CHECKING:
     from quartermap_deploy.evaluation.datasets import Dataset
-
-FORMATS = ("imagefolder", "medmnist", "digits")
-"""Those of `evaluation.datasets`, which a help text need not import."""
 
 SHOWN = 3
 """Broken images that a warning names; --json has all."""

@@ -96,11 +96,13 @@ def evaluate(
         workers: threads that read and prepare images.
 
     Raises:
-        InputError: if there is no image, all are broken, the classes are not the model's, or the state belongs to
-            another evaluation or cannot be written.
+        InputError: if there is no image or no label, all are broken, the classes are not the model's, or the state
+            belongs to another evaluation or cannot be written.
     """
     if len(dataset) == 0:
         raise InputError(f"{dataset.name} has no image to evaluate on")
+    if not dataset.labelled:
+        raise InputError(f"{dataset.name} has no labels, so there is no accuracy to measure")
     key = _key(dataset, preprocessing, batch, identity)
     tally = _first_state(checkpoint, key, len(dataset.classes))
     saved = lap = time.perf_counter()

@@ -1,7 +1,7 @@
 """Labelled sets of images, as the evaluation reads them.
 
-`open_dataset` reads three layouts: class folders as ImageNet-1K has them, the files of MedMNIST, and the handwritten
-digits that come with scikit-learn. Opening one reads names and labels; images of class folders are opened one by one.
+`open_dataset` reads class folders as ImageNet-1K has them, the files of MedMNIST, the handwritten digits that come with
+scikit-learn, and folders of images without labels. Images of folders are opened one by one, when they are needed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from quartermap_deploy.data.images import ImageLike
 from quartermap_deploy.errors import InputError, UnknownNameError
-
-FORMATS = ("imagefolder", "medmnist", "digits")
+from quartermap_deploy.evaluation import FORMATS, UNLABELLED
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +25,8 @@ class Dataset:
 
     Attributes:
         name: for people, as "digits, held_out".
-        classes: names of the classes, in the order of the model's logits.
-        labels: (n) of int64, positions in `classes`.
+        classes: names of the classes, in the order of the model's logits; none without labels.
+        labels: (n) of int64, positions in `classes`; -1 without labels.
         pictures: n images as `data.images.prepare` takes them.
         item_names: a name for each image; None numbers them.
         fingerprint: hash that another set, or the same images in another order, does not have.
@@ -45,6 +44,11 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the classes of the images are known."""
+        return bool(self.classes)
 
     def image(self, index: int) -> ImageLike:
         """Return an image as `data.images.prepare` takes it."""
@@ -84,13 +88,13 @@ class Dataset:
         return self.subset(np.sort(np.random.RandomState(seed).permutation(len(self))[:count]))
 
     def check_classes(self, num_classes: int) -> None:
-        """Check that a model with so many classes can be evaluated on this set.
+        """Check that a model with so many classes can be evaluated on this set, if it has labels.
 
         Raises:
             InputError: if the number of classes differs, or a label is outside the model's.
         """
         own = len(self.classes)
-        if own == num_classes or (not self.closed and own < num_classes):
+        if not self.labelled or own == num_classes or (not self.closed and own < num_classes):
             return
         mend = "take the data that the model was trained for, or the model that was trained for this data"
         if not self.closed:
@@ -104,8 +108,8 @@ def open_dataset(path: Path | None, format: str, *, split: str | None = None) ->
     """Open a data set.
 
     Args:
-        path: its folder ("imagefolder") or .npz file ("medmnist"); None for "digits".
-        format: "imagefolder", "medmnist" or "digits".
+        path: its folder ("imagefolder", "images") or .npz file ("medmnist"); None for "digits".
+        format: "imagefolder", "medmnist", "digits", or "images" for a folder of images without labels.
         split: which part. Digits have "held_out" (the default), which no model of this package was trained on, and
             "training"; MedMNIST has "train", "val" and "test" (the default); of a folder it is a folder in it (by
             default "val", "validation" or "test" if there is one, or else the folder itself).
@@ -114,8 +118,8 @@ def open_dataset(path: Path | None, format: str, *, split: str | None = None) ->
         UnknownNameError: if there is no such format or part.
         InputError: if the data cannot be read, has no image, or its labels are not those of its classes.
     """
-    if format not in FORMATS:
-        raise UnknownNameError.for_choice("format of a data set", format, FORMATS)
+    if format not in (*FORMATS, UNLABELLED):
+        raise UnknownNameError.for_choice("format of a data set", format, (*FORMATS, UNLABELLED))
     if format == "digits":
         if path is not None:
             raise InputError(
@@ -123,14 +127,20 @@ def open_dataset(path: Path | None, format: str, *, split: str | None = None) ->
             )
         return _digits(split or "held_out")
     if path is None:
-        kind = "the folder of the images" if format == "imagefolder" else "the .npz file"
+        kind = "the .npz file" if format == "medmnist" else "the folder of the images"
         raise InputError(f"the format {format} needs a path: {kind}")
     if format == "medmnist":
         from quartermap_deploy.evaluation.medmnist import read_medmnist
 
         return read_medmnist(Path(path), split or "test")
-    from quartermap_deploy.evaluation.imagefolder import read_imagefolder
+    from quartermap_deploy.evaluation.imagefolder import read_imagefolder, read_images
 
+    if format == UNLABELLED:
+        if split is not None:
+            raise InputError(
+                f"images without labels have no parts such as {split!r}; give their folder itself"
+            )
+        return read_images(Path(path))
     return read_imagefolder(Path(path), split)
 
 

@@ -7,7 +7,7 @@ take n/2 at the end, and none twice at the start.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -32,7 +32,7 @@ class Fidelity:
     """How close a pruned form stays to the unpruned model, on some images.
 
     Attributes:
-        agreement: share of the images on which both name the same class. The accuracy cannot fall by more than the rest.
+        agreement: share of the images on which both name the same class; accuracy cannot fall by more than the rest.
         divergence: mean Kullback-Leibler divergence of the form's class probabilities from the unpruned model's, in
             nats; 0 for the same, and much finer than the agreement.
         accuracy: share of the images whose class the form names; None without labels.
@@ -73,25 +73,19 @@ def fidelity(
     """
     import torch
 
-    unpruned: Form = (None,) * sum(model.depths)
     counts = [_Counts() for _ in forms]
     device = next(model.parameters()).device
-    with torch.inference_mode(), _subsampled(model), progress.step(title, total=len(images) * len(forms)) as advance:
+    total = len(images) * len(forms)
+    with torch.inference_mode(), _subsampled(model), progress.step(title, total=total) as advance:
         for start in range(0, len(images), batch):
-            x = torch.from_numpy(images[start : start + batch]).to(device)
-            expected: list[Tensor] = []
-            # Alone and first, so that there is something to compare with.
-            _walk(model, model.stem(x), [unpruned], [0], lambda _, logits: expected.append(logits))
+            x = model.stem(torch.from_numpy(images[start : start + batch]).to(device))
             truth = None if labels is None else torch.from_numpy(labels[start : start + batch]).to(device)
-
-            def count(members: Sequence[int], logits: Tensor) -> None:
-                added = _Counts.of(logits, expected[0], truth)  # noqa: B023
+            expected = _unpruned_logits(model, x)
+            for members, logits in _walk(model, x, forms):
+                added = _Counts.of(logits, expected, truth)
                 for member in members:
                     counts[member].add(added)
                 advance(len(logits) * len(members))
-
-            if forms:
-                _walk(model, model.stem(x), forms, range(len(forms)), count)
     return [entry.result(len(images), labels is not None) for entry in counts]
 
 
@@ -128,25 +122,26 @@ class _Counts:
         )
 
 
+def _unpruned_logits(model: VisualStateSpaceModel, x: Tensor) -> Tensor:
+    ((_, logits),) = _walk(model, x, [(None,) * sum(model.depths)])
+    return logits
+
+
 def _walk(
-    model: VisualStateSpaceModel,
-    x: Tensor,
-    forms: Sequence[Form],
-    members: Sequence[int],
-    leaf: Callable[[Sequence[int], Tensor], None],
-) -> None:
-    """Run forms on the output of the stem, and give the logits of each to `leaf` with the forms that they belong to."""
+    model: VisualStateSpaceModel, x: Tensor, forms: Sequence[Form]
+) -> Iterator[tuple[Sequence[int], Tensor]]:
+    """Run forms on the output of the stem; yields logits with the positions of the forms that they belong to."""
     # Each block with the step that follows it: to the next stage after the last block of a stage.
     steps = [
-        (block, stage.downsample if last else None)
+        (block, stage.downsample if number == len(stage.blocks) else None)
         for stage in model.stages()
-        for block, last in zip(stage.blocks, [False] * (len(stage.blocks) - 1) + [True], strict=True)
+        for number, block in enumerate(stage.blocks, start=1)
     ]
     mixers = [block.mixer for block in model.blocks()]
 
-    def descend(x: Tensor, index: int, members: Sequence[int]) -> None:
+    def descend(x: Tensor, index: int, members: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
         if index == len(steps):
-            leaf(members, model.classify(x))
+            yield members, model.classify(x)
             return
         branches: dict[Subsample | None, list[int]] = {}
         for member in members:
@@ -155,9 +150,9 @@ def _walk(
         for subsample, branch in branches.items():
             mixers[index].subsample = subsample
             y = module(x)
-            descend(y if downsample is None else downsample(y), index + 1, branch)
+            yield from descend(y if downsample is None else downsample(y), index + 1, branch)
 
-    descend(x, 0, members)
+    yield from descend(x, 0, range(len(forms)))
 
 
 @contextmanager

@@ -76,6 +76,36 @@ def read_imagefolder(path: Path, split: str | None) -> Dataset:
     )
 
 
+def read_images(path: Path) -> Dataset:
+    """Read a folder of images without labels, and the folders in it; none of the images is opened.
+
+    Raises:
+        InputError: if the folder cannot be read, or holds no image.
+    """
+    if not path.is_dir():
+        hint = "it is a file" if path.is_file() else "there is no such folder"
+        raise InputError(f"cannot read {path}: {hint}; expected a folder of images")
+    try:
+        files = list(_below(path))
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename or path}: {error.strerror or error}") from error
+    if not files:
+        raise InputError(f"{path} holds no image; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+    names = [file.relative_to(path).as_posix() for file in files]
+    sizes = np.array([_size(file) for file in files], dtype="<i8")
+    return Dataset(
+        name=path.name,
+        classes=(),
+        labels=np.full(len(files), -1, dtype=np.int64),
+        pictures=files,
+        item_names=names,
+        fingerprint=fingerprint(
+            b"images", "\0".join(names).encode("utf-8", "surrogateescape"), sizes.tobytes()
+        ),
+        closed=False,
+    )
+
+
 def _split_folder(path: Path, split: str | None) -> Path:
     if not path.is_dir():
         hint = "it is a file" if path.is_file() else "there is no such folder"
@@ -117,11 +147,16 @@ def _items(folder: Path) -> Iterator[tuple[Path, str | None]]:
         yield from _flat(folder, flat)
         return
     for entry in classes:
-        for above, below, files in os.walk(entry.path, onerror=_give):
-            below.sort()
-            for file in sorted(files):
-                if _is_image(file) and not file.startswith("."):
-                    yield Path(above) / file, None
+        yield from ((file, None) for file in _below(Path(entry.path)))
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """The images in a folder and the folders in it, in order; what is hidden is left out."""
+    for above, folders, files in os.walk(folder, onerror=_give):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (
+            Path(above) / name for name in sorted(files) if _is_image(name) and not name.startswith(".")
+        )
 
 
 def _give(error: OSError) -> None:
