@@ -69,3 +69,7 @@ class MissingDependencyError(QuartermapError):
 
 class EngineError(QuartermapError):
     """An engine that could not be built, or is not what the graph says."""
+
+
+class ReportError(QuartermapError):
+    """A report that cannot be made or written, or results that are none of this package's commands."""

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from quartermap_deploy import __version__
-from quartermap_deploy.cli import bench, compile, eval, inspect, models, plugin, rebuild, validate
+from quartermap_deploy.cli import bench, compile, eval, inspect, models, plugin, rebuild, report, validate
 from quartermap_deploy.cli.common import CommandParser, HelpFormatter, mendable, message, terminable
 from quartermap_deploy.errors import QuartermapError
 
@@ -16,7 +16,7 @@ __all__ = ["build_parser", "run"]
 
 OK, DEFECT, USER_ERROR, BROKEN_PIPE = 0, 1, 2, 141
 
-COMMANDS = (models, compile, inspect, validate, bench, eval, rebuild, plugin)
+COMMANDS = (models, compile, inspect, validate, bench, eval, report, rebuild, plugin)
 
 DESCRIPTION = """\
 Deployment compiler for visual state-space models. A model, pruned by QuarterMap or not, goes in; a bundle comes
@@ -32,6 +32,7 @@ examples:
   quartermap validate bundles/vmamba_digits_k3                   prove it again, on this machine
   quartermap bench bundles/vmamba_digits bundles/vmamba_digits_k3
   quartermap eval bundles/vmamba_digits_k3                       accuracy on images that training never saw
+  quartermap report bundles/vmamba_digits_k3 -o report.html      all of it on one page
 
 exit codes:
   0    done
