@@ -29,9 +29,10 @@ def read_medmnist(path: Path, split: str) -> Dataset:
         hint = "it is a folder" if path.is_dir() else "there is no such file"
         raise InputError(f"cannot read {path}: {hint}; expected an .npz file of MedMNIST")
     try:
+        # np.load would take a single array too, and give something else than a file.
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no archive")
         with np.load(path, allow_pickle=False) as file:
-            if not hasattr(file, "files"):
-                raise InputError(f"{path} holds one array; expected an .npz file of MedMNIST")
             _check_split(path, split, file.files)
             images, labels = file[f"{split}_images"], file[f"{split}_labels"]
             others = [file[name] for name in file.files if name.endswith("_labels")]
