@@ -25,6 +25,7 @@ from quartermap_deploy.targets import DEFAULT, Session, list_targets, load_targe
 if TYPE_CHECKING:
     from quartermap_deploy.architectures.base import VisualStateSpaceModel
     from quartermap_deploy.evaluation.accuracy import Run
+    from quartermap_deploy.frontend.export import Export
 
 TORCH = "torch"
 
@@ -173,23 +174,27 @@ def _recipe_runner(recipe: Recipe, name: str, target: str, progress: Progress) -
 def _built_run(recipe: Recipe, model: VisualStateSpaceModel, card: ModelCard, progress: Progress) -> Run:
     """Export a model and open it on the recipe's only target."""
     from quartermap_deploy.compiler import ENGINES, export_model, load_targets
-    from quartermap_deploy.targets.onnxruntime_cpu import OnnxRuntimeSession
     from quartermap_deploy.targets.tensorrt_options import EngineOptions
 
-    (target,) = recipe.targets
-    if target not in ENGINES:
+    if ENGINES.isdisjoint(recipe.targets):
         recipe = dataclasses.replace(recipe, engine=EngineOptions())
     load_targets(recipe)
-    exported = export_model(recipe, model, card, progress)
+    return exported_run(export_model(recipe, model, card, progress), recipe, progress)
+
+
+def exported_run(exported: Export, recipe: Recipe, progress: Progress = SILENT) -> Run:
+    """Return a function that runs an exported model on the recipe's only target."""
+    from quartermap_deploy.targets.onnxruntime_cpu import OnnxRuntimeSession
+
+    (target,) = recipe.targets
+    data = exported.model.SerializeToString()
     if target == DEFAULT:
-        return session_run(
-            OnnxRuntimeSession(exported.model.SerializeToString()), _sizes(recipe.dynamic_batch, {})
-        )
+        return session_run(OnnxRuntimeSession(data), _sizes(recipe.dynamic_batch, {}))
     module = load_target(target)
     # An engine is read when it is opened; its folder may go then.
     with tempfile.TemporaryDirectory(prefix="quartermap-") as folder, progress.step(f"building for {target}"):
         path = Path(folder) / MODEL
-        path.write_bytes(exported.model.SerializeToString())
+        path.write_bytes(data)
         entry = module.build(path, Path(folder), recipe.engine, progress=progress)
         return session_run(module.open(Path(folder), entry), _sizes(recipe.dynamic_batch, entry))
 
