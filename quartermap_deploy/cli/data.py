@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from quartermap_deploy.cli.common import at_least_one, file_or_folder, message
-from quartermap_deploy.evaluation import FORMATS
+from quartermap_deploy.evaluation import FORMATS, UNLABELLED
 
 if TYPE_CHECKING:
     from quartermap_deploy.evaluation.datasets import Dataset
@@ -16,8 +16,19 @@ SHOWN = 3
 """Broken images that a warning names; --json has all."""
 
 
-def add_data_options(parser: argparse.ArgumentParser, *, limit: bool = True) -> None:
-    """Add --data, --format, --split and --limit."""
+def add_data_options(
+    parser: argparse.ArgumentParser, *, limit: bool = True, unlabelled: bool = False
+) -> argparse._ArgumentGroup:
+    """Add --data, --format, --split and --limit.
+
+    Args:
+        parser: the command's.
+        limit: add --limit.
+        unlabelled: take folders of images without labels too.
+
+    Returns:
+        The group of options, for more of them.
+    """
     group = parser.add_argument_group("the images")
     group.add_argument(
         "--data",
@@ -27,7 +38,7 @@ def add_data_options(parser: argparse.ArgumentParser, *, limit: bool = True) -> 
     )
     group.add_argument(
         "--format",
-        choices=FORMATS,
+        choices=(*FORMATS, UNLABELLED) if unlabelled else FORMATS,
         help="how the data is laid out (default: medmnist for a file .npz, imagefolder for another --data, else the "
         "digits that come with scikit-learn)",
     )
@@ -44,6 +55,7 @@ def add_data_options(parser: argparse.ArgumentParser, *, limit: bool = True) -> 
             metavar="N",
             help="take N images, drawn with a fixed seed (default: all)",
         )
+    return group
 
 
 def dataset_of(options: argparse.Namespace) -> Dataset:

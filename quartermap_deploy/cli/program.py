@@ -8,7 +8,18 @@ import traceback
 from collections.abc import Sequence
 
 from quartermap_deploy import __version__
-from quartermap_deploy.cli import bench, compile, eval, inspect, models, plugin, rebuild, report, validate
+from quartermap_deploy.cli import (
+    bench,
+    compile,
+    eval,
+    inspect,
+    models,
+    plugin,
+    rebuild,
+    report,
+    tune,
+    validate,
+)
 from quartermap_deploy.cli.common import CommandParser, HelpFormatter, mendable, message, terminable
 from quartermap_deploy.errors import QuartermapError
 
@@ -16,7 +27,7 @@ __all__ = ["build_parser", "run"]
 
 OK, DEFECT, USER_ERROR, BROKEN_PIPE = 0, 1, 2, 141
 
-COMMANDS = (models, compile, inspect, validate, bench, eval, report, rebuild, plugin)
+COMMANDS = (models, compile, inspect, validate, bench, eval, tune, report, rebuild, plugin)
 
 DESCRIPTION = """\
 Deployment compiler for visual state-space models. A model, pruned by QuarterMap or not, goes in; a bundle comes

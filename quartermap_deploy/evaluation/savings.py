@@ -142,7 +142,8 @@ class PlanTimer:
     def times(self, plans: Sequence[QuarterMap]) -> list[tuple[Timing, Timing]]:
         """Time plans; returns the timings of each and of the unpruned model in the same rounds."""
         if self._unpruned is None:
-            self._unpruned = self._run(None)
+            with self._progress.step(f"making the unpruned model ready on {self.target}"):
+                self._unpruned = self._run(None)
         unpruned, images = self._unpruned, self.images
         found: list[tuple[Timing, Timing]] = []
         with self._progress.step(f"timing {len(plans)} plans on {self.target}", total=len(plans)) as advance:

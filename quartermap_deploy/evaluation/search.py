@@ -121,7 +121,7 @@ class Judge:
 
 
 Run = Callable[[Sequence[Candidate]], Mapping[Candidate, Fidelity]]
-"""Runs candidates, unless that was done before, and returns all that were ever run."""
+"""Runs candidates."""
 
 
 def search(
@@ -133,8 +133,10 @@ def search(
     *,
     evaluations: int,
     also: Iterable[Candidate] = (),
-) -> Mapping[Candidate, Fidelity]:
+) -> dict[Candidate, Fidelity]:
     """Run candidates until the goal is reached as well as can be found.
+
+    The same arguments lead to the same candidates in the same order, whatever `run` remembers.
 
     Args:
         blocks: that may be pruned.
@@ -142,20 +144,25 @@ def search(
         goal: what is wanted.
         judge: orders the candidates.
         run: runs them.
-        evaluations: how many may be run. If all sets are no more than that, all are; otherwise single blocks and `also`
-            are run in any case, and the search ends when the number is reached.
-        also: more candidates to run, such as those that the result is compared with.
+        evaluations: how many may be run. If all sets are no more than that, all are; otherwise single blocks, the sets
+            that the search starts from and `also` are run in any case, and the search ends when the number is reached.
+        also: more candidates to run and to choose from.
 
     Returns:
         All that were run.
     """
-    also = list(also)
-    if len(strides) * (2 ** len(blocks) - 1) <= evaluations:
-        return run([*every_set(blocks, strides), *also])
+    found: dict[Candidate, Fidelity] = {}
+
+    def run_new(candidates: Iterable[Candidate]) -> None:
+        found.update(run([candidate for candidate in dict.fromkeys(candidates) if candidate not in found]))
+
+    if count_sets(blocks, strides) <= evaluations:
+        run_new([*every_set(blocks, strides), *also])
+        return found
     singles = {stride: [Candidate((block,), stride) for block in blocks] for stride in strides}
-    found = run([*itertools.chain.from_iterable(singles.values()), *also])
+    run_new([*itertools.chain.from_iterable(singles.values()), *also])
     divergence = {c: found[c].divergence for group in singles.values() for c in group}
-    found = run([c for group in singles.values() for c in _chain(group, divergence, judge)])
+    run_new(c for group in singles.values() for c in _chain(group, divergence, judge))
     best: Candidate | None = None
     while len(found) < evaluations:
         satisfying = judge.satisfying(goal, found)
@@ -165,8 +172,13 @@ def search(
         promising = _promising(blocks, goal, judge, found, divergence, best)
         if not promising:
             break
-        found = run(promising[: min(AT_ONCE, evaluations - len(found))])
+        run_new(promising[: min(AT_ONCE, evaluations - len(found))])
     return found
+
+
+def count_sets(blocks: Sequence[int], strides: Sequence[int]) -> int:
+    """How many candidates there are."""
+    return len(strides) * ((1 << len(blocks)) - 1)
 
 
 def every_set(blocks: Sequence[int], strides: Sequence[int]) -> Iterator[Candidate]:
