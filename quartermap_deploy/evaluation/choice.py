@@ -155,4 +155,6 @@ class Chooser:
         )
 
     def _error(self, text: str) -> GoalError:
+        if self._timer is not None and self.judge.savings.measure != "time":
+            text += ". Times were too noisy to choose by, so speeds are ratios of operations"
         return GoalError(f"{text}. All that was tried is in {self._kept}")

@@ -30,7 +30,7 @@ TOGETHER = 4
 """Pruned models that are timed in turns with the unpruned one; more would need the memory of more models."""
 
 NOISE_LIMIT = 1 / 3
-"""Times are not used where their standard error is more than this part of what they say is saved."""
+"""Times are not chosen by where their standard error is more than this part of what all blocks together save."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,14 @@ class Savings:
         shares: by (block, stride), the share of the unpruned model's cost that is saved; below 0 where pruning costs.
         errors: by (block, stride), standard error of the share; empty for what is counted.
         note: how it was measured, for people.
+        noisy: whether too little is known of the savings to choose by them.
     """
 
     measure: str
     shares: Mapping[tuple[int, int], float]
     errors: Mapping[tuple[int, int], float]
     note: str
+    noisy: bool = False
 
     def speed(self, blocks: Sequence[int], stride: int) -> float:
         """Speed of a model with these blocks pruned, relative to the unpruned one, if the savings add up.
@@ -56,17 +58,12 @@ class Savings:
         """
         return 1 / max(1 - sum(self.shares[block, stride] for block in blocks), 1e-6)
 
-    def too_noisy(self, stride: int) -> bool:
-        """Whether the savings at a stride, all blocks together, are not known well enough to choose by."""
-        total = sum(share for (_, own), share in self.shares.items() if own == stride)
-        error = math.sqrt(sum(error**2 for (_, own), error in self.errors.items() if own == stride))
-        return total <= 0 or error > NOISE_LIMIT * total
-
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; `from_dict` reads them back."""
         return {
             "measure": self.measure,
             "note": self.note,
+            "noisy": self.noisy,
             "blocks": [
                 {"block": block, "stride": stride, "share": share, "error": self.errors.get((block, stride))}
                 for (block, stride), share in self.shares.items()
@@ -82,6 +79,7 @@ class Savings:
             shares={key: entry["share"] for key, entry in entries.items()},
             errors={key: entry["error"] for key, entry in entries.items() if entry["error"] is not None},
             note=values["note"],
+            noisy=values["noisy"],
         )
 
 
@@ -155,17 +153,33 @@ class PlanTimer:
                 advance(len(others))
         return found
 
-    def savings(self, blocks: Sequence[int], strides: Sequence[int]) -> Savings:
-        """Time every block pruned alone."""
-        keys = [(block, stride) for stride in strides for block in blocks]
-        timings = self.times([QuarterMap(blocks=(block,), stride=stride) for block, stride in keys])
-        shares, errors = {}, {}
-        for key, (pruned, unpruned) in zip(keys, timings, strict=True):
-            low, high = pruned.ratio_spread(unpruned)
-            shares[key] = 1 - pruned.ratio(unpruned)
-            # Of a median of normal values: 1.253 standard deviations, which are 1 / 1.349 of the quartiles' distance.
-            errors[key] = 1.253 / 1.349 * (high - low) / math.sqrt(len(pruned.samples))
-        return Savings("time", shares, errors, f"measured in turns on {self.target}, {self.settings()}")
+    def savings(self, strides: Sequence[int]) -> Savings:
+        """Time what pruning saves: each stage with all its blocks pruned, as they are all alike, and the whole model.
+
+        A block alone saves so little of a model's time that it is lost in the noise of most machines. What the stages
+        save is scaled to add up to what the whole model saves, of which more is known.
+        """
+        stages: dict[int, list[int]] = {}
+        for block in self._model.blocks():
+            stages.setdefault(block.stage, []).append(block.index)
+        everything = [number for numbers in stages.values() for number in numbers]
+        sets = [tuple(numbers) for numbers in (everything, *stages.values())]
+        plans = [QuarterMap(blocks=numbers, stride=stride) for stride in strides for numbers in sets]
+        found = [_saved(pruned, unpruned) for pruned, unpruned in self.times(plans)]
+        shares: dict[tuple[int, int], float] = {}
+        errors: dict[tuple[int, int], float] = {}
+        noisy = True
+        for number, stride in enumerate(strides):
+            (whole, error), *parts = found[number * len(sets) : (number + 1) * len(sets)]
+            noisy = noisy and (whole <= 0 or error > NOISE_LIMIT * whole)
+            total = sum(share for share, _ in parts)
+            scale = min(max(whole / total, 0.5), 2.0) if whole > 0 and total > 0 else 1.0
+            for numbers, (share, error) in zip(sets[1:], parts, strict=True):
+                for block in numbers:
+                    shares[block, stride] = scale * share / len(numbers)
+                    errors[block, stride] = scale * error / len(numbers)
+        note = f"measured in turns on {self.target}, stage by stage, {self.settings()}"
+        return Savings("time", shares, errors, note, noisy)
 
     def settings(self) -> str:
         """What was timed, in words."""
@@ -181,6 +195,14 @@ class PlanTimer:
         exported = export_model(recipe, self._model, self._card, SILENT, self._traced)
         self._traced = exported.traced
         return exported_run(exported, recipe)
+
+
+def _saved(pruned: Timing, unpruned: Timing) -> tuple[float, float]:
+    """The share of the time that is saved, and its standard error."""
+    low, high = pruned.ratio_spread(unpruned)
+    # Of a median of normal values: 1.253 standard deviations, which are 1 / 1.349 of the quartiles' distance.
+    error = 1.253 / 1.349 * (high - low) / math.sqrt(len(pruned.samples))
+    return 1 - pruned.ratio(unpruned), error
 
 
 def _call(run: Run, images: NDArray[np.float32]) -> Any:

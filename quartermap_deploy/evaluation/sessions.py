@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -113,7 +114,7 @@ def _bundle_runner(bundle: Bundle, target: str, checkpoint: Path | None, progres
         model = reference_model(recipe, rebuild_torch(bundle, checkpoint, progress))
         run = torch_run(model)
         # A bundle in 16 bits and one in float32 have the same PyTorch model.
-        identity = {"weights": _weights_hash(model), "plan": _plan_entry(recipe), "target": target}
+        identity = {"weights": weights_hash(model), "plan": _plan_entry(recipe), "target": target}
     else:
         if checkpoint is not None:
             raise BundleError(
@@ -129,7 +130,7 @@ def _bundle_runner(bundle: Bundle, target: str, checkpoint: Path | None, progres
         target=target,
         run=run,
         card=card,
-        preprocessing=_preprocessing(recipe, card),
+        preprocessing=preprocessing_of(recipe, card),
         plan=recipe.quartermap,
         num_classes=manifest["model"]["num_classes"],
         weights=manifest["model"]["weights"],
@@ -144,7 +145,7 @@ def _recipe_runner(recipe: Recipe, name: str, target: str, progress: Progress) -
     with progress.step(f"loading {recipe.model}"):
         model, card, weights = load_model(recipe)
     identity = {
-        "weights": _weights_hash(model),
+        "weights": weights_hash(model),
         "plan": _plan_entry(recipe),
         "target": target,
         "size": recipe.input_size,
@@ -162,7 +163,7 @@ def _recipe_runner(recipe: Recipe, name: str, target: str, progress: Progress) -
         target=target,
         run=run,
         card=card,
-        preprocessing=_preprocessing(recipe, card),
+        preprocessing=preprocessing_of(recipe, card),
         plan=recipe.quartermap,
         num_classes=model.num_classes,
         weights=weights.source,
@@ -200,9 +201,10 @@ def exported_run(exported: Export, recipe: Recipe, progress: Progress = SILENT) 
 
 
 def torch_run(model: VisualStateSpaceModel) -> Run:
-    """Return a function that runs a PyTorch model on arrays, where its parameters are."""
+    """Return a function that runs a PyTorch model on arrays, on the GPU if PyTorch has one."""
     import torch
 
+    model = on_device(model)
     device = next(model.parameters()).device
 
     def run(images: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -211,6 +213,13 @@ def torch_run(model: VisualStateSpaceModel) -> Run:
         return logits
 
     return run
+
+
+def on_device(model: VisualStateSpaceModel) -> VisualStateSpaceModel:
+    """Return the model, or a copy of it on the GPU if PyTorch has one."""
+    import torch
+
+    return copy.deepcopy(model).to("cuda") if torch.cuda.is_available() else model
 
 
 def session_run(session: Session, sizes: Sequence[tuple[int, int]]) -> Run:
@@ -250,7 +259,8 @@ def _sizes(dynamic_batch: bool, entry: Mapping[str, Any]) -> list[tuple[int, int
     return [(profile["batch"][0], profile["batch"][-1]) for profile in profiles]
 
 
-def _preprocessing(recipe: Recipe, card: ModelCard) -> Preprocessing:
+def preprocessing_of(recipe: Recipe, card: ModelCard) -> Preprocessing:
+    """How images are prepared for a recipe's model: as its card says, at the recipe's size."""
     return (
         card.preprocessing if recipe.input_size is None else card.preprocessing.with_size(*recipe.input_size)
     )
@@ -260,7 +270,8 @@ def _plan_entry(recipe: Recipe) -> Any:
     return None if recipe.quartermap is None else recipe.quartermap.to_dict()
 
 
-def _weights_hash(model: VisualStateSpaceModel) -> str:
+def weights_hash(model: VisualStateSpaceModel) -> str:
+    """Hash of a model's weights and of what they belong to."""
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())

@@ -303,13 +303,12 @@ class _Tuning:
         key = {name: getattr(options, name) for name in ("target", "batch", "repeats")}
         key["strides"] = list(options.strides)
         if tried.savings is None or tried.savings_key != key:
-            every_block = range(1, sum(self.model.depths) + 1)
-            tried.savings, tried.savings_key = timer.savings(every_block, options.strides), key
+            tried.savings, tried.savings_key = timer.savings(options.strides), key
             tried.write()
-        if not all(tried.savings.too_noisy(stride) for stride in options.strides):
+        if not tried.savings.noisy:
             return tried.savings
         self.warnings.append(
-            f"what single blocks save is lost in the noise of the times on {options.target}, so plans were chosen by "
+            f"what blocks save is lost in the noise of the times on {options.target}, so plans were chosen by "
             "operations, and speeds are ratios of them; a quieter machine, a larger --batch or more --repeats helps"
         )
         counted = counted_savings(self.model, size, options.strides, "flops")
