@@ -26,6 +26,7 @@ from quartermap_deploy.cli.measuring import (
     labelled_images,
     milliseconds,
     print_results,
+    rate_text,
     recipe_of,
     speed_text,
 )
@@ -162,7 +163,7 @@ def _table(values: Mapping[str, Any], timing: Mapping[str, Any]) -> Table:
                 count_text(variant["tokens"]),
                 count_text(variant["flops"]),
                 None if accuracy is None else f"{accuracy['top1']:.2%}",
-                f"{entry['images_per_second']:,.1f}",
+                rate_text(entry["images_per_second"]),
                 speed_text(entry["speed"], entry["speed_quartiles"]),
                 speed_text(entry["speed_to_tome"], None),
                 milliseconds(entry["scan_ms"]),

@@ -160,7 +160,8 @@ def print_results(
 
 def _broken(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The broken images of the data, which are the same for every variant."""
-    for entry in values["variants"]:
+    variants = [entry for part in (values, *values.get("groups", ())) for entry in part.get("variants", ())]
+    for entry in variants:
         if entry["accuracy"]:
             return [(image["image"], image["reason"]) for image in entry["accuracy"]["broken"]]
     return []
@@ -176,3 +177,8 @@ def speed_text(speed: float | None, quartiles: Sequence[float] | None) -> str | 
 def milliseconds(value: float | None) -> str | None:
     """Return a time with one digit after the point, or None."""
     return None if value is None else f"{value:.1f}"
+
+
+def rate_text(value: float) -> str:
+    """Return images per second with three digits at least."""
+    return f"{value:,.1f}" if value >= 10 else f"{value:.2f}"

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from quartermap_deploy import __version__
 from quartermap_deploy.cli import (
+    ablate,
     bench,
     compare,
     compile,
@@ -28,7 +29,7 @@ __all__ = ["build_parser", "run"]
 
 OK, DEFECT, USER_ERROR, BROKEN_PIPE = 0, 1, 2, 141
 
-COMMANDS = (models, compile, inspect, validate, bench, eval, compare, tune, report, rebuild, plugin)
+COMMANDS = (models, compile, inspect, validate, bench, eval, compare, ablate, tune, report, rebuild, plugin)
 
 DESCRIPTION = """\
 Deployment compiler for visual state-space models. A model, pruned by QuarterMap or not, goes in; a bundle comes
