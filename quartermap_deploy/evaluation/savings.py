@@ -175,9 +175,9 @@ class PlanTimer:
             total = sum(share for share, _ in parts)
             scale = min(max(whole / total, 0.5), 2.0) if whole > 0 and total > 0 else 1.0
             for numbers, (share, error) in zip(sets[1:], parts, strict=True):
-                for block in numbers:
-                    shares[block, stride] = scale * share / len(numbers)
-                    errors[block, stride] = scale * error / len(numbers)
+                for index in numbers:
+                    shares[index, stride] = scale * share / len(numbers)
+                    errors[index, stride] = scale * error / len(numbers)
         note = f"measured in turns on {self.target}, stage by stage, {self.settings()}"
         return Savings("time", shares, errors, note, noisy)
 

@@ -144,12 +144,7 @@ def _recipe_runner(recipe: Recipe, name: str, target: str, progress: Progress) -
 
     with progress.step(f"loading {recipe.model}"):
         model, card, weights = load_model(recipe)
-    identity = {
-        "weights": weights_hash(model),
-        "plan": _plan_entry(recipe),
-        "target": target,
-        "size": recipe.input_size,
-    }
+    identity = {"weights": weights_hash(model), "plan": _plan_entry(recipe), "target": target}
     if target == TORCH:
         run = torch_run(reference_model(recipe, model))
     else:
