@@ -323,6 +323,8 @@ def fixed_table(report: Mapping[str, Any]) -> Table:
     rows = []
     for entry in report["fixed"]:
         fixed, tuned = entry["fixed"], entry["tuned"]
+        if fixed["verification"] is None or tuned["verification"] is None:
+            continue  # of a goal that was not met, nothing was verified
         rows.append(
             (
                 entry["every"],

@@ -142,16 +142,19 @@ class PlanTimer:
         if self._unpruned is None:
             with self._progress.step(f"making the unpruned model ready on {self.target}"):
                 self._unpruned = self._run(None)
-        unpruned, images = self._unpruned, self.images
         found: list[tuple[Timing, Timing]] = []
         with self._progress.step(f"timing {len(plans)} plans on {self.target}", total=len(plans)) as advance:
             for start in range(0, len(plans), TOGETHER):
-                runs = [unpruned, *map(self._run, plans[start : start + TOGETHER])]
-                calls = {str(number): _call(run, images) for number, run in enumerate(runs)}
-                first, *others = interleave(calls, self.repeats).values()
-                found += [(timing, first) for timing in others]
-                advance(len(others))
+                found += self._times_together(self._unpruned, plans[start : start + TOGETHER])
+                advance(len(plans[start : start + TOGETHER]))
         return found
+
+    def _times_together(self, unpruned: Run, plans: Sequence[QuarterMap]) -> list[tuple[Timing, Timing]]:
+        # Whose models are gone when it returns: those of the next plans may be large too.
+        runs = [unpruned, *map(self._run, plans)]
+        calls = {str(number): _call(run, self.images) for number, run in enumerate(runs)}
+        first, *others = interleave(calls, self.repeats).values()
+        return [(timing, first) for timing in others]
 
     def savings(self, strides: Sequence[int]) -> Savings:
         """Time what pruning saves: each stage with all its blocks pruned, as they are all alike, and the whole model.

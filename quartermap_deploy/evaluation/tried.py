@@ -32,7 +32,7 @@ class Tried:
 
         Args:
             path: the file.
-            key: what the file has to belong to: model, images and how they are prepared.
+            key: what the file has to belong to: model, images, how they are prepared, and labels.
             force: begin anew where the file belongs to something else, or is damaged.
 
         Raises:
@@ -62,8 +62,8 @@ class Tried:
             pass
         if not force:
             raise RecipeError(
-                f"{self.path} exists and is not what was tried for this model and these images; choose another recipe, "
-                "or replace it with --force"
+                f"{self.path} exists and is not what was tried for this model and these images, judged in this way; "
+                "choose another recipe, or replace it with --force"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -211,7 +211,9 @@ class _Tuning:
         try:
             chosen = chooser.choose(self.goal)
         except GoalError:
-            written(None)
+            # On a full disk the file stays what it was, which has all that was tried too.
+            with contextlib.suppress(OSError):
+                written(None)
             raise
         self._compare(chosen, fixed, chooser)
         recipe = dataclasses.replace(self.recipe, quartermap=chosen.plan)
