@@ -2,11 +2,11 @@
 
 The recurrence h_t = a_t·h_{t-1} + b_t is solved in chunks of `RADIX` positions: all chunks advance side by side, then
 the last states of the chunks, a sequence `RADIX` times shorter, are solved the same way, and every chunk is corrected
-by the state it should have started from, times the decay up to there, the exponential of a sum. So the number of torch
-calls grows with log(L) and the work with L. No quotient of decays is ever formed, so the result stays exact when dt·|A|
-is large and decays underflow to zero: then the state they multiply is truly forgotten. Nor is a product: where steps are
-small and the map is even, every decay is rounded the same way, and a product over the sequence would gather that error
-once for every position.
+by the state it should have started from, times the decay up to there, the exponential of a sum. So the number of
+torch calls grows with log(L) and the work with L. No quotient of decays is ever formed, so the result stays exact when
+dt·|A| is large and decays underflow to zero: then the state they multiply is truly forgotten. Nor is a product: where
+steps are small and the map is even, every decay is rounded the same way, and a product over the sequence would gather
+that error once for every position.
 """
 
 from __future__ import annotations
