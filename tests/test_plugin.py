@@ -101,6 +101,13 @@ assert make(b"row,diagonal") is None
 """
 
 
+def test_checking_a_library_needs_no_torch() -> None:
+    """A bundle with a TensorRT engine is run without torch, and its plugin is checked before it is loaded."""
+    script = "import sys; import quartermap_deploy.plugin.check, quartermap_deploy.plugin.cuda; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_check_accepts_the_plugin(
     tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <functional>
 
 #define QUARTERMAP_INLINE inline
 #define QUARTERMAP_DEVICE inline
@@ -34,10 +35,9 @@ void wait_for_block();
 // Gives every lane of a warp the values of all 32 lanes.
 float const* exchange(float value);
 
-using Body = void (*)(void const* arguments);
-
-// Runs `blocks` blocks, one after the other. False if threads of a block wait for each other for ever.
-bool run(Body body, void const* arguments, unsigned blocks, int threads, std::int64_t shared_bytes);
+// Runs `blocks` blocks, one after the other; `body` is what each thread does. False if threads of a block wait for each
+// other for ever. Only one run at a time.
+bool run(std::function<void()> const& body, unsigned blocks, int threads, std::int64_t shared_bytes);
 
 } // namespace emulation
 
