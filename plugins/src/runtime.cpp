@@ -77,6 +77,11 @@ std::int32_t launch(Kernel kernel, KernelArguments const& arguments, void* strea
 
 char const* runtime_message(std::int32_t code)
 {
+    if (code == cudaErrorInsufficientDriver)
+    {
+        return "there is no NVIDIA driver here, or it is too old for the CUDA runtime that this library was built with; "
+               "install a newer driver, or build the library with the CUDA toolkit that fits the driver";
+    }
     return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 
