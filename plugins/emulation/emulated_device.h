@@ -14,6 +14,7 @@
 #define QUARTERMAP_DEVICE inline
 #define QUARTERMAP_KERNEL(threads, blocks) inline
 #define QUARTERMAP_UNROLL
+#define QUARTERMAP_NO_UNROLL
 
 namespace quartermap
 {
