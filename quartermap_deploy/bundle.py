@@ -72,8 +72,12 @@ class Bundle:
         targets = list(self.manifest["targets"])
         return DEFAULT if DEFAULT in targets else targets[0]
 
-    def session(self, target: str | None = None) -> Session:
+    def session(self, target: str | None = None, *, plugin: Path | None = None) -> Session:
         """Return a session that is ready to run; the same one at every call.
+
+        Args:
+            target: one of the targets the bundle was built for; None for the default.
+            plugin: the plugin library, for an engine of `tensorrt`; None looks for it.
 
         Raises:
             UnknownNameError: if the bundle was not built for the target.
@@ -83,7 +87,7 @@ class Bundle:
         entries = self.manifest["targets"]
         if name not in entries:
             raise UnknownNameError.for_choice(f"target of {self.path.name}", name, entries)
-        return _session(self, name)
+        return _session(self, name, plugin)
 
     def run(self, images: NDArray[np.float32], target: str | None = None) -> NDArray[np.float32]:
         """Run the model.
@@ -154,8 +158,8 @@ class Bundle:
 
 
 @functools.lru_cache(maxsize=8)
-def _session(bundle: Bundle, target: str) -> Session:
-    return load_target(target).open(bundle.path, bundle.manifest["targets"][target])
+def _session(bundle: Bundle, target: str, plugin: Path | None) -> Session:
+    return load_target(target).open(bundle.path, bundle.manifest["targets"][target], plugin=plugin)
 
 
 def load_bundle(path: str | os.PathLike[str]) -> Bundle:

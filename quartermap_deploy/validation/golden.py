@@ -7,6 +7,7 @@ They let any machine check a bundle without PyTorch:
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from quartermap_deploy.frontend.exporter import INPUT, OUTPUT
 from quartermap_deploy.validation.parity import quiet_polygraphy
 
 if TYPE_CHECKING:
+    from polygraphy.backend.base import BaseRunner
+
     from quartermap_deploy.architectures.base import VisualStateSpaceModel
 
 INPUTS_FILE, OUTPUTS_FILE = "inputs.json", "golden_outputs.json"
@@ -71,3 +74,25 @@ def read_golden(directory: Path) -> tuple[dict[str, NDArray[np.float32]], list[d
         raise BundleError(
             f"the golden files in {directory} cannot be read: {' '.join(str(error).split())}"
         ) from error
+
+
+def golden_runner(outputs: list[dict[str, NDArray[Any]]]) -> BaseRunner:
+    """A polygraphy runner that plays back recorded outputs, one batch after the other."""
+    from polygraphy.backend.base import BaseRunner
+    from polygraphy.common import TensorMetadata
+
+    class Golden(BaseRunner):  # type: ignore[misc]
+        def get_input_metadata_impl(self) -> Any:
+            return TensorMetadata()
+
+        def infer_impl(self, feed_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
+            self.inference_time = 0.0
+            return OrderedDict(next(self._recorded))
+
+        def activate_impl(self) -> None:
+            self._recorded = iter(outputs)
+
+        def infer(self, feed_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+            return self.infer_impl(feed_dict)
+
+    return Golden(name="golden outputs")
