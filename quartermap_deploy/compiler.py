@@ -35,6 +35,8 @@ from quartermap_deploy.targets import Target, load_target
 from quartermap_deploy.targets.tensorrt_options import EngineOptions
 
 if TYPE_CHECKING:
+    import onnx
+
     from quartermap_deploy.architectures.base import VisualStateSpaceModel
     from quartermap_deploy.architectures.cards import ModelCard
     from quartermap_deploy.architectures.factory import Weights
@@ -232,8 +234,17 @@ def input_size(recipe: Recipe, card: ModelCard) -> tuple[int, int]:
     return recipe.input_size or card.preprocessing.crop
 
 
-def export_model(recipe: Recipe, model: VisualStateSpaceModel, card: ModelCard, progress: Progress) -> Export:
-    """Export the model and run the passes; in float16, images tell which values come near its limit."""
+def export_model(
+    recipe: Recipe,
+    model: VisualStateSpaceModel,
+    card: ModelCard,
+    progress: Progress,
+    traced: onnx.ModelProto | None = None,
+) -> Export:
+    """Export the model and run the passes; in float16, images tell which values come near its limit.
+
+    `traced` is that of an earlier export of the same model, or None.
+    """
     from quartermap_deploy.frontend.export import export
     from quartermap_deploy.validation.inputs import real_images
 
@@ -256,6 +267,7 @@ def export_model(recipe: Recipe, model: VisualStateSpaceModel, card: ModelCard, 
             dynamic_batch=recipe.dynamic_batch,
             dynamic_size=recipe.dynamic_size,
             optimize=recipe.optimize,
+            traced=traced,
         )
 
 

@@ -25,6 +25,7 @@ from quartermap_deploy.cli.common import (
     TerminalProgress,
     error_text,
     message,
+    ranges,
     show,
     table,
     worst_error,
@@ -236,17 +237,6 @@ def show_results(results: Sequence[Result]) -> None:
         "",
         f"With every plan, bundle and PyTorch agree on at least {agreement:.2%} of the held-out digits.",
     )
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """Return 3, 5–8 for 3, 5, 6, 7, 8."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

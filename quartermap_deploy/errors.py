@@ -43,6 +43,10 @@ class PlanError(QuartermapError):
     """A QuarterMap plan that does not fit the model."""
 
 
+class GoalError(QuartermapError):
+    """A budget or a speed-up that no plan reaches; the message names the best that was found."""
+
+
 class InputError(QuartermapError):
     """An image, array or input size that the model cannot take."""
 
@@ -69,3 +73,7 @@ class MissingDependencyError(QuartermapError):
 
 class EngineError(QuartermapError):
     """An engine that could not be built, or is not what the graph says."""
+
+
+class ReportError(QuartermapError):
+    """A report that cannot be made or written, or results that are none of this package's commands."""

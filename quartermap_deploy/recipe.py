@@ -34,6 +34,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -166,6 +168,42 @@ class Recipe:
             raise RecipeError('it names no model; expected [model] with name = "…"')
         return cls(**{name: _checked(name, value, folder) for name, value in fields.items()})
 
+    def to_toml(self, folder: Path) -> str:
+        """Return the text of a recipe file in `folder`, which `load` reads back; what is a default is left out."""
+        default = Recipe(self.model)
+        document: dict[str, dict[str, Any]] = {}
+        for table, keys in _TABLES.items():
+            values = {key: getattr(self, name) for key, name in keys.items()}
+            changed = {
+                key: value
+                for key, value in values.items()
+                if key == "name" or value != getattr(default, keys[key])
+            }
+            if changed:
+                document[table] = changed
+        if self.quartermap is not None:
+            plan = self.quartermap.to_dict()
+            # A list of blocks says everything; every would contradict it, and stages are excluded from every alone.
+            for key in ("every", "exclude_stages") if self.quartermap.blocks is not None else ():
+                del plan[key]
+            document["quartermap"] = plan
+        engine, usual = self.engine.to_dict(), EngineOptions().to_dict()
+        options = {key: value for key, value in engine.items() if value != usual[key]}
+        options |= {
+            key: path for key in ("plugin", "cache") if (path := getattr(self.engine, key)) is not None
+        }
+        if options:
+            document["engine"] = options
+        order = ["model", "quartermap", *(table for table in (*_TABLES, "engine") if table != "model")]
+        blocks = [
+            "\n".join(
+                [f"[{table}]", *(f"{key} = {_toml(value, folder)}" for key, value in document[table].items())]
+            )
+            for table in order
+            if table in document
+        ]
+        return "\n\n".join(blocks) + "\n"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain values for JSON."""
         values = dataclasses.asdict(self)
@@ -179,6 +217,25 @@ class Recipe:
         values["input_size"] = None if self.input_size is None else list(self.input_size)
         values["targets"] = list(self.targets)
         return values
+
+
+def _toml(value: Any, folder: Path) -> str:
+    """A value as TOML writes it; a path relative to the folder of the recipe."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Path):
+        try:
+            value = Path(os.path.relpath(value, folder)).as_posix()
+        except ValueError:  # on another drive
+            value = str(value.absolute())
+    if isinstance(value, str):
+        # JSON writes strings as TOML does, but for one control character that TOML wants to have written as a number.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {_toml(entry, folder)}" for key, entry in value.items()) + " }"
+    if _is_list(value):
+        return "[" + ", ".join(_toml(entry, folder) for entry in value) + "]"
+    return str(value)
 
 
 def _is_list(value: object) -> bool:

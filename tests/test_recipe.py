@@ -87,6 +87,33 @@ def test_no_path_of_this_machine_stands_in_a_manifest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "text", [FULL, '[model]\nname = "vmamba_digits"\n', '[model]\nname = "x"\n[quartermap]\nevery = 2']
+)
+def test_a_recipe_that_was_written_reads_as_the_same(tmp_path: Path, text: str) -> None:
+    (tmp_path / "first.toml").write_text(text)
+    recipe = qm.Recipe.load(tmp_path / "first.toml")
+    (tmp_path / "second.toml").write_text(recipe.to_toml(tmp_path))
+    assert qm.Recipe.load(tmp_path / "second.toml") == recipe
+    # What is a default is not written, so that a short recipe stays short.
+    assert len(recipe.to_toml(tmp_path).split()) <= len(text.split()) + 12
+
+
+def test_a_recipe_is_written_for_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths that were relative to the folder of the command lead to the same files from the folder of the recipe."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "recipes").mkdir()
+    name = 'a "strange" name\\ of\tweights\x7f é.pth'
+    (tmp_path / "weights" / name).touch()
+    recipe = qm.Recipe("vmamba_digits", checkpoint=Path("weights") / name)
+    written = tmp_path / "recipes" / "tuned.toml"
+    written.write_text(recipe.to_toml(written.parent), encoding="utf-8")
+    assert str(tmp_path) not in written.read_text(encoding="utf-8")
+    found = qm.Recipe.load(written).checkpoint
+    assert found is not None and found.samefile(tmp_path / "weights" / name)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[model", "no valid TOML"),

@@ -68,12 +68,28 @@ class VisualStateSpaceModel(nn.Module):
     minimum_side: int
     """Smallest height and width that leave at least one position in every stage."""
 
+    def stem(self, x: Tensor) -> Tensor:
+        """Return the map that the first stage takes, for images (batch, channels, H, W)."""
+        raise NotImplementedError
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Return logits, (batch, num_classes), for the map of the last stage."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits, (batch, num_classes), for images (batch, channels, H, W)."""
+        x = self.stem(x)
+        for stage in self.layers:
+            x = stage(x)
+        return self.classify(x)
+
     @property
     def depths(self) -> tuple[int, ...]:
         """Blocks per stage."""
-        return tuple(len(stage.blocks) for stage in self._stages())
+        return tuple(len(stage.blocks) for stage in self.stages())
 
-    def _stages(self) -> Iterator[Stage]:
+    def stages(self) -> Iterator[Stage]:
+        """Yield the stages in order."""
         for stage in self.layers:
             assert isinstance(stage, Stage)
             yield stage
@@ -81,7 +97,7 @@ class VisualStateSpaceModel(nn.Module):
     def blocks(self) -> list[Block]:
         """Return every block, in the order in which an image passes them."""
         found: list[Block] = []
-        for stage_index, stage in enumerate(self._stages()):
+        for stage_index, stage in enumerate(self.stages()):
             for block_index, module in enumerate(stage.blocks):
                 path = f"layers.{stage_index}.blocks.{block_index}"
                 mixer = getattr(module, self.mixer_name)

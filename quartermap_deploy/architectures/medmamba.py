@@ -114,10 +114,12 @@ class MedMamba(VisualStateSpaceModel):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits, (batch, num_classes), for images (batch, in_chans, H, W)."""
-        x = self.patch_embed(x)
-        for stage in self.layers:
-            x = stage(x)
+    def stem(self, x: Tensor) -> Tensor:
+        """Embed the patches of images."""
+        embedded: Tensor = self.patch_embed(x)
+        return embedded
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Return logits, (batch, num_classes), for the map of the last stage."""
         logits: Tensor = self.head(mean_over_map(x, channel_first=False))
         return logits

@@ -153,11 +153,13 @@ class VMamba(VisualStateSpaceModel):
         self.classifier = Classifier(config.dims[-1], config.num_classes, channel_first=config.channel_first)
         self.apply(initialise_linear_and_norm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits, (batch, num_classes), for images (batch, in_chans, H, W)."""
-        x = self.patch_embed(x)
-        for stage in self.layers:
-            x = stage(x)
+    def stem(self, x: Tensor) -> Tensor:
+        """Embed the patches of images."""
+        embedded: Tensor = self.patch_embed(x)
+        return embedded
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Return logits, (batch, num_classes), for the map of the last stage."""
         logits: Tensor = self.classifier(x)
         return logits
 

@@ -320,6 +320,17 @@ def count_text(count: float) -> str:
     return f"{count:g}"
 
 
+def ranges(numbers: Sequence[int]) -> str:
+    """Return 3, 5–8 for 3, 5, 6, 7, 8."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+
+
 def error_text(error: float | None) -> str:
     """Return a relative error with two digits."""
     return "–" if error is None else f"{error:.1e}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.cli.common import (
@@ -11,13 +12,12 @@ from quartermap_deploy.cli.common import (
     add_output_options,
     bundle_facts,
     bundle_json,
-    count_text,
     facts,
     print_json,
     show,
-    size_text,
     table,
 )
+from quartermap_deploy.report.bundles import BLOCK_COLUMNS, block_rows, operator_rows, pass_rows
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -81,67 +81,23 @@ def run(options: argparse.Namespace) -> None:
 
 def block_map(manifest: dict[str, Any]) -> Table:
     """Return the table of blocks, with the totals below."""
-    totals = manifest["totals"]
-    rows: list[tuple[object, ...]] = [
-        (
-            block["index"],
-            block["stage"],
-            size_text(block["map_size"]),
-            size_text(block["scanned_size"]),
-            "yes" if block["pruned"] else "",
-            f"{block['tokens']:,}",
-            _share(block["tokens"], block["tokens_unpruned"]),
-            count_text(block["flops"]),
-            _share(block["flops"], block["flops_unpruned"]),
-        )
-        for block in manifest["blocks"]
-    ]
-    headings = ["block", "stage", "map", "scanned", "pruned", ">tokens", ">of", ">FLOPs", ">of"]
-    result = table("blocks", headings, rows)
-    result.add_section()
-    result.add_row(
-        "model",
-        "",
-        "",
-        "",
-        str(sum(block["pruned"] for block in manifest["blocks"])),
-        f"{totals['tokens']:,}",
-        _share(totals["tokens"], totals["tokens_unpruned"]),
-        count_text(totals["flops"]),
-        _share(totals["flops"], totals["flops_unpruned"]),
-    )
-    return result
+    return _with_total("blocks", BLOCK_COLUMNS, block_rows(manifest))
 
 
 def operator_table(graph: dict[str, Any]) -> Table:
     """Return the operators of the main graph as exported and after the passes."""
-    before, after = graph["before"]["operators"], graph["operators"]
-    names = sorted({*before, *after}, key=lambda name: (-after.get(name, 0), name))
-    rows = [(name, before.get(name, 0), after.get(name, 0), _change(before, after, name)) for name in names]
-    result = table("operators of the main graph", ["operator", ">before", ">after", ">change"], rows)
-    result.add_section()
-    change = graph["nodes"] - graph["before"]["nodes"]
-    result.add_row("all", str(graph["before"]["nodes"]), str(graph["nodes"]), f"{change:+}" if change else "")
-    return result
+    columns = ["operator", ">before", ">after", ">change"]
+    return _with_total("operators of the main graph", columns, operator_rows(graph))
 
 
 def pass_table(passes: list[dict[str, Any]]) -> Table:
     """Return what each pass changed, and what it refused."""
-    rows: list[tuple[object, ...]] = []
-    for entry in passes:
-        lines = [*entry["changed"]]
-        lines += [f"block {block}: left as it was, {reason}" for block, reason in entry["refused"].items()]
-        rows += [
-            (entry["name"] if first == 0 else "", line)
-            for first, line in enumerate(lines or ["nothing to do"])
-        ]
-    return table("passes", ["pass", "what it did"], rows or [("none", "nothing is pruned")])
+    return table("passes", ["pass", "what it did"], pass_rows(passes))
 
 
-def _share(part: int, whole: int) -> str:
-    return "" if part == whole else f"{part / whole:.0%}"
-
-
-def _change(before: dict[str, int], after: dict[str, int], name: str) -> str:
-    change = after.get(name, 0) - before.get(name, 0)
-    return f"{change:+}" if change else ""
+def _with_total(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """Return a table whose last row is that of the whole, below a line."""
+    result = table(title, columns, rows[:-1])
+    result.add_section()
+    result.add_row(*(str(cell) for cell in rows[-1]))
+    return result

@@ -8,7 +8,20 @@ import traceback
 from collections.abc import Sequence
 
 from quartermap_deploy import __version__
-from quartermap_deploy.cli import bench, compile, inspect, models, plugin, rebuild, validate
+from quartermap_deploy.cli import (
+    ablate,
+    bench,
+    compare,
+    compile,
+    eval,
+    inspect,
+    models,
+    plugin,
+    rebuild,
+    report,
+    tune,
+    validate,
+)
 from quartermap_deploy.cli.common import CommandParser, HelpFormatter, mendable, message, terminable
 from quartermap_deploy.errors import QuartermapError
 
@@ -16,7 +29,7 @@ __all__ = ["build_parser", "run"]
 
 OK, DEFECT, USER_ERROR, BROKEN_PIPE = 0, 1, 2, 141
 
-COMMANDS = (models, compile, inspect, validate, bench, rebuild, plugin)
+COMMANDS = (models, compile, inspect, validate, bench, eval, compare, ablate, tune, report, rebuild, plugin)
 
 DESCRIPTION = """\
 Deployment compiler for visual state-space models. A model, pruned by QuarterMap or not, goes in; a bundle comes
@@ -31,6 +44,8 @@ examples:
   quartermap inspect bundles/vmamba_digits_k3                    which blocks are pruned, what is in the graph
   quartermap validate bundles/vmamba_digits_k3                   prove it again, on this machine
   quartermap bench bundles/vmamba_digits bundles/vmamba_digits_k3
+  quartermap eval bundles/vmamba_digits_k3                       accuracy on images that training never saw
+  quartermap report bundles/vmamba_digits_k3 -o report.html      all of it on one page
 
 exit codes:
   0    done

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import struct
+import zlib
 from collections.abc import Iterable
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,6 +21,9 @@ if TYPE_CHECKING:
 ImageLike: TypeAlias = "str | PathLike[str] | NDArray[np.uint8] | Image"
 """A file, an array (H, W) or (H, W, 3) of uint8, or a Pillow image."""
 
+_UNREADABLE = (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, struct.error, zlib.error)
+"""What Pillow's readers raise on damaged files, beside its own errors."""
+
 
 def prepare(images: Iterable[ImageLike], preprocessing: Preprocessing) -> NDArray[np.float32]:
     """Turn images into one input batch: RGB, resized, cropped at the centre and normalised.
@@ -31,10 +37,25 @@ def prepare(images: Iterable[ImageLike], preprocessing: Preprocessing) -> NDArra
     Raises:
         InputError: if an image cannot be read, is no image or has NaN or infinite values, or if there is none.
     """
-    batch = [_prepare_one(open_image(image), preprocessing) for image in images]
-    if not batch:
+    given = list(images)
+    if not given:
         raise InputError("there is no image to prepare")
-    return np.stack(batch)
+    batch = np.empty((len(given), 3, *preprocessing.crop), dtype=np.float32)
+    for image, place in zip(given, batch, strict=True):
+        prepare_into(place, image, preprocessing)
+    return batch
+
+
+def prepare_into(place: NDArray[np.float32], image: ImageLike, preprocessing: Preprocessing) -> None:
+    """Prepare one image as `prepare` does, into an array (3, height, width) that is there already.
+
+    Raises:
+        InputError: if the image cannot be read, is no image or has NaN or infinite values.
+    """
+    pixels = np.asarray(_cropped(open_image(image), preprocessing))
+    for channel, values in enumerate(_levels(preprocessing.mean, preprocessing.std)):
+        # An 8-bit pixel has 256 values, so looking each up is exact; it takes a quarter of the time of computing it.
+        np.take(values, pixels[..., channel], out=place[channel], mode="clip")
 
 
 def open_image(image: ImageLike) -> Image:
@@ -50,7 +71,7 @@ def open_image(image: ImageLike) -> Image:
         try:
             with pillow.open(image) as opened:
                 return _rgb(opened, f"the image {image}")
-        except (OSError, UnidentifiedImageError, pillow.DecompressionBombError) as error:
+        except (*_UNREADABLE, UnidentifiedImageError, pillow.DecompressionBombError) as error:
             raise InputError(f"the image {image} cannot be read: {error}") from error
     if isinstance(image, np.ndarray):
         grey_or_colour = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
@@ -73,7 +94,16 @@ def _rgb(image: Image, name: str) -> Image:
     return converted
 
 
-def _prepare_one(image: Image, preprocessing: Preprocessing) -> NDArray[np.float32]:
+@functools.lru_cache(maxsize=16)
+def _levels(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
+    """What each of the 256 values of a pixel becomes in each channel, (3, 256)."""
+    values = np.arange(256, dtype=np.float32) / np.float32(255)
+    means, stds = (np.asarray(part, dtype=np.float32)[:, None] for part in (mean, std))
+    return np.broadcast_to((values - means) / stds, (3, 256))
+
+
+def _cropped(image: Image, preprocessing: Preprocessing) -> Image:
+    """Resize an image, and cut out its centre."""
     from PIL import Image as pillow
 
     filters: dict[str, Any] = {
@@ -85,11 +115,7 @@ def _prepare_one(image: Image, preprocessing: Preprocessing) -> NDArray[np.float
     image = image.resize((width, height), filters[preprocessing.interpolation])
     crop_height, crop_width = preprocessing.crop
     top, left = round((height - crop_height) / 2), round((width - crop_width) / 2)
-    image = image.crop((left, top, left + crop_width, top + crop_height))
-    pixels = np.asarray(image, dtype=np.float32) / np.float32(255)
-    mean = np.asarray(preprocessing.mean, dtype=np.float32)
-    std = np.asarray(preprocessing.std, dtype=np.float32)
-    return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
+    return image.crop((left, top, left + crop_width, top + crop_height))
 
 
 def _resized(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:

@@ -120,8 +120,13 @@ def export(
     dynamic_batch: bool = True,
     dynamic_size: bool = False,
     optimize: bool = True,
+    traced: onnx.ModelProto | None = None,
 ) -> Export:
-    """`export_onnx` that also returns the traced model and what the passes did."""
+    """`export_onnx` that also returns the traced model and what the passes did.
+
+    Tracing takes most of the time. Who exports a model with several plans gives the `traced` of the first export to the
+    others; it has to be of the same model, input shape and open axes.
+    """
     import onnx
 
     from quartermap_deploy.frontend.exporter import trace
@@ -140,7 +145,8 @@ def export(
             "the model is pruned in PyTorch already; export the unpruned model and give the plan here"
         )
     pruned = () if quartermap is None else quartermap.select(model.depths)
-    traced = trace(model, input_shape, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
+    if traced is None:
+        traced = trace(model, input_shape, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
     reports: list[PassReport] = []
     if quartermap is None:
         shaped = infer_shapes(traced)

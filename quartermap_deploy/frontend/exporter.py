@@ -194,7 +194,14 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def mark(x: Any, block: int) -> Any:
         return ours.BlockOutput(x, block=block)
 
+    def stable_sort(x: Any, *, stable: bool | None = True, dim: int = -1, descending: bool = False) -> Any:
+        # torch translates only the sort that leaves equal values in any order; TopK takes them as they come.
+        dim %= len(x.shape)
+        standard = onnxscript.values.Opset("", OPSET)
+        return standard.TopK(x, standard.Shape(x, start=dim, end=dim + 1), axis=dim, largest=int(descending))
+
     return {
+        torch.ops.aten.sort.stable: stable_sort,
         torch.ops.quartermap.selective_scan_2d.default: scan,
         torch.ops.quartermap.selective_scan.default: sequence_scan,
         torch.ops.quartermap.block_output.default: mark,

@@ -87,8 +87,13 @@ def _described(images: object, expected: np.dtype[Any]) -> str:
     return f"{found}; prepare images as the model's card says"
 
 
-def inference_session(model: Path | bytes, threads: int | None = None) -> Any:
+def inference_session(model: Path | bytes, threads: int | None = None, *, profile: Path | None = None) -> Any:
     """An `onnxruntime.InferenceSession` on the CPU, for a file or serialised bytes.
+
+    Args:
+        model: its file, or its serialised bytes.
+        threads: threads for one operator; None takes the environment variable QUARTERMAP_THREADS, or else all cores.
+        profile: record the time of every node; `end_profiling` writes it into a file whose name starts so.
 
     Raises:
         BundleError: if ONNX Runtime refuses the model.
@@ -100,6 +105,9 @@ def inference_session(model: Path | bytes, threads: int | None = None) -> Any:
     options.intra_op_num_threads = threads if threads is not None else _threads_wanted()
     # Idle workers spin for some milliseconds after a run and would take the cores from the next session's run.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     source = model if isinstance(model, bytes) else str(model)
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

@@ -13,6 +13,7 @@ from quartermap_deploy.targets import DEFAULT
 from quartermap_deploy.targets.tensorrt_options import EngineOptions
 
 if TYPE_CHECKING:
+    from quartermap_deploy.architectures.base import VisualStateSpaceModel
     from quartermap_deploy.bundle import Bundle
     from quartermap_deploy.recipe import Recipe
     from quartermap_deploy.validation.localise import LocaliseReport
@@ -169,6 +170,33 @@ def _require_own_engine(bundle: Bundle, target: str, plugin: Path | None, progre
         )
 
 
+def rebuild_torch(
+    bundle: Bundle, checkpoint: Path | None = None, progress: Progress = SILENT
+) -> VisualStateSpaceModel:
+    """Build the PyTorch model that a bundle was compiled from, unpruned.
+
+    Args:
+        bundle: the bundle.
+        checkpoint: the file that it was compiled from; None if it was compiled from none.
+        progress: told about the step.
+
+    Raises:
+        BundleError: if the bundle was compiled from a checkpoint and there is none here, or the other way round.
+        CheckpointError: if the checkpoint is another file than that of the bundle.
+    """
+    from quartermap_deploy.compiler import load_model
+
+    recipe = _recipe_with(bundle, checkpoint)
+    with progress.step("building the PyTorch model"):
+        return load_model(recipe)[0]
+
+
+def _recipe_with(bundle: Bundle, checkpoint: Path | None) -> Recipe:
+    """The recipe of a bundle with the checkpoint that is here, after a check that it is the bundle's."""
+    _check_checkpoint(bundle, checkpoint)
+    return dataclasses.replace(bundle.recipe(), checkpoint=checkpoint)
+
+
 def _against_golden(
     bundle: Bundle, target: str | None, plugin: Path | None, progress: Progress
 ) -> dict[str, Any]:
@@ -184,19 +212,17 @@ def _against_golden(
 def _against_torch(
     bundle: Bundle, target: str | None, checkpoint: Path | None, progress: Progress
 ) -> dict[str, Any]:
-    from quartermap_deploy.compiler import load_model, parity_of
+    from quartermap_deploy.compiler import parity_of
     from quartermap_deploy.validation.golden import read_golden
     from quartermap_deploy.validation.inputs import parity_cases
 
-    _check_checkpoint(bundle, checkpoint)
-    recipe = dataclasses.replace(bundle.recipe(), checkpoint=checkpoint)
+    recipe = _recipe_with(bundle, checkpoint)
     if target not in (None, DEFAULT):
         raise BundleError(f"blocks can be compared in ONNX Runtime only, not in {target}")
     if DEFAULT in bundle.manifest["targets"]:
         bundle.session(DEFAULT)  # refuses a damaged model before the work begins
     cases, _ = read_golden(bundle.path)
-    with progress.step("building the PyTorch model"):
-        model, _, _ = load_model(recipe)
+    model = rebuild_torch(bundle, checkpoint, progress)
     report = parity_of(recipe, model, parity_cases(cases["images"]), bundle.model_path.read_bytes(), progress)
     return report.to_dict()
 

@@ -1,0 +1,187 @@
+"""`quartermap compare`: the unpruned model, QuarterMap and ToMe in one run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from quartermap_deploy.cli.common import (
+    add_command,
+    at_least_one,
+    count_text,
+    error_text,
+    make_progress,
+    ranges,
+    results_only,
+    table,
+)
+from quartermap_deploy.cli.data import add_data_options
+from quartermap_deploy.cli.measuring import (
+    add_evaluation_options,
+    add_measuring_options,
+    add_model_argument,
+    add_result_options,
+    kept_on_interruption,
+    labelled_images,
+    milliseconds,
+    print_results,
+    rate_text,
+    recipe_of,
+    speed_text,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from quartermap_deploy.cli.common import Subparsers
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the command."""
+    parser = add_command(
+        subparsers,
+        "compare",
+        run,
+        summary="compare QuarterMap with the unpruned model and with ToMe, in one run",
+        description="""
+            Measure the unpruned model, QuarterMap at every k-th block, and ToMe in the same blocks side by side:
+            accuracy, images per second, time in the scans, and the time that pruning or merging adds. All are timed in
+            turns, in one process, after each was shown to compute what its PyTorch model computes.
+
+            ToMe (arXiv 2210.09461) merges similar tokens before the scan, to as many as QuarterMap keeps, and gives
+            every position the output of its token afterwards. It merges in the blocks of the first --every.
+
+            Accuracy is measured where images with labels are given; the digits model takes the held-out digits. Without
+            a checkpoint a model has new weights, which are good for speed.
+
+            With -o, results are written after each part, with a table beside them; an interrupted run goes on from
+            there when it is started again.
+            """,
+        examples="""
+            quartermap compare vmamba_digits -o digits.json
+            quartermap compare vmamba_tiny_s1l8 --batch 1 8 -o tiny.json
+            quartermap compare vmamba_base_s2l15 --checkpoint F --data imagenet --limit 5000 -o base.json
+            quartermap compare export/medmamba_t_k3.toml --data bloodmnist.npz --target torch --json
+            """,
+    )
+    add_model_argument(parser)
+    group = parser.add_argument_group("what is compared")
+    group.add_argument(
+        "--every",
+        type=at_least_one,
+        nargs="+",
+        default=[3, 2],
+        metavar="K",
+        help="prune every K-th block, a variant for each (default: 3 2)",
+    )
+    group.add_argument(
+        "--tome",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare with ToMe in the blocks of the first K (default: --tome)",
+    )
+    group.add_argument(
+        "--canonical",
+        action="store_true",
+        help="also time the first K in the paper's form, Slice before and Resize after the scan (default: only the "
+        "form that compile gives)",
+    )
+    group.add_argument(
+        "--batch",
+        type=at_least_one,
+        nargs="+",
+        default=[1, 8],
+        metavar="N",
+        help="images per call, a comparison for each (default: 1 8)",
+    )
+    add_measuring_options(group)
+    add_data_options(parser)
+    add_evaluation_options(parser)
+    add_result_options(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Compare and print the tables."""
+    from quartermap_deploy.evaluation.compare import CompareOptions, compare
+
+    recipe = recipe_of(options)
+    dataset = labelled_images(options, recipe)
+    settings = CompareOptions(
+        every=tuple(options.every),
+        batches=tuple(options.batch),
+        target=options.target,
+        tome=options.tome,
+        canonical=options.canonical,
+        repeats=options.repeats,
+        threads=options.threads,
+        eval_batch=options.eval_batch,
+        workers=options.workers,
+    )
+    with results_only(), kept_on_interruption(options.out):
+        results = compare(
+            recipe,
+            settings,
+            dataset,
+            out=options.out,
+            force=options.force,
+            progress=make_progress(options),
+        )
+    print_results(results, options, tables(results.values), dataset)
+
+
+def tables(values: Mapping[str, Any]) -> list[object]:
+    """Return the tables of a comparison, one for each batch, and what they show."""
+    model, data = values["model"], values["data"]
+    parts: list[object] = []
+    for timing in values["timings"]:
+        parts += [_table(values, timing), ""]
+    where = f"{values['target']} on the {values['device'].upper()}, {values['threads']} threads"
+    parts.append(
+        f"Speed: {where}, {values['repeats']} rounds in turns; in brackets the quartiles of the rounds."
+    )
+    if data is not None:
+        parts.append(f"Accuracy: {data['images']:,} images of {data['name']}.")
+    parts.append(
+        "Scan and added: of one recorded call, in the scans, and in what pruning or merging puts around them."
+    )
+    if model["weights"] == "new":
+        parts.append("The weights are new: they decide no time.")
+    return parts
+
+
+def _table(values: Mapping[str, Any], timing: Mapping[str, Any]) -> Table:
+    variants = {entry["name"]: entry for entry in values["variants"]}
+    rows = []
+    for entry in timing["variants"]:
+        variant = variants[entry["name"]]
+        accuracy, parity = variant["accuracy"], variant["parity"]
+        rows.append(
+            [
+                entry["name"],
+                ranges(variant["blocks"]) or None,
+                count_text(variant["tokens"]),
+                count_text(variant["flops"]),
+                None if accuracy is None else f"{accuracy['top1']:.2%}",
+                rate_text(entry["images_per_second"]),
+                speed_text(entry["speed"], entry["speed_quartiles"]),
+                speed_text(entry["speed_to_tome"], None),
+                milliseconds(entry["scan_ms"]),
+                milliseconds(entry["added_ms"]),
+                None if parity is None else error_text(parity["relative_error"]),
+            ]
+        )
+    columns = [
+        "variant",
+        "blocks",
+        ">tokens",
+        ">FLOPs",
+        ">top-1",
+        ">images/s",
+        ">speed",
+        ">to ToMe",
+        ">scan ms",
+        ">added ms",
+        ">parity",
+    ]
+    return table(f"{values['model']['title']}, batch {timing['batch']}", columns, rows)

@@ -1,0 +1,202 @@
+"""`quartermap eval`: the accuracy of a model on labelled images."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from quartermap_deploy.cli.common import (
+    add_command,
+    add_output_options,
+    at_least_one,
+    facts,
+    file_or_folder,
+    make_progress,
+    message,
+    print_json,
+    results_only,
+    show,
+    table,
+)
+from quartermap_deploy.cli.data import add_data_options, dataset_of, warn_of_broken
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from quartermap_deploy.cli.common import Subparsers
+    from quartermap_deploy.evaluation.accuracy import Accuracy
+    from quartermap_deploy.evaluation.datasets import Dataset
+    from quartermap_deploy.evaluation.sessions import Runner
+
+CLASSES_SHOWN = 20
+"""Lines of the table of classes; where there are more, the ones that the model does worst on are shown."""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the command."""
+    parser = add_command(
+        subparsers,
+        "eval",
+        run,
+        summary="measure the accuracy of a model on labelled images",
+        description="""
+            Measure top-1, top-5 and per-class accuracy and images per second, on any target. Images are prepared as
+            the model's card says, in the background, while the model runs.
+
+            A bundle is run as it is. A recipe or the name of a model is built in memory, pruned by its plan; nothing
+            proves then that it computes what PyTorch computes, as `compile` does. The target torch is the PyTorch
+            model itself, of a bundle too.
+
+            imagefolder   a folder for each class, named by synset (n01440764), by the index of its logit, or by any
+                          name; in a part such as val, or without parts. Classes are in the order of their names; a
+                          file classes.txt or LOC_synset_mapping.txt beside them says otherwise. One flat folder is
+                          read too, with synsets in the file names or a file labels.csv of lines "file,class"
+            medmnist      an .npz file of MedMNIST's 2D sets
+            digits        the digits that come with scikit-learn
+
+            Images that cannot be read are named, counted and left out. With --resume, an evaluation that was stopped
+            goes on where it was, and gives the numbers that it would have given.
+            """,
+        examples="""
+            quartermap eval bundles/vmamba_digits_k3                  # the 450 held-out digits
+            quartermap eval vmamba_tiny_s1l8 --checkpoint F --data imagenet --resume tiny.json
+            quartermap eval bundles/medmamba_t --data pathmnist.npz --split test --target tensorrt
+            quartermap eval export/vmamba_digits_k3.toml --target torch --json | jq .top1
+            """,
+    )
+    add_source_options(parser)
+    add_data_options(parser)
+    parser.add_argument(
+        "--batch", type=at_least_one, default=32, metavar="N", help="images per call (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=at_least_one,
+        default=1,
+        metavar="N",
+        help="threads that read and prepare images (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--resume",
+        type=file_or_folder,
+        metavar="STATE",
+        help="small file that keeps how far the evaluation is; if it is there, go on from it (default: keep nothing)",
+    )
+    add_output_options(parser)
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """Add what is evaluated, on what, and with which weights."""
+    parser.add_argument(
+        "source",
+        metavar="BUNDLE|RECIPE.toml|MODEL",
+        help="folder that `quartermap compile` wrote, recipe file, or name of a model",
+    )
+    parser.add_argument(
+        "--target",
+        metavar="NAME",
+        help="torch, onnxruntime, tensorrt or tensorrt-rtx (default: onnxruntime, or the bundle's only one)",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=file_or_folder,
+        metavar="FILE",
+        help="weights of a recipe or model; of a bundle on the target torch, the file that it was compiled from "
+        "(default: the recipe's, or those that come with the package)",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Evaluate and print the tables."""
+    from quartermap_deploy.evaluation.accuracy import evaluate
+    from quartermap_deploy.evaluation.sessions import runner_for
+
+    progress = make_progress(options)
+    # The data first: it is opened in a moment, and a model may take minutes.
+    dataset = dataset_of(options)
+    with results_only():
+        runner = runner_for(options.source, options.target, checkpoint=options.checkpoint, progress=progress)
+        dataset.check_classes(runner.num_classes)
+        try:
+            accuracy = evaluate(
+                runner.run,
+                dataset,
+                runner.preprocessing,
+                batch=options.batch,
+                progress=progress,
+                checkpoint=options.resume,
+                identity=runner.identity,
+                workers=options.workers,
+            )
+        except KeyboardInterrupt:
+            if options.resume is not None:
+                message(
+                    "warning",
+                    f"how far the evaluation came is kept in {options.resume}; the same command goes on",
+                )
+            raise
+    warn(runner, dataset, accuracy)
+    if options.json:
+        print_json(result(runner, dataset, accuracy, options.batch))
+    elif not options.quiet:
+        show(facts(f"{runner.name} on {dataset.name}", summary(runner, accuracy, options.batch)), "")
+        show(class_table(accuracy))
+
+
+def warn(runner: Runner, dataset: Dataset, accuracy: Accuracy) -> None:
+    """Say what has to be known before the numbers are believed."""
+    warn_of_broken(accuracy.broken, dataset)
+    if not runner.trained:
+        message(
+            "warning",
+            f"{runner.card.name} has newly initialised weights, so its accuracy means nothing; give the trained ones "
+            "with --checkpoint, or in the recipe",
+        )
+    if accuracy.not_finite:
+        message(
+            "warning",
+            f"the logits of {accuracy.not_finite} images have NaN or infinite values, which counts as wrong; "
+            "`quartermap validate` tells where a bundle departs",
+        )
+
+
+def summary(runner: Runner, accuracy: Accuracy, batch: int) -> dict[str, object]:
+    """Return the facts of an evaluation."""
+    wait = 1 - accuracy.compute_seconds / accuracy.seconds if accuracy.seconds > 0 else 0.0
+    return {
+        "target": runner.target,
+        "images": f"{accuracy.images:,}{f', {len(accuracy.broken)} broken' if accuracy.broken else ''}",
+        "top-1": f"{accuracy.top1:.2%}",
+        "top-5": "not measured: with at most five classes it is 100 % for any model"
+        if accuracy.top5 is None
+        else f"{accuracy.top5:.2%}",
+        "images/s": f"{accuracy.images_per_second:,.1f} at batch {batch}, {wait:.1%} of the time outside the model",
+    }
+
+
+def class_table(accuracy: Accuracy) -> Table:
+    """Return the accuracy of each class, or of those that the model does worst on."""
+    rows = list(accuracy.per_class.items())
+    title = "by class"
+    if len(rows) > CLASSES_SHOWN:
+        rows = sorted(rows, key=lambda row: row[1][0] / row[1][1])[:CLASSES_SHOWN]
+        title = f"the {CLASSES_SHOWN} worst of {len(accuracy.per_class)} classes"
+    return table(
+        title,
+        ["class", ">right", ">images", ">accuracy"],
+        [(name, right, images, f"{right / images:.1%}") for name, (right, images) in rows],
+    )
+
+
+def result(runner: Runner, dataset: Dataset, accuracy: Accuracy, batch: int) -> dict[str, Any]:
+    """Return what `--json` prints."""
+    return {
+        "model": runner.card.name,
+        "source": runner.name,
+        "target": runner.target,
+        "weights": runner.weights,
+        "plan": None if runner.plan is None else runner.plan.to_dict(),
+        "data": {"name": dataset.name, "images": len(dataset), "fingerprint": dataset.fingerprint},
+        "batch": batch,
+        **accuracy.to_dict(),
+    }

@@ -1,0 +1,184 @@
+"""What the commands share that measure variants of a model: their options, and how their results are given out."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quartermap_deploy.cli.common import (
+    add_output_options,
+    at_least_one,
+    file_or_folder,
+    message,
+    print_json,
+    show,
+)
+from quartermap_deploy.cli.data import dataset_of, warn_of_broken
+
+if TYPE_CHECKING:
+    from quartermap_deploy.evaluation.datasets import Dataset
+    from quartermap_deploy.evaluation.resumable import ResultFile
+    from quartermap_deploy.recipe import Recipe
+
+TARGETS = ("onnxruntime", "torch")
+DIGITS_MODEL = "vmamba_digits"
+"""The model for which the digits are the data where none is named."""
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the model or recipe, and its weights."""
+    parser.add_argument("source", metavar="MODEL|RECIPE.toml", help="name of a model, or a recipe file")
+    parser.add_argument(
+        "--checkpoint",
+        type=file_or_folder,
+        metavar="FILE",
+        help="weights, .pth or .safetensors (default: the recipe's, those that come with the package, or new ones)",
+    )
+
+
+def add_measuring_options(group: argparse._ArgumentGroup) -> None:
+    """Add how times are taken."""
+    group.add_argument(
+        "--target",
+        choices=TARGETS,
+        default=TARGETS[0],
+        help="what runs the models: ONNX Runtime on the CPU, or PyTorch, on a GPU if it has one (default: %(default)s)",
+    )
+    group.add_argument(
+        "--threads",
+        type=at_least_one,
+        metavar="N",
+        help="threads of ONNX Runtime (default: QUARTERMAP_THREADS, or all cores)",
+    )
+    group.add_argument(
+        "--repeats",
+        type=at_least_one,
+        default=15,
+        metavar="N",
+        help="rounds that are timed (default: %(default)s)",
+    )
+
+
+def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
+    """Add how accuracies are measured."""
+    group = parser.add_argument_group("the accuracy")
+    group.add_argument(
+        "--eval-batch",
+        type=at_least_one,
+        default=32,
+        metavar="N",
+        help="images per call (default: %(default)s)",
+    )
+    group.add_argument(
+        "--workers",
+        type=at_least_one,
+        default=1,
+        metavar="N",
+        help="threads that read and prepare images (default: %(default)s)",
+    )
+
+
+def add_result_options(parser: argparse.ArgumentParser) -> None:
+    """Add where results go."""
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=file_or_folder,
+        metavar="FILE.json",
+        help="file for the results; a table .csv is written beside it (default: none)",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace what is in the place of the results (default: go on with results of the same run, else refuse)",
+    )
+    add_output_options(parser)
+
+
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    """Return the recipe that is named, or that of a model's defaults."""
+    from quartermap_deploy.architectures.cards import load_card
+    from quartermap_deploy.recipe import Recipe
+
+    source: str = options.source
+    if source.endswith(".toml"):
+        recipe = Recipe.load(Path(source))
+    else:
+        load_card(source)
+        recipe = Recipe(source)
+    return (
+        recipe if options.checkpoint is None else dataclasses.replace(recipe, checkpoint=options.checkpoint)
+    )
+
+
+def labelled_images(options: argparse.Namespace, recipe: Recipe) -> Dataset | None:
+    """Return the data that was named, the digits for the model that reads them, or None."""
+    named = any(getattr(options, name) is not None for name in ("data", "format", "split"))
+    return dataset_of(options) if named or recipe.model == DIGITS_MODEL else None
+
+
+@contextmanager
+def kept_on_interruption(path: Path | None) -> Iterator[None]:
+    """While open, say on an interruption that what was measured is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if path is not None and path.exists():
+            message(
+                "warning",
+                f"what was measured so far is kept in {path}; the same command goes on from there",
+            )
+        raise
+
+
+def print_results(
+    results: ResultFile, options: argparse.Namespace, shown: Sequence[object], dataset: Dataset | None
+) -> None:
+    """Print the results and then finish their file, so that a full disk takes nothing away.
+
+    Raises:
+        ReportError: if the file cannot be written.
+    """
+    values = results.values
+    for note in values["notes"]:
+        message("warning", note)
+    for skipped in values["skipped"]:
+        message("warning", f"{skipped['name']} is left out: {skipped['reason']}")
+    if dataset is not None:
+        warn_of_broken(_broken(values), dataset)
+    values["complete"] = True
+    if options.json:
+        print_json(values)
+    elif not options.quiet:
+        show(*shown)
+    results.finish()
+
+
+def _broken(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The broken images of the data, which are the same for every variant."""
+    variants = [entry for part in (values, *values.get("groups", ())) for entry in part.get("variants", ())]
+    for entry in variants:
+        if entry["accuracy"]:
+            return [(image["image"], image["reason"]) for image in entry["accuracy"]["broken"]]
+    return []
+
+
+def speed_text(speed: float | None, quartiles: Sequence[float] | None) -> str | None:
+    """Return 1.10 × [1.08 – 1.12], or None."""
+    if speed is None:
+        return None
+    return f"{speed:.2f} ×" + (f" [{quartiles[0]:.2f} – {quartiles[1]:.2f}]" if quartiles else "")
+
+
+def milliseconds(value: float | None) -> str | None:
+    """Return a time with one digit after the point, or None."""
+    return None if value is None else f"{value:.1f}"
+
+
+def rate_text(value: float) -> str:
+    """Return images per second with three digits at least."""
+    return f"{value:,.1f}" if value >= 10 else f"{value:.2f}"

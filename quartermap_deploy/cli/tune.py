@@ -1,0 +1,364 @@
+"""`quartermap tune`: choose the blocks to prune, for a budget or a speed-up."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quartermap_deploy.cli.common import (
+    add_command,
+    add_output_options,
+    at_least_one,
+    facts,
+    file_or_folder,
+    make_progress,
+    message,
+    numbers,
+    numbers_or_none,
+    print_json,
+    ranges,
+    results_only,
+    show,
+    table,
+)
+from quartermap_deploy.cli.data import add_data_options, format_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from quartermap_deploy.cli.common import Subparsers
+    from quartermap_deploy.evaluation.datasets import Dataset
+
+MEASURES = ("time", "flops", "tokens")
+"""Those of `evaluation.savings`, which a help text need not import."""
+
+PARTS = {"digits": ("training", "held_out"), "medmnist": ("val", "test")}
+"""Parts to calibrate and to verify on, of data that comes in parts for such purposes."""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the command."""
+    parser = add_command(
+        subparsers,
+        "tune",
+        run,
+        summary="choose the blocks to prune, for a budget or a speed-up",
+        description="""
+            Choose the set of blocks to prune, and the stride, instead of every k-th block. Every block is pruned alone
+            to see what that costs and saves; sets of blocks are searched and run on calibration images; the plan is
+            verified on other images and written as a recipe that `compile` takes.
+
+            What a plan costs is its drop: without labels the share of images on which it names another class than the
+            unpruned model, with labels the loss of accuracy. With --budget, the fastest plan within it is chosen; with
+            --speedup, the plan of that speed with the smallest drop, and the smallest divergence where drops are equal.
+
+            What it saves is measured in turns on the target (time), or counted: multiply-accumulates (flops) or
+            positions that the scans walk (tokens). Where times are too noisy, flops are taken, and a warning says so.
+
+            Beside the recipe, a .json file holds all that was tried, with the Pareto front and every k-th block for
+            comparison. It is there from the start: a search that was stopped goes on from it, and one with another
+            budget uses it. Plans are run in PyTorch, on a GPU if there is one.
+            """,
+        examples="""
+            quartermap tune vmamba_digits --budget 1% -o digits_tuned.toml
+            quartermap tune export/vmamba_tiny_s1l8_k3.toml --checkpoint F --data imagenet --speedup 1.15 -o tiny.toml
+            quartermap tune vmamba_tiny_s1l8 --checkpoint F --data photographs --format images --budget 0.02 -o t.toml
+            quartermap compile digits_tuned.toml
+            """,
+    )
+    parser.add_argument(
+        "source",
+        metavar="RECIPE.toml|MODEL",
+        help="recipe file, whose plan is replaced, or name of a model",
+    )
+    goal = parser.add_mutually_exclusive_group(required=True)
+    goal.add_argument(
+        "--budget",
+        type=share,
+        metavar="DROP",
+        help="largest drop, as 0.01 or 1%%: find the fastest plan within it",
+    )
+    goal.add_argument(
+        "--speedup",
+        type=factor,
+        metavar="X",
+        help="least speed relative to the unpruned model, as 1.2: find the plan with the smallest drop",
+    )
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=file_or_folder,
+        required=True,
+        metavar="RECIPE.toml",
+        help="recipe to write; what was tried goes beside it, as .json",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace the recipe, and what was tried for another model or other images (default: refuse)",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=file_or_folder,
+        metavar="FILE",
+        help="weights (default: the recipe's, or those that come with the package)",
+    )
+    _add_image_options(parser)
+    _add_search_options(parser)
+    add_output_options(parser)
+
+
+def _add_image_options(parser: argparse.ArgumentParser) -> None:
+    group = add_data_options(parser, limit=False, unlabelled=True)
+    group.add_argument(
+        "--verify-split",
+        metavar="NAME",
+        help="part of the data to verify on (default: held_out of the digits, test of MedMNIST, or other images of the "
+        "same part)",
+    )
+    group.add_argument(
+        "--calibration",
+        type=at_least_one,
+        default=256,
+        metavar="N",
+        help="images to calibrate on (default: %(default)s, or half of a part that is divided)",
+    )
+    group.add_argument(
+        "--verification",
+        type=at_least_one,
+        default=1000,
+        metavar="N",
+        help="images to verify on at most (default: %(default)s)",
+    )
+    group.add_argument(
+        "--labels",
+        action=argparse.BooleanOptionalAction,
+        help="judge by accuracy, or without labels by agreement (default: by accuracy if there are labels)",
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the draw of images (default: %(default)s)"
+    )
+
+
+def _add_search_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the search")
+    group.add_argument(
+        "--stride",
+        dest="strides",
+        type=numbers,
+        default=(2, 3),
+        metavar="2,3",
+        help="strides to choose from (default: 2,3)",
+    )
+    group.add_argument(
+        "--exclude-stages",
+        type=numbers_or_none,
+        default=(),
+        metavar="1,2",
+        help="stages whose blocks are not pruned (default: none)",
+    )
+    group.add_argument(
+        "--evaluations",
+        type=at_least_one,
+        default=128,
+        metavar="N",
+        help="plans to run; if all sets of blocks are no more, all are (default: %(default)s)",
+    )
+    group.add_argument(
+        "--measure",
+        choices=MEASURES,
+        default="time",
+        help="what speed is: measured, or counted (default: %(default)s)",
+    )
+    group.add_argument(
+        "--target", default="onnxruntime", metavar="NAME", help="what is timed on (default: %(default)s)"
+    )
+    group.add_argument(
+        "--batch",
+        type=at_least_one,
+        default=8,
+        metavar="N",
+        help="images per timed call (default: %(default)s)",
+    )
+    group.add_argument(
+        "--repeats", type=at_least_one, default=15, metavar="N", help="timed rounds (default: %(default)s)"
+    )
+
+
+def share(text: str) -> float:
+    """Read 0.01 or 1% as a share, for argparse."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share such as 0.01 or 1%") from None
+    if not 0 <= value < 1:
+        hint = (
+            f"; for {text} in a hundred write {text}%" if 1 <= value < 100 and not text.endswith("%") else ""
+        )
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1{hint}")
+    return value
+
+
+def factor(text: str) -> float:
+    """Read a speed of more than 1, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no speed such as 1.2") from None
+    if not 1 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no speed above 1, that of the unpruned model")
+    return value
+
+
+def run(options: argparse.Namespace) -> None:
+    """Search and print what was found."""
+    from quartermap_deploy.compiler import as_recipe
+    from quartermap_deploy.evaluation.search import Goal
+    from quartermap_deploy.evaluation.tune import TuneOptions, tune
+
+    recipe = as_recipe(options.source)
+    if options.checkpoint is not None:
+        recipe = dataclasses.replace(recipe, checkpoint=options.checkpoint)
+    goal = Goal(budget=options.budget, speedup=options.speedup)
+    names = [field.name for field in dataclasses.fields(TuneOptions)]
+    settings = TuneOptions(**{name: getattr(options, name) for name in names})
+    calibration, verification = image_sets(options)
+    try:
+        with results_only():
+            tuned = tune(
+                recipe,
+                goal,
+                calibration,
+                verification,
+                options.out,
+                settings,
+                force=options.force,
+                progress=make_progress(options),
+            )
+    except KeyboardInterrupt:
+        message(
+            "warning",
+            f"what was tried is kept in {options.out.with_suffix('.json')}; the same command goes on",
+        )
+        raise
+    for warning in tuned.warnings:
+        message("warning", warning)
+    if options.json:
+        print_json({"recipe": options.out, **tuned.report})
+    elif not options.quiet:
+        show_report(tuned.report, options.out)
+
+
+def image_sets(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
+    """Return the images to calibrate on and those to verify on."""
+    from quartermap_deploy.evaluation.datasets import open_dataset
+    from quartermap_deploy.evaluation.tune import divide
+
+    format, split, other = format_of(options), options.split, options.verify_split
+    if split is None and format in PARTS:
+        split, other = PARTS[format][0], other or PARTS[format][1]
+    dataset = open_dataset(options.data, format, split=split)
+    if other is None or other == split:
+        return divide(dataset, options.calibration, options.verification, options.seed)
+    rest = open_dataset(options.data, format, split=other)
+    return dataset.sample(options.calibration, options.seed), rest.sample(options.verification, options.seed)
+
+
+def show_report(report: Mapping[str, Any], out: Path) -> None:
+    """Print the tables of a search."""
+    chosen, images = report["chosen"], report["verification"]
+    times, found = chosen["measured"], chosen["verification"]
+    rows: dict[str, object] = {
+        "recipe": out,
+        "blocks": f"{ranges(chosen['blocks'])} at stride {chosen['stride']}",
+        "speed": f"{chosen['speed']:.3f} × by {report['measure']} ({report['measure_note']})",
+    }
+    if times is not None:
+        low, high = times["quartiles"]
+        rows["timed by itself"] = f"{times['speed']:.3f} × [{low:.3f} – {high:.3f}]"
+    if found["accuracy"] is not None:
+        rows["accuracy"] = f"{found['accuracy']:.2%}, unpruned {images['unpruned_accuracy']:.2%}"
+    rows["agreement"] = f"{found['agreement']:.2%} with the unpruned model"
+    rows["verified on"] = f"{images['images']} images of {images['name']}"
+    rows["calibrated on"] = f"{report['calibration']['images']} images of {report['calibration']['name']}"
+    count = "all sets" if report["exhaustive"] else "a guided search"
+    rows["tried"] = f"{len(report['tried'])} plans, {count}; all in {out.with_suffix('.json')}"
+    show(
+        facts(f"a plan for {report['model']}", rows),
+        "",
+        sensitivity_table(report),
+        "",
+        fixed_table(report),
+        "",
+    )
+    show(front_table(report))
+
+
+def sensitivity_table(report: Mapping[str, Any]) -> Table:
+    """Return what each block costs and saves when it alone is pruned."""
+    return table(
+        "one block pruned, on the images to calibrate on",
+        ["block", ">stage", ">stride", ">saves", ">drop", ">agreement", ">divergence"],
+        [
+            (
+                entry["block"],
+                entry["stage"],
+                entry["stride"],
+                f"{entry['saving']:.2%}",
+                f"{entry['drop']:.2%}",
+                f"{entry['agreement']:.2%}",
+                f"{float(entry['divergence']):.2g}",
+            )
+            for entry in report["sensitivity"]
+        ],
+    )
+
+
+def fixed_table(report: Mapping[str, Any]) -> Table:
+    """Return every k-th block beside what was found that is at least as fast, on the images to verify on."""
+    answers = "accuracy" if report["verification"]["unpruned_accuracy"] is not None else "agreement"
+    rows = []
+    for entry in report["fixed"]:
+        fixed, tuned = entry["fixed"], entry["tuned"]
+        rows.append(
+            (
+                entry["every"],
+                ranges(fixed["blocks"]),
+                _speed(fixed),
+                f"{fixed['verification'][answers]:.2%}",
+                f"{ranges(tuned['blocks'])} at {tuned['stride']}",
+                _speed(tuned),
+                f"{tuned['verification'][answers]:.2%}",
+            )
+        )
+    return table(
+        "every k-th block, and the best plan that is at least as fast, on the images to verify on",
+        [">k", "blocks", ">speed", f">{answers}", "blocks", ">speed", f">{answers}"],
+        rows,
+    )
+
+
+def _speed(entry: Mapping[str, Any]) -> str:
+    """The speed of a plan as it was timed by itself, or else by what its blocks save."""
+    return f"{(entry['measured'] or entry)['speed']:.3f} ×"
+
+
+def front_table(report: Mapping[str, Any]) -> Table:
+    """Return the Pareto front of what was tried."""
+    return table(
+        "no plan that was tried is both faster and better, on the images to calibrate on",
+        ["blocks", ">stride", ">speed", ">drop", ">divergence"],
+        [
+            (
+                ranges(entry["blocks"]),
+                entry["stride"],
+                f"{entry['speed']:.3f} ×",
+                f"{entry['calibration']['drop']:.2%}",
+                f"{float(entry['calibration']['divergence']):.2g}",
+            )
+            for entry in report["front"]
+        ],
+    )

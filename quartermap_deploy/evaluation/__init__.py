@@ -1,0 +1,7 @@
+"""Evaluation: data sets, accuracy on any target, and what is built on them."""
+
+FORMATS = ("imagefolder", "medmnist", "digits")
+"""Layouts of labelled images, for `datasets.open_dataset`."""
+
+UNLABELLED = "images"
+"""The layout of a folder of images without labels."""

@@ -1,0 +1,562 @@
+"""The unpruned model, QuarterMap and ToMe, compared in one run: the tables 1 and 2 of the QuarterMap paper.
+
+    variants → correctness → speed, in turns → accuracy → time in the scan
+
+No speed is measured before every variant was shown to compute what its PyTorch model computes. All variants are timed
+in turns, in one process. Results are written after each part; the same command goes on from what there is.
+
+The results, plain values for JSON:
+
+    command       "compare"
+    format        1
+    key           hash of model, weights, data and settings
+    complete      whether all parts are there
+    created       when the measurement began, ISO 8601 in UTC
+    version       of quartermap-deploy
+    versions      of Python and packages
+    machine       system, processor, cores, gpu
+    model         name, title, weights ("checkpoint", "included" or "new"), trained, num_classes,
+                  input_size [H, W], depths (blocks per stage)
+    target        "onnxruntime" or "torch"
+    device        "cpu" or "cuda"
+    threads       of ONNX Runtime or PyTorch on a CPU
+    repeats       timed rounds
+    data          name, images, fingerprint; null without data
+    variants      a list, unpruned first; each
+        name        "unpruned", "QuarterMap k = 3", "ToMe k = 3", …
+        method      "unpruned", "quartermap" or "tome"
+        plan        QuarterMap plan, or null
+        form        of the pruned graph: "hoisted and sunk" or "canonical"; null for other methods and in PyTorch
+        blocks      numbers of the changed blocks
+        tokens      positions that all scans walk, for one image
+        flops       multiply-accumulates for one image, as `complexity` counts them; of ToMe with its similarities
+        nodes       of the main graph; null in PyTorch
+        parity      relative_error and tolerance of the logits; null where PyTorch on the CPU is what is timed
+        accuracy    top1, top5, images, per_class, broken, …, as `quartermap eval` has them; null without data
+    timings       a list, one entry for each batch size; each
+        batch       images per call
+        variants    a list in the order above; each
+            name
+            median_ms, minimum_ms, maximum_ms   of one call
+            images_per_second
+            speed, speed_quartiles              relative to the unpruned model, 2 for twice as fast
+            speed_to_tome, speed_to_tome_quartiles   of QuarterMap, relative to ToMe in the same blocks; else null
+            profiled_ms                         of one recorded call, which takes longer; null, as the two below, until
+                                                calls were recorded
+            scan_ms, scan_share                 of it in the scans
+            added_ms                            of it in what QuarterMap (Slice, Resize) or ToMe (matching, merging,
+                                                unmerging) adds to a block
+    skipped       name and reason of each variant that this model cannot have
+    notes         what has to be known before the numbers are believed
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quartermap_deploy.bench import Timing, interleave
+from quartermap_deploy.errors import InputError, ParityError, PlanError, UnknownNameError
+from quartermap_deploy.evaluation.resumable import ResultFile, Rows, key_of
+from quartermap_deploy.evaluation.sessions import TORCH
+from quartermap_deploy.evaluation.variants import UNPRUNED, Builder, Variant
+from quartermap_deploy.progress import SILENT, Progress
+from quartermap_deploy.pruning.plan import QuarterMap
+from quartermap_deploy.recipe import Recipe
+
+if TYPE_CHECKING:
+    from quartermap_deploy.architectures.base import VisualStateSpaceModel
+    from quartermap_deploy.architectures.factory import Weights
+    from quartermap_deploy.evaluation.accuracy import Run
+    from quartermap_deploy.evaluation.datasets import Dataset
+
+ONNXRUNTIME = "onnxruntime"
+TARGETS = (ONNXRUNTIME, TORCH)
+CHECKED_IMAGES = 2
+"""Real images on which every variant is compared with PyTorch before it is timed."""
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What is compared, and how.
+
+    Attributes:
+        every: the k of the pruned variants; ToMe merges in the blocks of the first.
+        batches: images per call.
+        target: "onnxruntime" or "torch".
+        tome: compare with ToMe.
+        canonical: also time the first k in the paper's form, Slice before and Resize after the scan.
+        repeats: timed rounds.
+        profile_repeats: recorded calls for the time in the scan; 0 for none.
+        threads: of ONNX Runtime; None takes the environment's, or all cores.
+        eval_batch: images per call when the accuracy is measured.
+        workers: threads that read images.
+
+    Raises:
+        InputError: if a value is out of range.
+        UnknownNameError: if there is no such target.
+    """
+
+    every: tuple[int, ...] = (3, 2)
+    batches: tuple[int, ...] = (1, 8)
+    target: str = ONNXRUNTIME
+    tome: bool = True
+    canonical: bool = False
+    repeats: int = 15
+    profile_repeats: int = 5
+    threads: int | None = None
+    eval_batch: int = 32
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise UnknownNameError.for_choice("target", self.target, TARGETS)
+        for name in ("every", "batches"):
+            values = getattr(self, name)
+            if not values or min(values) < 1 or len(set(values)) != len(values):
+                raise InputError(f"{name} = {values}; expected different numbers of at least 1")
+        for name in ("repeats", "eval_batch", "workers"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.profile_repeats < 0:
+            raise InputError(f"profile_repeats = {self.profile_repeats} must be at least 0")
+        if self.canonical and self.target == TORCH:
+            raise InputError("the canonical form is one of the graph; in PyTorch there is no other")
+
+
+def compare(
+    recipe: Recipe,
+    options: CompareOptions | None = None,
+    dataset: Dataset | None = None,
+    *,
+    out: Path | None = None,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> ResultFile:
+    """Compare the variants of a model.
+
+    Args:
+        recipe: the model. Its plan, if it has one, gives stride, keep, upsampling and excluded stages; which blocks are
+            pruned is decided by the options, and a plan of named blocks is one more variant.
+        options: what is compared.
+        dataset: images with labels, for the accuracy; None for none.
+        out: file for the results, .json; a table .csv is written beside it.
+        force: replace a file of other results.
+        progress: told about the steps.
+
+    Returns:
+        The results, of which `values` are described above. They are not marked complete yet: call `finish`.
+
+    Raises:
+        ParityError: if a variant departs from its PyTorch model by more than the tolerance; nothing is timed then.
+        ReportError: if the results cannot be written, or something else is in their place.
+        InputError: if the data's classes are not the model's, or no image can be read.
+        RecipeError: if the recipe asks for another precision than float32, or open sizes.
+        QuartermapError: of the kind that fits, if the model cannot be loaded or exported.
+    """
+    return _Comparison(recipe, options or CompareOptions(), dataset, progress).run(out, force)
+
+
+def variants_of(
+    plan: QuarterMap | None, depths: tuple[int, ...], options: CompareOptions
+) -> tuple[list[Variant], list[dict[str, str]]]:
+    """Return the variants to compare, unpruned first, and those that the model cannot have, with the reason.
+
+    Args:
+        plan: the recipe's plan, or None.
+        depths: blocks per stage.
+        options: what is compared.
+    """
+    base = plan or QuarterMap()
+    plans = {f"k = {every}": dataclasses.replace(base, every=every, blocks=None) for every in options.every}
+    first = next(iter(plans))
+    candidates = [Variant(f"QuarterMap {name}", "quartermap", plan) for name, plan in plans.items()]
+    if plan is not None and plan.blocks is not None:
+        candidates.append(Variant("QuarterMap, the recipe's blocks", "quartermap", plan))
+    if options.canonical:
+        candidates.append(Variant(f"QuarterMap {first}, canonical", "quartermap", plans[first], "canonical"))
+    if options.tome:
+        candidates.append(Variant(f"ToMe {first}", "tome", plans[first]))
+    found, skipped = [UNPRUNED], []
+    for candidate in candidates:
+        try:
+            candidate.blocks(depths)
+            found.append(candidate)
+        except PlanError as error:
+            skipped.append({"name": candidate.name, "reason": str(error)})
+    return found, skipped
+
+
+class _Comparison:
+    def __init__(
+        self, recipe: Recipe, options: CompareOptions, dataset: Dataset | None, progress: Progress
+    ) -> None:
+        from quartermap_deploy.compiler import load_model
+
+        self.recipe, self.options, self.dataset, self.progress = recipe, options, dataset, progress
+        with progress.step(f"loading {recipe.model}"):
+            model, card, weights = load_model(recipe)
+        if dataset is not None:
+            dataset.check_classes(model.num_classes)
+        self.builder = Builder(recipe, model, card)
+        self.variants, skipped = variants_of(recipe.quartermap, model.depths, options)
+        self.description = {
+            **describe(recipe, self.builder, weights, options.target, options.threads, dataset),
+            "repeats": options.repeats,
+            "skipped": skipped,
+        }
+
+    def run(self, out: Path | None, force: bool) -> ResultFile:
+        key = key_of(
+            {
+                "model": self.description["model"],
+                "weights": weights_identity(self.builder.model),
+                "data": self.description["data"],
+                "variants": [variant.to_dict() for variant in self.variants],
+                "threads": self.description["threads"],
+                "options": dataclasses.asdict(self.options),
+            }
+        )
+        entries = [self._entry(variant) for variant in self.variants]
+        initial = {**self.description, "variants": entries, "timings": []}
+        results = ResultFile(out, "compare", key, initial, rows, force)
+        self._measure(results)
+        return results
+
+    def _entry(self, variant: Variant) -> dict[str, Any]:
+        cost = self.builder.cost(variant)
+        entry = {
+            **variant.to_dict(),
+            "blocks": list(variant.blocks(self.builder.model.depths)),
+            "tokens": cost.tokens,
+            "flops": cost.flops,
+            "nodes": None,
+            "parity": None,
+            "accuracy": None,
+        }
+        return entry if self.options.target == ONNXRUNTIME else {**entry, "form": None}
+
+    def _measure(self, results: ResultFile) -> None:
+        values, options = results.values, self.options
+        timed = {entry["batch"]: entry for entry in values["timings"]}
+        untimed = [batch for batch in options.batches if batch not in timed]
+        profile = options.profile_repeats > 0
+        unrecorded = [
+            batch
+            for batch in options.batches
+            if profile and (batch in untimed or timed[batch]["variants"][0]["scan_ms"] is None)
+        ]
+        unjudged = [
+            entry for entry in values["variants"] if self.dataset is not None and entry["accuracy"] is None
+        ]
+        if not (untimed or unrecorded or unjudged):
+            return
+        with Workbench(self.builder, self.variants, options.target, options.threads, self.progress) as bench:
+            bench.prepare()
+            for entry, checked in zip(values["variants"], bench.checked, strict=True):
+                entry |= checked
+            results.save()
+            for batch in untimed:
+                timings = bench.time(batch, options.repeats)
+                values["timings"].append(_timing_entry(batch, timings, self.variants, values["variants"]))
+                values["timings"].sort(key=lambda entry: options.batches.index(entry["batch"]))
+                results.save()
+            for entry in unjudged:
+                entry["accuracy"] = bench.accuracy(
+                    entry["name"], self.dataset, options.eval_batch, options.workers
+                )
+                results.save()
+            for batch in unrecorded:
+                parts = bench.profile(batch, options.profile_repeats)
+                (timing,) = (entry for entry in values["timings"] if entry["batch"] == batch)
+                for entry in timing["variants"]:
+                    entry |= parts[entry["name"]]
+                results.save()
+
+
+def describe(
+    recipe: Recipe,
+    builder: Builder,
+    weights: Weights,
+    target: str,
+    threads: int | None,
+    dataset: Dataset | None,
+) -> dict[str, Any]:
+    """Return what results of any measurement say about where they come from."""
+    from quartermap_deploy.compiler import versions
+    from quartermap_deploy.machine import describe_machine
+    from quartermap_deploy.targets.onnxruntime_cpu import default_threads
+
+    trained = weights.source != "new" and not weights.new_head
+    return {
+        "versions": versions(),
+        "machine": describe_machine(),
+        "model": {
+            "name": builder.card.name,
+            "title": builder.card.title,
+            "weights": weights.source,
+            "trained": trained,
+            "num_classes": builder.model.num_classes,
+            "input_size": list(builder.size),
+            "depths": list(builder.model.depths),
+        },
+        "target": target,
+        "device": _device(target),
+        "threads": threads or (default_threads() if target == ONNXRUNTIME else _torch_threads()),
+        "data": None
+        if dataset is None
+        else {"name": dataset.name, "images": len(dataset), "fingerprint": dataset.fingerprint},
+        "notes": _notes(trained, recipe, dataset),
+    }
+
+
+def _device(target: str) -> str:
+    if target == ONNXRUNTIME:
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _torch_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _notes(trained: bool, recipe: Recipe, dataset: Dataset | None) -> list[str]:
+    notes = []
+    if not trained:
+        notes.append(
+            f"{recipe.model} has newly initialised weights (seed {recipe.seed}): they decide no time, so the speeds "
+            "hold for trained ones too" + ("" if dataset is None else ", but the accuracies mean nothing")
+        )
+    if dataset is None:
+        notes.append("no accuracy was measured, as no images with labels were given")
+    return notes
+
+
+def weights_identity(model: VisualStateSpaceModel) -> str:
+    """Hash of a model's weights."""
+    from quartermap_deploy.evaluation.sessions import weights_hash
+
+    return weights_hash(model)
+
+
+class Workbench:
+    """Variants of a model, ready to run side by side.
+
+    Args:
+        builder: makes them.
+        variants: unpruned first.
+        target: "onnxruntime" or "torch".
+        threads: of ONNX Runtime, or None.
+        progress: told about the steps.
+
+    Attributes:
+        checked: for each variant, in order, its nodes and its parity, for the results.
+    """
+
+    def __init__(
+        self,
+        builder: Builder,
+        variants: list[Variant],
+        target: str,
+        threads: int | None,
+        progress: Progress,
+    ) -> None:
+        self.builder, self.variants, self.target, self.threads = builder, variants, target, threads
+        self.progress = progress
+        self.checked: list[dict[str, Any]] = []
+        self._runs: dict[str, Run] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="quartermap-")
+
+    def __enter__(self) -> Workbench:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._runs = {}
+        self._folder.cleanup()
+
+    def prepare(self) -> None:
+        """Build the variants and check each against its PyTorch model.
+
+        Raises:
+            ParityError: if one departs by more than the tolerance.
+        """
+        for variant in self.variants:
+            nodes = None
+            if self.target == ONNXRUNTIME:
+                nodes = self._write(variant)
+            self._runs[variant.name] = self._open(variant)
+            self.checked.append({"nodes": nodes, "parity": self._parity(variant)})
+
+    def _write(self, variant: Variant) -> int:
+        """Write a variant's ONNX form into a file; returns the nodes of its graph."""
+        from quartermap_deploy.evaluation.scan_time import name_scan_bodies
+
+        model = self.builder.graph(variant, self.progress)
+        name_scan_bodies(model)
+        self._path(variant).write_bytes(model.SerializeToString())
+        return len(model.graph.node)
+
+    def _path(self, variant: Variant) -> Path:
+        return Path(self._folder.name) / f"{self.variants.index(variant)}.onnx"
+
+    def _open(self, variant: Variant) -> Run:
+        from quartermap_deploy.evaluation.sessions import torch_run
+        from quartermap_deploy.targets.onnxruntime_cpu import OnnxRuntimeSession
+
+        if self.target == TORCH:
+            return torch_run(self.builder.pytorch(variant))
+        with self.progress.step(f"loading {variant.name} in ONNX Runtime"):
+            return OnnxRuntimeSession(self._path(variant), self.threads).run
+
+    def _parity(self, variant: Variant) -> dict[str, float] | None:
+        import torch
+
+        from quartermap_deploy.validation.comparison import compare_output
+        from quartermap_deploy.validation.tolerances import tolerance_for
+
+        if self.target == TORCH and _device(TORCH) == "cpu":
+            return None
+        images = self.images(CHECKED_IMAGES)
+        with self.progress.step(f"comparing {variant.name} with PyTorch"), torch.inference_mode():
+            expected = self.builder.pytorch(variant)(torch.from_numpy(images)).numpy()
+            found = self._runs[variant.name](images)
+        tolerance = tolerance_for("float32").relative
+        result = compare_output("logits", expected, found, tolerance)
+        if not result.passed:
+            raise ParityError(
+                f"{variant.name} on {self.target} departs from its PyTorch model: {result.detail}. Nothing was timed"
+            )
+        return {"relative_error": result.relative_error, "tolerance": tolerance}
+
+    def images(self, batch: int) -> NDArray[np.float32]:
+        """Return real images, prepared for the model."""
+        from quartermap_deploy.validation.inputs import real_images
+
+        return real_images(self.builder.card, self.builder.size, self.builder.recipe.images, count=batch)
+
+    def time(self, batch: int, repeats: int) -> dict[str, Timing]:
+        """Time all variants in turns."""
+        images = self.images(batch)
+        calls = {name: _call(run, images) for name, run in self._runs.items()}
+        return interleave(calls, repeats, progress=_Titled(self.progress, f"batch {batch}"))
+
+    def accuracy(self, name: str, dataset: Dataset | None, batch: int, workers: int) -> dict[str, Any]:
+        """Measure the accuracy of a variant, as plain values for JSON."""
+        from quartermap_deploy.evaluation.accuracy import evaluate
+        from quartermap_deploy.evaluation.sessions import preprocessing_of
+
+        assert dataset is not None
+        return evaluate(
+            self._runs[name],
+            dataset,
+            preprocessing_of(self.builder.recipe, self.builder.card),
+            batch=batch,
+            progress=_Titled(self.progress, name),
+            workers=workers,
+        ).to_dict()
+
+    def profile(self, batch: int, repeats: int) -> dict[str, dict[str, Any]]:
+        """Record where the time of a call goes, as plain values for JSON, by variant. The variants are closed first."""
+        from quartermap_deploy.evaluation import scan_time
+        from quartermap_deploy.evaluation.sessions import on_device
+
+        self._runs = {}
+        images, progress = self.images(batch), _Titled(self.progress, f"batch {batch}, recorded")
+        if self.target == TORCH:
+            models = {variant.name: on_device(self.builder.pytorch(variant)) for variant in self.variants}
+            parts = scan_time.profile_torch(models, images, repeats=repeats, progress=progress)
+        else:
+            parts = scan_time.profile_onnxruntime(
+                {variant.name: self._path(variant) for variant in self.variants},
+                images,
+                Path(self._folder.name),
+                threads=self.threads,
+                repeats=repeats,
+                progress=progress,
+            )
+        return {name: part.to_dict() for name, part in parts.items()}
+
+
+def _call(run: Run, images: NDArray[np.float32]) -> Callable[[], object]:
+    return lambda: run(images)
+
+
+class _Titled:
+    """Progress whose steps say what they belong to."""
+
+    def __init__(self, progress: Progress, title: str) -> None:
+        self._progress, self._title = progress, title
+
+    def step(self, title: str, total: int | None = None) -> Any:
+        """Open a step."""
+        return self._progress.step(f"{self._title}: {title}", total)
+
+
+def _timing_entry(
+    batch: int,
+    timings: Mapping[str, Timing],
+    variants: list[Variant],
+    entries: list[dict[str, Any]],
+) -> dict[str, Any]:
+    from quartermap_deploy.cli.bench import measured
+
+    blocks = {entry["name"]: entry["blocks"] for entry in entries}
+    tome = next((variant.name for variant in variants if variant.method == "tome"), None)
+    unmeasured = {"profiled_ms": None, "scan_ms": None, "scan_share": None, "added_ms": None}
+    found = []
+    for variant in variants:
+        name = variant.name
+        entry = {"name": name, **measured(timings[name], timings[UNPRUNED.name], batch)}
+        same = tome is not None and variant.method == "quartermap" and blocks[name] == blocks[tome]
+        to_tome = timings[tome] if same and tome is not None else None
+        entry["speed_to_tome"] = None if to_tome is None else to_tome.ratio(timings[name])
+        entry["speed_to_tome_quartiles"] = (
+            None if to_tome is None else list(to_tome.ratio_spread(timings[name]))
+        )
+        found.append({**entry, **unmeasured})
+    return {"batch": batch, "variants": found}
+
+
+def rows(values: Mapping[str, Any]) -> Rows:
+    """Return the table of results: a row for each batch and variant."""
+    variants = {entry["name"]: entry for entry in values["variants"]}
+    found = []
+    for timing in values["timings"]:
+        for entry in timing["variants"]:
+            variant = variants[entry["name"]]
+            accuracy, parity = variant["accuracy"] or {}, variant["parity"] or {}
+            found.append(
+                {
+                    "model": values["model"]["name"],
+                    "target": values["target"],
+                    "batch": timing["batch"],
+                    "variant": entry["name"],
+                    "blocks": " ".join(map(str, variant["blocks"])),
+                    "tokens": variant["tokens"],
+                    "flops": variant["flops"],
+                    "top1": accuracy.get("top1"),
+                    "top5": accuracy.get("top5"),
+                    "median_ms": entry["median_ms"],
+                    "images_per_second": entry["images_per_second"],
+                    "speed": entry["speed"],
+                    "speed_low": entry["speed_quartiles"][0],
+                    "speed_high": entry["speed_quartiles"][1],
+                    "speed_to_tome": entry["speed_to_tome"],
+                    "scan_ms": entry["scan_ms"],
+                    "added_ms": entry["added_ms"],
+                    "profiled_ms": entry["profiled_ms"],
+                    "parity_error": parity.get("relative_error"),
+                }
+            )
+    return found

@@ -1,0 +1,171 @@
+"""Labelled sets of images, as the evaluation reads them.
+
+`open_dataset` reads class folders as ImageNet-1K has them, the files of MedMNIST, the handwritten digits that come with
+scikit-learn, and folders of images without labels. Images of folders are opened one by one, when they are needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quartermap_deploy.data.images import ImageLike
+from quartermap_deploy.errors import InputError, UnknownNameError
+from quartermap_deploy.evaluation import FORMATS, UNLABELLED
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images with their classes.
+
+    Attributes:
+        name: for people, as "digits, held_out".
+        classes: names of the classes, in the order of the model's logits; none without labels.
+        labels: (n) of int64, positions in `classes`; -1 without labels.
+        pictures: n images as `data.images.prepare` takes them.
+        item_names: a name for each image; None numbers them.
+        fingerprint: hash that another set, or the same images in another order, does not have.
+        closed: whether `classes` are all that there are; where they are known by their index alone, a model may have
+            more.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    labels: NDArray[np.int64]
+    pictures: Sequence[ImageLike] | NDArray[np.uint8]
+    item_names: Sequence[str] | None
+    fingerprint: str
+    closed: bool = True
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the classes of the images are known."""
+        return bool(self.classes)
+
+    def image(self, index: int) -> ImageLike:
+        """Return an image as `data.images.prepare` takes it."""
+        return self.pictures[index]
+
+    def item_name(self, index: int) -> str:
+        """Return the name of an image."""
+        return f"image {index}" if self.item_names is None else self.item_names[index]
+
+    def subset(self, indices: Iterable[int] | NDArray[np.int64]) -> Dataset:
+        """Return the images at these positions, in this order, with the same classes.
+
+        Raises:
+            InputError: if there is no such position.
+        """
+        chosen = np.asarray(list(indices), dtype=np.int64)
+        if chosen.size and (chosen.min() < 0 or chosen.max() >= len(self)):
+            outside = chosen[(chosen < 0) | (chosen >= len(self))][0]
+            raise InputError(f"{self.name} has images 0 to {len(self) - 1}, found {outside}")
+        return Dataset(
+            name=f"{self.name}, {len(chosen)} of {len(self)}",
+            classes=self.classes,
+            labels=self.labels[chosen],
+            pictures=self.pictures[chosen]
+            if isinstance(self.pictures, np.ndarray)
+            else [self.pictures[index] for index in chosen],
+            item_names=[self.item_name(int(index)) for index in chosen],
+            fingerprint=fingerprint(self.fingerprint.encode(), chosen.astype("<i8").tobytes()),
+            closed=self.closed,
+        )
+
+    def sample(self, count: int, seed: int = 0) -> Dataset:
+        """Return `count` images drawn without replacement, in the order of the set; all of them if it has no more."""
+        if count >= len(self):
+            return self
+        # The legacy generator: NumPy promises never to change its stream.
+        return self.subset(np.sort(np.random.RandomState(seed).permutation(len(self))[:count]))
+
+    def check_classes(self, num_classes: int) -> None:
+        """Check that a model with so many classes can be evaluated on this set, if it has labels.
+
+        Raises:
+            InputError: if the number of classes differs, or a label is outside the model's.
+        """
+        own = len(self.classes)
+        if not self.labelled or own == num_classes or (not self.closed and own < num_classes):
+            return
+        mend = "take the data that the model was trained for, or the model that was trained for this data"
+        if not self.closed:
+            raise InputError(
+                f"{self.name} has images of class {own - 1}, but the model has classes 0 to {num_classes - 1}; {mend}"
+            )
+        raise InputError(f"{self.name} has {own} classes, but the model has {num_classes}; {mend}")
+
+
+def open_dataset(path: Path | None, format: str, *, split: str | None = None) -> Dataset:
+    """Open a data set.
+
+    Args:
+        path: its folder ("imagefolder", "images") or .npz file ("medmnist"); None for "digits".
+        format: "imagefolder", "medmnist", "digits", or "images" for a folder of images without labels.
+        split: which part. Digits have "held_out" (the default), which no model of this package was trained on, and
+            "training"; MedMNIST has "train", "val" and "test" (the default); of a folder it is a folder in it (by
+            default "val", "validation" or "test" if there is one, or else the folder itself).
+
+    Raises:
+        UnknownNameError: if there is no such format or part.
+        InputError: if the data cannot be read, has no image, or its labels are not those of its classes.
+    """
+    if format not in (*FORMATS, UNLABELLED):
+        raise UnknownNameError.for_choice("format of a data set", format, (*FORMATS, UNLABELLED))
+    if format == "digits":
+        if path is not None:
+            raise InputError(
+                f"the digits come with scikit-learn and are not read from {path}; leave the path out"
+            )
+        return _digits(split or "held_out")
+    if path is None:
+        kind = "the .npz file" if format == "medmnist" else "the folder of the images"
+        raise InputError(f"the format {format} needs a path: {kind}")
+    if format == "medmnist":
+        from quartermap_deploy.evaluation.medmnist import read_medmnist
+
+        return read_medmnist(Path(path), split or "test")
+    from quartermap_deploy.evaluation.imagefolder import read_imagefolder, read_images
+
+    if format == UNLABELLED:
+        if split is not None:
+            raise InputError(
+                f"images without labels have no parts such as {split!r}; give their folder itself"
+            )
+        return read_images(Path(path))
+    return read_imagefolder(Path(path), split)
+
+
+def fingerprint(*parts: bytes) -> str:
+    """Hash of what identifies a data set."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _digits(split: str) -> Dataset:
+    from quartermap_deploy.data.digits import load_digits
+
+    digits = load_digits()
+    parts = {"held_out": digits.held_out, "training": digits.training}
+    if split not in parts:
+        raise UnknownNameError.for_choice("part of the digits", split, parts)
+    part = parts[split]
+    return Dataset(
+        name=f"digits, {split}",
+        classes=tuple(str(digit) for digit in range(10)),
+        labels=part.labels,
+        pictures=part.images,
+        item_names=None,
+        fingerprint=fingerprint(b"digits", part.images.tobytes(), part.labels.astype("<i8").tobytes()),
+    )

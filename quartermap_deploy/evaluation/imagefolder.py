@@ -1,0 +1,247 @@
+"""Images in folders, as ImageNet-1K is laid out.
+
+    val/n01440764/*.JPEG    a folder for each class, named by synset, by index, or by any name
+    val/*_n01440764.JPEG    or one flat folder whose file names hold the synset
+    val/labels.csv          or one flat folder, and lines "file,class" for it
+
+Folders named by index say which logit they mean. All other classes are numbered in the order of their names, as
+ImageNet-1K numbers its synsets; where the folders are only some of a model's classes, a list of all of them beside
+them, one a line in the order of the logits, tells which: classes.txt, or LOC_synset_mapping.txt, whose lines go on with
+words.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from quartermap_deploy.errors import InputError
+from quartermap_deploy.evaluation.datasets import Dataset, fingerprint
+from quartermap_deploy.validation.inputs import IMAGE_SUFFIXES
+
+DEFAULT_SPLITS = ("val", "validation", "test")
+LABELS_FILE = "labels.csv"
+CLASS_LISTS = ("classes.txt", "LOC_synset_mapping.txt")
+_SYNSET = re.compile(r"(?<![0-9A-Za-z])n\d{8}(?!\d)")
+_LARGEST_INDEX = 1_000_000
+"""An index beyond it is a name made of digits, such as a date."""
+
+
+def read_imagefolder(path: Path, split: str | None) -> Dataset:
+    """Read a folder of labelled images; none of them is opened.
+
+    Args:
+        path: the folder.
+        split: a folder in it; None takes one of `DEFAULT_SPLITS` if it is there, or else `path` itself.
+
+    Raises:
+        InputError: if the folder cannot be read, or holds no image, or the class of an image is not known.
+    """
+    folder = _split_folder(path, split)
+    try:
+        found = list(_items(folder))
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename or folder}: {error.strerror or error}") from error
+    if not found:
+        raise InputError(
+            f"{folder} holds no image in a class folder; expected <class>/*, with files ending in "
+            f"{', '.join(IMAGE_SUFFIXES)}"
+        )
+    # Classes without images count too: the model has logits for them.
+    folders = {entry.name for entry in _entries(folder) if entry.is_dir()} if found[0][1] is None else set()
+    named = [(file, file.relative_to(folder).parts[0] if name is None else name) for file, name in found]
+    numbers, classes, closed = _numbering(folder, path, folders or {name for _, name in named})
+    named.sort(key=lambda item: (numbers[item[1]], item[0]))
+    labels = np.array([numbers[name] for _, name in named], dtype=np.int64)
+    item_names = [file.relative_to(folder).as_posix() for file, _ in named]
+    sizes = np.array([_size(file) for file, _ in named], dtype="<i8")
+    return Dataset(
+        name=folder.name if folder == path else f"{path.name}, {folder.name}",
+        classes=classes,
+        labels=labels,
+        pictures=[file for file, _ in named],
+        item_names=item_names,
+        fingerprint=fingerprint(
+            b"imagefolder",
+            "\0".join(item_names).encode("utf-8", "surrogateescape"),
+            labels.astype("<i8").tobytes(),
+            sizes.tobytes(),
+        ),
+        closed=closed,
+    )
+
+
+def read_images(path: Path) -> Dataset:
+    """Read a folder of images without labels, and the folders in it; none of the images is opened.
+
+    Raises:
+        InputError: if the folder cannot be read, or holds no image.
+    """
+    if not path.is_dir():
+        hint = "it is a file" if path.is_file() else "there is no such folder"
+        raise InputError(f"cannot read {path}: {hint}; expected a folder of images")
+    try:
+        files = list(_below(path))
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename or path}: {error.strerror or error}") from error
+    if not files:
+        raise InputError(f"{path} holds no image; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+    names = [file.relative_to(path).as_posix() for file in files]
+    sizes = np.array([_size(file) for file in files], dtype="<i8")
+    return Dataset(
+        name=path.name,
+        classes=(),
+        labels=np.full(len(files), -1, dtype=np.int64),
+        pictures=files,
+        item_names=names,
+        fingerprint=fingerprint(
+            b"images", "\0".join(names).encode("utf-8", "surrogateescape"), sizes.tobytes()
+        ),
+        closed=False,
+    )
+
+
+def _split_folder(path: Path, split: str | None) -> Path:
+    if not path.is_dir():
+        hint = "it is a file" if path.is_file() else "there is no such folder"
+        raise InputError(f"cannot read {path}: {hint}; expected a folder of images")
+    try:
+        there = sorted(entry.name for entry in _entries(path) if entry.is_dir())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    if split is not None:
+        if split not in there:
+            raise InputError(
+                f"{path} has no part {split!r}; it has {', '.join(there[:8]) or 'no folder'}"
+                f"{', …' if len(there) > 8 else ''}"
+            )
+        return path / split
+    chosen = next((name for name in DEFAULT_SPLITS if name in there), None)
+    if chosen is not None:
+        return path / chosen
+    if there == ["train"]:
+        raise InputError(
+            f"{path} has a part to train on and no other; name it with the split train if you mean it"
+        )
+    return path
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return sorted(
+            (entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name
+        )
+
+
+def _items(folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """The images of a folder, each with its class where that is not the name of its folder."""
+    entries = _entries(folder)
+    classes = [entry for entry in entries if entry.is_dir()]
+    flat = [Path(entry.path) for entry in entries if _is_image(entry.name) and not entry.is_dir()]
+    if flat and not classes:
+        yield from _flat(folder, flat)
+        return
+    for entry in classes:
+        yield from ((file, None) for file in _below(Path(entry.path)))
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """The images in a folder and the folders in it, in order; what is hidden is left out."""
+    for above, folders, files in os.walk(folder, onerror=_give):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (
+            Path(above) / name for name in sorted(files) if _is_image(name) and not name.startswith(".")
+        )
+
+
+def _give(error: OSError) -> None:
+    # os.walk would pass over a folder that cannot be read, and the accuracy would be that of another set.
+    raise error
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _flat(folder: Path, files: list[Path]) -> Iterator[tuple[Path, str]]:
+    labels_file = folder / LABELS_FILE
+    labels = _read_labels(labels_file) if labels_file.is_file() else None
+    for file in files:
+        if labels is not None:
+            name = labels.get(file.name) or labels.get(file.stem)
+            if name is None:
+                raise InputError(
+                    f"{labels_file} says nothing about {file.name}; add a line, or take the image away"
+                )
+        else:
+            synsets = _SYNSET.findall(file.stem.replace("_", "-"))
+            if len(synsets) != 1:
+                raise InputError(
+                    f"the class of {file} is not known: its images lie in no class folder, its name holds no synset, "
+                    f'and there is no {LABELS_FILE} with lines "file,class" beside it'
+                )
+            name = synsets[0]
+        yield file, name
+
+
+def _read_labels(path: Path) -> dict[str, str]:
+    """Lines "file,class" by file; what follows a class after a blank, as in LOC_val_solution.csv, is left out."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.reader(file) if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    if bad := next((row for row in rows if len(row) < 2 or not row[1].strip()), None):
+        raise InputError(f'{path} has the line {",".join(bad)!r}; expected "file,class"')
+    return {row[0].strip(): row[1].split()[0] for row in rows}
+
+
+def _numbering(folder: Path, root: Path, names: set[str]) -> tuple[Mapping[str, int], tuple[str, ...], bool]:
+    """The logit of each class, the names of all of them, and whether there are no more."""
+    listed = _class_list(folder, root)
+    if listed is not None:
+        path, classes = listed
+        numbers = {name: number for number, name in enumerate(classes)}
+        if absent := sorted(names - set(numbers)):
+            raise InputError(
+                f"{path} does not list the class {absent[0]!r} of {folder}; add it, or take it away"
+            )
+        return numbers, classes, True
+    if all(name.isdecimal() and int(name) <= _LARGEST_INDEX for name in names):
+        numbers = {name: int(name) for name in names}
+        if len(set(numbers.values())) != len(numbers):
+            raise InputError(f"{folder} has two folders for one index: {', '.join(sorted(names))}")
+        return numbers, tuple(str(number) for number in range(max(numbers.values()) + 1)), False
+    classes = tuple(sorted(names))
+    return {name: number for number, name in enumerate(classes)}, classes, True
+
+
+def _class_list(folder: Path, root: Path) -> tuple[Path, tuple[str, ...]] | None:
+    for path in (place / name for place in dict.fromkeys((folder, root)) for name in CLASS_LISTS):
+        if not path.is_file():
+            continue
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} cannot be read: {error}") from error
+        words = path.name == CLASS_LISTS[1]
+        classes = tuple(line.split()[0] if words else line for line in lines)
+        if len(set(classes)) != len(classes) or not classes:
+            raise InputError(
+                f"{path} names a class twice, or none; expected one class a line, in the order of logits"
+            )
+        return path, classes
+    return None
+
+
+def _size(path: Path) -> int:
+    """Size of a file, or -1 if it is gone: then it is a broken image, not a broken set."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1

@@ -1,0 +1,180 @@
+"""The forms of a model that are compared: unpruned, pruned by QuarterMap in its several forms, and merged by ToMe."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from quartermap_deploy.errors import RecipeError
+from quartermap_deploy.progress import SILENT, Progress
+from quartermap_deploy.pruning.plan import QuarterMap
+from quartermap_deploy.recipe import Recipe
+
+if TYPE_CHECKING:
+    import onnx
+
+    from quartermap_deploy.architectures.base import VisualStateSpaceModel
+    from quartermap_deploy.architectures.cards import ModelCard
+
+Method = Literal["unpruned", "quartermap", "tome"]
+FORMS: dict[str, tuple[str, ...]] = {
+    "canonical": (),
+    "hoisted": ("hoist_slice",),
+    "sunk": ("sink_resize",),
+    "hoisted and sunk": ("hoist_slice", "sink_resize"),
+}
+"""Passes behind `insert_quartermap`, by the form of the pruned graph that they give."""
+OPTIMIZED = "hoisted and sunk"
+"""The form that `compile` gives."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One form of a model.
+
+    Attributes:
+        name: for people and for results; no two in one comparison have the same.
+        method: what is done to it.
+        plan: its QuarterMap plan; for ToMe, the plan whose blocks merge, to as many tokens as it would keep; None for
+            the unpruned model.
+        form: of the pruned graph, a key of `FORMS`; it changes the speed and no number.
+    """
+
+    name: str
+    method: Method
+    plan: QuarterMap | None = None
+    form: str = OPTIMIZED
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {
+            "name": self.name,
+            "method": self.method,
+            "plan": None if self.plan is None else self.plan.to_dict(),
+            "form": self.form if self.method == "quartermap" else None,
+        }
+
+    def blocks(self, depths: Sequence[int]) -> tuple[int, ...]:
+        """Return the numbers of the blocks that are changed, of a model with these blocks per stage.
+
+        Raises:
+            PlanError: if the plan does not fit, or changes nothing.
+        """
+        return () if self.plan is None else self.plan.select(depths)
+
+
+UNPRUNED = Variant("unpruned", "unpruned")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a variant computes for one image, as `complexity` counts it.
+
+    Attributes:
+        tokens: positions that all scans walk, over all directions.
+        flops: multiply-accumulates; of pruned blocks in the paper's form, and of ToMe with the similarities that it
+            compares.
+    """
+
+    tokens: int
+    flops: int
+
+
+class Builder:
+    """Makes the variants of one model, in PyTorch and in ONNX. The model is traced once for all but ToMe.
+
+    Args:
+        recipe: decides everything but the plan; float32 and of fixed height and width.
+        model: the model, unpruned.
+        card: its card.
+
+    Raises:
+        RecipeError: if the recipe asks for another precision or open sizes.
+    """
+
+    def __init__(self, recipe: Recipe, model: VisualStateSpaceModel, card: ModelCard) -> None:
+        if recipe.precision != "float32" or recipe.dynamic_size:
+            found = (
+                f"precision {recipe.precision}" if recipe.precision != "float32" else "open height and width"
+            )
+            raise RecipeError(
+                f"the recipe asks for {found}; variants are compared in float32 and at one size, so leave that out"
+            )
+        self.recipe = dataclasses.replace(
+            recipe, quartermap=None, dynamic_batch=True, targets=("onnxruntime",)
+        )
+        self.model, self.card = model, card
+        self._traced: onnx.ModelProto | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the input."""
+        from quartermap_deploy.compiler import input_size
+
+        return input_size(self.recipe, self.card)
+
+    def pytorch(self, variant: Variant) -> VisualStateSpaceModel:
+        """Return a variant in PyTorch: what its ONNX form is compared with."""
+        from quartermap_deploy.pruning.reference import prune
+        from quartermap_deploy.pruning.tome import merge_tokens
+
+        if variant.plan is None:
+            return self.model
+        change = merge_tokens if variant.method == "tome" else prune
+        return change(self.model, variant.plan)
+
+    def graph(self, variant: Variant, progress: Progress = SILENT) -> onnx.ModelProto:
+        """Return a variant in ONNX, with the bodies of its scans.
+
+        Raises:
+            QuartermapError: of the kind that fits, if it cannot be exported.
+        """
+        if variant.method == "tome":
+            from quartermap_deploy.frontend.merging import export_merging
+
+            with progress.step(f"exporting {variant.name}"):
+                return export_merging(self.pytorch(variant), (1, self.model.in_channels, *self.size))
+        if self._traced is None:
+            from quartermap_deploy.frontend.exporter import trace
+
+            with progress.step(f"exporting {self.recipe.model}"):
+                self._traced = trace(self.model, (1, self.model.in_channels, *self.size))
+        with progress.step(f"making {variant.name}"):
+            return self._from_trace(variant, self._traced)
+
+    def _from_trace(self, variant: Variant, traced: onnx.ModelProto) -> onnx.ModelProto:
+        import onnx
+
+        from quartermap_deploy import passes
+
+        if variant.plan is None:
+            result = passes.infer_shapes(traced)
+        else:
+            selection = passes.Selection(variant.blocks(self.model.depths), variant.plan.subsample)
+            chosen = [passes.insert_quartermap, *(getattr(passes, name) for name in FORMS[variant.form])]
+            result, _ = passes.run_passes(traced, selection, chosen)
+        lowered = passes.lower(result)
+        onnx.checker.check_model(lowered, full_check=True)
+        return lowered
+
+    def cost(self, variant: Variant) -> Cost:
+        """Count what a variant computes."""
+        from quartermap_deploy.complexity import measure
+        from quartermap_deploy.pruning.tome import matching_flops
+
+        counted = measure(self.pytorch(variant), self.size)
+        flops = counted.flops
+        if variant.method == "tome":
+            channels = {block.index: block.mixer.d_inner for block in self.model.blocks()}
+            flops += sum(
+                matching_flops(
+                    block.map_size[0] * block.map_size[1],
+                    block.scanned_size[0] * block.scanned_size[1],
+                    channels[block.index],
+                )
+                for block in counted.blocks
+                if block.pruned
+            )
+        return Cost(counted.tokens, flops)

@@ -1,0 +1,97 @@
+"""Putting a report together: which sections it has, and in which order."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quartermap_deploy.cli.bench import labels
+from quartermap_deploy.errors import ReportError
+from quartermap_deploy.progress import SILENT, Progress
+from quartermap_deploy.report.bundles import (
+    blocks_section,
+    files_parts,
+    graph_section,
+    overview,
+    parity_section,
+)
+from quartermap_deploy.report.maps import ACTIVATIONS, FIELDS, map_sections
+from quartermap_deploy.report.parts import Section, Table, left_out
+from quartermap_deploy.report.results import read_results, result_sections
+
+if TYPE_CHECKING:
+    from quartermap_deploy.bundle import Bundle
+
+
+def page_sections(
+    paths: Sequence[Path],
+    *,
+    results: Sequence[Path] = (),
+    checkpoints: Sequence[Path] = (),
+    images: Path | None = None,
+    maps: bool = True,
+    progress: Progress = SILENT,
+) -> tuple[list[Section], dict[str, Bundle]]:
+    """Return the sections of a report, and its bundles by their names in it; `write_report` tells the rest."""
+    from quartermap_deploy.bundle import load_bundle
+
+    if not paths:
+        raise ReportError("a report is about bundles, and none was named; name at least one")
+    found = read_results(results)
+    bundles: dict[str, Bundle] = {}
+    with progress.step("reading the bundles", total=len(paths)) as advance:
+        for name, path in zip(labels(paths), paths, strict=True):
+            bundles[name] = load_bundle(path)
+            bundles[name].check_graph()
+            advance(1)
+    if maps:
+        activations, fields = map_sections(bundles, checkpoints, images, progress)
+    else:
+        reason = "Left out, as --no-maps asks for."
+        activations, fields = (
+            left_out(name, title, reason)
+            for name, title in (("activations", ACTIVATIONS), ("fields", FIELDS))
+        )
+    validations = [(result.name, result.values) for result in found if result.kind == "validate"]
+    sections = [
+        Section("overview", "Overview", (overview(bundles),)),
+        blocks_section(bundles),
+        parity_section(bundles, validations),
+        *result_sections(found),
+        activations,
+        fields,
+        graph_section(bundles),
+        Section("environment", "Environment and files", (_environment(), *files_parts(bundles))),
+    ]
+    return sections, bundles
+
+
+def page_titles(bundles: Mapping[str, Bundle]) -> tuple[str, str]:
+    """Return the models that the bundles hold, as a title, and the names of the bundles, as a line below it."""
+    titles = dict.fromkeys(str(bundle.manifest["model"]["title"]) for bundle in bundles.values())
+    return ", ".join(titles), f"Report on the bundle{'s' if len(bundles) > 1 else ''} {', '.join(bundles)}"
+
+
+def _environment() -> Table:
+    from quartermap_deploy.compiler import versions
+
+    rows = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        **versions(),
+    }
+    return Table("where this page was made", ("what", "value"), tuple(rows.items()))
+
+
+def _processor() -> str | None:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or None
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or None
