@@ -69,3 +69,7 @@ class MissingDependencyError(QuartermapError):
 
 class EngineError(QuartermapError):
     """An engine that could not be built, or is not what the graph says."""
+
+
+class DeployError(QuartermapError):
+    """A bundle that cannot go out in the way that was asked for, or something in the way of what is written."""
