@@ -183,7 +183,12 @@ def deploy_kserve(
     _check_file(out, force)
     REPOSITORY.check_destination(folder, force)
     with progress.step("checking the bundle"):
-        triton = replace(triton, threads=options.cpus, images=options.container is not None, mounted_at=MOUNT)
+        triton = replace(
+            triton,
+            threads=max(1, options.cpus // triton.instances),
+            images=options.container is not None,
+            mounted_at=MOUNT,
+        )
         plan = plan_triton(bundle, folder, triton)
         values = inference_service(plan, options)
     text = HEADER + to_yaml(values)
@@ -253,7 +258,7 @@ def inference_service(plan: TritonPlan, options: KServeOptions) -> dict[str, Any
 def service_name(model: str) -> str:
     """The name of a model in the letters that Kubernetes allows."""
     name = re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")
-    return name if name[:1].isalpha() else f"model-{name}"
+    return name if name[:1].isalpha() else f"model-{name}".rstrip("-")
 
 
 def _scaling(plan: TritonPlan, options: KServeOptions) -> tuple[str, int]:

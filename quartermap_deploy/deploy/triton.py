@@ -36,7 +36,7 @@ from quartermap_deploy.deploy.triton_config import (
     preprocess_config,
     probabilities_config,
 )
-from quartermap_deploy.deploy.triton_source import Source, find_source
+from quartermap_deploy.deploy.triton_source import Source, find_source, input_shape
 from quartermap_deploy.deploy.warmup import encoded_image, string_bytes, tensor_bytes
 from quartermap_deploy.errors import DeployError
 from quartermap_deploy.files import FolderKind
@@ -267,8 +267,8 @@ def plan_triton(bundle: str | os.PathLike[str], out: Path, options: TritonOption
         )
     gpu = source.backend == "tensorrt" or options.device == "gpu"
     manifest = loaded.manifest
+    batch, *image_shape = input_shape(loaded)
     try:
-        batch, *image_shape = manifest["input"]["shape"]
         interface = Interface(
             options.name or manifest["model"]["name"],
             manifest["input"]["name"],
@@ -278,9 +278,9 @@ def plan_triton(bundle: str | os.PathLike[str], out: Path, options: TritonOption
             manifest["input"]["type"],
             0 if isinstance(batch, int) else _max_batch(options, source, gpu),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
         raise DeployError(
-            f"the manifest of {loaded.path} does not tell the model's input and output ({error!r}); compile it again"
+            f"the manifest of {loaded.path} does not tell {error} of its model, input or output; compile it again"
         ) from error
     if not interface.max_batch and (options.max_batch or 1) > 1:
         raise DeployError(

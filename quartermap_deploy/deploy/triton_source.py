@@ -77,6 +77,20 @@ def choose_backend(bundle: Bundle, backend: str | None = None) -> str:
     raise DeployError(f"{has}, not for {backend}; {mend}")
 
 
+def input_shape(bundle: Bundle) -> tuple[int | str, ...]:
+    """The shape (batch, channels, height, width) of a bundle's input; an open size is a string.
+
+    Raises:
+        DeployError: if its manifest does not tell it.
+    """
+    shape = bundle.manifest["input"].get("shape")
+    if not isinstance(shape, list) or len(shape) != 4 or not all(isinstance(s, (int, str)) for s in shape):
+        raise DeployError(
+            f"the manifest of {bundle.path} does not tell the shape of the model's input; compile it again"
+        )
+    return tuple(shape)
+
+
 def find_source(
     bundle: Bundle,
     backend: str | None = None,
@@ -99,7 +113,7 @@ def find_source(
         EngineError: if there is no plugin library.
     """
     chosen = choose_backend(bundle, backend)
-    static = isinstance(bundle.manifest["input"]["shape"][0], int)
+    static = isinstance(input_shape(bundle)[0], int)
     if chosen == "onnxruntime":
         for value, name in ((engines_from, "other bundles' engines"), (plugin, "a plugin")):
             if value:
