@@ -89,8 +89,10 @@ def test_a_bundle_on_cpus() -> None:
     assert model["readinessProbe"]["httpGet"] == {"path": "/v2/health/ready", "port": 8080}
     # Beside it lies what belongs into the storage: the model alone, as the runtime's image has no Pillow, with as many
     # threads as the container has CPUs, since ONNX Runtime would take as many as the machine has.
-    assert models(Path("service")) == [MODEL]
-    assert read_config(Path("service"), MODEL).parameters["intra_op_thread_count"].string_value == "2"
+    assert models(Path("service-repository")) == [MODEL]
+    assert (
+        read_config(Path("service-repository"), MODEL).parameters["intra_op_thread_count"].string_value == "2"
+    )
 
 
 def test_options_arrive_in_the_service() -> None:
@@ -122,9 +124,9 @@ def test_options_arrive_in_the_service() -> None:
     assert model["runtime"] == "my-triton" and model["storageUri"] == "s3://bucket/digits"
     assert model["image"] == "registry.example/triton-with-pillow:1" and "runtimeVersion" not in model
     assert model["resources"]["limits"] == {"cpu": "6", "memory": "512Mi"}
-    config = read_config(Path("service"), MODEL)
+    config = read_config(Path("service-repository"), MODEL)
     assert config.parameters["intra_op_thread_count"].string_value == "3" and config.max_batch_size == 16
-    assert f"{MODEL}_image" in models(Path("service"))
+    assert f"{MODEL}_image" in models(Path("service-repository"))
 
 
 def test_an_engine_on_gpus(tmp_path: Path) -> None:
@@ -138,7 +140,7 @@ def test_an_engine_on_gpus(tmp_path: Path) -> None:
     model = predictor["model"]
     assert model["runtimeVersion"] == "25.12-py3"
     assert model["args"] == ["--backend-config=tensorrt,plugins=/mnt/models/libquartermap_plugin.so"]
-    assert (Path("service") / "libquartermap_plugin.so").read_bytes() == plugin.read_bytes()
+    assert (Path("service-repository") / "libquartermap_plugin.so").read_bytes() == plugin.read_bytes()
     assert model["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert "nvidia.com/gpu" not in model["resources"]["requests"]
 
@@ -216,12 +218,13 @@ def test_only_files_of_ours_are_replaced(place: Path) -> None:
     bundle = dynamic_bundle()
     assert call("deploy", "kserve", bundle, "-o", "service.yaml", "--quiet")[0] == 0
     assert "replace it with --force" in refused(bundle, "-o", "service.yaml")
-    assert "service exists already" in refused(bundle, "-o", "other.yaml", "--repository", "service")
+    assert "service-repository exists already" in refused(
+        bundle, "-o", "other.yaml", "--repository", "service-repository"
+    )
     Path("theirs.yaml").write_text("kind: InferenceService\n")
     assert "choose another file" in refused(bundle, "-o", "theirs.yaml")
     assert "--force does not replace it" in refused(bundle, "-o", "theirs.yaml", "--force")
     assert "no folder that you may write to" in refused(bundle, "-o", "missing/service.yaml")
-    assert "no suffix" in refused(bundle, "-o", "service")
     (place / "precious").mkdir()
     (place / "precious" / "data").write_text("data")
     message = refused(bundle, "-o", "service.yaml", "--repository", "precious", "--force")
@@ -253,7 +256,7 @@ def test_the_command_says_what_was_written_and_what_is_left_to_do() -> None:
     code, out, err = call(*arguments, "-o", "digits.yaml")
     assert code == 0 and "writing the model repository" in err
     assert [line.strip() for line in out.splitlines()[-2:]] == [
-        "copy what is in digits to s3://bucket/digits",
+        "copy what is in digits-repository to s3://bucket/digits",
         "kubectl apply -f digits.yaml",
     ]
     assert "1 to 3 replicas, by cpu, target 80" in out

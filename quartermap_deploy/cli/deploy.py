@@ -115,7 +115,7 @@ def _add_kserve(subparsers: Subparsers) -> None:
         "--repository",
         type=file_or_folder,
         metavar="REPO",
-        help="folder of the model repository (default: FILE beside FILE.yaml)",
+        help="folder of the model repository (default: FILE-repository beside FILE.yaml)",
     )
     _add_model_options(parser)
     service = parser.add_argument_group("service")

@@ -165,7 +165,7 @@ def deploy_kserve(
         out: file of the InferenceService; it must not exist, unless `force` is given and it is one of ours.
         options: how the service is run.
         triton: how the bundle is served; threads, images and the place of the repository follow from `options`.
-        repository_folder: where to write the repository; None for the name of `out` without its suffix.
+        repository_folder: where to write the repository; None for digits-repository beside digits.yaml.
         force: replace both.
         progress: told about the steps.
 
@@ -175,11 +175,7 @@ def deploy_kserve(
         QuartermapError: if the model's card or a plugin library is missing.
     """
     out, options, triton = Path(out), options or KServeOptions(), triton or TritonOptions()
-    if repository_folder is None and not out.suffix:
-        raise DeployError(
-            f"{out} has no suffix; name the file, such as {out}.yaml, or a folder for the repository"
-        )
-    folder = out.with_suffix("") if repository_folder is None else Path(repository_folder)
+    folder = out.with_name(f"{out.stem}-repository") if repository_folder is None else Path(repository_folder)
     _check_file(out, force)
     REPOSITORY.check_destination(folder, force)
     with progress.step("checking the bundle"):
