@@ -117,7 +117,7 @@ def test_triton_reads_the_configuration_of_a_bundle_of_any_batch(repositories: d
     (group,) = config.instance_group
     assert (group.count, group.kind) == (1, model_config_pb2.ModelInstanceGroup.KIND_CPU)
     assert config.HasField("dynamic_batching")
-    assert config.dynamic_batching.max_queue_delay_microseconds == 2000
+    assert config.dynamic_batching.max_queue_delay_microseconds == 1000
     assert not config.dynamic_batching.preferred_batch_size
     assert config.parameters["intra_op_thread_count"].string_value == "0"
     assert [(sample.name, sample.batch_size) for sample in config.model_warmup] == [
@@ -136,6 +136,20 @@ def test_a_static_batch_is_part_of_the_shapes_and_nothing_is_batched(repositorie
     assert (logits.data_type, list(logits.dims)) == (half, [1, 10])
     # Triton leaves a sample of batch 0 out, and takes no more than 1 from a model that does not batch.
     assert {sample.batch_size for sample in config.model_warmup} == {1}
+
+
+def test_open_sizes_stay_open_but_for_images_and_warm_up(dynamic: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "open"
+    shutil.copytree(dynamic, bundle)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    change_manifest(bundle, input=manifest["input"] | {"shape": ["batch", 3, "height", "width"]})
+    made = deploy_triton(bundle, tmp_path / "repository")
+    config = read_config(made.path, MODEL)
+    assert list(config.input[0].dims) == [3, -1, -1]
+    # Triton makes no request of a size that it does not know.
+    assert all(list(sample.inputs["images"].dims) == [3, 64, 64] for sample in config.model_warmup)
+    assert list(read_config(made.path, f"{MODEL}_preprocess").output[0].dims) == [3, 64, 64]
+    check_ensemble(made.path, f"{MODEL}_image")
 
 
 def test_options_arrive_in_the_configuration(dynamic: Path, tmp_path: Path) -> None:

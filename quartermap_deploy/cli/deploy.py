@@ -205,9 +205,9 @@ def _add_model_options(parser: CommandParser) -> None:
     model.add_argument(
         "--max-delay",
         type=_milliseconds,
-        default=2.0,
+        default=1.0,
         metavar="MS",
-        help="how long a request may wait for others to be batched with, in milliseconds (default: 2)",
+        help="how long a request may wait for others to be batched with, in milliseconds (default: 1)",
     )
     model.add_argument(
         "--instances",

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from quartermap_deploy.architectures.cards import Preprocessing, load_card
 from quartermap_deploy.bundle import Bundle, describe_file, load_bundle, write_json
+from quartermap_deploy.data.labels import read_labels
 from quartermap_deploy.deploy.textproto import textproto
 from quartermap_deploy.deploy.triton_config import (
     LABELS_FILE,
@@ -80,7 +81,7 @@ class TritonOptions:
     version: int = 1
     labels: Path | None = None
     max_batch: int | None = None
-    max_delay_us: int = 2000
+    max_delay_us: int = 1000
     device: str | None = None
     instances: int = 1
     threads: int = 0
@@ -293,7 +294,7 @@ def plan_triton(bundle: str | os.PathLike[str], out: Path, options: TritonOption
     if options.images:
         card = load_card(manifest["model"]["name"])
         preprocessing = card.preprocessing.with_size(*images.shape[2:])
-    labels = _labels(options.labels, interface.classes)
+    labels = read_labels(options.labels, interface.classes)
     return TritonPlan(loaded, source, interface, options, gpu, labels, images, preprocessing, place)
 
 
@@ -320,23 +321,6 @@ def _place(options: TritonOptions, source: Source, out: Path) -> str:
             f"Triton separates plugins by semicolons, so none can lie in {place}; choose another place"
         )
     return place
-
-
-def _labels(path: Path | None, classes: int) -> tuple[str, ...]:
-    """The names of the classes."""
-    if path is None:
-        return tuple(map(str, range(classes)))
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DeployError(f"the labels {path} cannot be read: {error}") from error
-    names = tuple(line.strip() for line in lines)
-    if len(names) != classes or not all(names):
-        raise DeployError(
-            f"the labels {path} have {len(names)} lines, {sum(map(bool, names))} of them not empty; expected one for "
-            f"each of {classes} classes"
-        )
-    return names
 
 
 # Writing --------------------------------------------------------------------------------------------------------
