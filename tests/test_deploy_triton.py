@@ -700,7 +700,7 @@ def test_options_that_do_not_fit_the_bundle_are_refused(dynamic: Path, static: P
     assert "cannot be read" in refused(place, dynamic, "-o", "r", "--labels", "no_labels")
     for option, value in (
         ("--max-batch", "0"),
-        ("--max-delay", "-1"),
+        ("--max-delay-ms", "-1"),
         ("--threads", "x"),
         ("--instances", "0"),
     ):

@@ -203,7 +203,7 @@ def _add_model_options(parser: CommandParser) -> None:
         help="largest batch (default: what the engine takes; without one 8 on a CPU, 32 on a GPU)",
     )
     model.add_argument(
-        "--max-delay",
+        "--max-delay-ms",
         type=_milliseconds,
         default=1.0,
         metavar="MS",
@@ -268,7 +268,7 @@ def _triton_options(options: argparse.Namespace, **more: Any) -> TritonOptions:
         version=options.model_version,
         labels=options.labels,
         max_batch=options.max_batch,
-        max_delay_us=round(options.max_delay * 1000),
+        max_delay_us=round(options.max_delay_ms * 1000),
         device=options.device,
         instances=options.instances,
         image_workers=options.image_workers,
