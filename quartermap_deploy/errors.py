@@ -73,3 +73,7 @@ class EngineError(QuartermapError):
 
 class DeployError(QuartermapError):
     """A bundle that cannot go out in the way that was asked for, or something in the way of what is written."""
+
+
+class ServeError(QuartermapError):
+    """A server that cannot be started as it was asked to, or that could not end in time."""

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from quartermap_deploy import __version__
-from quartermap_deploy.cli import bench, compile, deploy, inspect, models, plugin, rebuild, validate
+from quartermap_deploy.cli import bench, compile, deploy, inspect, models, plugin, rebuild, serve, validate
 from quartermap_deploy.cli.common import CommandParser, HelpFormatter, mendable, message, terminable
 from quartermap_deploy.errors import QuartermapError
 
@@ -16,7 +16,7 @@ __all__ = ["build_parser", "run"]
 
 OK, DEFECT, USER_ERROR, BROKEN_PIPE = 0, 1, 2, 141
 
-COMMANDS = (models, compile, inspect, validate, bench, rebuild, plugin, deploy)
+COMMANDS = (models, compile, inspect, validate, bench, rebuild, plugin, serve, deploy)
 
 DESCRIPTION = """\
 Deployment compiler for visual state-space models. A model, pruned by QuarterMap or not, goes in; a bundle comes
