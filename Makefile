@@ -16,7 +16,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 QUARTER
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint typecheck pytest format bench train-demo-model clean
+.PHONY: help demo test lint typecheck pytest format bench evidence train-demo-model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ format: $(STAMP) ## let ruff mend what it can
 
 bench: $(STAMP) ## what the scan costs beside everything else in a model
 	@$(RUN) benchmarks/scan_cost.py
+
+evidence: $(STAMP) ## measure docs/evidence.md anew: accuracy, comparisons, ablations, choice of blocks
+	@$(RUN) benchmarks/evidence.py
 
 train-demo-model: $(STAMP) ## train models/vmamba_digits.safetensors anew, in some minutes
 	@$(RUN) models/train_digits.py

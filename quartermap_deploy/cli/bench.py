@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from quartermap_deploy.cli.common import (
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from rich.table import Table
 
     from quartermap_deploy.bundle import Bundle
     from quartermap_deploy.cli.common import Subparsers
@@ -92,17 +93,20 @@ def run(options: argparse.Namespace) -> None:
         {"name": label, "path": bundles[label], **measured(timing, first, options.batch)}
         for label, timing in timings.items()
     ]
+    values = {"batch": options.batch, "threads": threads, "repeats": options.repeats, "bundles": results}
     if options.json:
-        settings = {"batch": options.batch, "threads": threads, "repeats": options.repeats}
-        print_json({**settings, "bundles": results})
+        print_json(values)
     elif not options.quiet:
-        show(
-            table(
-                f"batch {options.batch}, {threads} threads, {options.repeats} rounds",
-                ["bundle", ">median ms", ">fastest", ">slowest", ">images/s", ">speed"],
-                [row(result) for result in results],
-            )
-        )
+        show(result_table(values))
+
+
+def result_table(values: Mapping[str, Any]) -> Table:
+    """Return the table of what `--json` prints."""
+    return table(
+        f"batch {values['batch']}, {values['threads']} threads, {values['repeats']} rounds",
+        ["bundle", ">median ms", ">fastest", ">slowest", ">images/s", ">speed"],
+        [row(result) for result in values["bundles"]],
+    )
 
 
 def time_bundles(

@@ -18,6 +18,8 @@ FORMATS = ("png", "svg")
 COLOURS = ("#1b6ca8", "#c8553d", "#588157", "#8d5a97", "#b8860b")
 """One for each group, in their order; told apart by markers too."""
 MARKERS = ("o", "s", "D", "^", "v")
+LABELS = ((6, 4, "left"), (-6, 4, "right"), (6, -10, "left"), (-6, -10, "right"), (6, 4, "left"))
+"""Where the names of points stand, in points of type; each group has its own place, as points of several meet."""
 GREY = "#777777"
 
 
@@ -125,7 +127,7 @@ def _together(values: Mapping[str, Any]) -> Figure:
     axes = figure.subplots()
     # The forms of the graph have one accuracy.
     groups = [group for group in values["groups"] if group["name"] != "form"]
-    for group, colour, marker in zip(groups, COLOURS, MARKERS, strict=False):
+    for group, colour, marker, (right, up, side) in zip(groups, COLOURS, MARKERS, LABELS, strict=False):
         entries = [entry for entry in group["variants"][1:] if entry["accuracy"]]
         axes.plot(
             [entry["speed"] for entry in entries],
@@ -138,14 +140,16 @@ def _together(values: Mapping[str, Any]) -> Figure:
             axes.annotate(
                 entry["name"],
                 (entry["speed"], 100 * entry["accuracy"]["top1"]),
-                xytext=(5, 3),
+                xytext=(right, up),
                 textcoords="offset points",
+                horizontalalignment=side,
                 fontsize=7,
                 color=colour,
             )
     unpruned = next((group["variants"][0]["accuracy"] for group in groups), None)
     if unpruned:
         axes.plot(1, 100 * unpruned["top1"], "*", color="black", markersize=11, label="unpruned")
+    axes.margins(x=0.1, y=0.08)
     axes.set_ylabel("top-1, %")
     _label(axes, "speed, relative to unpruned")
     axes.legend(frameon=False, fontsize=8)

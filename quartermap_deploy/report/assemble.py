@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,21 +75,7 @@ def page_titles(bundles: Mapping[str, Bundle]) -> tuple[str, str]:
 
 def _environment() -> Table:
     from quartermap_deploy.compiler import versions
+    from quartermap_deploy.machine import describe_machine
 
-    rows = {
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        **versions(),
-    }
+    rows = {**describe_machine(), **versions()}
     return Table("where this page was made", ("what", "value"), tuple(rows.items()))
-
-
-def _processor() -> str | None:
-    """The processor's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.processor() or None
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or None

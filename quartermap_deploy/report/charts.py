@@ -7,14 +7,22 @@ marks.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from quartermap_deploy.report.markup import Html, element, joined
 
 HEIGHT = 240
 """Height of the plotted area, in pixels."""
+_OFFSETS = (4, -9, 17, -22, 30, -35)
+"""Pixels below the middle of a mark at which its label may stand, the best first."""
+_LINE = 12
+"""Pixels from one line of text to the next."""
+_LETTER = 0.018
+"""Width of a letter as a share of the chart's. The browser alone knows it; this is right for some 400 pixels."""
 
 _SHAPES = {
     "circle": "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z",
@@ -72,21 +80,27 @@ class Axis:
         low: value at its start.
         high: value at its end, larger.
         ticks: values that are written, with their texts.
-        logarithmic: whether equal steps are equal ratios.
+        scale: "linear"; "logarithmic", where equal steps are equal ratios; or "root", which spreads small values and
+            still has a zero.
     """
 
     label: str
     low: float
     high: float
     ticks: tuple[tuple[float, str], ...]
-    logarithmic: bool = False
+    scale: Literal["linear", "logarithmic", "root"] = "linear"
 
     def share(self, value: float) -> float:
         """Return where a value lies, from 0 at the start to 1 at the end; values outside stay at the edge."""
-        low, high, at = self.low, self.high, value
-        if self.logarithmic:
-            low, high, at = math.log10(low), math.log10(high), math.log10(max(value, self.low))
+        low, high, at = (self._scaled(max(number, self.low)) for number in (self.low, self.high, value))
         return min(max((at - low) / (high - low), 0.0), 1.0)
+
+    def _scaled(self, value: float) -> float:
+        if self.scale == "logarithmic":
+            return math.log10(value)
+        if self.scale == "root":
+            return math.copysign(math.sqrt(abs(value)), value)
+        return value
 
 
 def linear_axis(label: str, values: Iterable[float], ticks: int = 5, unit: str = "") -> Axis:
@@ -110,7 +124,19 @@ def logarithmic_axis(label: str, values: Iterable[float]) -> Axis:
     high = max(high, low + 1)
     every = math.ceil((high - low) / 6)
     decades = range(low, high + 1, every)
-    return Axis(label, 10.0**low, 10.0**high, tuple((10.0**e, f"1e{e}") for e in decades), logarithmic=True)
+    return Axis(label, 10.0**low, 10.0**high, tuple((10.0**e, f"1e{e}") for e in decades), "logarithmic")
+
+
+def root_axis(label: str, values: Iterable[float]) -> Axis:
+    """Return an axis from 0 on which small values are spread, over values of 0 and more, such as drops in percent."""
+    high = max(max(values) * 1.15, 0.1)
+    # A little below 0, so that marks at 0 are whole.
+    axis = Axis(label, -high / 400, high, (), "root")
+    ticks = [0.0]
+    for mark in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 40, 60, 80, 100):
+        if mark <= high and axis.share(mark) - axis.share(ticks[-1]) > 0.08:
+            ticks.append(float(mark))
+    return dataclasses.replace(axis, ticks=tuple((mark, f"{mark:g}") for mark in ticks))
 
 
 def counting_axis(label: str, texts: Sequence[str], most: int = 12) -> Axis:
@@ -153,6 +179,7 @@ def chart(
         *_grid(x, y),
         *_limits(y, limits),
         *(mark for entry in series for mark in _marks(entry, x, y)),
+        *_labels(series, x, y),
     )
     return joined(
         _legend(series),
@@ -200,15 +227,36 @@ def _marks(series: Series, x: Axis, y: Axis) -> list[Html]:
             parts.append(element("line", {"class": f"line {series.colour}", **ends}))
     for point in series.points:
         mark = element("path", {"class": f"mark {series.colour} {series.shape}", "d": _SHAPES[series.shape]})
-        children = [element("title", None, point.title), mark]
-        if point.label:
-            # Beside the mark, towards the middle, so that no text leaves the chart.
-            right = x.share(point.x) < 0.6
-            place = {"x": 9 if right else -9, "y": 4, "text-anchor": "start" if right else "end"}
-            children.append(element("text", {"class": "label", **place}, point.label))
         # A path takes no percentages; the drawing around it does.
         at = {"class": "at", "x": _across(x, point.x), "y": _up(y, point.y)}
-        parts.append(element("svg", at, *children))
+        parts.append(element("svg", at, element("title", None, point.title), mark))
+    return parts
+
+
+def _labels(series: Sequence[Series], x: Axis, y: Axis) -> list[Html]:
+    """The texts beside marks, above all marks, and each where it lies on as few marks and texts as can be."""
+    parts: list[Html] = []
+    every = {point for entry in series for point in entry.points}
+    taken = [(x.share(point.x) - _LETTER / 2, _LETTER, _up(y, point.y)) for point in every]
+    points = {(point.label, point.x, point.y) for point in every if point.label}
+    for label, at_x, at_y in sorted(points, key=lambda found: (found[1], -found[2])):
+        # Beside the mark, towards the middle, so that no text leaves the chart.
+        right = x.share(at_x) < 0.6
+        width, up = _LETTER * len(label), _up(y, at_y)
+        left = x.share(at_x) + _LETTER if right else x.share(at_x) - _LETTER - width
+
+        def lies_on(offset: int, left: float = left, width: float = width, up: float = up) -> int:
+            outside = not 8 < up + offset < HEIGHT
+            return 2 * outside + sum(
+                left < other + reach and other < left + width and abs(up + offset - 4 - row) < _LINE
+                for other, reach, row in taken
+            )
+
+        offset = min(_OFFSETS, key=lies_on)
+        taken.append((left, width, up + offset - 4))
+        place = {"x": 9 if right else -9, "y": offset, "text-anchor": "start" if right else "end"}
+        text = element("text", {"class": "label", **place}, label)
+        parts.append(element("svg", {"class": "at", "x": _across(x, at_x), "y": up}, text))
     return parts
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from quartermap_deploy.report.markup import Html
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,13 @@ class Section:
 def left_out(name: str, title: str, reason: str) -> Section:
     """Return a section that says why it is empty."""
     return Section(name, title, (Note(reason, reason=True),))
+
+
+def from_rich(table: RichTable, *, folded: bool = False) -> Table:
+    """Return a table as a command shows it, so that both say the same."""
+    columns = [f"{'>' * (column.justify == 'right')}{column.header}" for column in table.columns]
+    rows = zip(*(map(str, column.cells) for column in table.columns), strict=True)
+    return Table(str(table.title or ""), tuple(columns), tuple(rows), folded=folded)
 
 
 def markdown(table: Table) -> str:

@@ -1,6 +1,6 @@
 """Results of other commands, as their --json prints them, and the sections that are made of them.
 
-A result is known by its keys, so that a file may have any name.
+A result is known by its keys, so that a file may have any name. Tables are those that the commands themselves show.
 """
 
 from __future__ import annotations
@@ -11,14 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from quartermap_deploy.cli import ablate, bench, compare, tune
 from quartermap_deploy.cli.common import ranges
 from quartermap_deploy.errors import ReportError
-from quartermap_deploy.report.parts import Heading, Part, Section, Table, left_out
+from quartermap_deploy.report.parts import Heading, Note, Part, Section, Table, from_rich, left_out
+from quartermap_deploy.report.plots import ablation_plot, comparison_plot, search_plots
 
 Values: TypeAlias = Mapping[str, Any]
 
 KINDS: dict[str, frozenset[str]] = {
     "eval": frozenset({"top1", "per_class", "target", "source"}),
+    "compare": frozenset({"variants", "timings", "repeats"}),
+    "ablate": frozenset({"groups", "every", "repeats"}),
+    "tune": frozenset({"front", "fixed", "sensitivity", "tried"}),
     "bench": frozenset({"bundles", "threads", "repeats"}),
     "validate": frozenset({"cases", "tolerance", "passed", "target"}),
 }
@@ -54,14 +59,23 @@ def _read(path: Path) -> list[Result]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ReportError(f"there is no file {path}") from None
+        raise ReportError(f"there is no file {path} with results") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ReportError(f"the results {path} cannot be read as JSON: {error}") from error
     entries = content if isinstance(content, list) else [content]
-    return [Result(_kind(path, entry), path.stem, entry) for entry in entries]
+    return [Result(kind_of(path, entry), path.stem, entry) for entry in entries]
 
 
-def _kind(path: Path, entry: object) -> str:
+def kind_of(path: Path, entry: object) -> str:
+    """Return which command printed a result.
+
+    Args:
+        path: its file, for the message.
+        entry: what is in it.
+
+    Raises:
+        ReportError: if none that is known here did.
+    """
     if isinstance(entry, dict):
         for kind, keys in KINDS.items():
             if keys <= entry.keys():
@@ -105,7 +119,7 @@ def _written(kind: str, entries: list[Result]) -> list[Part]:
 
 
 def accuracy_table(
-    entries: Sequence[Values], caption: str = "accuracy, one run of eval in each line"
+    entries: Sequence[Values], caption: str = "one run of quartermap eval in each line"
 ) -> Table:
     """Return the accuracies of several runs of `quartermap eval`."""
     rows = tuple(
@@ -118,7 +132,7 @@ def accuracy_table(
             f"{entry['top1']:.2%}",
             None if entry["top5"] is None else f"{entry['top5']:.2%}",
             f"{entry['images_per_second']:,.0f}",
-            len(entry["broken"]) or "",
+            len(entry["broken"]),
         )
         for entry in entries
     )
@@ -158,42 +172,106 @@ def _class_share(entry: Values, name: str) -> str | None:
     return f"{counts['correct'] / counts['images']:.1%}" if counts else None
 
 
-# Speed --------------------------------------------------------------------------------------------------------------
-
-
-def bench_table(entry: Values) -> Table:
-    """Return the times of one run of `quartermap bench`."""
-    return Table(
-        f"batch {entry['batch']}, {entry['threads']} threads, {entry['repeats']} rounds in turns; speed is relative to "
-        "the first line, with the quartiles of the rounds",
-        ("bundle", ">median ms", ">fastest", ">slowest", ">images/s", ">speed"),
-        tuple(
-            (
-                bundle["name"],
-                f"{bundle['median_ms']:.2f}",
-                f"{bundle['minimum_ms']:.2f}",
-                f"{bundle['maximum_ms']:.2f}",
-                f"{bundle['images_per_second']:,.1f}",
-                speed_text(bundle["speed"], bundle["speed_quartiles"]),
-            )
-            for bundle in entry["bundles"]
-        ),
-    )
-
-
-def speed_text(speed: float, quartiles: Sequence[float] | None) -> str:
-    """Return 1.10 × [1.08 – 1.12]."""
-    spread = f" [{quartiles[0]:.2f} – {quartiles[1]:.2f}]" if quartiles else ""
-    return f"{speed:.2f} ×{spread}"
+# Speed, ablations, choice of blocks ---------------------------------------------------------------------------------
 
 
 def _bench_parts(results: Sequence[Result]) -> list[Part]:
     return [
-        part for result in results for part in (Heading(f"{result.name}: bench"), bench_table(result.values))
+        part
+        for result in results
+        for part in (
+            Heading(f"{result.name}: quartermap bench"),
+            from_rich(bench.result_table(result.values)),
+        )
     ]
 
 
-# Shared -------------------------------------------------------------------------------------------------------------
+def _compare_parts(results: Sequence[Result]) -> list[Part]:
+    parts: list[Part] = []
+    for result in results:
+        parts += [
+            Heading(f"{result.name}: quartermap compare"),
+            *shown(compare.tables(result.values)),
+            *comparison_plot(result.values),
+            Note(measured_on(result.values)),
+        ]
+    return parts
+
+
+def _ablate_parts(results: Sequence[Result]) -> list[Part]:
+    parts: list[Part] = []
+    for result in results:
+        parts += [
+            Heading(f"{result.name}: quartermap ablate"),
+            *ablation_plot(result.values),
+            *shown(ablate.tables(result.values)),
+            Note(measured_on(result.values)),
+        ]
+    return parts
+
+
+def _tune_parts(results: Sequence[Result]) -> list[Part]:
+    parts: list[Part] = []
+    for result in results:
+        values = result.values
+        parts += [
+            Heading(f"{result.name}: quartermap tune"),
+            Note(search_text(values)),
+            *search_plots(values),
+            from_rich(tune.fixed_table(values)),
+            from_rich(tune.front_table(values), folded=True),
+            from_rich(tune.sensitivity_table(values), folded=True),
+        ]
+    return parts
+
+
+def search_text(values: Values) -> str:
+    """Return in words what `quartermap tune` looked for, on which images, and what it chose."""
+    goal, chosen = values["goal"], values["chosen"]
+    wanted = (
+        f"the fastest plan with a drop of at most {goal['budget']:.2%}"
+        if goal["budget"] is not None
+        else f"the plan of at least {goal['speedup']:.2f} times the speed with the smallest drop"
+    )
+    images = (
+        f"calibrated on {values['calibration']['images']} images of {values['calibration']['name']}, verified on "
+        f"{values['verification']['images']} of {values['verification']['name']}"
+    )
+    all_of_them = "all that there are" if values["exhaustive"] else "a guided search"
+    plans = f"{len(values['tried'])} plans were run, {all_of_them}"
+    found = "Nothing reaches it."
+    if chosen is not None:
+        found = (
+            f"Chosen: blocks {ranges(chosen['blocks'])} at stride {chosen['stride']}, {chosen['speed']:.3f} times as "
+            f"fast by {values['measure']} ({values['measure_note']}), agreement with the unpruned model "
+            f"{chosen['verification']['agreement']:.2%} on the images to verify on."
+        )
+    return f"Wanted for {values['model']}: {wanted}, by {values['judged_by']}; {images}. {plans}. {found}"
+
+
+def measured_on(values: Values) -> str:
+    """Return in words on which machine and when a result was measured."""
+    machine = values["machine"]
+    where = ", ".join(str(machine[name]) for name in ("processor", "gpu", "system") if machine.get(name))
+    versions = ", ".join(
+        f"{name} {values['versions'][name]}" for name in _NAMED if name in values["versions"]
+    )
+    return f"Measured on {where}, {machine['cores']} cores, {values['created'][:10]}, with {versions}."
+
+
+_NAMED = ("onnxruntime", "torch")
+"""Packages that decide how fast a model is."""
+
+
+def shown(items: Sequence[object]) -> list[Part]:
+    """Return what a command shows, its tables and its lines."""
+    parts: list[Part] = []
+    for item in items:
+        if isinstance(item, str):
+            parts += [Note(item)] if item else []
+        else:
+            parts.append(from_rich(item))  # type: ignore[arg-type]
+    return parts
 
 
 def plan_name(plan: Values | None) -> str:
@@ -213,11 +291,16 @@ def plan_name(plan: Values | None) -> str:
 
 _PARTS: dict[str, Callable[[Sequence[Result]], list[Part]]] = {
     "eval": _accuracy_parts,
+    "compare": _compare_parts,
     "bench": _bench_parts,
+    "ablate": _ablate_parts,
+    "tune": _tune_parts,
 }
 
 SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("accuracy", "Accuracy", ("eval",)),
-    ("speed", "Speed", ("bench",)),
+    ("speed", "Speed", ("compare", "bench")),
+    ("ablations", "Ablations", ("ablate",)),
+    ("choice", "Choice of blocks", ("tune",)),
 )
 """Anchor, title and commands of each section."""
