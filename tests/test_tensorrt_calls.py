@@ -24,6 +24,7 @@ from onnx import helper, numpy_helper
 from tensorrt_stand_in import RELEASES, Engines
 from test_tensorrt_rtx import WHY_NOT, needs_rtx, save, small_model
 
+import quartermap_deploy as qm
 from quartermap_deploy.errors import BundleError, EngineError, InputError, MissingDependencyError
 from quartermap_deploy.passes.lower import lower
 from quartermap_deploy.passes.shapes import infer_shapes
@@ -232,6 +233,10 @@ def test_hardware_compatibility_is_set_where_it_exists(engines: Engines) -> None
     if engines.module.__version__.startswith("10.7"):
         with pytest.raises(InputError, match=r"10\.7\.0\.23 has no hardware compatibility .*TensorRT 10\.9"):
             configured(engines, hardware_compatibility="same_compute_capability")
+        with pytest.raises(InputError, match=r"TensorRT 10\.9"):
+            tensorrt.check(
+                qm.Recipe("any", engine=EngineOptions(hardware_compatibility="same_compute_capability"))
+            )
     else:
         config = configured(engines, hardware_compatibility="same_compute_capability")
         assert config.hardware_compatibility_level == levels.SAME_COMPUTE_CAPABILITY

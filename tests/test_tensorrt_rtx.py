@@ -38,7 +38,8 @@ from quartermap_deploy.targets.tensorrt_checks import (
     rtx_header,
 )
 from quartermap_deploy.targets.tensorrt_flavour import TENSORRT, TENSORRT_RTX, Flavour, version_numbers
-from quartermap_deploy.targets.tensorrt_monitor import Phases
+from quartermap_deploy.targets.tensorrt_monitor import Phases, make_logger
+from quartermap_deploy.targets.tensorrt_objects import make_runtime
 from quartermap_deploy.targets.tensorrt_options import EngineOptions, Profile
 from quartermap_deploy.targets.tensorrt_session import profile_for, refusal
 
@@ -125,6 +126,20 @@ def test_the_digits_engine_is_what_its_entry_says(built: tuple[Path, dict[str, A
     assert entry["plugin"] is None and entry["gpu"] is None
     assert set(entry["build"]["network_types"]) == {"float32"}
     check_file(engine, entry)
+
+
+@needs_rtx
+def test_tensorrt_itself_finds_the_engine_well_formed(built: tuple[Path, dict[str, Any], Recorder]) -> None:
+    """As far as it looks without a GPU, which is at the header."""
+    folder, entry, _ = built
+    trt = TENSORRT_RTX.load()
+    runtime = make_runtime(trt, TENSORRT_RTX, make_logger(trt))
+    if not hasattr(runtime, "get_engine_validity"):
+        pytest.skip(f"TensorRT for RTX {trt.__version__} has no get_engine_validity")
+    data = (folder / entry["file"]).read_bytes()
+    malformed = int(trt.EngineInvalidityDiagnostics.MALFORMED_ENGINE)
+    assert not int(runtime.get_engine_validity(data)[1]) & malformed
+    assert int(runtime.get_engine_validity(b"x" * len(data))[1]) & malformed
 
 
 @needs_rtx
@@ -261,9 +276,11 @@ def test_vmamba_tiny_is_built_within_a_minute(
     assert 40e6 < build["engine_bytes"] < 250e6
     if build["peak_memory_bytes"] is not None:
         assert build["peak_memory_bytes"] < 8e9
-    assert build["network_types"]["float16"] > 3 * build["network_types"]["float32"]
+    # Scans are float32 inside, and their bodies are most of the graph's layers; the rest has 16 bits.
+    graph, engine = build["network_types"], build["engine_types"]
+    assert graph["float16"] > 400
     if build["types_checked"]:
-        assert build["engine_types"]["float16"] > build["engine_types"].get("float32", 0)
+        assert engine["float16"] / sum(engine.values()) > graph["float16"] / sum(graph.values())
 
 
 # Caches ---------------------------------------------------------------------------------------------------------

@@ -29,12 +29,16 @@ def check(recipe: Any = None) -> None:
     Raises:
         MissingDependencyError: if TensorRT or the CUDA runtime is absent, or the version is not supported.
         EngineError: if there is no GPU, no plugin library, or one that is not for a GPU or for this TensorRT.
+        InputError: if this TensorRT has not the hardware compatibility that is asked for.
         PluginError: if the plugin library is damaged, not ours, or of another release.
     """
+    from quartermap_deploy.targets.tensorrt_builder import hardware_level
+
     trt = TENSORRT.load()
     require_gpu(TENSORRT, devices.find_gpu())
     require_runtime("running the engine that is built, to prove it,")
     options = getattr(recipe, "engine", None) or EngineOptions()
+    hardware_level(trt, TENSORRT, options)
     check_library(trt, find_library(options.plugin))
 
 

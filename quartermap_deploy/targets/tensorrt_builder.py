@@ -247,14 +247,23 @@ def configure(
     if flavour.portable:
         set_compute_capabilities(trt, config, options.compute_capabilities)
     elif options.hardware_compatibility != "none":
-        level = getattr(trt.HardwareCompatibilityLevel, options.hardware_compatibility.upper(), None)
-        if level is None:
-            raise InputError(
-                f"{flavour.title} {trt.__version__} has no hardware compatibility {options.hardware_compatibility!r}; "
-                "same_compute_capability came with TensorRT 10.9"
-            )
-        config.hardware_compatibility_level = level
+        config.hardware_compatibility_level = hardware_level(trt, flavour, options)
     return config
+
+
+def hardware_level(trt: Any, flavour: Flavour, options: EngineOptions) -> Any:
+    """The module's value for the hardware compatibility of the options.
+
+    Raises:
+        InputError: if this TensorRT has none.
+    """
+    level = getattr(trt.HardwareCompatibilityLevel, options.hardware_compatibility.upper(), None)
+    if level is None:
+        raise InputError(
+            f"{flavour.title} {trt.__version__} has no hardware compatibility {options.hardware_compatibility!r}; "
+            "same_compute_capability came with TensorRT 10.9"
+        )
+    return level
 
 
 def known_capabilities(trt: Any, wanted: Sequence[str]) -> list[Any]:
