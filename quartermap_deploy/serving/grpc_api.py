@@ -11,7 +11,7 @@ from quartermap_deploy.serving import grpc_codec
 from quartermap_deploy.serving.grpc_messages import HEALTH, INFERENCE, SERVICES, messages
 from quartermap_deploy.serving.logs import EventLog
 from quartermap_deploy.serving.models import VERSION, infer
-from quartermap_deploy.serving.refusal import Refusal
+from quartermap_deploy.serving.refusal import Refusal, invalid
 from quartermap_deploy.serving.state import State
 
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics"]
@@ -51,9 +51,9 @@ class GrpcApi:
             grpc.method_handlers_generic_handler(
                 SERVICES[package],
                 {
+                    # Without a deserialiser of gRPC's, which answers broken messages with the status UNKNOWN.
                     name: grpc.unary_unary_rpc_method_handler(
-                        self._answering(call),
-                        request_deserializer=messages(package)[requests[name]].FromString,
+                        self._answering(messages(package)[requests[name]].FromString, call),
                         response_serializer=lambda response: response.SerializeToString(),
                     )
                     for name, call in methods.items()
@@ -62,12 +62,19 @@ class GrpcApi:
             for package, methods in calls.items()
         ]
 
-    def _answering(self, call: Callable[[Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
-        """Make a refusal the status of a call."""
+    def _answering(
+        self, parse: Callable[[bytes], Any], call: Callable[[Any], Awaitable[Any]]
+    ) -> Callable[[bytes, Any], Awaitable[Any]]:
+        """Read the message of a call, and make a refusal its status."""
         import grpc
+        from google.protobuf.message import DecodeError
 
-        async def answer(request: Any, context: Any) -> Any:
+        async def answer(data: bytes, context: Any) -> Any:
             try:
+                try:
+                    request = parse(data)
+                except DecodeError:
+                    raise invalid(f"the message of {len(data)} bytes cannot be read") from None
                 return await call(request)
             except Refusal as refusal:
                 trailer: tuple[tuple[str, str], ...] = ()

@@ -6,14 +6,19 @@ its queue is dropped, and the number of lines that were is said once there is ro
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
+import logging
 import queue
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 FORMATS = ("auto", "json", "text")
+LIBRARIES = ("aiohttp", "asyncio", "grpc")
+"""Loggers of what the server is built on."""
 _WAITING = 10_000
 
 
@@ -54,6 +59,22 @@ class EventLog:
             return
         self._thread.join(timeout)
 
+    @contextlib.contextmanager
+    def libraries(self) -> Iterator[None]:
+        """While open, warnings and errors of the libraries below are events, too."""
+        handler = _Forward(self)
+        loggers = [logging.getLogger(name) for name in LIBRARIES]
+        before = [(logger, logger.propagate) for logger in loggers]
+        for logger in loggers:
+            logger.addHandler(handler)
+            logger.propagate = False
+        try:
+            yield
+        finally:
+            for logger, propagate in before:
+                logger.removeHandler(handler)
+                logger.propagate = propagate
+
     def _put(self, level: str, event: str, values: dict[str, Any]) -> None:
         if self._dropped:
             values = {**values, "lines_dropped": self._dropped}
@@ -78,3 +99,18 @@ class EventLog:
                 self._stream.flush()
             except (OSError, ValueError):  # nobody reads it any more
                 return
+
+
+class _Forward(logging.Handler):
+    """Makes records of the standard library's logging events of a log."""
+
+    def __init__(self, log: EventLog) -> None:
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write down a record, without its traceback."""
+        error = record.exc_info[1] if record.exc_info else None
+        reason = "" if error is None else " ".join(repr(error).split())[:500]
+        level = self._log.error if record.levelno >= logging.ERROR else self._log.warning
+        level("library", logger=record.name, message=record.getMessage()[:500], error=reason)

@@ -52,6 +52,7 @@ def page_values(plan: Plan) -> dict[str, object]:
         "parity": {
             "passed": report["passed"],
             "tolerance": report["tolerance"]["relative"],
+            "block_tolerance": report["tolerance"]["block"],
             "element_type": report["tolerance"]["element_type"],
             "cases": [
                 {

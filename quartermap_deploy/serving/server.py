@@ -86,7 +86,8 @@ def serve(
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_INTERVAL)
     try:
-        asyncio.run(_Server(plan, log, started).run())
+        with log.libraries():
+            asyncio.run(_Server(plan, log, started).run())
     finally:
         sys.setswitchinterval(before)
 
