@@ -57,7 +57,7 @@ def test_golden_outputs_that_do_not_match_are_never_served(copy: Path) -> None:
     path = copy / "golden_outputs.json"
     spoilt = json.loads(path.read_text())
     ((_, iterations),) = spoilt["lst"]
-    first, second, third = (iteration["outputs"]["logits"] for iteration in iterations)
+    first, _, third = (iteration["outputs"]["logits"] for iteration in iterations)
     # The outputs of the first and the third case, digits and zeros, have one shape.
     first["values"], third["values"] = third["values"], first["values"]
     path.write_text(json.dumps(spoilt))
@@ -137,7 +137,10 @@ def test_an_engine_without_a_gpu_is_refused(copy: Path, tmp_path: Path) -> None:
 
 
 def test_without_the_extra_the_error_says_how_to_get_it(copy: Path) -> None:
-    script = "import sys; sys.modules['aiohttp'] = None; from quartermap_deploy.cli import main; sys.exit(main(sys.argv[1:]))"
+    script = (
+        "import sys; sys.modules['aiohttp'] = None; from quartermap_deploy.cli import main; "
+        "sys.exit(main(sys.argv[1:]))"
+    )
     command = [sys.executable, "-c", script, "serve", str(copy)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2 and "pip install 'quartermap-deploy[serve]'" in done.stderr
