@@ -13,6 +13,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -545,6 +546,22 @@ def test_a_registry_that_refuses(engines: Engines, library: Callable[..., Path])
     trt: Any = engines.module
     with pytest.raises(EngineError, match=r"brought no creator of SelectiveScan2D .*quartermap plugin check"):
         tensorrt_plugin.load_plugin(trt, make_logger(trt), plugin_for(engines, library))
+
+
+@needs_rtx
+def test_a_real_registry_that_refuses(library: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The registry of TensorRT for RTX, which is that of TensorRT 11; the library has no plugin in it."""
+    monkeypatch.setattr(tensorrt_plugin, "_loaded", {})
+    real = TENSORRT_RTX.load()
+    logger = make_logger(real)
+    runtime = real.Runtime(logger)
+    trt = SimpleNamespace(
+        __name__="tensorrt", __version__="11.1.0", get_plugin_registry=real.get_plugin_registry
+    )
+    with pytest.raises(EngineError, match=r"brought no creator of SelectiveScan2D \(.*getCreators"):
+        tensorrt_plugin.load_plugin(trt, logger, library(tensorrt="11.1.0"))
+    assert not tensorrt_plugin.has_creator(real.get_plugin_registry())
+    del runtime
 
 
 def test_the_manifest_helps_to_find_the_library(

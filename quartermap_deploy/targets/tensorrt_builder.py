@@ -40,13 +40,15 @@ from quartermap_deploy.targets.tensorrt_monitor import (
     make_monitor,
     seconds_since,
 )
-from quartermap_deploy.targets.tensorrt_objects import last_error, make_builder, make_runtime, require_gpu
+from quartermap_deploy.targets.tensorrt_objects import (
+    NO_GPU,
+    last_error,
+    make_builder,
+    make_runtime,
+    require_gpu,
+)
 from quartermap_deploy.targets.tensorrt_options import CACHE_FOLDER, EngineOptions
 from quartermap_deploy.targets.tensorrt_plugin import load_plugin
-
-_NO_GPU = re.compile(
-    r"cudaError 35|cudaError 100|driver version is insufficient|no CUDA-capable", re.IGNORECASE
-)
 
 
 def build_engine(
@@ -194,7 +196,7 @@ def parse(trt: Any, builder: Any, logger: Any, data: bytes) -> tuple[Any, Any]:
         return network, parser
     reasons = [describe_error(parser.get_error(index)) for index in range(parser.num_errors)]
     # Without a driver, TensorRT-RTX adds an error about that to every other one.
-    telling = [reason for reason in reasons if not _NO_GPU.search(reason)] or reasons or [last_error(logger)]
+    telling = [reason for reason in reasons if not NO_GPU.search(reason)] or reasons or [last_error(logger)]
     raise EngineError(f"TensorRT's parser refuses the graph: {'; '.join(telling[:3])}")
 
 
@@ -298,7 +300,7 @@ def set_compute_capabilities(trt: Any, config: Any, wanted: Sequence[str]) -> No
 
 def build_reason(errors: Sequence[str]) -> str:
     """The errors that say why a build failed; that there is no driver is no reason where none is needed."""
-    telling = [error for error in errors if not _NO_GPU.search(error)] or list(errors)
+    telling = [error for error in errors if not NO_GPU.search(error)] or list(errors)
     text = " ".join(" ".join(error.split()) for error in telling[-2:])[:600]
     return text or "it gives no reason; is there enough memory?"
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from quartermap_deploy.errors import EngineError
 from quartermap_deploy.targets.gpu import Gpu
 from quartermap_deploy.targets.tensorrt_flavour import Flavour
+
+NO_GPU = re.compile(
+    r"cudaError 35|cudaError 100|driver version is insufficient|no CUDA-capable", re.IGNORECASE
+)
+"""Errors that there is no driver. TensorRT for RTX adds one to every other error where there is none."""
 
 
 def make_builder(trt: Any, flavour: Flavour, logger: Any) -> Any:
@@ -63,5 +69,6 @@ def require_gpu(flavour: Flavour, gpu: Gpu | None) -> None:
 
 
 def last_error(logger: Any) -> str:
-    """The last error that TensorRT told."""
-    return logger.errors[-1] if logger.errors else "no reason given"
+    """The last error that TensorRT told, if it told any; one about the driver only where there is no other."""
+    telling = [error for error in logger.errors if not NO_GPU.search(error)] or list(logger.errors)
+    return telling[-1] if telling else "no reason given"

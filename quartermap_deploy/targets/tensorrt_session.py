@@ -217,7 +217,16 @@ class EngineSession:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Give the memory on the GPU back; the session cannot run any more."""
+        """Give the memory on the GPU back; the session cannot run any more.
+
+        Raises:
+            EngineError: if CUDA fails.
+        """
+        with self._failures("give the engine's memory back"):
+            self.release()
+
+    def release(self) -> None:
+        """Free what is held on the GPU, if anything is."""
         raise NotImplementedError
 
     def __del__(self) -> None:
@@ -286,8 +295,8 @@ class TensorRTSession(EngineSession):
         # Copied: the runner writes its next outputs over these.
         return np.array(outputs[self.output])
 
-    def close(self) -> None:
-        """Give the memory on the GPU back; the session cannot run any more."""
+    def release(self) -> None:
+        """Free what is held on the GPU, if anything is."""
         runner = getattr(self, "runner", None)
         if runner is None or not runner.is_active:
             return
@@ -376,8 +385,8 @@ class RtxSession(EngineSession):
         except OSError:
             return
 
-    def close(self) -> None:
-        """Give the memory on the GPU back; the session cannot run any more."""
+    def release(self) -> None:
+        """Free what is held on the GPU, if anything is."""
         for name in ("inputs", "outputs", "stream"):
             if (held := self.__dict__.pop(name, None)) is not None:
                 held.free()
