@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import json
 import os
@@ -40,14 +41,14 @@ class Served:
         other: lines of standard error that are none of the log.
     """
 
-    def __init__(self, bundle: Path, *arguments: object) -> None:
+    def __init__(self, bundle: Path, *arguments: object, threads: int = 1) -> None:
         command = [sys.executable, "-c", START, "serve", bundle, "--port", 0, "--grpc-port", 0, *arguments]
         self.process = subprocess.Popen(
             [str(part) for part in command],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "QUARTERMAP_THREADS": "1", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "QUARTERMAP_THREADS": str(threads), "OMP_NUM_THREADS": "1"},
         )
         self.events: list[dict[str, Any]] = []
         self.other: list[str] = []
@@ -107,9 +108,9 @@ class Served:
 
 
 @contextmanager
-def serving(bundle: Path, *arguments: object) -> Iterator[Served]:
+def serving(bundle: Path, *arguments: object, threads: int = 1) -> Iterator[Served]:
     """Run a server while open, from when it is ready; it must end well, and must not have met a defect."""
-    server = Served(bundle, *arguments)
+    server = Served(bundle, *arguments, threads=threads)
     try:
         server.until("ready")
         yield server
@@ -139,3 +140,48 @@ def file_of(image: Array, kind: str = "PNG") -> bytes:
     file = io.BytesIO()
     Image.fromarray(image).save(file, kind)
     return file.getvalue()
+
+
+def tensor(module: Any, name: str, values: Array, **settings: Any) -> Any:
+    """An input of a request; `module` is Triton's client for a protocol."""
+    from tritonclient.utils import np_to_triton_dtype
+
+    made = module.InferInput(name, list(values.shape), np_to_triton_dtype(values.dtype))
+    made.set_data_from_numpy(values, **settings)
+    return made
+
+
+def files(*contents: bytes) -> Array:
+    """The input of the image model."""
+    values = np.empty((len(contents), 1), dtype=np.object_)
+    values[:, 0] = contents
+    return values
+
+
+def ask(
+    server: Served, method: str, path: str, body: bytes | None = None, **headers: str
+) -> tuple[int, dict[str, str], bytes]:
+    """Send a request over HTTP; returns status, headers and body."""
+    connection = http.client.HTTPConnection(server.http, timeout=60)
+    try:
+        connection.request(
+            method, path, body, {name.replace("_", "-"): value for name, value in headers.items()}
+        )
+        answer = connection.getresponse()
+        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
+    finally:
+        connection.close()
+
+
+def close(found: Array, expected: Array) -> bool:
+    """Whether two outputs are the same but for the batches that they were computed in."""
+    return found.shape == expected.shape and bool(
+        np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    )
+
+
+def form(*parts: tuple[str, bytes]) -> tuple[bytes, str]:
+    """A form with files, as browsers send it."""
+    head = 'Content-Disposition: form-data; name="file"; filename="{}"\r\nContent-Type: image/png\r\n\r\n'
+    body = b"".join(b"--x\r\n" + head.format(name).encode() + data + b"\r\n" for name, data in parts)
+    return body + b"--x--\r\n", "multipart/form-data; boundary=x"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import http.client
 import io
 import json
 import re
@@ -16,7 +15,20 @@ import numpy as np
 import pytest
 from deploy_bundles import change_manifest, dynamic_bundle, static_bundle
 from PIL import Image
-from served import IMAGE_MODEL, MODEL, Array, Served, digits, file_of, prepared, serving
+from served import (
+    IMAGE_MODEL,
+    MODEL,
+    Served,
+    ask,
+    close,
+    digits,
+    file_of,
+    files,
+    form,
+    prepared,
+    serving,
+    tensor,
+)
 
 import quartermap_deploy as qm
 from quartermap_deploy.data.images import sample_photographs
@@ -24,9 +36,7 @@ from quartermap_deploy.data.images import sample_photographs
 grpc = pytest.importorskip("grpc", reason="the extra serve is not installed")
 tritonhttp = pytest.importorskip("tritonclient.http", reason="tritonclient[http] is not installed")
 tritongrpc = pytest.importorskip("tritonclient.grpc", reason="tritonclient[grpc] is not installed")
-from tritonclient.utils import InferenceServerException, np_to_triton_dtype  # noqa: E402
-
-Reply = tuple[int, dict[str, str], bytes]
+from tritonclient.utils import InferenceServerException  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -58,40 +68,6 @@ def triton(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     if request.param == "http":
         return tritonhttp, request.getfixturevalue("over_http")
     return tritongrpc, request.getfixturevalue("over_grpc")
-
-
-def tensor(module: Any, name: str, values: Array, **settings: Any) -> Any:
-    """An input of a request."""
-    made = module.InferInput(name, list(values.shape), np_to_triton_dtype(values.dtype))
-    made.set_data_from_numpy(values, **settings)
-    return made
-
-
-def files(*contents: bytes) -> Array:
-    """The input of the image model."""
-    values = np.empty((len(contents), 1), dtype=np.object_)
-    values[:, 0] = contents
-    return values
-
-
-def ask(server: Served, method: str, path: str, body: bytes | None = None, **headers: str) -> Reply:
-    """Send a request over HTTP; returns status, headers and body."""
-    connection = http.client.HTTPConnection(server.http, timeout=60)
-    try:
-        connection.request(
-            method, path, body, {name.replace("_", "-"): value for name, value in headers.items()}
-        )
-        answer = connection.getresponse()
-        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
-    finally:
-        connection.close()
-
-
-def close(found: Array, expected: Array) -> bool:
-    """Whether two outputs are the same but for the batches that they were computed in."""
-    return found.shape == expected.shape and bool(
-        np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
-    )
 
 
 # The model itself -----------------------------------------------------------------------------------------------
@@ -238,13 +214,6 @@ def test_every_kind_of_image_is_taken(server: Served, mode: str) -> None:
     photograph.save(file, "JPEG" if mode == "CMYK" else "PNG")
     status, _, body = ask(server, "POST", "/classify", file.getvalue(), Content_Type="image/png")
     assert status == 200, body
-
-
-def form(*parts: tuple[str, bytes]) -> tuple[bytes, str]:
-    """A form with files, as browsers send it."""
-    head = 'Content-Disposition: form-data; name="file"; filename="{}"\r\nContent-Type: image/png\r\n\r\n'
-    body = b"".join(b"--x\r\n" + head.format(name).encode() + data + b"\r\n" for name, data in parts)
-    return body + b"--x--\r\n", "multipart/form-data; boundary=x"
 
 
 def test_classify_takes_a_form_with_files(server: Served) -> None:

@@ -20,8 +20,21 @@ from deploy_bundles import dynamic_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from served import IMAGE_MODEL, MODEL, Array, Served, digits, file_of, prepared, serving
-from test_serving import ask, close, files, form, tensor
+from served import (
+    IMAGE_MODEL,
+    MODEL,
+    Array,
+    Served,
+    ask,
+    close,
+    digits,
+    file_of,
+    files,
+    form,
+    prepared,
+    serving,
+    tensor,
+)
 
 import quartermap_deploy as qm
 

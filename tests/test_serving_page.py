@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 from deploy_bundles import dynamic_bundle
-from served import MODEL, Served, digits, file_of, serving
-from test_serving import ask
+from served import MODEL, Served, ask, digits, file_of, serving
 
 import quartermap_deploy as qm
 
@@ -125,7 +124,7 @@ def test_what_is_no_image_gets_a_message(server: Served, tmp_path: Path) -> None
         assert browser is not None
         async with open_page(browser, f"http://{server.http}/") as page:
             await page.choose("#file", tmp_path / "no.png")
-            await page.until("document.querySelector('.result .fault')")
+            await page.until("document.querySelectorAll('.result .fault').length === 1")
             text = await page.evaluate("document.querySelector('.result').innerText")
             assert "cannot be read as JPEG or PNG" in text and "no.png" in text
 

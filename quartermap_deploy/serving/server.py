@@ -51,6 +51,8 @@ def check_dependencies() -> None:
     Raises:
         MissingDependencyError: if it is not.
     """
+    # Read when gRPC is imported. What its core has to say comes as an error of Python, too.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         import aiohttp  # noqa: F401
         import grpc  # noqa: F401
@@ -121,21 +123,23 @@ class _Server:
                     self.log.info("ready", seconds=round(time.monotonic() - begin, 3))
                     self.started({**addresses, "models": list(self.state.models)})
                     await self.signalled.wait()
-                complete = await self._drain()
-        if not complete:
+                left = await self._drain()
+        if left:
             raise ServeError(
-                f"{self.state.open} requests were still open {self.options.shutdown_timeout:g} s after the server was "
-                "told to stop; give it longer with --shutdown-timeout"
+                f"{left} requests were still open when the time for stopping was over; give them longer with "
+                "--shutdown-timeout, and do not send a second signal"
             )
 
     async def _load(self) -> bool:
         """Open and check the sessions, and take requests; return whether no signal came before."""
         plan = self.plan
-        loading = asyncio.ensure_future(_in_thread(lambda: self._sessions()))
+        loading = asyncio.ensure_future(_in_thread(self._sessions))
         waiting = asyncio.ensure_future(self.signalled.wait())
         await asyncio.wait({loading, waiting}, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
-        if not loading.done():
+        if self.signalled.is_set():
+            # A process that ends in the middle of it would be aborted by the runtime whose model it loads.
+            await asyncio.wait({loading}, timeout=self.options.shutdown_timeout)
             return False
         sessions = loading.result()
         statistics = ModelStatistics(plan.model.name, VERSION)
@@ -150,8 +154,6 @@ class _Server:
         model = TensorModel(plan.model, self.batcher, statistics)
         image_model = ImageModel(plan.image_model, model, plan.preprocessing, self.pool)
         models: dict[str, ServedModel] = {plan.model.name: model, plan.image_model.name: image_model}
-        if self.signalled.is_set():
-            return False
         self.state.become_ready(models)
         return True
 
@@ -165,12 +167,14 @@ class _Server:
             threads=self.plan.threads,
             max_batch=self.plan.model.max_batch,
         )
+        if self.signalled.is_set():
+            return sessions
         worst = check_golden(self.plan, sessions)
         self.log.info("golden_inputs_passed", worst_relative_error=float(f"{worst:.3g}"))
         return sessions
 
-    async def _drain(self) -> bool:
-        """Refuse what comes, and wait for what was taken on; return whether all of it was answered."""
+    async def _drain(self) -> int:
+        """Refuse what comes, and wait for what was taken on; return how many requests are left all the same."""
         self.state.stop()
         deadline = time.monotonic() + self.options.shutdown_timeout
         self.log.info("stopping", open_requests=self.state.open)
@@ -178,15 +182,12 @@ class _Server:
         hurry = asyncio.ensure_future(self.insistent.wait())
         await asyncio.wait({idle, hurry}, return_when=asyncio.FIRST_COMPLETED)
         hurry.cancel()
-        complete = idle.done() and idle.result()
         idle.cancel()
+        left = self.state.open
         if self.batcher is not None:
-            left = max(0.1, deadline - time.monotonic()) if complete else 0.0
-            complete = await self.batcher.stop(left) and complete
-        self.log.info(
-            "stopped", requests=self.state.taken_on, finished=self.state.finished, complete=complete
-        )
-        return complete
+            await self.batcher.stop(0.0 if left else max(0.1, deadline - time.monotonic()))
+        self.log.info("stopped", requests=self.state.taken_on, answered=self.state.answered, still_open=left)
+        return left
 
     async def _listen_http(self, stack: contextlib.AsyncExitStack) -> int:
         from aiohttp import web

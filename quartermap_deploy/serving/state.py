@@ -20,7 +20,7 @@ class State:
         self.phase = STARTING
         self.models: Mapping[str, ServedModel] = {}
         self.started = time.monotonic()
-        self.taken_on = self.finished = 0
+        self.taken_on = self.finished = self.answered = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -63,6 +63,7 @@ class State:
         self._idle.clear()
         try:
             yield
+            self.answered += 1
         finally:
             self.finished += 1
             if self.open == 0:
