@@ -14,7 +14,8 @@ in turns, each for some seconds, and is stated as the median of the rounds' rati
 
 The clients of these send the same bytes again and again, so that they cost as little as clients can. Mixed requests
 come from Triton's own clients over HTTP and gRPC, with tensors as JSON and as bytes, and with image files; each answer
-is compared with the one that it has to be. They need a bundle of vmamba_digits. Then the same load is cut off by SIGTERM.
+is compared with the one that it has to be. They need a bundle of vmamba_digits. Then the same load is cut off by
+SIGTERM.
 """
 
 from __future__ import annotations
