@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,12 +99,15 @@ def run(directory: Path, repeats: int = 9, progress: Progress | None = None) -> 
     from quartermap_deploy.compiler import compile
     from quartermap_deploy.data.digits import load_digits
     from quartermap_deploy.data.images import prepare
-    from quartermap_deploy.progress import SILENT
+    from quartermap_deploy.progress import SILENT, Titled
 
     progress = progress or SILENT
     bundles = {
         name: compile(
-            Recipe(MODEL, quartermap=plan), directory / name, force=True, progress=_Titled(progress, name)
+            Recipe(MODEL, quartermap=plan),
+            directory / name,
+            force=True,
+            progress=Titled(progress, TITLES[name]),
         )
         for name, plan in PLANS.items()
     }
@@ -119,16 +121,6 @@ def run(directory: Path, repeats: int = 9, progress: Progress | None = None) -> 
     return [
         _result(name, bundle, predicted[name], digits.labels, timings) for name, bundle in bundles.items()
     ]
-
-
-class _Titled:
-    """Progress whose steps say which plan they belong to."""
-
-    def __init__(self, progress: Progress, name: str) -> None:
-        self._progress, self._title = progress, TITLES[name]
-
-    def step(self, title: str, total: int | None = None) -> AbstractContextManager[Callable[[int], None]]:
-        return self._progress.step(f"{self._title}: {title}", total)
 
 
 def _predict(bundle: Bundle, images: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-__all__ = ["SILENT", "Progress", "Silent"]
+__all__ = ["SILENT", "Progress", "Silent", "Titled"]
 
 
 class Progress(Protocol):
@@ -45,6 +45,17 @@ class Silent:
 
 def _ignore(units: int) -> None:
     return None
+
+
+class Titled:
+    """Progress whose steps say what they belong to."""
+
+    def __init__(self, progress: Progress, title: str) -> None:
+        self._progress, self._title = progress, title
+
+    def step(self, title: str, total: int | None = None) -> AbstractContextManager[Callable[[int], None]]:
+        """Open a step."""
+        return self._progress.step(f"{self._title}: {title}", total)
 
 
 SILENT: Progress = Silent()

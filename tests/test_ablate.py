@@ -18,7 +18,7 @@ from quartermap_deploy.errors import InputError, UnknownNameError
 from quartermap_deploy.evaluation import ablate as ablating
 from quartermap_deploy.evaluation.ablate import GROUPS, AblateOptions, ablate, ablations
 from quartermap_deploy.evaluation.ablation_plots import write_plots
-from quartermap_deploy.evaluation.compare import Workbench
+from quartermap_deploy.evaluation.workbench import Workbench
 from quartermap_deploy.pruning import QuarterMap
 from quartermap_deploy.recipe import Recipe
 

@@ -17,11 +17,12 @@ from measuring import MODEL, Outcome, call, full_disk, refused, traced_once
 from quartermap_deploy.architectures import load_card
 from quartermap_deploy.complexity import measure
 from quartermap_deploy.errors import InputError, ParityError, RecipeError, UnknownNameError
-from quartermap_deploy.evaluation import compare as comparing
-from quartermap_deploy.evaluation.compare import CompareOptions, Workbench, compare, variants_of
+from quartermap_deploy.evaluation import workbench
+from quartermap_deploy.evaluation.compare import CompareOptions, compare, variants_of
 from quartermap_deploy.evaluation.datasets import open_dataset
 from quartermap_deploy.evaluation.sessions import torch_run
 from quartermap_deploy.evaluation.variants import UNPRUNED, Builder, Variant
+from quartermap_deploy.evaluation.workbench import Workbench
 from quartermap_deploy.progress import SILENT
 from quartermap_deploy.pruning import QuarterMap, prune
 from quartermap_deploy.pruning.tome import merge_tokens
@@ -162,14 +163,17 @@ class TestTorch:
         speeds = [[v["median_ms"] for v in entry["timings"][0]["variants"]] for entry in (partial, values)]
         assert speeds[0] == speeds[1]
 
-    def test_more_batches_are_added(self, tmp_path: Path) -> None:
+    def test_batches_are_added(self, tmp_path: Path) -> None:
         path = tmp_path / "results.json"
-        outcome = call(
-            "compare", MODEL, "--target", "torch", "--batch", 1, 3, *QUICK[2:6], "--limit", 4, "-o", path
-        )
+        command = ("compare", MODEL, "--target", "torch", *QUICK[2:6], "--limit", 4, "-o", path)
+        assert call(*command, "--batch", 3).code == 0
+        (first,) = json.loads(path.read_text())["timings"]
+        outcome = call(*command, "--batch", 1)
         assert outcome.code == 0, outcome.err
-        assert [entry["batch"] for entry in json.loads(path.read_text())["timings"]] == [1, 3]
-        assert "batch 3" in outcome.out
+        timings = json.loads(path.read_text())["timings"]
+        assert [entry["batch"] for entry in timings] == [1, 3]
+        assert timings[1] == first
+        assert "batch 1" in outcome.out and "batch 3" in outcome.out
 
     def test_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = tmp_path / "results.json"
@@ -240,7 +244,7 @@ class TestCorrectnessFirst:
         builder._traced = traced_digits()
         graph = Builder.graph
         monkeypatch.setattr(Builder, "graph", lambda self, variant, progress: graph(self, UNPRUNED, progress))
-        monkeypatch.setattr(comparing, "interleave", lambda *_, **__: pytest.fail("timed"))
+        monkeypatch.setattr(workbench, "interleave", lambda *_, **__: pytest.fail("timed"))
         pruned = Variant("QuarterMap k = 3", "quartermap", QuarterMap())
         with Workbench(builder, [UNPRUNED, pruned], "onnxruntime", 1, SILENT) as bench:
             folder = Path(bench._folder.name)
@@ -312,6 +316,7 @@ class TestBadInput:
             ([MODEL, "--data", "absent"], "absent"),
             ([MODEL, "-o", "results.txt"], "ending in .json"),
             ([MODEL, "--data", ""], "the path is empty"),
+            (["medmamba_t", "--limit", "5"], "add --data"),
         ],
     )
     def test_is_said_in_one_message(

@@ -21,20 +21,31 @@ import browser
 import numpy as np
 import pytest
 import torch
+from quick_results import quick_results
 from safetensors.torch import save_file
 
 import quartermap_deploy as qm
 from quartermap_deploy import cli
 from quartermap_deploy.bundle import describe_file, load_bundle
+from quartermap_deploy.cli.common import ranges
 from quartermap_deploy.errors import BundleError, CheckpointError, InputError, ReportError
 from quartermap_deploy.report import write_report
 from quartermap_deploy.report.activations import block_activations
-from quartermap_deploy.report.charts import Point, Series, chart, counting_axis, linear_axis, logarithmic_axis
+from quartermap_deploy.report.charts import (
+    Point,
+    Series,
+    chart,
+    counting_axis,
+    linear_axis,
+    logarithmic_axis,
+    root_axis,
+)
 from quartermap_deploy.report.markup import Html, element
 from quartermap_deploy.report.parts import Table, markdown
 from quartermap_deploy.report.pictures import heat_colours
+from quartermap_deploy.report.plots import ablation_plot, comparison_plot, search_plots
 from quartermap_deploy.report.receptive import ReceptiveField, receptive_field
-from quartermap_deploy.report.results import plan_name, read_results
+from quartermap_deploy.report.results import plan_name, read_results, search_text
 from quartermap_deploy.validation.inputs import real_images
 
 PLAN = qm.QuarterMap(every=3)
@@ -44,6 +55,8 @@ SECTIONS = (
     "parity",
     "accuracy",
     "speed",
+    "ablations",
+    "choice",
     "activations",
     "fields",
     "graph",
@@ -61,7 +74,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def results(bundles: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """What eval, bench and validate print about the bundles."""
+    """What the commands print: eval of both bundles, bench, validate, compare, ablate and tune."""
     folder = tmp_path_factory.mktemp("results")
     commands = {
         "unpruned": ["eval", bundles[0]],
@@ -75,7 +88,7 @@ def results(bundles: list[Path], tmp_path_factory: pytest.TempPathFactory) -> li
         assert code == 0, err
         paths.append(folder / f"{name}.json")
         paths[-1].write_text(out, encoding="utf-8")
-    return paths
+    return [*paths, *quick_results(folder).values()]
 
 
 @pytest.fixture(scope="session")
@@ -205,6 +218,12 @@ def test_it_says_what_the_bundles_and_results_say(
     bench = json.loads(results[2].read_text())
     assert f"digits_k3{bench['bundles'][1]['median_ms']:.2f}" in text
     assert "proof: quartermap validate" in text
+    compared = json.loads(results[4].read_text())
+    tome = compared["timings"][0]["variants"][-1]
+    assert tome["name"] == "ToMe k = 3" and f"{tome['speed']:.2f} × [{tome['speed_quartiles'][0]:.2f}" in text
+    searched = json.loads(results[6].read_text())
+    assert f"{len(searched['tried'])} plans were run" in text
+    assert f"Chosen: blocks {ranges(searched['chosen']['blocks'])} at stride 2" in text
     assert manifest["versions"]["torch"] in text
     assert "Left out" not in text
 
@@ -213,6 +232,7 @@ def test_sections_without_results_say_why(quick: Callable[..., str]) -> None:
     text = quick()
     assert {*SECTIONS} <= {*structure(text).identifiers}
     assert "no result of quartermap eval --json" in text
+    assert "no result of quartermap compare --json or quartermap bench --json" in text
     assert "Left out, as --no-maps asks for." in text
 
 
@@ -493,7 +513,42 @@ def test_results_that_are_none(
 def test_several_results_in_one_file(results: list[Path], tmp_path: Path) -> None:
     path = tmp_path / "all.json"
     path.write_text(json.dumps([json.loads(entry.read_text()) for entry in results]))
-    assert [result.kind for result in read_results([path])] == ["eval", "eval", "bench", "validate"]
+    kinds = ["eval", "eval", "bench", "validate", "compare", "ablate", "tune"]
+    assert [result.kind for result in read_results([path])] == kinds
+
+
+def test_everything_that_a_search_tried_is_drawn_where_it_is(results: list[Path]) -> None:
+    values = json.loads(results[6].read_text())
+    drawn, verified = search_plots(values)
+    assert (
+        drawn.content.count("<title>")
+        == len(values["tried"]) + len(values["front"]) + len(values["fixed"]) + 1
+    )
+    # The search's own speeds, reckoned again from what single blocks save.
+    for entry in (*values["front"], values["chosen"]):
+        text = f"blocks {ranges(entry['blocks'])} at stride 2: {entry['speed']:.3f} ×, drop "
+        assert drawn.content.count(f"{text}{entry['calibration']['drop']:.2%}") >= 2
+    for entry in values["fixed"]:
+        assert (
+            f"{entry['fixed']['speed']:.3f} ×, drop {entry['fixed']['verification']['drop']:.2%}"
+            in verified.content
+        )
+        assert f">k = {entry['every']}</text>" in verified.content
+
+
+def test_a_search_that_found_nothing_is_told_of(results: list[Path]) -> None:
+    values = {**json.loads(results[6].read_text()), "chosen": None}
+    assert "Nothing reaches it." in search_text(values)
+    assert len(search_plots(values)) == 2
+
+
+def test_without_accuracies_there_is_no_plot_of_them(results: list[Path]) -> None:
+    compared, ablated = (json.loads(results[i].read_text()) for i in (4, 5))
+    assert len(comparison_plot(compared)) == len(ablation_plot(ablated)) == 1
+    for values in (compared, *ablated["groups"]):
+        for entry in values["variants"]:
+            entry["accuracy"] = None
+    assert comparison_plot(compared) == ablation_plot(ablated) == []
 
 
 def test_only_reports_are_replaced(bundles: list[Path], tmp_path: Path) -> None:
@@ -588,8 +643,20 @@ def test_axes() -> None:
     assert (decades.low, decades.high) == (1e-7, 1e-4)
     assert decades.share(1e-6) == pytest.approx(1 / 3)
     assert decades.share(0.0) == 0
+    drops = root_axis("", [0.0, 38.7])
+    assert [text for _, text in drops.ticks] == ["0", "0.5", "2", "5", "10", "20", "40"]
+    assert drops.share(0) < 0.06 and drops.share(1) > 0.15
     many = counting_axis("", [str(i) for i in range(1, 31)] + ["logits"])
     assert len(many.ticks) <= 13 and many.ticks[-1] == (31.0, "logits")
+
+
+def test_labels_lie_on_no_mark_and_on_no_other_label() -> None:
+    points = tuple(Point(1 + i / 100, 5.0, "", f"k = {i}") for i in range(4))
+    axes = linear_axis("", [1.0, 2.0]), linear_axis("", [0.0, 10.0])
+    drawn = chart([Series("s", points)], *axes, "d")
+    rows = [float(y) for y in re.findall(r'class="label" x="9" y="(-?[\d.]+)"', drawn)]
+    assert len(rows) == 4
+    assert all(abs(a - b) >= 12 for a, b in itertools.combinations(rows, 2))
 
 
 def test_marks_lie_where_their_values_are() -> None:

@@ -18,6 +18,7 @@ from quartermap_deploy.cli.common import (
     show,
 )
 from quartermap_deploy.cli.data import dataset_of, warn_of_broken
+from quartermap_deploy.errors import InputError
 
 if TYPE_CHECKING:
     from quartermap_deploy.evaluation.datasets import Dataset
@@ -116,9 +117,18 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
 
 
 def labelled_images(options: argparse.Namespace, recipe: Recipe) -> Dataset | None:
-    """Return the data that was named, the digits for the model that reads them, or None."""
+    """Return the data that was named, the digits for the model that reads them, or None.
+
+    Raises:
+        InputError: if there is a limit on the images, but no data.
+        QuartermapError: as `open_dataset` does.
+    """
     named = any(getattr(options, name) is not None for name in ("data", "format", "split"))
-    return dataset_of(options) if named or recipe.model == DIGITS_MODEL else None
+    if named or recipe.model == DIGITS_MODEL:
+        return dataset_of(options)
+    if options.limit is not None:
+        raise InputError("--limit takes a part of the data, but none was named; add --data, or leave it out")
+    return None
 
 
 @contextmanager

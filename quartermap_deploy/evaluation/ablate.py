@@ -40,10 +40,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.errors import InputError, PlanError, UnknownNameError
-from quartermap_deploy.evaluation.compare import TARGETS, Workbench, describe, weights_identity
 from quartermap_deploy.evaluation.resumable import ResultFile, Rows, key_of
-from quartermap_deploy.evaluation.sessions import TORCH
+from quartermap_deploy.evaluation.sessions import TORCH, weights_hash
 from quartermap_deploy.evaluation.variants import FORMS, UNPRUNED, Builder, Variant
+from quartermap_deploy.evaluation.workbench import TARGETS, Workbench, describe, variant_entry
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.pruning.plan import UPSAMPLE_MODES, QuarterMap
 from quartermap_deploy.recipe import Recipe
@@ -168,7 +168,7 @@ def ablate(
         {
             **{name: description[name] for name in ("model", "target", "device", "threads", "data")},
             **settings,
-            "weights": weights_identity(model),
+            "weights": weights_hash(model),
             "plan": base.to_dict(),
             "eval_batch": options.eval_batch,
         }
@@ -230,6 +230,7 @@ def _measure(
 ) -> None:
     """Measure one group and add it to the results."""
     values = results.values
+    values["complete"] = False
     # What a group that is measured anew skips is said anew.
     values["skipped"] = [entry for entry in values["skipped"] if entry["group"] != name]
     depths = builder.model.depths
@@ -256,7 +257,7 @@ def _measure(
         for ablation, checked in zip(chosen, bench.checked, strict=True):
             entry = {
                 "setting": ablation.setting,
-                **_entry(ablation.variant, builder, options.target),
+                **variant_entry(ablation.variant, builder, options.target),
                 **checked,
             }
             timing, unpruned = timings[ablation.variant.name], timings[UNPRUNED.name]
@@ -270,17 +271,6 @@ def _measure(
     values["groups"].append({"name": name, "title": GROUPS[name], "variants": entries})
     values["groups"].sort(key=lambda group: list(GROUPS).index(group["name"]))
     results.save()
-
-
-def _entry(variant: Variant, builder: Builder, target: str) -> dict[str, Any]:
-    cost = builder.cost(variant)
-    entry = {
-        **variant.to_dict(),
-        "blocks": list(variant.blocks(builder.model.depths)),
-        "tokens": cost.tokens,
-        "flops": cost.flops,
-    }
-    return {**entry, "form": None} if target == TORCH else entry
 
 
 def _timing(timing: Any, unpruned: Any, batch: int) -> dict[str, Any]:

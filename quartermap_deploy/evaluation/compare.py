@@ -53,34 +53,23 @@ The results, plain values for JSON:
 from __future__ import annotations
 
 import dataclasses
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from quartermap_deploy.bench import Timing, interleave
-from quartermap_deploy.errors import InputError, ParityError, PlanError, UnknownNameError
+from quartermap_deploy.bench import Timing
+from quartermap_deploy.errors import InputError, PlanError, UnknownNameError
 from quartermap_deploy.evaluation.resumable import ResultFile, Rows, key_of
-from quartermap_deploy.evaluation.sessions import TORCH
+from quartermap_deploy.evaluation.sessions import TORCH, weights_hash
 from quartermap_deploy.evaluation.variants import UNPRUNED, Builder, Variant
+from quartermap_deploy.evaluation.workbench import ONNXRUNTIME, TARGETS, Workbench, describe, variant_entry
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.pruning.plan import QuarterMap
 from quartermap_deploy.recipe import Recipe
 
 if TYPE_CHECKING:
-    from quartermap_deploy.architectures.base import VisualStateSpaceModel
-    from quartermap_deploy.architectures.factory import Weights
-    from quartermap_deploy.evaluation.accuracy import Run
     from quartermap_deploy.evaluation.datasets import Dataset
-
-ONNXRUNTIME = "onnxruntime"
-TARGETS = (ONNXRUNTIME, TORCH)
-CHECKED_IMAGES = 2
-"""Real images on which every variant is compared with PyTorch before it is timed."""
 
 
 @dataclass(frozen=True)
@@ -217,31 +206,23 @@ class _Comparison:
         key = key_of(
             {
                 "model": self.description["model"],
-                "weights": weights_identity(self.builder.model),
+                "weights": weights_hash(self.builder.model),
                 "data": self.description["data"],
                 "variants": [variant.to_dict() for variant in self.variants],
-                "threads": self.description["threads"],
-                "options": dataclasses.asdict(self.options),
+                **{name: self.description[name] for name in ("target", "device", "threads")},
+                # Batches may be added to a file, and workers decide nothing.
+                "repeats": self.options.repeats,
+                "profile_repeats": self.options.profile_repeats,
+                "eval_batch": self.options.eval_batch,
             }
         )
-        entries = [self._entry(variant) for variant in self.variants]
-        initial = {**self.description, "variants": entries, "timings": []}
+        entries = [variant_entry(variant, self.builder, self.options.target) for variant in self.variants]
+        unmeasured = {"nodes": None, "parity": None, "accuracy": None}
+        variants = [{**entry, **unmeasured} for entry in entries]
+        initial = {**self.description, "variants": variants, "timings": []}
         results = ResultFile(out, "compare", key, initial, rows, force)
         self._measure(results)
         return results
-
-    def _entry(self, variant: Variant) -> dict[str, Any]:
-        cost = self.builder.cost(variant)
-        entry = {
-            **variant.to_dict(),
-            "blocks": list(variant.blocks(self.builder.model.depths)),
-            "tokens": cost.tokens,
-            "flops": cost.flops,
-            "nodes": None,
-            "parity": None,
-            "accuracy": None,
-        }
-        return entry if self.options.target == ONNXRUNTIME else {**entry, "form": None}
 
     def _measure(self, results: ResultFile) -> None:
         values, options = results.values, self.options
@@ -258,6 +239,7 @@ class _Comparison:
         ]
         if not (untimed or unrecorded or unjudged):
             return
+        values["complete"] = False
         with Workbench(self.builder, self.variants, options.target, options.threads, self.progress) as bench:
             bench.prepare()
             for entry, checked in zip(values["variants"], bench.checked, strict=True):
@@ -266,7 +248,7 @@ class _Comparison:
             for batch in untimed:
                 timings = bench.time(batch, options.repeats)
                 values["timings"].append(_timing_entry(batch, timings, self.variants, values["variants"]))
-                values["timings"].sort(key=lambda entry: options.batches.index(entry["batch"]))
+                values["timings"].sort(key=lambda entry: int(entry["batch"]))
                 results.save()
             for entry in unjudged:
                 entry["accuracy"] = bench.accuracy(
@@ -279,228 +261,6 @@ class _Comparison:
                 for entry in timing["variants"]:
                     entry |= parts[entry["name"]]
                 results.save()
-
-
-def describe(
-    recipe: Recipe,
-    builder: Builder,
-    weights: Weights,
-    target: str,
-    threads: int | None,
-    dataset: Dataset | None,
-) -> dict[str, Any]:
-    """Return what results of any measurement say about where they come from."""
-    from quartermap_deploy.compiler import versions
-    from quartermap_deploy.machine import describe_machine
-    from quartermap_deploy.targets.onnxruntime_cpu import default_threads
-
-    trained = weights.source != "new" and not weights.new_head
-    return {
-        "versions": versions(),
-        "machine": describe_machine(),
-        "model": {
-            "name": builder.card.name,
-            "title": builder.card.title,
-            "weights": weights.source,
-            "trained": trained,
-            "num_classes": builder.model.num_classes,
-            "input_size": list(builder.size),
-            "depths": list(builder.model.depths),
-        },
-        "target": target,
-        "device": _device(target),
-        "threads": threads or (default_threads() if target == ONNXRUNTIME else _torch_threads()),
-        "data": None
-        if dataset is None
-        else {"name": dataset.name, "images": len(dataset), "fingerprint": dataset.fingerprint},
-        "notes": _notes(trained, recipe, dataset),
-    }
-
-
-def _device(target: str) -> str:
-    if target == ONNXRUNTIME:
-        return "cpu"
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _torch_threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
-
-
-def _notes(trained: bool, recipe: Recipe, dataset: Dataset | None) -> list[str]:
-    notes = []
-    if not trained:
-        notes.append(
-            f"{recipe.model} has newly initialised weights (seed {recipe.seed}): they decide no time, so the speeds "
-            "hold for trained ones too" + ("" if dataset is None else ", but the accuracies mean nothing")
-        )
-    if dataset is None:
-        notes.append("no accuracy was measured, as no images with labels were given")
-    return notes
-
-
-def weights_identity(model: VisualStateSpaceModel) -> str:
-    """Hash of a model's weights."""
-    from quartermap_deploy.evaluation.sessions import weights_hash
-
-    return weights_hash(model)
-
-
-class Workbench:
-    """Variants of a model, ready to run side by side.
-
-    Args:
-        builder: makes them.
-        variants: unpruned first.
-        target: "onnxruntime" or "torch".
-        threads: of ONNX Runtime, or None.
-        progress: told about the steps.
-
-    Attributes:
-        checked: for each variant, in order, its nodes and its parity, for the results.
-    """
-
-    def __init__(
-        self,
-        builder: Builder,
-        variants: list[Variant],
-        target: str,
-        threads: int | None,
-        progress: Progress,
-    ) -> None:
-        self.builder, self.variants, self.target, self.threads = builder, variants, target, threads
-        self.progress = progress
-        self.checked: list[dict[str, Any]] = []
-        self._runs: dict[str, Run] = {}
-        self._folder = tempfile.TemporaryDirectory(prefix="quartermap-")
-
-    def __enter__(self) -> Workbench:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._runs = {}
-        self._folder.cleanup()
-
-    def prepare(self) -> None:
-        """Build the variants and check each against its PyTorch model.
-
-        Raises:
-            ParityError: if one departs by more than the tolerance.
-        """
-        for variant in self.variants:
-            nodes = None
-            if self.target == ONNXRUNTIME:
-                nodes = self._write(variant)
-            self._runs[variant.name] = self._open(variant)
-            self.checked.append({"nodes": nodes, "parity": self._parity(variant)})
-
-    def _write(self, variant: Variant) -> int:
-        """Write a variant's ONNX form into a file; returns the nodes of its graph."""
-        from quartermap_deploy.evaluation.scan_time import name_scan_bodies
-
-        model = self.builder.graph(variant, self.progress)
-        name_scan_bodies(model)
-        self._path(variant).write_bytes(model.SerializeToString())
-        return len(model.graph.node)
-
-    def _path(self, variant: Variant) -> Path:
-        return Path(self._folder.name) / f"{self.variants.index(variant)}.onnx"
-
-    def _open(self, variant: Variant) -> Run:
-        from quartermap_deploy.evaluation.sessions import torch_run
-        from quartermap_deploy.targets.onnxruntime_cpu import OnnxRuntimeSession
-
-        if self.target == TORCH:
-            return torch_run(self.builder.pytorch(variant))
-        with self.progress.step(f"loading {variant.name} in ONNX Runtime"):
-            return OnnxRuntimeSession(self._path(variant), self.threads).run
-
-    def _parity(self, variant: Variant) -> dict[str, float] | None:
-        import torch
-
-        from quartermap_deploy.validation.comparison import compare_output
-        from quartermap_deploy.validation.tolerances import tolerance_for
-
-        if self.target == TORCH and _device(TORCH) == "cpu":
-            return None
-        images = self.images(CHECKED_IMAGES)
-        with self.progress.step(f"comparing {variant.name} with PyTorch"), torch.inference_mode():
-            expected = self.builder.pytorch(variant)(torch.from_numpy(images)).numpy()
-            found = self._runs[variant.name](images)
-        tolerance = tolerance_for("float32").relative
-        result = compare_output("logits", expected, found, tolerance)
-        if not result.passed:
-            raise ParityError(
-                f"{variant.name} on {self.target} departs from its PyTorch model: {result.detail}. Nothing was timed"
-            )
-        return {"relative_error": result.relative_error, "tolerance": tolerance}
-
-    def images(self, batch: int) -> NDArray[np.float32]:
-        """Return real images, prepared for the model."""
-        from quartermap_deploy.validation.inputs import real_images
-
-        return real_images(self.builder.card, self.builder.size, self.builder.recipe.images, count=batch)
-
-    def time(self, batch: int, repeats: int) -> dict[str, Timing]:
-        """Time all variants in turns."""
-        images = self.images(batch)
-        calls = {name: _call(run, images) for name, run in self._runs.items()}
-        return interleave(calls, repeats, progress=_Titled(self.progress, f"batch {batch}"))
-
-    def accuracy(self, name: str, dataset: Dataset | None, batch: int, workers: int) -> dict[str, Any]:
-        """Measure the accuracy of a variant, as plain values for JSON."""
-        from quartermap_deploy.evaluation.accuracy import evaluate
-        from quartermap_deploy.evaluation.sessions import preprocessing_of
-
-        assert dataset is not None
-        return evaluate(
-            self._runs[name],
-            dataset,
-            preprocessing_of(self.builder.recipe, self.builder.card),
-            batch=batch,
-            progress=_Titled(self.progress, name),
-            workers=workers,
-        ).to_dict()
-
-    def profile(self, batch: int, repeats: int) -> dict[str, dict[str, Any]]:
-        """Record where the time of a call goes, as plain values for JSON, by variant. The variants are closed first."""
-        from quartermap_deploy.evaluation import scan_time
-        from quartermap_deploy.evaluation.sessions import on_device
-
-        self._runs = {}
-        images, progress = self.images(batch), _Titled(self.progress, f"batch {batch}, recorded")
-        if self.target == TORCH:
-            models = {variant.name: on_device(self.builder.pytorch(variant)) for variant in self.variants}
-            parts = scan_time.profile_torch(models, images, repeats=repeats, progress=progress)
-        else:
-            parts = scan_time.profile_onnxruntime(
-                {variant.name: self._path(variant) for variant in self.variants},
-                images,
-                Path(self._folder.name),
-                threads=self.threads,
-                repeats=repeats,
-                progress=progress,
-            )
-        return {name: part.to_dict() for name, part in parts.items()}
-
-
-def _call(run: Run, images: NDArray[np.float32]) -> Callable[[], object]:
-    return lambda: run(images)
-
-
-class _Titled:
-    """Progress whose steps say what they belong to."""
-
-    def __init__(self, progress: Progress, title: str) -> None:
-        self._progress, self._title = progress, title
-
-    def step(self, title: str, total: int | None = None) -> Any:
-        """Open a step."""
-        return self._progress.step(f"{self._title}: {title}", total)
 
 
 def _timing_entry(
