@@ -11,15 +11,11 @@ Loading and running a bundle needs NumPy and its target's runtime, not torch.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quartermap_deploy.errors import BundleError, UnknownNameError
-from quartermap_deploy.files import file_hash
+from quartermap_deploy.files import FolderKind, file_hash
 from quartermap_deploy.targets import DEFAULT, Session, load_target
 
 if TYPE_CHECKING:
@@ -39,6 +35,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 MANIFEST, MODEL, REPORT = "manifest.json", "model.onnx", "report.json"
 ENGINE_SUFFIX = ".engine"
+_FOLDER = FolderKind("bundle", MANIFEST, BundleError)
 _MEND = "the bundle was altered or damaged; compile it again"
 _KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("recipe", "model", "input", "output", "totals", "graph", "versions", "targets"), dict),
@@ -72,8 +69,12 @@ class Bundle:
         targets = list(self.manifest["targets"])
         return DEFAULT if DEFAULT in targets else targets[0]
 
-    def session(self, target: str | None = None) -> Session:
+    def session(self, target: str | None = None, *, plugin: Path | None = None) -> Session:
         """Return a session that is ready to run; the same one at every call.
+
+        Args:
+            target: one of the targets the bundle was built for; None for the default.
+            plugin: the plugin library, for an engine of `tensorrt`; None looks for it.
 
         Raises:
             UnknownNameError: if the bundle was not built for the target.
@@ -83,7 +84,7 @@ class Bundle:
         entries = self.manifest["targets"]
         if name not in entries:
             raise UnknownNameError.for_choice(f"target of {self.path.name}", name, entries)
-        return _session(self, name)
+        return _session(self, name, plugin)
 
     def run(self, images: NDArray[np.float32], target: str | None = None) -> NDArray[np.float32]:
         """Run the model.
@@ -154,8 +155,8 @@ class Bundle:
 
 
 @functools.lru_cache(maxsize=8)
-def _session(bundle: Bundle, target: str) -> Session:
-    return load_target(target).open(bundle.path, bundle.manifest["targets"][target])
+def _session(bundle: Bundle, target: str, plugin: Path | None) -> Session:
+    return load_target(target).open(bundle.path, bundle.manifest["targets"][target], plugin=plugin)
 
 
 def load_bundle(path: str | os.PathLike[str]) -> Bundle:
@@ -246,57 +247,15 @@ def check_destination(path: Path, force: bool) -> None:
     Raises:
         BundleError: if something is there and `force` is not given, or if it is no bundle, which is never removed.
     """
-    if not path.exists() and not path.is_symlink():
-        above = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-            raise BundleError(f"cannot write to {path}: {above} is no folder that you may write to")
-        return
-    if not force:
-        mend = "choose another folder"
-        if (path / MANIFEST).is_file():
-            mend += ", or replace it with --force"
-        raise BundleError(f"{path} exists already; {mend}")
-    if path.is_dir() and not path.is_symlink() and ((path / MANIFEST).is_file() or not any(path.iterdir())):
-        return
-    raise BundleError(
-        f"{path} exists and is no bundle, so --force does not replace it; choose another folder"
-    )
+    _FOLDER.check_destination(path, force)
 
 
-@contextmanager
-def new_bundle(path: Path, force: bool = False) -> Iterator[Path]:
+def new_bundle(path: Path, force: bool = False) -> AbstractContextManager[Path]:
     """A folder to write a bundle into, which takes its place under `path` when the block ends without an error.
 
     Whatever goes wrong, `path` then is what it was before, and nothing else is left behind.
     """
-    path = Path(path)
-    check_destination(path, force)
-    made = [parent for parent in path.absolute().parents if not parent.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".draft", dir=path.parent))
-    except OSError as error:
-        raise BundleError(f"cannot write to {path.parent}: {error}") from error
-    try:
-        yield draft
-        # mkdtemp makes folders for their owner alone; a bundle is shared like any other file.
-        umask = os.umask(0)
-        os.umask(umask)
-        draft.chmod(0o777 & ~umask)
-        check_destination(path, force)
-        if path.exists():
-            old = draft.with_suffix(".replaced")
-            path.rename(old)
-            draft.rename(path)
-            shutil.rmtree(old)
-        else:
-            draft.rename(path)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-        # Folders that were made for the bundle go when it did not come; those that hold something stay.
-        for parent in made:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
+    return _FOLDER.new(path, force)
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -109,6 +109,10 @@ def compile(
                     progress=progress,
                 )
         parity = validate(recipe, model, cases, exported, folder, progress)
+        for name in sorted(ENGINES.intersection(targets)):
+            entries[name].update(
+                prove(recipe, exported, name, targets[name], folder, entries[name], progress)
+            )
         write_json(folder / REPORT, {**parity.to_dict(), **precision_entry(exported)})
         write_json(folder / MANIFEST, manifest(recipe, model, card, weights, exported, folder, entries))
         # Checked before it takes its place, which moves the folder and touches no file in it.
@@ -130,25 +134,30 @@ def load_targets(recipe: Recipe) -> dict[str, Target]:
 
     Raises:
         UnknownNameError: if there is no such target.
-        RecipeError: if a target does not take the recipe's precision.
+        RecipeError: if a target does not take the recipe's precision, or the type of its input and output.
         QuartermapError: of the target, if it lacks something on this machine.
     """
     targets = {name: load_target(name) for name in recipe.targets}
     for name, target in targets.items():
-        if recipe.precision in PRECISIONS and recipe.precision not in target.PRECISIONS:
-            raise RecipeError(
-                f"the target {name} does not take {recipe.precision}; expected {' or '.join(target.PRECISIONS)}, or "
-                "another target"
-            )
-        target.check(recipe)
-        if name in ENGINES and recipe.io == "same":
-            raise RecipeError(f'the target {name} takes io = "float32" only; leave io out')
+        check_target(recipe, name, target)
     if recipe.engine != EngineOptions() and ENGINES.isdisjoint(targets):
         raise RecipeError(
             "there are options of engines, but no target that has one; add one to the targets: "
             f"{' or '.join(sorted(ENGINES))}"
         )
     return targets
+
+
+def check_target(recipe: Recipe, name: str, target: Target) -> None:
+    """Check that a target can do what a recipe wants; `load_targets` says what is raised."""
+    if recipe.precision in PRECISIONS and recipe.precision not in target.PRECISIONS:
+        raise RecipeError(
+            f"the target {name} does not take {recipe.precision}; expected {' or '.join(target.PRECISIONS)}, or "
+            "another target"
+        )
+    target.check(recipe)
+    if name in ENGINES and recipe.io == "same":
+        raise RecipeError(f'the target {name} takes io = "float32" only; leave io out')
 
 
 def check_settings(
@@ -350,6 +359,72 @@ def localise_precision(
         blocks_float32=recipe.blocks_float32,
         progress=progress,
     )
+
+
+def prove(
+    recipe: Recipe,
+    exported: Export,
+    name: str,
+    target: Target,
+    folder: Path,
+    entry: Mapping[str, Any],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Run an engine that was just built, where that is possible; returns what the manifest says about it.
+
+    Raises:
+        ParityError: if it departs by more than the tolerance; in 16 bits with the block that has to stay in float32.
+    """
+    from quartermap_deploy.validation.engines import prove_engine
+
+    def advice() -> str:
+        if recipe.precision == "float32":
+            return "please report this with the recipe."
+        found = localise_engine(recipe, exported, name, folder, progress)
+        return f"{found.describe()}. {found.advice()}."
+
+    plugin = recipe.engine.plugin
+    return prove_engine(
+        name, target, folder, entry, recipe.precision, advice=advice, plugin=plugin, progress=progress
+    )
+
+
+def localise_engine(
+    recipe: Recipe, exported: Export, name: str, bundle: Path, progress: Progress
+) -> LocaliseReport:
+    """Find the blocks whose return to float32 brings a target's engine back within the tolerance.
+
+    For every try an engine is built and run on the golden inputs of a bundle, which takes a GPU, and time.
+    """
+    import tempfile
+
+    from quartermap_deploy.validation.engines import engine_runner
+    from quartermap_deploy.validation.golden import golden_runner, read_golden
+    from quartermap_deploy.validation.localise import localise
+    from quartermap_deploy.validation.tolerances import tolerance_for
+
+    cases, outputs = read_golden(bundle)
+    ranges = exported.ranges.keep_float32 if exported.ranges is not None else ()
+    with tempfile.TemporaryDirectory(prefix="quartermap-localise-") as temporary:
+        folder = Path(temporary) / "engine"
+        folder.mkdir()
+        return localise(
+            exported.float32,
+            recipe.precision,
+            golden_runner(outputs),
+            cases,
+            tolerance_for(recipe.precision),
+            keep_float32=(*recipe.keep_float32, *ranges),
+            blocks_float32=recipe.blocks_float32,
+            # Each engine has caches of its own, which nobody asks for again.
+            runner=engine_runner(
+                name,
+                load_target(name),
+                folder,
+                dataclasses.replace(recipe.engine, cache=Path(temporary) / "cache"),
+            ),
+            progress=progress,
+        )
 
 
 def weights_entry(recipe: Recipe, weights: Weights) -> dict[str, str | None]:

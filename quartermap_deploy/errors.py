@@ -77,3 +77,11 @@ class EngineError(QuartermapError):
 
 class ReportError(QuartermapError):
     """A report that cannot be made or written, or results that are none of this package's commands."""
+
+
+class DeployError(QuartermapError):
+    """A bundle that cannot go out in the way that was asked for, or something in the way of what is written."""
+
+
+class ServeError(QuartermapError):
+    """A server that cannot be started as it was asked to, or that could not end in time."""

@@ -1,15 +1,97 @@
-"""Files that are written whole or not at all, and known again by their hash."""
+"""Files and folders that are written whole or not at all, and files known again by their hash."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+from quartermap_deploy.errors import QuartermapError
 
-def write_whole(path: Path, data: bytes, mode: int | None = None) -> None:
-    """Write a file under a temporary name in its folder and rename it, so that nobody ever reads half of it.
+
+@dataclass(frozen=True)
+class FolderKind:
+    """A kind of folder that this package writes.
+
+    Attributes:
+        name: for messages, such as "bundle".
+        marker: the file by which such a folder is known; nothing else is ever replaced.
+        error: what is raised where one cannot be written.
+    """
+
+    name: str
+    marker: str
+    error: type[QuartermapError]
+
+    def check_destination(self, path: Path, force: bool) -> None:
+        """Check, before any work, that such a folder may be written to `path`.
+
+        Raises:
+            QuartermapError: of the kind's own class, if something is there and `force` is not given, or if it is no
+                such folder, which is never removed.
+        """
+        if not path.exists() and not path.is_symlink():
+            above = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+            if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+                raise self.error(f"cannot write to {path}: {above} is no folder that you may write to")
+            return
+        if not force:
+            mend = "choose another folder"
+            if (path / self.marker).is_file():
+                mend += ", or replace it with --force"
+            raise self.error(f"{path} exists already; {mend}")
+        folder = path.is_dir() and not path.is_symlink()
+        if folder and ((path / self.marker).is_file() or not any(path.iterdir())):
+            return
+        raise self.error(
+            f"{path} exists and is no {self.name}, so --force does not replace it; choose another folder"
+        )
+
+    @contextmanager
+    def new(self, path: Path, force: bool = False) -> Iterator[Path]:
+        """A folder to write into, which takes its place under `path` when the block ends without an error.
+
+        Whatever goes wrong, `path` then is what it was before, and nothing else is left behind.
+        """
+        path = Path(path)
+        self.check_destination(path, force)
+        made = [parent for parent in path.absolute().parents if not parent.exists()]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".draft", dir=path.parent))
+        except OSError as error:
+            raise self.error(f"cannot write to {path.parent}: {error}") from error
+        try:
+            yield draft
+            # mkdtemp makes folders for their owner alone; these are shared like any other file.
+            umask = os.umask(0)
+            os.umask(umask)
+            draft.chmod(0o777 & ~umask)
+            self.check_destination(path, force)
+            if path.exists():
+                old = draft.with_suffix(".replaced")
+                path.rename(old)
+                draft.rename(path)
+                shutil.rmtree(old)
+            else:
+                draft.rename(path)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+            # Folders that were made for it go when it did not come; those that hold something stay.
+            for parent in made:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
+
+
+@contextmanager
+def pending_file(path: Path, data: bytes, mode: int | None = None) -> Iterator[None]:
+    """Write a file under a temporary name in its folder, and rename it when the block ends without an error.
 
     Args:
         path: where to; a file that is there is replaced.
@@ -25,10 +107,17 @@ def write_whole(path: Path, data: bytes, mode: int | None = None) -> None:
             os.umask(umask)
             mode = 0o666 & ~umask
         os.chmod(draft, mode)
+        yield
         os.replace(draft, path)
     except BaseException:
         Path(draft).unlink(missing_ok=True)
         raise
+
+
+def write_whole(path: Path, data: bytes, mode: int | None = None) -> None:
+    """Write a file so that nobody ever reads half of it; the arguments are those of `pending_file`."""
+    with pending_file(path, data, mode):
+        pass
 
 
 def file_hash(path: Path) -> str:

@@ -19,10 +19,13 @@ from quartermap_deploy.bundle import (
     new_bundle,
     write_json,
 )
-from quartermap_deploy.errors import BundleError, UnknownNameError
+from quartermap_deploy.compiler import check_target
+from quartermap_deploy.errors import BundleError, QuartermapError, UnknownNameError
 from quartermap_deploy.progress import SILENT, Progress
+from quartermap_deploy.recipe import Recipe
 from quartermap_deploy.targets import load_target
 from quartermap_deploy.targets.tensorrt_options import EngineOptions
+from quartermap_deploy.validation.engines import prove_engine
 
 
 def rebuild_bundle(
@@ -48,6 +51,8 @@ def rebuild_bundle(
     Raises:
         BundleError: if it is no bundle, has no engine, or its portable model is damaged.
         UnknownNameError: if the target does not exist or has no engine.
+        RecipeError: if the target does not take what the bundle was compiled for, such as input in 16 bits.
+        ParityError: if a new engine was run and departs from PyTorch by more than the tolerance.
         QuartermapError: of the target, if an engine cannot be built. Then the bundle is what it was before.
     """
     folder = Path(path)
@@ -63,23 +68,56 @@ def rebuild_bundle(
     for name, module in modules.items():
         if not hasattr(module, "prepare"):
             raise UnknownNameError(f"the target {name} has no engine: it runs {MODEL} as it is")
+    recipe, chosen = _recipe(folder, manifest), {}
+    for name, module in modules.items():
+        wanted = options or _options(manifest, entries.get(name))
+        chosen[name] = dataclasses.replace(wanted, plugin=plugin or wanted.plugin)
+        check_target(dataclasses.replace(recipe, targets=(name,), engine=chosen[name]), name, module)
     made = {engines[name] for name in names if name in engines}
     with new_bundle(folder, force=True) as draft:
         files = _copied(folder, draft, {n: e for n, e in manifest["files"].items() if n not in made})
         for name, module in modules.items():
-            before = entries.get(name)
-            chosen = options or _options(manifest, before)
-            chosen = dataclasses.replace(chosen, plugin=plugin or chosen.plugin)
             with progress.step(f"building for {name}"):
-                build: Any = module.build
-                entries[name] = build(
-                    draft / MODEL, draft, chosen.with_cache_beside(folder), progress=progress
+                entry = module.build(
+                    draft / MODEL, draft, chosen[name].with_cache_beside(folder), progress=progress
                 )
-            files[entries[name]["file"]] = describe_file(draft / entries[name]["file"])
+            proved = prove_engine(
+                name,
+                module,
+                draft,
+                entry,
+                recipe.precision,
+                advice=lambda name=name: _advice(folder, recipe, name),  # type: ignore[misc]
+                plugin=chosen[name].plugin,
+                progress=progress,
+            )
+            entries[name] = {**entry, **proved}
+            files[entry["file"]] = describe_file(draft / entry["file"])
         manifest["files"] = dict(sorted(files.items()))
         write_json(draft / MANIFEST, manifest)
         bundle = load_bundle(draft)
     return dataclasses.replace(bundle, path=folder)
+
+
+def _advice(folder: Path, recipe: Recipe, target: str) -> str:
+    """What to do about an engine that departs from PyTorch, as one sentence."""
+    if recipe.precision == "float32":
+        return "please report this with the recipe."
+    return f"`quartermap validate {folder} --localise --target {target}` names the block that has to stay in float32."
+
+
+def _recipe(folder: Path, manifest: dict[str, Any]) -> Recipe:
+    """The recipe in a manifest.
+
+    Raises:
+        BundleError: if it has none that can be read.
+    """
+    try:
+        return Bundle(folder, manifest, {}).recipe()
+    except (KeyError, TypeError, ValueError, QuartermapError) as error:
+        raise BundleError(
+            f"the recipe in {folder / MANIFEST} cannot be read ({error!r}); compile the bundle again"
+        ) from error
 
 
 def _options(manifest: dict[str, Any], entry: dict[str, Any] | None) -> EngineOptions:

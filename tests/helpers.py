@@ -134,6 +134,7 @@ def scan_case(
     steps: tuple[float, float] = (0.01, 1.0),
     decay: float = 1.0,
     skip: bool = True,
+    even: bool = False,
     seed: int = 0,
 ) -> ScanCase:
     """Return a random case whose time steps dt·|A| are spread evenly over orders of magnitude.
@@ -150,6 +151,7 @@ def scan_case(
         steps: smallest and largest dt·|A|, after bias and softplus; met exactly at full rank, about at low rank.
         decay: largest |A|; the time steps are smaller by as much.
         skip: whether D is other than zero.
+        even: whether all positions of a map are the same, as in a blank image.
         seed: of the random numbers.
     """
     random = torch.Generator().manual_seed(seed)
@@ -161,10 +163,13 @@ def scan_case(
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(*shape, generator=random, dtype=torch.float64)
 
+    def over_positions(map_: Tensor) -> Tensor:
+        return map_[:, :, :1, :1].expand_as(map_).contiguous() if even else map_
+
     smallest, largest = (step / decay for step in steps)
     low, high = np.log(smallest), np.log(largest)
-    x = normal(batch, d_inner, height, width)
-    B, C = (normal(batch, count * d_state, height, width) for _ in range(2))
+    x = over_positions(normal(batch, d_inner, height, width))
+    B, C = (over_positions(normal(batch, count * d_state, height, width)) for _ in range(2))
     A = -decay * uniform(0.5, 1.0, count * d_inner, d_state)
     A[:, -1] = -decay
     D = normal(count * d_inner) if skip else torch.zeros(count * d_inner, dtype=torch.float64)
@@ -175,12 +180,12 @@ def scan_case(
     if rank is None:
         bias = 0.5 * normal(count * d_inner)
         wanted = uniform(low, high, batch, count * d_inner, height, width).exp()
-        dt = before_softplus(wanted) - bias[:, None, None]
+        dt = over_positions(before_softplus(wanted) - bias[:, None, None])
         return ScanCase((x, dt, B, C, A, D, bias), tuple(directions), softplus)
     # Each channel has a step of its own, from its bias; the low-rank part moves it about.
     bias = before_softplus(uniform(low, high, count * d_inner).exp())
     spread = 0.3 if softplus else 0.3 * smallest
-    dt = spread * uniform(-1, 1, batch, count * rank, height, width)
+    dt = over_positions(spread * uniform(-1, 1, batch, count * rank, height, width))
     weight = uniform(-1, 1, count * d_inner, rank) / rank
     return ScanCase((x, dt, B, C, A, D, bias, weight), tuple(directions), softplus)
 

@@ -6,9 +6,11 @@ import contextlib
 import errno
 import io
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from helpers import traced_digits
@@ -38,7 +40,11 @@ class Outcome:
 def call(*arguments: object) -> Outcome:
     """Run the command line in this process; argparse leaves by SystemExit, which is its exit code."""
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with contextlib.ExitStack() as stack:
+        # Where tests run side by side, COLUMNS is 80, and long names would be broken.
+        stack.enter_context(mock.patch.dict(os.environ, COLUMNS="160"))
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
         try:
             code = cli.main([str(argument) for argument in arguments])
         except SystemExit as leaving:

@@ -961,9 +961,9 @@ def test_the_threads_of_bench_are_its_own(bundle: Path, monkeypatch: pytest.Monk
     seen: list[str | None] = []
     original = onnxruntime_cpu.open
 
-    def open(path: Path, entry: dict[str, Any]) -> Any:
+    def open(path: Path, entry: dict[str, Any], **options: Any) -> Any:
         seen.append(os.environ.get("QUARTERMAP_THREADS"))
-        return original(path, entry)
+        return original(path, entry, **options)
 
     monkeypatch.setattr(onnxruntime_cpu, "open", open)
     monkeypatch.delenv("QUARTERMAP_THREADS", raising=False)

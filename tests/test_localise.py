@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from helpers import CHANNEL_FIRST, Array, block_weights, chained, image, session, text_model
+from helpers import CHANNEL_FIRST, Array, block_weights, chained, image, run_session, session, text_model
 from onnx import numpy_helper
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from reference_models import tiny
@@ -18,6 +18,7 @@ from quartermap_deploy.errors import PassError
 from quartermap_deploy.frontend.export import export
 from quartermap_deploy.passes import infer_shapes, lower
 from quartermap_deploy.passes.cast_precision import cast_precision
+from quartermap_deploy.validation.golden import golden_runner
 from quartermap_deploy.validation.localise import LocaliseReport, localise
 from quartermap_deploy.validation.parity import check_parity
 from quartermap_deploy.validation.ranges import scan_ranges
@@ -134,6 +135,24 @@ def test_a_fault_that_is_not_one_of_precision_is_not_blamed_on_a_block() -> None
 
 def test_what_is_kept_anyway_counts() -> None:
     assert found(network([2]), keep_float32=["projected_2"]).passed
+
+
+def test_a_runner_of_ones_own_may_have_the_result_alone() -> None:
+    """As an engine has: each form is built by the caller, and judged by its result."""
+    model, forms = network([2]), []
+
+    def runner(typed: onnx.ModelProto) -> OnnxrtRunner:
+        forms.append(typed)
+        return OnnxrtRunner(session(rounded_in_float32(typed)), name="engine")
+
+    results = [run_session(session(lower(model)), {"x": images}) for images in cases().values()]
+    report = localise(
+        model, "float16", golden_runner(results), cases(), TOLERANCE, input_name="x", runner=runner
+    )
+    assert report.names == ("block_2",)
+    assert len(forms) == report.runs == BLOCKS + 2
+    types = [{tensor.data_type for tensor in form.graph.initializer} for form in forms]
+    assert all(onnx.TensorProto.FLOAT16 in found for found in types)
 
 
 def test_progress_is_told() -> None:

@@ -19,8 +19,10 @@ from quartermap_deploy.plugin import build
 from quartermap_deploy.plugin.build import BuildOptions, build_plugin, plugin_sources
 from quartermap_deploy.plugin.check import check_plugin
 from quartermap_deploy.plugin.contract import CONTRACT
+from quartermap_deploy.plugin.cuda import Kernels
 from quartermap_deploy.plugin.errors import PluginError
 from quartermap_deploy.plugin.library import load
+from quartermap_deploy.targets.gpu import find_gpu
 
 GOLDEN = plugin_sources() / "test_host" / "write_golden.py"
 
@@ -99,6 +101,58 @@ def make(directions):
 assert make(b"row\\0column\\0") is not None
 assert make(b"row,diagonal") is None
 """
+
+
+@pytest.mark.parametrize("preloaded", [True, False], ids=["LD_PRELOAD", "polygraphy"])
+@pytest.mark.parametrize("with_tensorrt", [True, False])
+def test_loaded_before_tensorrt(
+    tmp_path_factory: pytest.TempPathFactory, with_tensorrt: bool, preloaded: bool
+) -> None:
+    """A plain dlopen registers with a TensorRT that is in the process by then, and with none that comes later."""
+    rtx = pytest.importorskip(
+        "tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed", exc_type=ImportError
+    )
+    headers = [path for path in plugin_builds.require_headers() if plugin_builds.major(path) >= 11]
+    if not headers:
+        pytest.skip("no headers of TensorRT 11, whose registry is that of TensorRT for RTX")
+    library = plugin_builds.emulated_plugin(tmp_path_factory, headers[0]) / "libquartermap_plugin.so"
+    [tensorrt] = (Path(rtx.__file__).parents[1] / "tensorrt_rtx_libs").glob("libtensorrt_rtx.so.*")
+    # Preloaded libraries are initialised from the last to the first; polygraphy loads its --plugins in their order.
+    order = [str(library), *([str(tensorrt)] if with_tensorrt else [])]
+    environment = {**os.environ, "LD_PRELOAD": " ".join(order)} if preloaded else None
+    arguments = [] if preloaded else order[::-1]
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED_FIRST, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == ("['SelectiveScan2D']" if with_tensorrt else "[]")
+
+
+LOADED_FIRST = """
+import sys
+from polygraphy.backend.trt import LoadPlugins
+LoadPlugins(sys.argv[1:])()
+assert "tensorrt_rtx" not in sys.modules
+import tensorrt_rtx as trt
+
+class Quiet(trt.ILogger):
+    def __init__(self): trt.ILogger.__init__(self)
+    def log(self, severity, message): pass
+
+runtime = trt.Runtime(Quiet())
+print([c.name for c in trt.get_plugin_registry().all_creators if c.plugin_namespace == "quartermap"])
+"""
+
+
+def test_checking_a_library_needs_no_torch() -> None:
+    """A bundle with a TensorRT engine is run without torch, and its plugin is checked before it is loaded."""
+    script = "import sys; from quartermap_deploy.plugin import check, cuda; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_check_accepts_the_plugin(
@@ -235,6 +289,9 @@ def test_the_kernels_compile(tmp_path: Path) -> None:
     report = check_plugin(library)
     assert report.build["architectures"] == "90-real" and report.build["cuda"] is not None
     assert os.access(library, os.X_OK)
+    if find_gpu() is None:
+        with pytest.raises(PluginError, match=r"NVIDIA driver|no CUDA-capable device"):
+            Kernels(library).plan((1, 2, 7, 7, 1, 0), ("row",), True, "float32")
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from quartermap_deploy.frontend.definition import DIRECTIONS, selective_scan_2d_definition
+from quartermap_deploy.frontend.vectorized import selective_scan_2d_vectorized
 from quartermap_deploy.plugin.contract import differences
 from quartermap_deploy.plugin.cuda import Kernels, enable_cuda_kernels, make_scan
 from quartermap_deploy.plugin.errors import PluginError
@@ -78,6 +80,7 @@ def error(
     inputs = tensors(sizes, element_type, len(directions), softplus)
     plan = kernels.plan_for(make_scan(sizes, directions, softplus, element_type), *device)
     assert plan.shared_bytes <= device[1]
+    kernels.prepare(plan)
     kernels._library.quartermap_emulation_order(order)
     weight = inputs[7] if len(inputs) > 7 else None
     y = kernels.scan_2d(*inputs[:7], weight, directions, softplus, plan)
@@ -260,6 +263,39 @@ def test_tensors_of_wrong_shapes_are_refused(kernels: Kernels, index: int, axis:
     inputs[index] = torch.cat([inputs[index], inputs[index]], dim=axis)
     with pytest.raises(PluginError, match="expected"):
         kernels.scan_2d(*inputs, DIRECTIONS, True)
+
+
+@pytest.mark.parametrize("sizes", [(0, 2, 3, 4, 1, 2), (2, 0, 3, 4, 1, 2), (2, 2, 0, 4, 1, 0)], ids=str)
+def test_nothing_to_scan_is_no_error(kernels: Kernels, sizes: Sizes) -> None:
+    inputs = tensors(sizes, "float32", 4, True)
+    weight = inputs[7] if sizes[5] else None
+    y = kernels.scan_2d(*inputs[:7], weight, DIRECTIONS, True)
+    assert y.shape == inputs[0].shape and y.dtype == inputs[0].dtype
+    expected = selective_scan_2d_vectorized(*inputs[:7], weight, DIRECTIONS, True)
+    assert expected.shape == y.shape
+    inputs[4] = inputs[4].new_zeros(3, 1)
+    with pytest.raises(PluginError, match="A is"):
+        kernels.scan_2d(*inputs[:7], weight, DIRECTIONS, True)
+
+
+def test_a_plan_is_prepared_before_it_is_launched(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """CUDA refuses a kernel that needs more shared memory than it was allowed; the emulated device any other too."""
+    original = plugin_builds.emulated_kernels(tmp_path_factory)
+    # A copy, whose kernels nobody has prepared yet.
+    copy = tmp_path_factory.mktemp("fresh") / original.name
+    shutil.copy(original, copy)
+    kernels = Kernels(copy)
+    count = kernels._library.quartermap_emulation_preparations
+    sizes: Sizes = (1, 3, 7, 7, 1, 2)
+    inputs = tensors(sizes, "float32", 4, True)
+    plan = kernels.plan_for(make_scan(sizes, DIRECTIONS, True, "float32"), *H100)
+    with pytest.raises(PluginError, match="not prepared"):
+        kernels.scan_2d(*inputs, DIRECTIONS, True, plan)
+    assert count() == 0
+    kernels.scan_2d(*inputs, DIRECTIONS, True)
+    assert count() == 1
+    kernels.scan_2d(*inputs, DIRECTIONS, True)
+    assert count() == 1, "once for each scan"
 
 
 def test_float64_is_refused(kernels: Kernels) -> None:

@@ -19,6 +19,7 @@ from quartermap_deploy import compiler
 from quartermap_deploy.data.digits import load_digits
 from quartermap_deploy.data.images import prepare
 from quartermap_deploy.errors import BundleError, RecipeError
+from quartermap_deploy.targets.gpu import find_gpu
 from quartermap_deploy.targets.tensorrt_options import EngineOptions, Profile
 from quartermap_deploy.validation import localise_bundle, validate_bundle
 
@@ -126,8 +127,13 @@ def test_an_engine_in_bfloat16_with_its_own_bundle(tmp_path: Path) -> None:
     assert entry["compute_capabilities"] == ["8.9"]
     assert entry["options"]["profiles"] == [{"batch": [1, 2, 8]}]
     assert (out / entry["file"]).stat().st_size == entry["build"]["engine_bytes"]
+    if find_gpu() is not None:
+        return  # `compile` has run the engine, or said why not
+    assert entry["run"] is False and entry["parity"] is None and "no NVIDIA GPU" in entry["not_run"]
     with pytest.raises(BundleError, match="GPU"):
         qm.load_bundle(out).run(np.zeros((1, 3, 64, 64), np.float32))
+    outcome = call("validate", out, "--localise", "--target", "tensorrt-rtx")
+    assert outcome.code == 2 and "there is no NVIDIA GPU" in outcome.err
 
 
 @pytest.mark.parametrize(

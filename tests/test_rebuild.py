@@ -8,12 +8,13 @@ from typing import Any
 
 import onnx
 import pytest
-from test_tensorrt_rtx import needs_rtx, small_model
+from test_tensorrt_rtx import needs_rtx, small_model, without_gpu
 
 from quartermap_deploy.bundle import FORMAT, describe_file, load_bundle, write_json
 from quartermap_deploy.cli.program import run as run_command
-from quartermap_deploy.errors import BundleError, InputError, UnknownNameError
+from quartermap_deploy.errors import BundleError, InputError, RecipeError, UnknownNameError
 from quartermap_deploy.rebuild import rebuild_bundle
+from quartermap_deploy.recipe import Recipe
 from quartermap_deploy.targets import tensorrt_rtx
 from quartermap_deploy.targets.tensorrt_options import EngineOptions, Profile
 
@@ -24,8 +25,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def write_bundle(folder: Path, engine: bool = True) -> Path:
-    """Write a small bundle by hand, with an engine or without."""
+def write_bundle(folder: Path, engine: bool = True, recipe: Recipe | None = None) -> Path:
+    """Write a small bundle by hand, with an engine or without, and without golden files."""
     folder.mkdir()
     onnx.save(small_model(), folder / "model.onnx")
     write_json(folder / "report.json", {"cases": [], "passed": True})
@@ -34,8 +35,9 @@ def write_bundle(folder: Path, engine: bool = True) -> Path:
         targets["tensorrt-rtx"] = tensorrt_rtx.build(folder / "model.onnx", folder, OPTIONS)
     files = {path.name: describe_file(path) for path in sorted(folder.iterdir())}
     sections: dict[str, Any] = {
-        name: {} for name in ("recipe", "model", "input", "output", "totals", "graph", "versions")
+        name: {} for name in ("model", "input", "output", "totals", "graph", "versions")
     }
+    sections["recipe"] = (recipe or Recipe("small")).to_dict()
     manifest = {"format": FORMAT, **sections, "blocks": [], "passes": [], "plan": None}
     write_json(folder / "manifest.json", {**manifest, "files": files, "targets": targets})
     return folder
@@ -98,6 +100,34 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("[]")
     with pytest.raises(BundleError, match="not the manifest"):
         rebuild_bundle(tmp_path)
+
+
+@needs_rtx
+@without_gpu
+def test_without_a_gpu_the_manifest_says_that_nothing_ran(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "bundle")
+    entry = rebuild_bundle(folder).manifest["targets"]["tensorrt-rtx"]
+    assert entry["run"] is False and entry["parity"] is None
+    assert "no NVIDIA GPU" in entry["not_run"]
+
+
+@needs_rtx
+def test_what_compiling_refuses_rebuilding_refuses(tmp_path: Path) -> None:
+    """An engine whose input has 16 bits would be handed memory of 32."""
+    recipe = Recipe("small", precision="float16", io="same")
+    folder = write_bundle(tmp_path / "same", engine=False, recipe=recipe)
+    before = contents(folder)
+    with pytest.raises(RecipeError, match='takes io = "float32" only'):
+        rebuild_bundle(folder, "tensorrt-rtx")
+    assert contents(folder) == before
+    folder = write_bundle(tmp_path / "option", engine=False)
+    with pytest.raises(InputError, match="has no plugin"):
+        rebuild_bundle(folder, "tensorrt-rtx", plugin=tmp_path / "plugin.so")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["recipe"]["model"]
+    write_json(folder / "manifest.json", manifest)
+    with pytest.raises(BundleError, match=r"recipe in .* cannot be read"):
+        rebuild_bundle(folder, "tensorrt-rtx")
 
 
 @needs_rtx

@@ -127,6 +127,16 @@ def test_steps_of_every_size_are_exact_over_a_long_map(
         assert error(scan(case), case.expected(torch.float32)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize("step", [1e-4, 1e-3, 1e-2])
+def test_small_steps_do_not_gather_rounding_errors(step: float, even: bool) -> None:
+    # On an even map every decay is rounded the same way, and nothing averages out.
+    for d_state, rank in ((1, 2), (2, None)):
+        steps = (step, 1.01 * step)
+        case = scan_case(1, 2, 56, 56, d_state=d_state, rank=rank, steps=steps, skip=False, even=even)
+        assert error(scan(case), case.expected(torch.float32)) <= TOLERANCE
+
+
 @pytest.mark.parametrize("size", [(16, 16), (257, 1), (1, 263), (17, 19), (37, 41), (64, 64), (128, 3)])
 def test_lengths_around_the_limits(size: Size) -> None:
     case = scan_case(1, 2, *size, steps=(0.01, 1.0), skip=False)

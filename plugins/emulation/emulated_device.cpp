@@ -49,9 +49,8 @@ unsigned order_seed = 0;
 class Block
 {
 public:
-    Block(Body body, void const* arguments, int threads)
+    Block(std::function<void()> const& body, int threads)
         : body_(body)
-        , arguments_(arguments)
         , fibres_(static_cast<std::size_t>(threads))
         , warps_(static_cast<std::size_t>((threads + 31) / 32))
         , order_(static_cast<std::size_t>(threads))
@@ -81,8 +80,7 @@ private:
     void turn(int thread);
     bool release();
 
-    Body body_;
-    void const* arguments_;
+    std::function<void()> const& body_;
     std::vector<Fibre> fibres_;
     std::vector<Warp> warps_;
     std::vector<int> order_;
@@ -93,7 +91,7 @@ Block* block = nullptr;
 
 void Block::enter()
 {
-    block->body_(block->arguments_);
+    block->body_();
     block->wait(Waits::kDone);
 }
 
@@ -199,9 +197,9 @@ float const* exchange(float value)
     return block->exchange(value);
 }
 
-bool run(Body body, void const* arguments, unsigned blocks, int threads, std::int64_t shared_bytes)
+bool run(std::function<void()> const& body, unsigned blocks, int threads, std::int64_t shared_bytes)
 {
-    Block one(body, arguments, threads);
+    Block one(body, threads);
     block = &one;
     // 16 bytes past the end that nothing may write.
     auto const size = static_cast<std::size_t>(shared_bytes);

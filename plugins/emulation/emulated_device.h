@@ -8,11 +8,13 @@
 
 #include <cmath>
 #include <cstdint>
+#include <functional>
 
 #define QUARTERMAP_INLINE inline
 #define QUARTERMAP_DEVICE inline
 #define QUARTERMAP_KERNEL(threads, blocks) inline
 #define QUARTERMAP_UNROLL
+#define QUARTERMAP_NO_UNROLL
 
 namespace quartermap
 {
@@ -34,10 +36,9 @@ void wait_for_block();
 // Gives every lane of a warp the values of all 32 lanes.
 float const* exchange(float value);
 
-using Body = void (*)(void const* arguments);
-
-// Runs `blocks` blocks, one after the other. False if threads of a block wait for each other for ever.
-bool run(Body body, void const* arguments, unsigned blocks, int threads, std::int64_t shared_bytes);
+// Runs `blocks` blocks, one after the other; `body` is what each thread does. False if threads of a block wait for each
+// other for ever. Only one run at a time.
+bool run(std::function<void()> const& body, unsigned blocks, int threads, std::int64_t shared_bytes);
 
 } // namespace emulation
 

@@ -11,6 +11,7 @@
 #define QUARTERMAP_DEVICE __device__ __forceinline__
 #define QUARTERMAP_KERNEL(threads, blocks) __global__ __launch_bounds__(threads, blocks)
 #define QUARTERMAP_UNROLL _Pragma("unroll")
+#define QUARTERMAP_NO_UNROLL _Pragma("unroll 1")
 
 namespace quartermap
 {

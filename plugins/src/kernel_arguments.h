@@ -1,4 +1,4 @@
-// What a launch hands to the kernel of its element type.
+// What a launch hands to the kernel, and the kernels of each element type.
 #pragma once
 
 #include "launch_plan.h"
@@ -15,9 +15,11 @@ struct KernelArguments
     float* sum; // (batch, d_inner, H, W), when the maps are not resident
 };
 
-// Puts the kernel on the stream (a cudaStream_t). Returns a cudaError_t. One translation unit each.
-int launch_float32(KernelArguments const& arguments, void* stream);
-int launch_float16(KernelArguments const& arguments, void* stream);
-int launch_bfloat16(KernelArguments const& arguments, void* stream);
+using Kernel = void (*)(KernelArguments);
+
+// The instance that carries out a plan. One translation unit each.
+Kernel kernel_float32(QuartermapScan const& scan, LaunchPlan const& plan);
+Kernel kernel_float16(QuartermapScan const& scan, LaunchPlan const& plan);
+Kernel kernel_bfloat16(QuartermapScan const& scan, LaunchPlan const& plan);
 
 } // namespace quartermap

@@ -1,6 +1,6 @@
 #include "kernel_dispatch.h"
 
-int quartermap::launch_bfloat16(KernelArguments const& arguments, void* stream)
+quartermap::Kernel quartermap::kernel_bfloat16(QuartermapScan const& scan, LaunchPlan const& plan)
 {
-    return dispatch<BFloat16>(arguments, stream);
+    return kernel_of<BFloat16>(scan, plan);
 }

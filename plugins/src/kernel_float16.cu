@@ -1,6 +1,6 @@
 #include "kernel_dispatch.h"
 
-int quartermap::launch_float16(KernelArguments const& arguments, void* stream)
+quartermap::Kernel quartermap::kernel_float16(QuartermapScan const& scan, LaunchPlan const& plan)
 {
-    return dispatch<Float16>(arguments, stream);
+    return kernel_of<Float16>(scan, plan);
 }

@@ -1,6 +1,6 @@
 #include "kernel_dispatch.h"
 
-int quartermap::launch_float32(KernelArguments const& arguments, void* stream)
+quartermap::Kernel quartermap::kernel_float32(QuartermapScan const& scan, LaunchPlan const& plan)
 {
-    return dispatch<float>(arguments, stream);
+    return kernel_of<float>(scan, plan);
 }

@@ -11,6 +11,7 @@
 //   weights  d_t rank x channels   float32   of the direction at hand
 //   totals   2 x groups x channels_per_thread x warps    (a, b)                           (more than one warp in a group)
 //   carries  2 x channels x N      float32                                               (N > 1)
+//   skips    channels              float32   D, added up over the directions
 //   x        channels x map        T                                                     (resident plans)
 //   stage    rows x stage_row      T         dt, B and C of the chunk
 //
@@ -57,6 +58,7 @@ struct LaunchPlan
     int weights_at;
     int totals_at;
     int carries_at;
+    int skips_at;
     int x_at;
     int stage_at;
     int shared_bytes;
@@ -198,6 +200,7 @@ inline bool divide(QuartermapScan const& scan, std::int64_t shared_limit, int ch
     place(plan.weights_at, rank * channels * 4);
     place(plan.totals_at, plan.warps > 1 ? 2 * channels * plan.warps * 8 : 0);
     place(plan.carries_at, scan.d_state > 1 ? 2 * channels * scan.d_state * 4 : 0);
+    place(plan.skips_at, channels * 4);
     place(plan.x_at, resident ? channels * map_size * bytes : 0);
     std::int64_t const rows = plan.rank_tile + 2 * plan.state_tile;
     place(plan.stage_at, rows * plan.stage_row * bytes);
@@ -211,18 +214,21 @@ inline bool divide(QuartermapScan const& scan, std::int64_t shared_limit, int ch
     return true;
 }
 
-// Estimated instructions of the busiest multiprocessor, in arbitrary units: what the plans are compared by. About 30 for
-// each position of a channel, and the projection's, whose loads are shared by the channels of a thread. Estimated from
-// the source, not measured on a GPU.
+// Estimated instructions of the busiest multiprocessor, in arbitrary units: what the plans are compared by. Counted in the
+// machine code for compute capability 9.0, for each position of a channel in a direction; what the channels of a thread or
+// of a block share is divided among them. Not measured on a GPU.
 inline double estimate(QuartermapScan const& scan, DeviceLimits const& limits, LaunchPlan const& plan)
 {
     double const channels_per_thread = plan.channels_per_thread;
+    double const channels = plan.channels();
     double const states = static_cast<double>(scan.d_state);
     double const rank = static_cast<double>(scan.dt_rank);
-    double const position = 14.0 + rank * (1.0 + 2.0 / channels_per_thread) + 16.0 * states;
-    double const staging = 3.0 * (plan.rank_tile + 2.0 * states) / channels_per_thread;
-    double const chunk = plan.threads() * kPositions * channels_per_thread * (position + staging);
-    double const block = chunk * plan.chunks + 8.0 * plan.map_size * plan.channels();
+    double const staged = (rank > 0 ? rank : channels) + 2.0 * states;
+    double const position = 23.0 + 48.0 / channels_per_thread + rank * (1.0 + 4.2 / channels_per_thread)
+        + states * (12.0 + 8.0 / channels_per_thread) + (45.0 + 6.5 * staged) / channels;
+    double const chunk = plan.threads() * kPositions * channels_per_thread * position;
+    // And reading x and writing y, once for all directions.
+    double const block = chunk * plan.chunks * scan.direction_count + 40.0 * plan.map_size * channels;
     std::int64_t const by_memory = limits.shared_per_multiprocessor / (plan.shared_bytes + 1024);
     std::int64_t const by_registers = 512 / std::max(plan.threads(), 1);
     std::int64_t const most = std::max<std::int64_t>(1, std::min(by_memory, std::max<std::int64_t>(by_registers, 1)));

@@ -1,5 +1,7 @@
 #include "plugin.h"
 
+#include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <new>
 
@@ -166,6 +168,11 @@ bool read_scan(
     scan.softplus = fields.softplus;
     scan.element_type = element_type_of(type);
 
+    if (inputs == kMostInputs && scan.dt_rank == 0)
+    {
+        log_error("%s has no columns; leave it out if dt is the full time-step map", kInputs[kDtWeight].name);
+        return false;
+    }
     std::int64_t const k = fields.direction_count;
     std::int64_t const wide = times(k, scan.d_inner);
     std::int64_t const channels[4]
@@ -182,6 +189,14 @@ bool read_scan(
         fine = agrees(dims(i), 0, wide, kInputs[i].name);
     }
     return fine;
+}
+
+bool same(QuartermapScan const& a, QuartermapScan const& b) noexcept
+{
+    return a.batch == b.batch && a.d_inner == b.d_inner && a.height == b.height && a.width == b.width
+        && a.d_state == b.d_state && a.dt_rank == b.dt_rank && a.direction_count == b.direction_count
+        && std::equal(a.directions, a.directions + a.direction_count, b.directions) && a.softplus == b.softplus
+        && a.element_type == b.element_type;
 }
 
 } // namespace
@@ -241,6 +256,9 @@ SelectiveScan2D::SelectiveScan2D(Fields const& fields) noexcept
     serialized_[1] = PluginField(kSoftplusField, &fields_.softplus, PluginFieldType::kINT32, 1);
     collection_.nbFields = 2;
     collection_.fields = serialized_;
+    std::snprintf(description_, sizeof description_, "%s::%s/%s;%s=%s;%s=%d;kernels=%d", kPluginNamespace, kPluginName,
+        kPluginVersion, kDirectionsField, direction_names_, kSoftplusField, static_cast<int>(fields_.softplus),
+        QUARTERMAP_SELECTIVE_SCAN_VERSION);
 }
 
 nvinfer1::IPluginCapability* SelectiveScan2D::getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept
@@ -259,7 +277,6 @@ nvinfer1::IPluginV3* SelectiveScan2D::clone() noexcept
     auto* const copy = new (std::nothrow) SelectiveScan2D(fields_);
     if (copy != nullptr)
     {
-        copy->inputs_ = inputs_;
         copy->plan_ = plan_;
     }
     return copy;
@@ -287,7 +304,6 @@ std::int32_t SelectiveScan2D::configurePlugin(nvinfer1::DynamicPluginTensorDesc 
     {
         return kFailure;
     }
-    inputs_ = nbInputs;
     auto const dims = [in](std::int32_t i) -> Dims const& { return in[i].desc.dims; };
     QuartermapScan scan;
     return read_scan(fields_, nbInputs, dims, in[kX].desc.type, scan) ? 0 : kFailure;
@@ -361,13 +377,13 @@ std::size_t SelectiveScan2D::getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc 
 
 char const* SelectiveScan2D::getTimingCacheID() noexcept
 {
-    // Sizes, types and fields are TensorRT's part of the key.
-    return "quartermap::SelectiveScan2D/1";
+    // TensorRT puts sizes, types and formats before it; what else decides the time is ours to say.
+    return description_;
 }
 
 char const* SelectiveScan2D::getMetadataString() noexcept
 {
-    return direction_names_;
+    return description_;
 }
 
 std::int32_t SelectiveScan2D::onShapeChange(nvinfer1::PluginTensorDesc const* in, std::int32_t nbInputs,
@@ -377,36 +393,50 @@ std::int32_t SelectiveScan2D::onShapeChange(nvinfer1::PluginTensorDesc const* in
     {
         return kFailure;
     }
-    inputs_ = nbInputs;
     auto const dims = [in](std::int32_t i) -> Dims const& { return in[i].dims; };
     QuartermapScan scan;
     if (!read_scan(fields_, nbInputs, dims, in[kX].type, scan))
     {
+        plan_ = {};
         return kFailure;
     }
-    std::int32_t const status = quartermap_selective_scan_plan(&scan, &plan_);
+    // TensorRT calls this also when nothing but an address has changed.
+    if (same(scan, plan_.scan))
+    {
+        return 0;
+    }
+    plan_ = {};
+    QuartermapScanPlan plan{};
+    std::int32_t status = quartermap_selective_scan_plan(&scan, &plan);
+    if (status == QUARTERMAP_SUCCESS)
+    {
+        status = quartermap_selective_scan_prepare(&plan);
+    }
     if (status != QUARTERMAP_SUCCESS)
     {
-        plan_ = {};
-        log_error("cannot plan %lld x %lld x %lld x %lld: %s", static_cast<long long>(scan.batch),
+        log_error("cannot prepare %lld x %lld x %lld x %lld: %s", static_cast<long long>(scan.batch),
             static_cast<long long>(scan.d_inner), static_cast<long long>(scan.height),
             static_cast<long long>(scan.width), quartermap_selective_scan_message(status));
         return kFailure;
     }
+    plan_ = plan;
     return 0;
 }
 
 std::int32_t SelectiveScan2D::enqueue(nvinfer1::PluginTensorDesc const* inputDesc,
-    nvinfer1::PluginTensorDesc const* outputDesc, void const* const* inputs, void* const* outputs, void* workspace,
+    nvinfer1::PluginTensorDesc const* /*outputDesc*/, void const* const* inputs, void* const* outputs, void* workspace,
     cudaStream_t stream) noexcept
 {
     Dims const& x = inputDesc[kX].dims;
     QuartermapScan const& planned = plan_.scan;
     bool const current = planned.batch == x.d[0] && planned.d_inner == x.d[1] && planned.height == x.d[2]
         && planned.width == x.d[3] && planned.element_type == element_type_of(inputDesc[kX].type);
-    // TensorRT tells of every change of shape before; this is for a caller that does not.
-    if (!current && onShapeChange(inputDesc, inputs_, outputDesc, 1) != 0)
+    if (!current)
     {
+        // Planning here would load code, which may allocate and wait.
+        log_error("enqueue for %lld x %lld x %lld x %lld, of which onShapeChange was not told",
+            static_cast<long long>(x.d[0]), static_cast<long long>(x.d[1]), static_cast<long long>(x.d[2]),
+            static_cast<long long>(x.d[3]));
         return kFailure;
     }
     QuartermapScanTensors tensors{};
@@ -417,7 +447,7 @@ std::int32_t SelectiveScan2D::enqueue(nvinfer1::PluginTensorDesc const* inputDes
     tensors.A = static_cast<float const*>(inputs[kA]);
     tensors.D = static_cast<float const*>(inputs[kD]);
     tensors.dt_bias = static_cast<float const*>(inputs[kDtBias]);
-    tensors.dt_weight = inputs_ == kMostInputs ? inputs[kDtWeight] : nullptr;
+    tensors.dt_weight = planned.dt_rank > 0 ? inputs[kDtWeight] : nullptr;
     tensors.y = outputs[0];
     tensors.workspace = workspace;
     // What getWorkspaceSize asked for is at least what this plan needs; see launch_plan.h.

@@ -68,9 +68,9 @@ public:
 
 private:
     Fields fields_;
-    std::int32_t inputs_ = 0; // as TensorRT told us last; enqueue is not told
-    QuartermapScanPlan plan_{};
+    QuartermapScanPlan plan_{}; // of the last shape, prepared; all zero before the first
     char direction_names_[QUARTERMAP_MAX_DIRECTIONS * 16] = {};
+    char description_[sizeof direction_names_ + 96] = {}; // name, fields and version of the kernels
     nvinfer1::PluginField serialized_[2];
     nvinfer1::PluginFieldCollection collection_{};
 };

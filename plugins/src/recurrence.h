@@ -1,6 +1,8 @@
 // The arithmetic of the scan at one position.
 #pragma once
 
+#include <math.h>
+
 #include "device.h"
 
 namespace quartermap
@@ -14,8 +16,7 @@ constexpr float kLog2E = 1.4426950408889634F;
 // instructions of this: log1p(e) = 2 atanh(s) with s = e / (2 + e), at most 1/3, so that five terms are enough.
 QUARTERMAP_DEVICE float softplus(float v)
 {
-    float const magnitude = v < 0.0F ? -v : v;
-    float const e = power_of_two(-kLog2E * magnitude);
+    float const e = power_of_two(-kLog2E * fabsf(v));
     float const s = e * reciprocal(2.0F + e);
     float const z = s * s;
     // atanh(s) / s on 0 <= z <= 1/9; the least largest error, 4.5e-9.
@@ -24,13 +25,12 @@ QUARTERMAP_DEVICE float softplus(float v)
     series = series * z + 0.20010763F;
     series = series * z + 0.33333210F;
     series = series * z + 1.0F;
-    float const positive = v > 0.0F ? v : 0.0F;
-    return positive + 2.0F * (s * series);
+    return fmaxf(v, 0.0F) + 2.0F * (s * series);
 }
 
 // One step of h = a h + b as a map; maps compose, and that is all a parallel scan needs. Only decays are multiplied, and
 // never divided, so a product that underflows is a state that is truly forgotten.
-struct Affine
+struct alignas(8) Affine
 {
     float a;
     float b;

@@ -2,8 +2,10 @@
 //
 //   getCreators          trtexec, the Python registry and engines that carry their plugin library call it after loading
 //                        this library.
-//   static registration  a plain dlopen, as Triton and LD_PRELOAD do it, calls nothing. So this library registers itself
-//                        as it is loaded, with the TensorRT that is in the process, if there is one of our version.
+//   static registration  a plain dlopen, as Triton's backend and trtexec --staticPlugins do it, calls nothing. So this
+//                        library registers itself as it is loaded, with the TensorRT that is in the process by then, if
+//                        it is of our version. One that comes later is not heard of: whoever loads plugins first
+//                        (polygraphy, LD_PRELOAD) has to load TensorRT before; see docs/plugin.md.
 //
 // The registry is found at run time instead of being linked: a library that asks for libnvinfer.so.10 could not be loaded
 // beside another TensorRT, nor checked on a machine that has none.

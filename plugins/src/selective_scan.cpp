@@ -4,11 +4,7 @@
 #include <cstring>
 #include <limits>
 
-#include "kernel_arguments.h"
-
-#if !defined(QUARTERMAP_EMULATION)
-#include <cuda_runtime_api.h>
-#endif
+#include "runtime.h"
 
 namespace
 {
@@ -58,34 +54,6 @@ std::int32_t check(QuartermapScan const* scan)
     return fits ? QUARTERMAP_SUCCESS : QUARTERMAP_TOO_LARGE;
 }
 
-std::int32_t from_cuda(int error)
-{
-    return error == 0 ? QUARTERMAP_SUCCESS : QUARTERMAP_CUDA_ERROR + error;
-}
-
-std::int32_t device_limits(DeviceLimits& limits)
-{
-#if defined(QUARTERMAP_EMULATION)
-    limits = {132, 227 * 1024, 228 * 1024};
-    return QUARTERMAP_SUCCESS;
-#else
-    int device = 0;
-    int values[3] = {};
-    cudaDeviceAttr const attributes[3] = {
-        cudaDevAttrMultiProcessorCount,
-        cudaDevAttrMaxSharedMemoryPerBlockOptin,
-        cudaDevAttrMaxSharedMemoryPerMultiprocessor,
-    };
-    cudaError_t error = cudaGetDevice(&device);
-    for (int i = 0; i < 3 && error == cudaSuccess; ++i)
-    {
-        error = cudaDeviceGetAttribute(&values[i], attributes[i], device);
-    }
-    limits = {values[0], values[1], values[2]};
-    return from_cuda(static_cast<int>(error));
-#endif
-}
-
 std::uint64_t map_bytes(QuartermapScan const& scan)
 {
     return static_cast<std::uint64_t>(scan.batch) * static_cast<std::uint64_t>(scan.d_inner)
@@ -114,6 +82,26 @@ std::int32_t plan_for(QuartermapScan const& scan, DeviceLimits const& limits, Qu
     return QUARTERMAP_SUCCESS;
 }
 
+LaunchPlan layout_of(QuartermapScanPlan const& plan)
+{
+    LaunchPlan layout{};
+    std::memcpy(&layout, plan.layout, sizeof layout);
+    return layout;
+}
+
+// NULL for an unknown element type.
+quartermap::Kernel kernel_of(QuartermapScanPlan const& plan)
+{
+    LaunchPlan const layout = layout_of(plan);
+    switch (plan.scan.element_type)
+    {
+    case QUARTERMAP_FLOAT32: return quartermap::kernel_float32(plan.scan, layout);
+    case QUARTERMAP_FLOAT16: return quartermap::kernel_float16(plan.scan, layout);
+    case QUARTERMAP_BFLOAT16: return quartermap::kernel_bfloat16(plan.scan, layout);
+    default: return nullptr;
+    }
+}
+
 } // namespace
 
 extern "C" std::uint32_t quartermap_selective_scan_version(void)
@@ -133,17 +121,15 @@ extern "C" char const* quartermap_selective_scan_message(std::int32_t status)
     case QUARTERMAP_TOO_LARGE:
         return "a size is too large: at most 2^30 positions, 2^24 channels, 256 states, rank 1024 and 2^31 - 1 maps";
     case QUARTERMAP_NULL_POINTER: return "a tensor is missing (a null pointer)";
-    case QUARTERMAP_WORKSPACE_TOO_SMALL: return "the workspace is smaller than the plan asks for";
+    case QUARTERMAP_WORKSPACE_TOO_SMALL: return "the workspace is missing or smaller than the plan asks for";
     case QUARTERMAP_SHARED_MEMORY_TOO_SMALL: return "the device has too little shared memory for this scan";
+    case QUARTERMAP_NO_KERNEL_IMAGE:
+        return "the library holds no code for this GPU; build it for the GPU's compute capability, which has to be 8.0 or "
+               "newer, such as: quartermap plugin build --cuda-architectures 86";
     default: break;
     }
-#if !defined(QUARTERMAP_EMULATION)
-    if (status >= QUARTERMAP_CUDA_ERROR)
-    {
-        return cudaGetErrorString(static_cast<cudaError_t>(status - QUARTERMAP_CUDA_ERROR));
-    }
-#endif
-    return status >= QUARTERMAP_CUDA_ERROR ? "the emulated device failed" : "unknown status";
+    return status >= QUARTERMAP_CUDA_ERROR ? quartermap::runtime_message(status - QUARTERMAP_CUDA_ERROR)
+                                           : "unknown status";
 }
 
 extern "C" std::int32_t quartermap_selective_scan_validate(QuartermapScan const* scan)
@@ -164,7 +150,7 @@ extern "C" std::int32_t quartermap_selective_scan_plan(QuartermapScan const* sca
     std::int32_t status = plan == nullptr ? QUARTERMAP_NULL_POINTER : check(scan);
     if (status == QUARTERMAP_SUCCESS)
     {
-        status = device_limits(limits);
+        status = quartermap::device_limits(limits);
     }
     return status == QUARTERMAP_SUCCESS ? plan_for(*scan, limits, *plan) : status;
 }
@@ -188,6 +174,16 @@ extern "C" std::int32_t quartermap_selective_scan_plan_for(QuartermapScan const*
     return plan_for(*scan, {multiprocessors, shared_per_block, shared_per_multiprocessor}, *plan);
 }
 
+extern "C" std::int32_t quartermap_selective_scan_prepare(QuartermapScanPlan const* plan)
+{
+    if (plan == nullptr)
+    {
+        return QUARTERMAP_NULL_POINTER;
+    }
+    quartermap::Kernel const kernel = kernel_of(*plan);
+    return kernel == nullptr ? QUARTERMAP_BAD_ELEMENT_TYPE : quartermap::prepare(kernel);
+}
+
 extern "C" std::int32_t quartermap_selective_scan_launch(
     QuartermapScanPlan const* plan, QuartermapScanTensors const* tensors, void* stream)
 {
@@ -203,17 +199,16 @@ extern "C" std::int32_t quartermap_selective_scan_launch(
     {
         return QUARTERMAP_WORKSPACE_TOO_SMALL;
     }
+    quartermap::Kernel const kernel = kernel_of(*plan);
+    if (kernel == nullptr)
+    {
+        return QUARTERMAP_BAD_ELEMENT_TYPE;
+    }
     quartermap::KernelArguments arguments{};
     arguments.scan = plan->scan;
     arguments.tensors = *tensors;
-    std::memcpy(&arguments.plan, plan->layout, sizeof arguments.plan);
+    arguments.plan = layout_of(*plan);
     bool const in_place = plan->scan.element_type == QUARTERMAP_FLOAT32;
     arguments.sum = static_cast<float*>(in_place ? tensors->y : tensors->workspace);
-    switch (plan->scan.element_type)
-    {
-    case QUARTERMAP_FLOAT32: return from_cuda(quartermap::launch_float32(arguments, stream));
-    case QUARTERMAP_FLOAT16: return from_cuda(quartermap::launch_float16(arguments, stream));
-    case QUARTERMAP_BFLOAT16: return from_cuda(quartermap::launch_bfloat16(arguments, stream));
-    default: return QUARTERMAP_BAD_ELEMENT_TYPE;
-    }
+    return quartermap::launch(kernel, arguments, stream);
 }

@@ -59,102 +59,145 @@ QUARTERMAP_DEVICE Chunk chunk_at(LaunchPlan const& plan, int direction, int begi
     return chunk;
 }
 
-// Copies a chunk of `rows` maps, `stride` elements apart, to shared memory. A row r past `valid` repeats the last one.
+// Maps that lie one behind the other, to be staged in rows that do so too.
 template <typename T>
-QUARTERMAP_DEVICE void stage_rows(T const* source, int rows, int valid, LaunchPlan const& plan, Chunk const& chunk,
-    int height, int width, T* stage)
+struct Source
 {
-    std::int64_t const stride = static_cast<std::int64_t>(height) * width;
-    int const count = chunk.tiled ? height * chunk.columns : chunk.high - chunk.low;
-    for (int t = thread_index(); t < count; t += thread_count())
+    T const* maps;
+    int count;
+    T* stage;
+};
+
+// Copies one place of some maps, `stride` elements apart; four loads are in flight before the first is needed.
+template <typename T>
+QUARTERMAP_DEVICE void stage_place(T const* from, int stride, int count, T* to, int stage_row)
+{
+    QUARTERMAP_NO_UNROLL
+    for (; count >= 4; count -= 4)
     {
-        int place = t;
-        std::int64_t raster = chunk.low + t;
-        if (chunk.tiled)
+        T values[4];
+        QUARTERMAP_UNROLL
+        for (int u = 0; u < 4; ++u)
         {
-            int const h = t / chunk.columns;
-            int const w = t - h * chunk.columns;
-            place = h * plan.stage_pitch + w;
-            raster = static_cast<std::int64_t>(h) * width + chunk.first_column + w;
+            values[u] = read_only(from);
+            from += stride;
         }
-        else if (chunk.column)
+        QUARTERMAP_UNROLL
+        for (int u = 0; u < 4; ++u)
         {
-            int const q = chunk.low + t;
-            int const w = q / height;
-            raster = static_cast<std::int64_t>(q - w * height) * width + w;
+            *to = values[u];
+            to += stage_row;
         }
-        T const* from = source + raster;
-        T* to = stage + place;
-        for (int r = 0; r < rows; r += 4)
-        {
-            // Four loads in flight before the first is needed.
-            T values[4];
-            QUARTERMAP_UNROLL
-            for (int u = 0; u < 4; ++u)
-            {
-                int const row = r + u < valid ? r + u : valid - 1;
-                values[u] = read_only(from + row * stride);
-            }
-            QUARTERMAP_UNROLL
-            for (int u = 0; u < 4; ++u)
-            {
-                if (r + u < rows)
-                {
-                    to[(r + u) * plan.stage_row] = values[u];
-                }
-            }
-        }
+    }
+    QUARTERMAP_NO_UNROLL
+    for (; count > 0; --count)
+    {
+        *to = read_only(from);
+        from += stride;
+        to += stage_row;
     }
 }
 
-// Composes the maps of all threads of a group. On entry `own` is the map over the thread's positions; on return `state`,
-// which was the state before the chunk, is the state before the thread's first position, and `carry` that after the chunk.
+// Copies a chunk of the time step's maps, and perhaps of those of B and C, to shared memory: along the rows of the map in
+// every direction. kOneState: B and C have one map each.
+template <typename T, bool kOneState>
+QUARTERMAP_DEVICE void stage_chunk(Source<T> const& dt, Source<T> const& b, Source<T> const& c, LaunchPlan const& plan,
+    Chunk const& chunk, int height, int width)
+{
+    int const stride = height * width;
+    int const count = chunk.tiled ? height * chunk.columns : chunk.high - chunk.low;
+    // Rows of a tile, columns of the map, or one row that is never left.
+    Visit at(chunk.tiled || !chunk.column ? thread_index() : chunk.low + thread_index(), thread_count(),
+        chunk.tiled ? chunk.columns : chunk.column ? height : count);
+    for (int t = thread_index(); t < count; t += thread_count())
+    {
+        int place = t;
+        int raster = chunk.low + t;
+        if (chunk.tiled)
+        {
+            place = at.row * plan.stage_pitch + at.column;
+            raster = at.row * width + chunk.first_column + at.column;
+        }
+        else if (chunk.column)
+        {
+            raster = at.column * width + at.row;
+        }
+        if constexpr (kOneState)
+        {
+            if (b.count > 0)
+            {
+                T const values[2] = {read_only(b.maps + raster), read_only(c.maps + raster)};
+                b.stage[place] = values[0];
+                c.stage[place] = values[1];
+            }
+        }
+        else
+        {
+            stage_place(b.maps + raster, stride, b.count, b.stage + place, plan.stage_row);
+            stage_place(c.maps + raster, stride, c.count, c.stage + place, plan.stage_row);
+        }
+        stage_place(dt.maps + raster, stride, dt.count, dt.stage + place, plan.stage_row);
+        at.next();
+    }
+}
+
+// Composes the maps of all threads of a group. On entry `running` is the map over the thread's positions; on return
+// `state`, which was the state before the chunk, is the state before the thread's first position, and `carry` that after
+// the chunk.
 template <int kChannels>
-QUARTERMAP_DEVICE void scan_group(LaunchPlan const& plan, Place const& place, Affine const (&own)[kChannels],
+QUARTERMAP_DEVICE void scan_group(LaunchPlan const& plan, Place const& place, Affine (&running)[kChannels],
     Affine* totals, float (&state)[kChannels], float (&carry)[kChannels])
 {
     int const width = plan.sequence_threads < 32 ? plan.sequence_threads : 32;
     int const lane = place.lane % width;
+    for (int distance = 1; distance < width; distance *= 2)
+    {
+        QUARTERMAP_UNROLL
+        for (int c = 0; c < kChannels; ++c)
+        {
+            Affine const earlier
+                = {from_earlier_lane(running[c].a, distance, width), from_earlier_lane(running[c].b, distance, width)};
+            running[c] = lane >= distance ? compose(earlier, running[c]) : running[c];
+        }
+    }
     Affine before[kChannels];
     Affine whole[kChannels];
     QUARTERMAP_UNROLL
     for (int c = 0; c < kChannels; ++c)
     {
-        Affine running = own[c];
-        for (int distance = 1; distance < width; distance *= 2)
-        {
-            Affine const earlier
-                = {from_earlier_lane(running.a, distance, width), from_earlier_lane(running.b, distance, width)};
-            running = lane >= distance ? compose(earlier, running) : running;
-        }
-        Affine const previous = {from_earlier_lane(running.a, 1, width), from_earlier_lane(running.b, 1, width)};
+        Affine const previous
+            = {from_earlier_lane(running[c].a, 1, width), from_earlier_lane(running[c].b, 1, width)};
         before[c] = lane > 0 ? previous : Affine{1.0F, 0.0F};
-        whole[c] = {from_lane(running.a, width - 1, width), from_lane(running.b, width - 1, width)};
+        whole[c] = {from_lane(running[c].a, width - 1, width), from_lane(running[c].b, width - 1, width)};
     }
     if (plan.warps > 1)
     {
         int const warp = place.lane / 32;
-        Affine* row = totals + place.group * kChannels * plan.warps;
+        Affine* row = totals + place.group * plan.warps * kChannels;
         if (lane == 0)
         {
             QUARTERMAP_UNROLL
             for (int c = 0; c < kChannels; ++c)
             {
-                row[c * plan.warps + warp] = whole[c];
+                row[warp * kChannels + c] = whole[c];
             }
         }
         wait_for_block();
         QUARTERMAP_UNROLL
         for (int c = 0; c < kChannels; ++c)
         {
-            float running = state[c];
-            for (int w = 0; w < plan.warps; ++w)
+            carry[c] = state[c];
+        }
+        for (int w = 0; w < plan.warps; ++w)
+        {
+            bool const own = w == warp;
+            QUARTERMAP_UNROLL
+            for (int c = 0; c < kChannels; ++c)
             {
-                state[c] = w == warp ? running : state[c];
-                Affine const step = row[c * plan.warps + w];
-                running = step.a * running + step.b;
+                Affine const step = *row++;
+                state[c] = own ? carry[c] : state[c];
+                carry[c] = step.a * carry[c] + step.b;
             }
-            carry[c] = running;
         }
     }
     else
@@ -171,6 +214,20 @@ QUARTERMAP_DEVICE void scan_group(LaunchPlan const& plan, Place const& place, Af
         state[c] = before[c].a * state[c] + before[c].b;
     }
 }
+
+// Saves the multiplication for each access.
+template <typename T>
+QUARTERMAP_DEVICE T element_at(T const* row, int bytes)
+{
+    return *reinterpret_cast<T const*>(reinterpret_cast<char const*>(row) + bytes);
+}
+
+// Consecutive numbers that are read at once.
+template <int kCount>
+struct alignas(4 * kCount) Floats
+{
+    float values[kCount];
+};
 
 // kOneState: d_state is 1, and the state stays in registers. kLowRank: the time step is projected here.
 template <typename T, int kChannels, bool kOneState, bool kLowRank, bool kResident>
@@ -200,6 +257,7 @@ void selective_scan_kernel(KernelArguments const arguments)
     float* const weights = reinterpret_cast<float*>(shared + plan.weights_at);
     Affine* const totals = reinterpret_cast<Affine*>(shared + plan.totals_at);
     float* const carries = reinterpret_cast<float*>(shared + plan.carries_at);
+    float* const skips = reinterpret_cast<float*>(shared + plan.skips_at);
     T* const stage = reinterpret_cast<T*>(shared + plan.stage_at);
     T* const stage_bc = stage + plan.rank_tile * plan.stage_row;
 
@@ -220,26 +278,34 @@ void selective_scan_kernel(KernelArguments const arguments)
     }
 
     // Reads x, and begins the sum with the skip connection of all directions.
-    for (int c = 0; c < tile_channels; ++c)
+    for (int c = thread_index(); c < tile_channels; c += thread_count())
     {
-        int const channel = c < valid_channels ? c : valid_channels - 1;
-        float skip = 0.0F;
+        int const channel = place.channel0 + (c < valid_channels ? c : valid_channels - 1);
+        skips[c] = 0.0F;
         for (int k = 0; k < scan.direction_count; ++k)
         {
-            skip += read_only(arguments.tensors.D + k * d_inner + place.channel0 + channel);
+            skips[c] += read_only(arguments.tensors.D + k * d_inner + channel);
         }
-        T const* const from = x + static_cast<std::int64_t>(channel) * length;
+    }
+    wait_for_block();
+    {
+        Visit place_in_map(thread_index(), thread_count(), width);
         for (int t = thread_index(); t < length; t += thread_count())
         {
-            int at = t;
-            T const value = read_only(from + t);
-            if constexpr (kResident)
+            int at = kResident ? place_in_map.row * plan.map_pitch + place_in_map.column : t;
+            T const* from = x + t;
+            for (int c = 0; c < tile_channels; ++c)
             {
-                int const h = t / width;
-                at = c * plan.map_size + h * plan.map_pitch + (t - h * width);
-                reinterpret_cast<T*>(shared + plan.x_at)[at] = value;
+                T const value = read_only(from);
+                if constexpr (kResident)
+                {
+                    reinterpret_cast<T*>(shared + plan.x_at)[at] = value;
+                }
+                sum[at] = skips[c] * to_float(value);
+                at += kResident ? plan.map_size : length;
+                from += c + 1 < valid_channels ? length : 0;
             }
-            sum[at] = skip * to_float(value);
+            place_in_map.next();
         }
     }
 
@@ -295,28 +361,40 @@ void selective_scan_kernel(KernelArguments const arguments)
             int const begin = n_chunk * plan.chunk;
             Chunk const chunk = chunk_at(plan, direction, begin, height, length);
 
-            // Where the thread's positions lie in the maps and in the stage; past the end, where the last one lies.
+            // Where the thread's positions lie in the maps and in the stage; past the end, where the last one lies. What
+            // is computed there reaches nothing: it comes last in the order of the scan, and is not added to the sum.
             int const own_begin = begin + place.lane * kPositions;
             int const valid = length - own_begin < kPositions ? length - own_begin : kPositions;
             int in_map[kPositions];
-            int in_stage[kPositions];
+            int in_stage[kPositions]; // in bytes
             {
+                bool const reverse = is_reverse(direction);
                 int const start = own_begin < length ? own_begin : length - 1;
-                int q = is_reverse(direction) ? length - 1 - start : start;
-                Walk walk(q, column ? height : width, is_reverse(direction));
-                QUARTERMAP_UNROLL
-                for (int j = 0; j < kPositions; ++j)
+                int const q = reverse ? length - 1 - start : start;
+                int const inner_size = column ? height : width;
+                int const outer = q / inner_size;
+                int inner = q - outer * inner_size;
+                int const last = reverse ? 0 : inner_size - 1;
+                int const pitch = kResident ? plan.map_pitch : width;
+                Strides const map = column ? Strides{pitch, 1} : Strides{1, pitch};
+                Increments const map_by(map, inner_size, reverse);
+                in_map[0] = inner * map.inner + outer * map.outer;
+                // Staged in the order of the scan, neighbours are neighbours.
+                constexpr int kBytes = static_cast<int>(sizeof(T));
+                Increments staged_by(kBytes, reverse);
+                in_stage[0] = (q - chunk.low) * kBytes;
+                if (chunk.tiled)
                 {
-                    int const h = column ? walk.inner : walk.outer;
-                    int const w = column ? walk.outer : walk.inner;
-                    in_map[j] = h * (kResident ? plan.map_pitch : width) + w;
-                    in_stage[j]
-                        = chunk.tiled ? h * plan.stage_pitch + w - chunk.first_column : q - chunk.low;
-                    if (j + 1 < valid)
-                    {
-                        walk.step();
-                        q += is_reverse(direction) ? -1 : 1;
-                    }
+                    staged_by = Increments({plan.stage_pitch * kBytes, kBytes}, inner_size, reverse);
+                    in_stage[0] = (inner * plan.stage_pitch + outer - chunk.first_column) * kBytes;
+                }
+                QUARTERMAP_UNROLL
+                for (int j = 1; j < kPositions; ++j)
+                {
+                    bool const wraps = inner == last;
+                    inner = wraps ? inner_size - 1 - last : inner + (reverse ? -1 : 1);
+                    in_map[j] = in_map[j - 1] + (j >= valid ? 0 : wraps ? map_by.wrap : map_by.step);
+                    in_stage[j] = in_stage[j - 1] + (j >= valid ? 0 : wraps ? staged_by.wrap : staged_by.step);
                 }
             }
 
@@ -335,34 +413,28 @@ void selective_scan_kernel(KernelArguments const arguments)
             {
                 int const count = rows - r0 < plan.rank_tile ? rows - r0 : plan.rank_tile;
                 wait_for_block(); // for what was staged before to have been read
-                stage_rows(dt_maps + static_cast<std::int64_t>(r0) * length, count,
-                    kLowRank ? count : valid_channels, plan, chunk, height, width, stage);
-                if (r0 == 0)
-                {
-                    int const n_count = states < plan.state_tile ? states : plan.state_tile;
-                    stage_rows(b_maps, n_count, n_count, plan, chunk, height, width, stage_bc);
-                    stage_rows(c_maps, n_count, n_count, plan, chunk, height, width,
-                        stage_bc + plan.state_tile * plan.stage_row);
-                }
+                // Channels past the last have no time steps to stage; their threads read those of the last.
+                int const present = kLowRank || r0 + count <= valid_channels ? count : valid_channels - r0;
+                int const first_states = r0 > 0 ? 0 : states < plan.state_tile ? states : plan.state_tile;
+                stage_chunk<T, kOneState>({dt_maps + static_cast<std::int64_t>(r0) * length, present, stage},
+                    {b_maps, first_states, stage_bc},
+                    {c_maps, first_states, stage_bc + plan.state_tile * plan.stage_row}, plan, chunk, height, width);
                 wait_for_block();
                 if constexpr (kLowRank)
                 {
                     for (int r = 0; r < count; ++r)
                     {
-                        float weight[kChannels];
-                        QUARTERMAP_UNROLL
-                        for (int c = 0; c < kChannels; ++c)
-                        {
-                            weight[c] = weights[(r0 + r) * tile_channels + place.first + c];
-                        }
+                        auto const weight = *reinterpret_cast<Floats<kChannels> const*>(
+                            weights + (r0 + r) * tile_channels + place.first);
+                        T const* const row = stage + r * plan.stage_row;
                         QUARTERMAP_UNROLL
                         for (int j = 0; j < kPositions; ++j)
                         {
-                            float const value = to_float(stage[r * plan.stage_row + in_stage[j]]);
+                            float const value = to_float(element_at(row, in_stage[j]));
                             QUARTERMAP_UNROLL
                             for (int c = 0; c < kChannels; ++c)
                             {
-                                dt[c][j] += weight[c] * value;
+                                dt[c][j] += weight.values[c] * value;
                             }
                         }
                     }
@@ -375,12 +447,24 @@ void selective_scan_kernel(KernelArguments const arguments)
                         QUARTERMAP_UNROLL
                         for (int j = 0; j < kPositions; ++j)
                         {
-                            dt[c][j] += to_float(stage[(place.first + c) * plan.stage_row + in_stage[j]]);
+                            dt[c][j] += to_float(element_at(stage + channels[c] * plan.stage_row, in_stage[j]));
                         }
                     }
                 }
             }
 
+            if (scan.softplus)
+            {
+                QUARTERMAP_UNROLL
+                for (int c = 0; c < kChannels; ++c)
+                {
+                    QUARTERMAP_UNROLL
+                    for (int j = 0; j < kPositions; ++j)
+                    {
+                        dt[c][j] = softplus(dt[c][j]);
+                    }
+                }
+            }
             float drive[kChannels][kPositions]; // dt x
             QUARTERMAP_UNROLL
             for (int c = 0; c < kChannels; ++c)
@@ -391,10 +475,7 @@ void selective_scan_kernel(KernelArguments const arguments)
                 QUARTERMAP_UNROLL
                 for (int j = 0; j < kPositions; ++j)
                 {
-                    float const step = scan.softplus ? softplus(dt[c][j]) : dt[c][j];
-                    // Past the end nothing happens: a step of zero keeps the state.
-                    dt[c][j] = j < valid ? step : 0.0F;
-                    drive[c][j] = j < valid ? step * to_float(from[in_map[j]]) : 0.0F;
+                    drive[c][j] = dt[c][j] * to_float(from[in_map[j]]);
                 }
             }
 
@@ -418,10 +499,10 @@ void selective_scan_kernel(KernelArguments const arguments)
                 {
                     int const n_count = states - n < plan.state_tile ? states - n : plan.state_tile;
                     wait_for_block();
-                    stage_rows(b_maps + static_cast<std::int64_t>(n) * length, n_count, n_count, plan, chunk, height,
-                        width, stage_bc);
-                    stage_rows(c_maps + static_cast<std::int64_t>(n) * length, n_count, n_count, plan, chunk, height,
-                        width, stage_bc + plan.state_tile * plan.stage_row);
+                    std::int64_t const from = static_cast<std::int64_t>(n) * length;
+                    stage_chunk<T, kOneState>({dt_maps, 0, stage}, {b_maps + from, n_count, stage_bc},
+                        {c_maps + from, n_count, stage_bc + plan.state_tile * plan.stage_row}, plan, chunk, height,
+                        width);
                     wait_for_block();
                 }
                 T const* const stage_b = stage_bc + n_staged * plan.stage_row;
@@ -436,7 +517,7 @@ void selective_scan_kernel(KernelArguments const arguments)
                 QUARTERMAP_UNROLL
                 for (int j = 0; j < kPositions; ++j)
                 {
-                    input_weight[j] = to_float(stage_b[in_stage[j]]);
+                    input_weight[j] = to_float(element_at(stage_b, in_stage[j]));
                 }
                 QUARTERMAP_UNROLL
                 for (int c = 0; c < kChannels; ++c)
@@ -466,7 +547,7 @@ void selective_scan_kernel(KernelArguments const arguments)
                 QUARTERMAP_UNROLL
                 for (int j = 0; j < kPositions; ++j)
                 {
-                    float const output_weight = to_float(stage_c[in_stage[j]]);
+                    float const output_weight = to_float(element_at(stage_c, in_stage[j]));
                     QUARTERMAP_UNROLL
                     for (int c = 0; c < kChannels; ++c)
                     {
@@ -494,18 +575,18 @@ void selective_scan_kernel(KernelArguments const arguments)
     }
 
     wait_for_block();
-    for (int c = 0; c < valid_channels; ++c)
+    Visit place_in_map(thread_index(), thread_count(), width);
+    for (int t = thread_index(); t < length; t += thread_count())
     {
-        for (int t = thread_index(); t < length; t += thread_count())
+        int at = kResident ? place_in_map.row * plan.map_pitch + place_in_map.column : t;
+        T* to = y + t;
+        for (int c = 0; c < valid_channels; ++c)
         {
-            int at = t;
-            if constexpr (kResident)
-            {
-                int const h = t / width;
-                at = c * plan.map_size + h * plan.map_pitch + (t - h * width);
-            }
-            store(sum[at], y[static_cast<std::int64_t>(c) * length + t]);
+            store(sum[at], *to);
+            at += kResident ? plan.map_size : length;
+            to += length;
         }
+        place_in_map.next();
     }
 }
 

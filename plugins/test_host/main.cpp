@@ -1,5 +1,6 @@
 // Drives the plugin as TensorRT does, without TensorRT: loads the library, takes its creator, makes plugins from fields,
-// asks for shapes and formats, configures, clones, serialises and makes again, and runs the kernel.
+// asks for shapes and formats, configures, clones, serialises and makes again, and runs the kernel: with one shape after
+// another in one context, in clones, and in two threads.
 //
 //   quartermap_test_host LIBRARY [GOLDEN_FOLDER]
 //
@@ -15,6 +16,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include <dlfcn.h>
@@ -26,6 +28,7 @@
 #endif
 
 #include "contract.h"
+#include "quartermap/selective_scan.h"
 
 using namespace nvinfer1;
 using quartermap::kPluginNamespace;
@@ -35,6 +38,7 @@ namespace
 
 int failures = 0;
 int checks = 0;
+unsigned (*preparations)() = nullptr; // how often the emulated device prepared a kernel; NULL for a real one
 
 void check(bool passed, std::string const& what)
 {
@@ -333,6 +337,9 @@ void check_shapes(IPluginCreatorV3One& creator)
     Sizes const sizes{2, 10, 7, 5, 3, 4, 4};
     check(configured(sizes, shapes_of(sizes)), "configures with fitting shapes");
     check(configured(sizes, shapes_of({-1, 10, -1, -1, 3, 4, 4})), "configures with dynamic shapes");
+    auto empty = shapes_of(sizes);
+    empty[quartermap::kDt][1] = empty[quartermap::kDtWeight][1] = 0;
+    check(!configured(sizes, empty), "refuses a dt_weight without columns");
     auto const shapes = shapes_of(sizes);
     for (std::size_t i = 0; i < shapes.size(); ++i)
     {
@@ -414,6 +421,31 @@ void check_workspace(IPluginCreatorV3One& creator)
     check(workspace({8, 96, 200, 200, 1, 6, 4}, DataType::kFLOAT) == 0, "float32 never needs a workspace");
     check(workspace({8, 96, 200, 200, 1, 6, 4}, DataType::kHALF) == std::size_t{8} * 96 * 200 * 200 * 4,
         "large maps have a float32 workspace, for the largest batch");
+}
+
+void check_descriptions(IPluginCreatorV3One& creator)
+{
+    auto const described = [&](std::string const& directions, std::int32_t softplus) {
+        Capabilities plugin(FieldList().directions(directions).softplus(softplus).create(creator));
+        char const* const timing = plugin.build->getTimingCacheID();
+        char const* const metadata = plugin.build->getMetadataString();
+        check(timing != nullptr && metadata != nullptr, "describes itself");
+        return std::make_pair(std::string(timing), std::string(metadata));
+    };
+    auto const one = described(kAll, 1);
+    check(one == described("row,column,row_reverse,column_reverse", 1), "the same fields have the same timing ID");
+    // What was measured with one set of fields says nothing about another, nor about other kernels.
+    check(one.first != described("row,column", 1).first, "other directions have another timing ID");
+    check(one.first != described(kAll, 0).first, "another softplus has another timing ID");
+    std::string const version = "kernels=" + std::to_string(QUARTERMAP_SELECTIVE_SCAN_VERSION);
+    check(one.first.find(version) != std::string::npos, "the timing ID names the kernels' version");
+    check(one.second.find("directions=row,column,row_reverse,column_reverse;") != std::string::npos
+            && one.second.find("softplus=1;") != std::string::npos,
+        "the metadata names the fields");
+    std::string const longest = "column_reverse,column_reverse,column_reverse,column_reverse,column_reverse,"
+                                "column_reverse,column_reverse,column_reverse";
+    check(described(longest, 1).first.find(longest + ";softplus=1;" + version) != std::string::npos,
+        "the longest description is whole");
 }
 
 void check_life(IPluginCreatorV3One& creator)
@@ -605,65 +637,274 @@ double value_of(std::vector<char> const& bytes, std::size_t i, std::string const
     return bits & 0x8000 ? -magnitude : magnitude;
 }
 
-void run_case(IPluginCreatorV3One& creator, Case const& golden)
+// A golden case with its tensors where the kernel can reach them.
+class Scene
 {
-    DataType const type = golden.type == "float32" ? DataType::kFLOAT
-        : golden.type == "float16"                 ? DataType::kHALF
-                                                   : DataType::kBF16;
-    FieldList const fields = std::move(FieldList().directions(golden.directions).softplus(golden.softplus));
-    Capabilities built(fields.create(creator));
+public:
+    explicit Scene(Case const& golden)
+        : golden_(golden)
+        , type_(golden.type == "float32" ? DataType::kFLOAT
+                  : golden.type == "float16" ? DataType::kHALF
+                                             : DataType::kBF16)
+        , y_(golden.expected.size() * width_of(golden.type))
+    {
+        auto const shapes = shapes_of(golden.sizes);
+        for (std::size_t i = 0; i < shapes.size(); ++i)
+        {
+            descs_.push_back(describe(shapes[i], is_parameter(i) ? DataType::kFLOAT : type_));
+            plain_.push_back(descs_.back().desc);
+            memory_.emplace_back(golden.inputs[i].size());
+            fine_ = memory_.back().write(golden.inputs[i].data(), golden.inputs[i].size()) && fine_;
+            inputs_.push_back(memory_.back().get());
+        }
+    }
+
+    // As the builder does; the plugin then says how much workspace it wants.
+    bool configure(Capabilities const& plugin)
+    {
+        DynamicPluginTensorDesc const out = descs_[0];
+        bool const fine = plugin.build->configurePlugin(descs_.data(), count(), &out, 1) == 0;
+        workspace_ = std::make_unique<Memory>(plugin.build->getWorkspaceSize(descs_.data(), count(), &out, 1));
+        return fine && fine_;
+    }
+
+    bool tell(Capabilities const& plugin) const
+    {
+        return plugin.runtime->onShapeChange(plain_.data(), count(), &plain_[0], 1) == 0;
+    }
+
+    bool enqueue(Capabilities const& plugin)
+    {
+        void* const outputs[] = {y_.get()};
+        return plugin.runtime->enqueue(
+                   plain_.data(), &plain_[0], inputs_.data(), outputs, workspace_->get(), nullptr)
+            == 0;
+    }
+
+    // Runs what onShapeChange was told of, and compares. Returns the error as a share of the largest value; infinite if
+    // the run failed.
+    double run(Capabilities const& plugin)
+    {
+        std::size_t const elements = golden_.expected.size();
+        std::vector<char> result(elements * width_of(golden_.type), '\xff');
+        // Nothing of an earlier run may be left.
+        bool const fine = fine_ && y_.write(result.data(), result.size()) && enqueue(plugin) && synchronise()
+            && y_.read(result.data(), result.size());
+        double worst = fine ? 0 : INFINITY;
+        double largest = 0;
+        for (std::size_t i = 0; i < elements && fine; ++i)
+        {
+            double const error = std::fabs(value_of(result, i, golden_.type) - golden_.expected[i]);
+            worst = error <= worst ? worst : error; // NaN stays
+            largest = std::max(largest, std::fabs(golden_.expected[i]));
+        }
+        return fine ? worst / largest : worst;
+    }
+
+    bool close(Capabilities const& plugin)
+    {
+        return run(plugin) <= golden_.tolerance;
+    }
+
+    Case const& golden() const
+    {
+        return golden_;
+    }
+
+private:
+    std::int32_t count() const
+    {
+        return static_cast<std::int32_t>(plain_.size());
+    }
+
+    Case const& golden_;
+    DataType type_;
+    Memory y_;
+    std::unique_ptr<Memory> workspace_;
+    std::vector<DynamicPluginTensorDesc> descs_;
+    std::vector<PluginTensorDesc> plain_;
+    std::vector<Memory> memory_;
+    std::vector<void const*> inputs_;
+    bool fine_ = true;
+};
+
+Capabilities make(IPluginCreatorV3One& creator, Case const& golden)
+{
+    return Capabilities(
+        std::move(FieldList().directions(golden.directions).softplus(golden.softplus)).create(creator));
+}
+
+// The plugin of an execution context: made from what was serialised.
+Capabilities in_context(IPluginCreatorV3One& creator, Capabilities const& built)
+{
+    Capabilities const loaded(
+        creator.createPlugin("scan", built.runtime->getFieldsToSerialize(), TensorRTPhase::kRUNTIME));
+    return Capabilities(loaded.runtime->attachToContext(nullptr));
+}
+
+void run_case(IPluginCreatorV3One& creator, Case const& golden, std::map<std::string, Capabilities>& shared)
+{
+    Capabilities const built = make(creator, golden);
     if (built.plugin == nullptr)
     {
         check(false, golden.name + ": is created");
         return;
     }
-    auto const shapes = shapes_of(golden.sizes);
-    auto const count = static_cast<std::int32_t>(shapes.size());
-    std::vector<DynamicPluginTensorDesc> descs;
-    std::vector<PluginTensorDesc> plain;
-    std::vector<Memory> memory;
-    std::vector<void const*> pointers;
-    bool fine = true;
+    std::string const name = golden.name + " " + golden.type;
+    Scene scene(golden);
+    check(scene.configure(built), name + ": is configured");
+    Capabilities const context = in_context(creator, built);
+    check(scene.tell(context), name + ": is told of the shape");
+    double const error = scene.run(context);
+    bool const close = error <= golden.tolerance;
+    std::printf("%-44s %-9s error %.2e of the largest value, tolerance %.0e%s\n", golden.name.c_str(),
+        golden.type.c_str(), error, golden.tolerance, close ? "" : "   FAILED");
+    check(close, name);
+    unsigned const before = preparations == nullptr ? 0 : preparations();
+    check(scene.tell(context) && scene.close(context), name + ": told of the same shape, and run again");
+    Capabilities const copy(context.plugin->clone());
+    check(scene.close(copy), name + ": a clone knows the shape");
+    check(preparations == nullptr || preparations() == before, name + ": nothing is prepared twice, nor by a run");
+
+    // One context for all cases with these fields: one shape after the other, with eight inputs or seven.
+    std::string const fields = golden.directions + std::to_string(golden.softplus);
+    auto const found = shared.find(fields);
+    Capabilities const& other = found != shared.end() ? found->second
+                                                      : shared.emplace(fields, in_context(creator, built)).first->second;
+    if (found != shared.end())
+    {
+        check(!scene.enqueue(other), name + ": does not run before the context was told of the shape");
+    }
+    check(scene.tell(other) && scene.close(other), name + ": after another shape");
+}
+
+// What has to be refused with an error, and must not crash.
+void check_refusals(IPluginCreatorV3One& creator)
+{
+    std::printf("runs that have to be refused, each with its reason:\n");
+    Capabilities const plugin(FieldList().directions(kAll).softplus(1).create(creator));
+    // Maps that no device holds in shared memory, so that float16 needs a workspace.
+    auto const shapes = shapes_of({1, 2, 400, 400, 1, 2, 4});
+    std::vector<PluginTensorDesc> descs;
     for (std::size_t i = 0; i < shapes.size(); ++i)
     {
-        descs.push_back(describe(shapes[i], is_parameter(i) ? DataType::kFLOAT : type));
-        plain.push_back(descs.back().desc);
-        memory.emplace_back(golden.inputs[i].size());
-        fine = memory.back().write(golden.inputs[i].data(), golden.inputs[i].size()) && fine;
-        pointers.push_back(memory.back().get());
+        descs.push_back(describe(shapes[i], is_parameter(i) ? DataType::kFLOAT : DataType::kHALF).desc);
     }
-    DynamicPluginTensorDesc const out = descs[0];
-    fine = built.build->configurePlugin(descs.data(), count, &out, 1) == 0 && fine;
-    Memory workspace(built.build->getWorkspaceSize(descs.data(), count, &out, 1));
-
-    // The context's own plugin, made from what was serialised.
-    Capabilities loaded(
-        creator.createPlugin("scan", built.runtime->getFieldsToSerialize(), TensorRTPhase::kRUNTIME));
-    Capabilities context(loaded.runtime->attachToContext(nullptr));
-    fine = context.runtime->onShapeChange(plain.data(), count, &plain[0], 1) == 0 && fine;
-    std::size_t const elements = golden.expected.size();
-    std::vector<char> result(elements * width_of(golden.type));
-    Memory y(result.size());
-    void* const outputs[] = {y.get()};
-    double worst = 0;
-    double largest = 0;
-    for (int run = 0; run < 2 && fine; ++run) // twice: nothing of the first may be left for the second
+    auto const count = static_cast<std::int32_t>(descs.size());
+    Memory memory(16); // not reached
+    std::vector<void const*> inputs(shapes.size(), memory.get());
+    void* outputs[] = {memory.get()};
+    auto const runs = [&](void* workspace) {
+        return plugin.runtime->enqueue(descs.data(), &descs[0], inputs.data(), outputs, workspace, nullptr) == 0;
+    };
+    check(!runs(memory.get()), "refuses to run before it was told of a shape");
+    check(plugin.runtime->onShapeChange(descs.data(), count, &descs[0], 1) == 0, "takes a large map");
+    check(!runs(nullptr), "refuses a missing workspace");
+    for (void const*& input : inputs)
     {
-        fine = context.runtime->enqueue(
-                   plain.data(), &plain[0], pointers.data(), outputs, workspace.get(), nullptr)
-                == 0
-            && synchronise() && y.read(result.data(), result.size());
-        for (std::size_t i = 0; i < elements && fine; ++i)
+        void const* const kept = input;
+        input = nullptr;
+        check(!runs(memory.get()), "refuses a missing input");
+        input = kept;
+    }
+    outputs[0] = nullptr;
+    check(!runs(memory.get()), "refuses a missing output");
+    outputs[0] = memory.get();
+    descs[quartermap::kDt].dims.d[1] += 1;
+    check(plugin.runtime->onShapeChange(descs.data(), count, &descs[0], 1) != 0, "refuses shapes that do not fit");
+    check(!runs(memory.get()), "refuses to run after that");
+}
+
+// Without a GPU a plugin can be made, for engines that are built elsewhere, but not run.
+void check_without_device(IPluginCreatorV3One& creator)
+{
+    Capabilities const plugin(FieldList().directions(kAll).softplus(1).create(creator));
+    std::vector<PluginTensorDesc> descs;
+    for (auto const& shape : shapes_of({1, 2, 7, 7, 1, 0, 4}))
+    {
+        descs.push_back(describe(shape, DataType::kFLOAT).desc);
+    }
+    auto const count = static_cast<std::int32_t>(descs.size());
+    std::printf("a shape that has to be refused for want of a GPU:\n");
+    check(plugin.runtime->onShapeChange(descs.data(), count, &descs[0], 1) != 0, "refuses to run without a GPU");
+}
+
+// A launch that fails must not be laid at the door of the next one.
+void check_recovery(void* library, IPluginCreatorV3One& creator, Case const& golden)
+{
+    auto const plan_scan
+        = reinterpret_cast<decltype(&quartermap_selective_scan_plan)>(dlsym(library, "quartermap_selective_scan_plan"));
+    auto const prepare = reinterpret_cast<decltype(&quartermap_selective_scan_prepare)>(
+        dlsym(library, "quartermap_selective_scan_prepare"));
+    auto const launch = reinterpret_cast<decltype(&quartermap_selective_scan_launch)>(
+        dlsym(library, "quartermap_selective_scan_launch"));
+    check(plan_scan != nullptr && prepare != nullptr && launch != nullptr, "the C interface is exported");
+
+    Capabilities const plugin = make(creator, golden);
+    Scene scene(golden);
+    check(scene.configure(plugin) && scene.tell(plugin), "is ready");
+    QuartermapScan scan{};
+    scan.batch = scan.d_inner = scan.height = scan.width = scan.d_state = scan.direction_count = 1;
+    QuartermapScanPlan plan{};
+    check(plan_scan(&scan, &plan) == QUARTERMAP_SUCCESS && prepare(&plan) == QUARTERMAP_SUCCESS, "plans a scan");
+    std::fill(std::begin(plan.layout), std::end(plan.layout), 0); // no blocks
+    Memory memory(64);
+    auto* const data = static_cast<float*>(memory.get());
+    QuartermapScanTensors const tensors{data, data, data, data, data, data, data, nullptr, data, nullptr, 0};
+    check(launch(&plan, &tensors, nullptr) > QUARTERMAP_CUDA_ERROR, "a launch without blocks fails");
+    check(scene.close(plugin), "the launch after it does not");
+}
+
+// Two contexts in two threads, whose kernels ask for different amounts of shared memory.
+void check_threads(IPluginCreatorV3One& creator, std::vector<Case> const& cases)
+{
+    constexpr std::size_t kThreads = 2;
+    bool fine[kThreads] = {true, true};
+    std::vector<std::thread> threads;
+    for (std::size_t t = 0; t < kThreads; ++t)
+    {
+        threads.emplace_back([&, t] {
+            for (std::size_t i = t; i < cases.size(); i += kThreads)
+            {
+                Capabilities const plugin = make(creator, cases[i]);
+                Scene scene(cases[i]);
+                fine[t] = fine[t] && scene.configure(plugin) && scene.tell(plugin) && scene.close(plugin);
+            }
+        });
+    }
+    for (std::thread& thread : threads)
+    {
+        thread.join();
+    }
+    check(fine[0] && fine[1], "two contexts run in two threads");
+}
+
+void run_cases(void* library, IPluginCreatorV3One& creator, std::string const& folder)
+{
+    std::vector<Case> cases;
+    std::ifstream index(folder + "/index.txt");
+    for (std::string name; std::getline(index, name);)
+    {
+        Case golden;
+        bool const readable = read_case(folder + "/" + name, golden);
+        check(readable, "reads " + name);
+        if (readable)
         {
-            double const error = std::fabs(value_of(result, i, golden.type) - golden.expected[i]);
-            worst = error <= worst ? worst : error; // NaN stays
-            largest = std::max(largest, std::fabs(golden.expected[i]));
+            cases.push_back(std::move(golden));
         }
     }
-    bool const close = worst <= golden.tolerance * largest;
-    std::printf("%-44s %-9s error %.2e of the largest value, tolerance %.0e%s\n", golden.name.c_str(),
-        golden.type.c_str(), worst / largest, golden.tolerance, fine && close ? "" : "   FAILED");
-    check(fine && close, golden.name + " " + golden.type);
+    check(!cases.empty(), "there are golden cases");
+    std::map<std::string, Capabilities> shared;
+    for (Case const& golden : cases)
+    {
+        run_case(creator, golden, shared);
+    }
+    check_refusals(creator);
+    if (!cases.empty())
+    {
+        check_recovery(library, creator, cases.front());
+    }
+    check_threads(creator, cases);
 }
 
 } // namespace
@@ -689,6 +930,7 @@ int main(int argc, char** argv)
     {
         return 1;
     }
+    preparations = reinterpret_cast<unsigned (*)()>(dlsym(library, "quartermap_emulation_preparations"));
     set_finder(nullptr);
     std::int32_t count = 0;
     IPluginCreatorInterface* const* creators = get_creators(count);
@@ -699,6 +941,7 @@ int main(int argc, char** argv)
     check_shapes(creator);
     check_formats(creator);
     check_workspace(creator);
+    check_descriptions(creator);
     check_life(creator);
 
     char const* skipped = nullptr;
@@ -709,23 +952,11 @@ int main(int argc, char** argv)
     else if (!device_present())
     {
         skipped = "there is no GPU";
+        check_without_device(creator);
     }
     else
     {
-        std::ifstream index(std::string(argv[2]) + "/index.txt");
-        int cases = 0;
-        for (std::string name; std::getline(index, name);)
-        {
-            Case golden;
-            bool const readable = read_case(std::string(argv[2]) + "/" + name, golden);
-            check(readable, "reads " + name);
-            if (readable)
-            {
-                run_case(creator, golden);
-                ++cases;
-            }
-        }
-        check(cases > 0, "there are golden cases");
+        run_cases(library, creator, argv[2]);
     }
     std::printf("%d checks, %d failed\n", checks, failures);
     if (skipped != nullptr)

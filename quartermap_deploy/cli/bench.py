@@ -13,6 +13,7 @@ from quartermap_deploy.bench import Timing, interleave
 from quartermap_deploy.cli.common import (
     add_command,
     add_output_options,
+    add_plugin_option,
     at_least_one,
     file_or_folder,
     make_progress,
@@ -75,6 +76,7 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="N",
         help="rounds that are timed (default: %(default)s)",
     )
+    add_plugin_option(parser)
     add_output_options(parser)
 
 
@@ -116,12 +118,12 @@ def time_bundles(
     functions = {}
     with progress.step("loading the bundles", total=len(bundles)) as advance:
         for label, path in bundles.items():
-            functions[label] = call(load_bundle(path), options.batch, options.threads)
+            functions[label] = call(load_bundle(path), options.batch, options.threads, options.plugin)
             advance(1)
     return interleave(functions, options.repeats, progress=progress)
 
 
-def call(bundle: Bundle, batch: int, threads: int | None) -> Any:
+def call(bundle: Bundle, batch: int, threads: int | None, plugin: Path | None = None) -> Any:
     """Return a function that runs a bundle once on a batch of real images.
 
     Raises:
@@ -131,7 +133,7 @@ def call(bundle: Bundle, batch: int, threads: int | None) -> Any:
 
     target = bundle.default_target
     with thread_count(threads):
-        session = load_target(target).open(bundle.path, bundle.manifest["targets"][target])
+        session = load_target(target).open(bundle.path, bundle.manifest["targets"][target], plugin=plugin)
     images = real_batch(bundle, batch)
     session.run(images)
     return lambda: session.run(images)

@@ -121,6 +121,25 @@ def add_bundle_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_plugin_option(options: Any, dest: str = "plugin", default: object = None) -> None:
+    """Add the plugin library, to a parser or a group of one.
+
+    Args:
+        options: where to.
+        dest: the attribute that it sets.
+        default: of the attribute.
+    """
+    options.add_argument(
+        "--plugin",
+        dest=dest,
+        type=file_or_folder,
+        metavar="FILE",
+        default=default,
+        help="plugin library for the target tensorrt (default: the environment variable QUARTERMAP_PLUGIN, or what "
+        "`quartermap plugin build` left in ./plugin)",
+    )
+
+
 # Values of options ----------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Iterable
+from itertools import chain, starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from quartermap_deploy.architectures.cards import load_card
 from quartermap_deploy.cli.common import (
     add_command,
     add_output_options,
+    add_plugin_option,
     at_least_one,
     bundle_facts,
     bundle_json,
@@ -26,6 +28,7 @@ from quartermap_deploy.cli.common import (
     show,
     words,
 )
+from quartermap_deploy.cli.rebuild import engine_facts, engine_warnings, engines_of
 from quartermap_deploy.errors import PlanError, RecipeError
 from quartermap_deploy.frontend.export import IO_TYPES, PRECISIONS
 from quartermap_deploy.pruning.plan import UPSAMPLE_MODES, QuarterMap
@@ -273,15 +276,7 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="how long the builder searches (default: the builder's own)",
     )
-    group.add_argument(
-        "--plugin",
-        dest="engine_plugin",
-        type=file_or_folder,
-        metavar="FILE",
-        default=argparse.SUPPRESS,
-        help="plugin library for the target tensorrt (default: the environment variable QUARTERMAP_PLUGIN, or what "
-        "`quartermap plugin build` left in ./plugin)",
-    )
+    add_plugin_option(group, "engine_plugin", argparse.SUPPRESS)
 
 
 FLAGS = {
@@ -303,12 +298,15 @@ def run(options: argparse.Namespace) -> None:
     with results_only():
         bundle = compile(recipe, out, force=options.force, progress=make_progress(options))
     # After the work: an error then is the only message, and a warning stands where it is seen.
-    for warning in warnings(bundle):
+    engines = engines_of(bundle)
+    for warning in (*warnings(bundle), *chain(*starmap(engine_warnings, engines.items()))):
         message("warning", warning)
     if options.json:
         print_json(bundle_json(bundle))
     elif not options.quiet:
         show(facts(f"compiled {bundle.manifest['model']['name']}", bundle_facts(bundle)))
+        for name, entry in engines.items():
+            show("", facts(name, engine_facts(entry)))
 
 
 def recipe_and_folder(options: argparse.Namespace) -> tuple[Recipe, Path]:

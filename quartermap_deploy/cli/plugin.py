@@ -81,7 +81,7 @@ def _add_build(subparsers: Subparsers) -> None:
         type=words,
         default=(),
         metavar="LIST",
-        help="such as 80,90 (default: 80, 86, 87, 89, 90 and, from CUDA 12.8 on, 100 and 120)",
+        help="such as 80,90 (default: all from 80 on that nvcc knows, and PTX for newer GPUs; docs/plugin.md)",
     )
     parser.add_argument(
         "--kernels-only",

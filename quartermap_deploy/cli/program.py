@@ -13,12 +13,14 @@ from quartermap_deploy.cli import (
     bench,
     compare,
     compile,
+    deploy,
     eval,
     inspect,
     models,
     plugin,
     rebuild,
     report,
+    serve,
     tune,
     validate,
 )
@@ -29,7 +31,22 @@ __all__ = ["build_parser", "run"]
 
 OK, DEFECT, USER_ERROR, BROKEN_PIPE = 0, 1, 2, 141
 
-COMMANDS = (models, compile, inspect, validate, bench, eval, compare, ablate, tune, report, rebuild, plugin)
+COMMANDS = (
+    models,
+    compile,
+    inspect,
+    validate,
+    bench,
+    eval,
+    compare,
+    ablate,
+    tune,
+    report,
+    serve,
+    deploy,
+    rebuild,
+    plugin,
+)
 
 DESCRIPTION = """\
 Deployment compiler for visual state-space models. A model, pruned by QuarterMap or not, goes in; a bundle comes

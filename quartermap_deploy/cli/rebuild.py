@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.cli.common import (
     add_bundle_argument,
     add_command,
     add_output_options,
+    add_plugin_option,
     bundle_json,
+    error_text,
     facts,
-    file_or_folder,
     make_progress,
+    message,
     print_json,
     results_only,
     show,
     terminable,
+    with_verdict,
 )
+from quartermap_deploy.targets.tensorrt_checks import SIXTEEN_BITS
 
 if TYPE_CHECKING:
+    from quartermap_deploy.bundle import Bundle
     from quartermap_deploy.cli.common import Subparsers
 
 
@@ -32,8 +37,9 @@ def add_parser(subparsers: Subparsers) -> None:
         summary="make a bundle's engines again, for this machine",
         description="""
             Make the engines of a bundle again from its portable model: after another version of TensorRT, on another
-            GPU, with another plugin, or where an engine file is damaged. The engines keep their options, and the bundle
-            changes only when everything went well.
+            GPU, with another plugin, or where an engine file is damaged. The engines keep their options. Where there is
+            a GPU that an engine is for, it is run and compared with the golden outputs. The bundle changes only when
+            everything went well.
             """,
         examples="""
             quartermap rebuild bundles/vmamba_tiny_k3
@@ -46,13 +52,7 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="NAME",
         help="build for this target alone (default: every engine that the bundle has)",
     )
-    parser.add_argument(
-        "--plugin",
-        type=file_or_folder,
-        metavar="FILE",
-        help="plugin library for the target tensorrt (default: the environment variable QUARTERMAP_PLUGIN, or what "
-        "`quartermap plugin build` left in ./plugin)",
-    )
+    add_plugin_option(parser)
     add_output_options(parser)
 
 
@@ -68,21 +68,39 @@ def run(options: argparse.Namespace) -> None:
         bundle = rebuild_bundle(
             options.bundle, options.target, plugin=options.plugin, progress=make_progress(options)
         )
+    engines = engines_of(bundle, options.target)
+    for name, entry in engines.items():
+        for warning in engine_warnings(name, entry):
+            message("warning", warning)
     if options.json:
         print_json(bundle_json(bundle))
     elif not options.quiet:
-        for name, entry in bundle.manifest["targets"].items():
-            if "build" in entry and options.target in (None, name):
-                show(facts(name, engine_facts(entry)), "")
+        for name, entry in engines.items():
+            show(facts(name, engine_facts(entry)), "")
 
 
-def engine_facts(entry: dict[str, object]) -> dict[str, object]:
-    """Return the summary of an engine's manifest entry, for `facts`."""
+def engines_of(bundle: Bundle, target: str | None = None) -> dict[str, dict[str, Any]]:
+    """Return the manifest entries of a bundle's engines, all or that of one target, by target."""
+    entries = bundle.manifest["targets"]
+    return {name: entry for name, entry in entries.items() if "build" in entry and target in (None, name)}
+
+
+def engine_warnings(target: str, entry: dict[str, Any]) -> list[str]:
+    """Return what the user should know before believing an engine."""
     build = entry["build"]
-    assert isinstance(build, dict)
-    capabilities = entry["compute_capabilities"]
-    assert isinstance(capabilities, list)
-    peak = build["peak_memory_bytes"]
+    halves = [kind for kind in SIXTEEN_BITS if build["network_types"].get(kind)]
+    if halves and not build.get("types_checked"):
+        return [
+            f"the types in the {target} engine could not be read back, so nothing says that it computes in "
+            f"{halves[0]}; `quartermap rebuild` on a machine with a GPU asks TensorRT itself"
+        ]
+    return []
+
+
+def engine_facts(entry: dict[str, Any]) -> dict[str, object]:
+    """Return the summary of an engine's manifest entry, for `facts`."""
+    build, capabilities = entry["build"], entry["compute_capabilities"]
+    peak, parity = build["peak_memory_bytes"], entry.get("parity")
     return {
         "engine": entry["file"],
         "TensorRT": entry["version"],
@@ -90,4 +108,11 @@ def engine_facts(entry: dict[str, object]) -> dict[str, object]:
         "size": f"{build['engine_bytes'] / 1e6:.1f} MB",
         "built in": f"{build['seconds']:.1f} s" + (f", {peak / 1e9:.1f} GB of memory" if peak else ""),
         "layers": build["layers"],
+        "ran here": f"no: {entry.get('not_run') or 'that is not recorded'}"
+        if parity is None
+        else with_verdict(
+            True,
+            f"worst error {error_text(parity['worst_relative_error'])} of the largest logit, tolerance "
+            f"{parity['tolerance']:.0e}",
+        ),
     }

@@ -11,6 +11,7 @@ from quartermap_deploy.cli.common import (
     add_bundle_argument,
     add_command,
     add_output_options,
+    add_plugin_option,
     error_text,
     file_or_folder,
     make_progress,
@@ -21,7 +22,7 @@ from quartermap_deploy.cli.common import (
     with_verdict,
     worst_error,
 )
-from quartermap_deploy.errors import BundleError, ParityError
+from quartermap_deploy.errors import ParityError
 from quartermap_deploy.validation import REFERENCES
 
 if TYPE_CHECKING:
@@ -49,7 +50,9 @@ def add_parser(subparsers: Subparsers) -> None:
             For torch, a bundle that was compiled from a checkpoint needs that very file: --checkpoint.
 
             --localise finds, in a bundle of 16-bit precision that departs, the block that has to stay in float32: its
-            casts are flipped block by block, and each form is compared with PyTorch.
+            casts are flipped block by block, and each form is compared with PyTorch. With --target tensorrt or
+            tensorrt-rtx each form is built as an engine and run, which needs a GPU; otherwise it is the portable model,
+            on a CPU, with every value rounded as the types say.
 
             A bundle that departs by more than the tolerance of its element type ends with exit code 2.
             """,
@@ -58,12 +61,15 @@ def add_parser(subparsers: Subparsers) -> None:
             quartermap validate bundles/vmamba_digits_k3 --reference torch
             quartermap validate bundles/base_k3 --reference torch --checkpoint vssm_base_0229_ckpt_epoch_237.pth
             quartermap validate bundles/tiny_float16 --localise
+            quartermap validate bundles/tiny_float16 --localise --target tensorrt --plugin libquartermap_plugin.so
             quartermap validate bundles/vmamba_digits_k3 --json | jq .passed
             """,
     )
     add_bundle_argument(parser)
     parser.add_argument(
-        "--target", metavar="NAME", help="target to check (default: onnxruntime, or the bundle's only one)"
+        "--target",
+        metavar="NAME",
+        help="target to check, or to localise in (default: onnxruntime, or to check the bundle's only one)",
     )
     parser.add_argument(
         "--reference",
@@ -83,6 +89,7 @@ def add_parser(subparsers: Subparsers) -> None:
         help="for --reference torch and --localise, the file that the bundle was compiled from "
         "(default: it was compiled from none)",
     )
+    add_plugin_option(parser)
     add_output_options(parser)
 
 
@@ -97,10 +104,6 @@ def run(options: argparse.Namespace) -> None:
 
     bundle = load_bundle(options.bundle)
     if options.localise:
-        if options.target is not None:
-            raise BundleError(
-                "--localise works on the portable model, whatever the target; leave --target out"
-            )
         run_localise(bundle, options)
         return
     with results_only():
@@ -109,6 +112,7 @@ def run(options: argparse.Namespace) -> None:
             options.target,
             reference=options.reference,
             checkpoint=options.checkpoint,
+            plugin=options.plugin,
             progress=make_progress(options),
         )
     if options.json:
@@ -138,7 +142,13 @@ def run_localise(bundle: Bundle, options: argparse.Namespace) -> None:
     from quartermap_deploy.validation.localise import part_name
 
     with results_only():
-        report = localise_bundle(bundle, checkpoint=options.checkpoint, progress=make_progress(options))
+        report = localise_bundle(
+            bundle,
+            options.target,
+            checkpoint=options.checkpoint,
+            plugin=options.plugin,
+            progress=make_progress(options),
+        )
     if options.json:
         print_json(report.to_dict())
     elif not options.quiet:

@@ -82,9 +82,7 @@ def read_images(path: Path) -> Dataset:
     Raises:
         InputError: if the folder cannot be read, or holds no image.
     """
-    if not path.is_dir():
-        hint = "it is a file" if path.is_file() else "there is no such folder"
-        raise InputError(f"cannot read {path}: {hint}; expected a folder of images")
+    _require_folder(path)
     try:
         files = list(_below(path))
     except OSError as error:
@@ -106,10 +104,18 @@ def read_images(path: Path) -> Dataset:
     )
 
 
-def _split_folder(path: Path, split: str | None) -> Path:
-    if not path.is_dir():
+def _require_folder(path: Path) -> None:
+    try:
+        if path.is_dir():
+            return
         hint = "it is a file" if path.is_file() else "there is no such folder"
-        raise InputError(f"cannot read {path}: {hint}; expected a folder of images")
+    except OSError as error:  # a folder above it may not be entered
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    raise InputError(f"cannot read {path}: {hint}; expected a folder of images")
+
+
+def _split_folder(path: Path, split: str | None) -> Path:
+    _require_folder(path)
     try:
         there = sorted(entry.name for entry in _entries(path) if entry.is_dir())
     except OSError as error:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-DIRECTIONS = ("row", "column", "row_reverse", "column_reverse")
-"""The scan orders of VMamba's SS2D, in the order in which its checkpoints store their parameters."""
+from quartermap_deploy.lowering.operator import DIRECTIONS
+
+__all__ = ["DIRECTIONS", "selective_scan_2d_definition", "selective_scan_definition"]
 
 
 def selective_scan_definition(

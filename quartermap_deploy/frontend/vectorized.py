@@ -2,9 +2,11 @@
 
 The recurrence h_t = a_t·h_{t-1} + b_t is solved in chunks of `RADIX` positions: all chunks advance side by side, then
 the last states of the chunks, a sequence `RADIX` times shorter, are solved the same way, and every chunk is corrected
-by the state it should have started from, times the product of its decays. So the number of torch calls grows with
-log(L) and the work with L. Only products of decays are formed, never a quotient, so the result stays exact when
-dt·|A| is large and the products underflow to zero: then the state it multiplies is truly forgotten.
+by the state it should have started from, times the decay up to there, the exponential of a sum. So the number of
+torch calls grows with log(L) and the work with L. No quotient of decays is ever formed, so the result stays exact when
+dt·|A| is large and decays underflow to zero: then the state they multiply is truly forgotten. Nor is a product: where
+steps are small and the map is even, every decay is rounded the same way, and a product over the sequence would gather
+that error once for every position.
 """
 
 from __future__ import annotations
@@ -20,31 +22,33 @@ RADIX = 8
 """Positions in a chunk: fewer means more levels, more means more calls per level; 8 measured best on a CPU."""
 
 
-def linear_recurrence_(decay: Tensor, drive: Tensor) -> Tensor:
-    """Solve h_t = decay_t·h_{t-1} + drive_t along the first axis, with h_{-1} = 0, in place.
+def linear_recurrence_(exponent: Tensor, drive: Tensor) -> Tensor:
+    """Solve h_t = exp(exponent_t)·h_{t-1} + drive_t along the first axis, with h_{-1} = 0, in place.
 
     The first axis is cut into whole chunks and a rest of less than `RADIX` positions, which is advanced last.
 
     Args:
-        decay: a, (L, ...), floating point; overwritten.
+        exponent: logarithm of the decay, (L, ...), floating point; overwritten.
         drive: b, of the same shape and type; overwritten with h.
 
     Returns:
         `drive`, which now holds h.
     """
-    length = decay.shape[0]
+    length = exponent.shape[0]
     chunks = length // RADIX
+    decay = exponent.exp()
     if chunks < 2:
         for t in range(1, length):
             drive[t].addcmul_(decay[t], drive[t - 1])
         return drive
     whole = chunks * RADIX
     a, b = decay[:whole].unflatten(0, (chunks, RADIX)), drive[:whole].unflatten(0, (chunks, RADIX))
+    sums = exponent[:whole].unflatten(0, (chunks, RADIX))
     for t in range(1, RADIX):
         b[:, t].addcmul_(a[:, t], b[:, t - 1])
-        a[:, t].mul_(a[:, t - 1])
-    final = linear_recurrence_(a[:, -1].contiguous(), b[:, -1].contiguous())
-    b[1:].addcmul_(a[1:], final[:-1, None])
+        sums[:, t].add_(sums[:, t - 1])
+    final = linear_recurrence_(sums[:, -1].contiguous(), b[:, -1].contiguous())
+    b[1:].addcmul_(sums[1:].exp_(), final[:-1, None])
     for t in range(whole, length):
         drive[t].addcmul_(decay[t], drive[t - 1])
     return drive
@@ -56,7 +60,7 @@ def _scan(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor) -> Tensor:
     y = torch.zeros_like(x)
     # One state at a time: the largest tensor is a map, not a map times d_state.
     for n in range(A.shape[-1]):
-        states = linear_recurrence_((dt * A[..., n]).exp_(), weighted * B[..., n, None])
+        states = linear_recurrence_(dt * A[..., n], weighted * B[..., n, None])
         y.addcmul_(states, C[..., n, None])
     return y
 
@@ -72,16 +76,17 @@ def _scan_gradients(
     grad_weighted, grad_dt = torch.zeros_like(x), torch.zeros_like(dt)
     grad_B, grad_C, grad_A = torch.empty_like(B), torch.empty_like(C), torch.empty_like(A)
     for n in range(A.shape[-1]):
-        decay = (dt * A[..., n]).exp_()
-        states = linear_recurrence_(decay.clone(), weighted * B[..., n, None])
-        following = torch.cat([torch.zeros_like(decay[:1]), decay[1:].flip(0)])
+        exponents = dt * A[..., n]
+        states = linear_recurrence_(exponents.clone(), weighted * B[..., n, None])
+        # The first has no state before it, so that its decay says nothing.
+        following = torch.cat([torch.zeros_like(exponents[:1]), exponents[1:].flip(0)])
         adjoint = linear_recurrence_(following, (grad * C[..., n, None]).flip(0)).flip(0)
         grad_C[..., n] = (grad * states).sum(-1)
         grad_B[..., n] = (adjoint * weighted).sum(-1)
         grad_weighted.addcmul_(adjoint, B[..., n, None])
-        exponent = decay[1:] * adjoint[1:] * states[:-1]
-        grad_dt[1:].addcmul_(exponent, A[..., n].expand_as(exponent))
-        grad_A[..., n] = (exponent * dt[1:]).sum((0, 1))
+        grad_exponent = exponents[1:].exp_() * adjoint[1:] * states[:-1]
+        grad_dt[1:].addcmul_(grad_exponent, A[..., n].expand_as(grad_exponent))
+        grad_A[..., n] = (grad_exponent * dt[1:]).sum((0, 1))
     return grad_weighted * dt, grad_dt.addcmul_(grad_weighted, x), grad_B, grad_C, grad_A
 
 

@@ -24,6 +24,9 @@ INPUTS_1D = ("u", "delta", "A", "B", "C", "D", "delta_bias")
 MAPS = slice(0, 4)
 """The inputs of SelectiveScan2D that are feature maps; the others are parameters."""
 
+DIRECTIONS = ("row", "column", "row_reverse", "column_reverse")
+"""The scan orders of VMamba's SS2D, in the order in which its checkpoints store their parameters."""
+
 ORIENTATIONS = ("row", "column")
 
 

@@ -3,10 +3,12 @@
 The sequences of all K directions stand in one tensor, (batch, K, L, N, d_inner), channels last, so that a shift along a
 sequence is a shift by whole rows. A step of width s joins each element with the one s before it,
 
-    (a, b)[t]  →  (a[t]·a[t-s], b[t] + a[t]·b[t-s])
+    (e, b)[t]  →  (e[t] + e[t-s], b[t] + exp(e[t])·b[t-s])
 
-and after the steps of widths 1, 2, 4, … the b are the states (Hillis and Steele 1986). Nothing is divided by a product
-of decays, so time steps of every size are exact.
+and after the steps of widths 1, 2, 4, … the b are the states (Hillis and Steele 1986); e is the exponent dt·A of the
+decay. Exponents are added instead of decays multiplied: where the steps are small and the map is even, every decay is
+rounded the same way, and over a thousand positions a product would gather a thousand times that error. Nothing is
+divided by a product of decays, so large time steps are exact too.
 
 Long sequences of known length are cut into lines of about √L elements: all lines at once, then their last elements over
 the lines, then each line takes up the state before it. That halves the steps over the whole tensor.
@@ -105,64 +107,68 @@ class _BodyWriter:
         dt = write("Unsqueeze", dt, ints(3))
         # (K·d, N) → (K, 1, N, d), which fits sequences (batch, K, L, N, d).
         A = write("Reshape", self._float("A"), ints(count, 1, -1, n))
-        decay = write("Exp", write("Mul", dt, write("Transpose", A, perm=[0, 1, 3, 2])))
+        exponent = write("Mul", dt, write("Transpose", A, perm=[0, 1, 3, 2]))
         drive = write("Mul", write("Mul", dt, x), B)
-        y = self._over_states(write("Mul", self._states(decay, drive), C))
+        y = self._over_states(write("Mul", self._states(exponent, drive), C))
         skip = write("ReduceSum", write("Reshape", self._float("D"), ints(count, -1)), ints(0), keepdims=0)
         total = write("Add", self._merged(y), write("Mul", raster_x, skip))
         return write("CastLike", write("Transpose", total, perm=[0, 3, 1, 2]), "x")
 
     # The scan --------------------------------------------------------------------------------------------------
 
-    def _states(self, decay: Value, drive: Value) -> Value:
-        """The states of decay and drive, all (batch, K, L, N, d)."""
+    def _states(self, exponent: Value, drive: Value) -> Value:
+        """The states of the decays' exponents and the drive, all (batch, K, L, N, d)."""
         write = self.write
         if self.length is None:
-            return self._states_of_open_length(decay, drive)
+            return self._states_of_open_length(exponent, drive)
         count, size = lines(self.length)
         if count == 1:
-            return self._scanned(decay, drive, 2, self.length)[1]
+            return self._scanned(exponent, drive, 2, self.length)[1]
         shape = self._shape(0, 0, count, size, self.variant.d_state, self.d_inner)
         missing = count * size - self.length
-        decay, drive = (write("Reshape", self._filled(value, missing), shape) for value in (decay, drive))
-        products, own = self._scanned(decay, drive, 3, size, products=True)
-        total_decay, last = (
-            write("Squeeze", self._cut(value, 3, size - 1, 1)[1], ints(3)) for value in (products, own)
+        exponent, drive = (
+            write("Reshape", self._filled(value, missing), shape) for value in (exponent, drive)
         )
-        _, ends = self._scanned(total_decay, last, 2, count)
+        sums, own = self._scanned(exponent, drive, 3, size, sums=True)
+        total, last = (
+            write("Squeeze", self._cut(value, 3, size - 1, 1)[1], ints(3)) for value in (sums, own)
+        )
+        _, ends = self._scanned(total, last, 2, count)
         # The first line starts from zero, the others from where the line before ended.
         first, _ = self._cut(ends, 2, 1, count - 1)
         others, _ = self._cut(ends, 2, count - 1, 1)
         before = write("Concat", write("Sub", first, first), others, axis=2)
-        states = write("Add", own, write("Mul", products, write("Unsqueeze", before, ints(3))))
+        states = write("Add", own, write("Mul", write("Exp", sums), write("Unsqueeze", before, ints(3))))
         joined = write("Reshape", states, self._shape(0, 0, -1, self.variant.d_state, self.d_inner))
         return self._cut(joined, 2, self.length, missing)[0] if missing else joined
 
     def _scanned(
-        self, decay: Value, drive: Value, axis: int, length: int, *, products: bool = False
+        self, exponent: Value, drive: Value, axis: int, length: int, *, sums: bool = False
     ) -> tuple[Value, Value]:
-        """All steps along an axis of `length` elements: the products of the decays, if wanted, and the states."""
+        """All steps along an axis of `length` elements: the sums of the exponents, if wanted, and the states."""
         write, width = self.write, 1
         while width < length:
-            early_decay, late_decay = self._cut(decay, axis, width, length - width)
+            early_exponent, late_exponent = self._cut(exponent, axis, width, length - width)
             early, late = self._cut(drive, axis, width, length - width)
             before, _ = self._cut(drive, axis, length - width, width)
-            if products or 2 * width < length:
-                decay_before, _ = self._cut(decay, axis, length - width, width)
-                decay = write("Concat", early_decay, write("Mul", late_decay, decay_before), axis=axis)
-            drive = write("Concat", early, write("Add", late, write("Mul", late_decay, before)), axis=axis)
+            moved = write("Mul", write("Exp", late_exponent), before)
+            drive = write("Concat", early, write("Add", late, moved), axis=axis)
+            if sums or 2 * width < length:
+                exponent_before, _ = self._cut(exponent, axis, length - width, width)
+                joined = write("Add", late_exponent, exponent_before)
+                exponent = write("Concat", early_exponent, joined, axis=axis)
             width *= 2
-        return decay, drive
+        return exponent, drive
 
-    def _states_of_open_length(self, decay: Value, drive: Value) -> Value:
+    def _states_of_open_length(self, exponent: Value, drive: Value) -> Value:
         # As in `_scanned`. Past the end, everything behind `width` is empty, and a step changes nothing.
         write, width = self.write, 1
         while width < OPEN_LENGTH:
-            late = self._slice(decay, width)
-            moved = write("Mul", late, self._slice(drive, 0, -width))
+            late = self._slice(exponent, width)
+            moved = write("Mul", write("Exp", late), self._slice(drive, 0, -width))
             joined = write("Add", self._slice(drive, width), moved)
-            product = write("Mul", late, self._slice(decay, 0, -width))
-            decay = write("Concat", self._slice(decay, 0, width), product, axis=2)
+            total = write("Add", late, self._slice(exponent, 0, -width))
+            exponent = write("Concat", self._slice(exponent, 0, width), total, axis=2)
             drive = write("Concat", self._slice(drive, 0, width), joined, axis=2)
             width *= 2
         # A longer sequence would be wrong: cut off, it does not fit its map.

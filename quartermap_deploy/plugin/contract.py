@@ -15,10 +15,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from quartermap_deploy.frontend.definition import DIRECTIONS
-from quartermap_deploy.lowering.operator import DOMAIN, INPUTS_2D, MAPS, SELECTIVE_SCAN_2D, VERSION
+from quartermap_deploy.lowering.operator import (
+    DIRECTIONS,
+    DOMAIN,
+    INPUTS_2D,
+    MAPS,
+    SELECTIVE_SCAN_2D,
+    VERSION,
+)
 
-KERNELS = 1
+KERNELS = 2
 """QUARTERMAP_SELECTIVE_SCAN_VERSION of plugins/include/quartermap/selective_scan.h: of its functions and structures."""
 
 ELEMENT_TYPES = ("float32", "float16", "bfloat16")

@@ -10,6 +10,7 @@ vectorised PyTorch code, as before.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 from collections.abc import Sequence
@@ -93,6 +94,7 @@ class Kernels:
             ctypes.c_int64,
             pointer(Plan),
         )
+        library.quartermap_selective_scan_prepare.argtypes = (pointer(Plan),)
         library.quartermap_selective_scan_launch.argtypes = (pointer(Plan), pointer(Tensors), ctypes.c_void_p)
         # Planning is a search; a model asks for the same few shapes at every call. The device is part of the key.
         self._plan = functools.lru_cache(maxsize=256)(self._make_plan)
@@ -119,7 +121,10 @@ class Kernels:
         element_type: str,
         device: int = -1,
     ) -> Plan:
-        """Divide a scan for the current device.
+        """Divide a scan for the current device, and make the device ready for its launches; done once for each scan.
+
+        The first call for a scan may allocate memory on the device and wait for it, so make it outside the capture of a
+        CUDA graph.
 
         Args:
             sizes: batch, d_inner, H, W, N and R.
@@ -129,7 +134,7 @@ class Kernels:
             device: number of the current device; a plan is kept for each.
 
         Raises:
-            PluginError: if the library refuses the sizes, or there is no device.
+            PluginError: if the library refuses the sizes, there is no device, or the library holds no code for it.
         """
         return self._plan(tuple(sizes), tuple(directions), softplus, element_type, device)
 
@@ -144,12 +149,13 @@ class Kernels:
         plan = Plan()
         scan = make_scan(sizes, directions, softplus, element_type)
         self.check(self._library.quartermap_selective_scan_plan(scan, plan))
+        self.prepare(plan)
         return plan
 
     def plan_for(
         self, scan: Scan, multiprocessors: int, shared_per_block: int, shared_per_multiprocessor: int
     ) -> Plan:
-        """Divide a scan for a device with these properties; needs none.
+        """Divide a scan for a device with these properties; needs none. `prepare` the plan before its first launch.
 
         Raises:
             PluginError: if the scan is refused.
@@ -162,8 +168,16 @@ class Kernels:
         )
         return plan
 
+    def prepare(self, plan: Plan) -> None:
+        """Load the kernel of a plan onto the current device.
+
+        Raises:
+            PluginError: if there is no device, or the library holds no code for it.
+        """
+        self.check(self._library.quartermap_selective_scan_prepare(plan))
+
     def launch(self, plan: Plan, tensors: Tensors, stream: int | None) -> None:
-        """Put the kernel on a stream.
+        """Put the kernel of a prepared plan on a stream.
 
         Raises:
             PluginError: if it could not be launched.
@@ -197,10 +211,10 @@ class Kernels:
             dt_weight: the projection of the time step, or None.
             directions: names of the K scan orders.
             softplus: whether softplus is applied to the time step.
-            plan: how the launch is divided, for tests; None lets the library decide.
+            plan: how the launch is divided, prepared, for tests; None lets the library decide.
 
         Returns:
-            y, (batch, d_inner, H, W), of x's element type.
+            y, (batch, d_inner, H, W), of x's element type; empty, without a launch, if x is.
 
         Raises:
             PluginError: if the element type, the sizes or the devices of the tensors do not fit.
@@ -221,7 +235,9 @@ class Kernels:
         rank = 0 if weight is None else weight.shape[1]
         _check_shapes(tensors, directions, rank)
         y = torch.empty_like(maps[0])
-        with torch.cuda.device(x.device) if x.is_cuda else _nothing():
+        if y.numel() == 0:
+            return y
+        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
             sizes = (*x.shape, A.shape[1], rank)
             number = x.device.index if x.is_cuda else -1
             plan = plan or self.plan(sizes, directions, softplus, element_type, number)
@@ -231,14 +247,6 @@ class Kernels:
             stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
             self.launch(plan, Tensors(*pointers, plan.workspace_bytes), stream)
         return y
-
-
-class _nothing:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *exception: object) -> None:
-        return None
 
 
 def make_scan(sizes: Sequence[int], directions: Sequence[str], softplus: bool, element_type: str) -> Scan:

@@ -1,14 +1,14 @@
 """Targets: what a bundle is built for and run by, behind one small interface.
 
 A target is a module with `check`, which refuses early what cannot be built here; `build`, which writes what it needs
-beside the portable model and returns its entry for the manifest; and `open`, which returns a session. `PRECISIONS`
-names the element types that it takes.
+beside the portable model and returns its entry for the manifest; `cannot_run`, which says why that cannot be run here;
+and `open`, which returns a session. `PRECISIONS` names the element types that it takes.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -55,8 +55,26 @@ class Target(Protocol):
         """Write what the target needs into `directory` and return its entry for the manifest."""
         ...
 
-    def open(self, bundle_path: Path, entry: dict[str, Any]) -> Session:
-        """Return a session for a bundle that was built for this target."""
+    def cannot_run(self, entry: Mapping[str, Any]) -> str | None:
+        """Why what was built, with this entry, cannot be run on this machine; None if nothing speaks against it."""
+        ...
+
+    def open(
+        self,
+        bundle_path: Path,
+        entry: Mapping[str, Any],
+        *,
+        plugin: Path | None = None,
+        built_here: bool = False,
+    ) -> Session:
+        """Return a session for a bundle that was built for this target.
+
+        Args:
+            bundle_path: the bundle.
+            entry: its manifest entry for the target.
+            plugin: the plugin library, for a target that has one; None lets the target look for it.
+            built_here: this process has just built it, so that code which it carries is trusted.
+        """
         ...
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,6 +163,13 @@ def build(
     }
 
 
-def open(bundle_path: Path, entry: dict[str, Any]) -> OnnxRuntimeSession:
-    """Return a session for the bundle's portable model."""
+def cannot_run(entry: Mapping[str, Any]) -> str | None:
+    """Nothing speaks against running the portable model."""
+    return None
+
+
+def open(
+    bundle_path: Path, entry: Mapping[str, Any], *, plugin: Path | None = None, built_here: bool = False
+) -> OnnxRuntimeSession:
+    """Return a session for the bundle's portable model, which has no plugin and no code of its own."""
     return OnnxRuntimeSession(Path(bundle_path) / entry["file"])

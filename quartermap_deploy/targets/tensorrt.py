@@ -2,58 +2,44 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quartermap_deploy.errors import EngineError
 from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D, VERSION
 from quartermap_deploy.progress import SILENT, Progress
+from quartermap_deploy.targets import gpu as devices
+from quartermap_deploy.targets.cuda_runtime import require_runtime
 from quartermap_deploy.targets.tensorrt_flavour import TENSORRT
+from quartermap_deploy.targets.tensorrt_objects import require_gpu
 from quartermap_deploy.targets.tensorrt_options import EngineOptions
+from quartermap_deploy.targets.tensorrt_plugin import check_library, find_library
 
 if TYPE_CHECKING:
     import onnx
 
     from quartermap_deploy.targets.tensorrt_session import EngineSession
 
-PLUGIN_VARIABLE = "QUARTERMAP_PLUGIN"
-
 PRECISIONS = ("float32", "float16", "bfloat16")
 
 
 def check(recipe: Any = None) -> None:
-    """Check, before any work, that engines can be built here.
+    """Check, before any work, that engines can be built and run here.
 
     Raises:
-        MissingDependencyError: if TensorRT is absent or its version is not supported.
-        EngineError: if there is no plugin library.
+        MissingDependencyError: if TensorRT or the CUDA runtime is absent, or the version is not supported.
+        EngineError: if there is no GPU, no plugin library, or one that is not for a GPU or for this TensorRT.
+        InputError: if this TensorRT has not the hardware compatibility that is asked for.
+        PluginError: if the plugin library is damaged, not ours, or of another release.
     """
-    TENSORRT.load()
-    plugin_library(getattr(recipe, "engine", None))
+    from quartermap_deploy.targets.tensorrt_builder import hardware_level
 
-
-def plugin_library(options: EngineOptions | None = None) -> Path:
-    """The plugin library: the one of the options, of the environment variable QUARTERMAP_PLUGIN, or in ./plugin.
-
-    Raises:
-        EngineError: if there is none.
-    """
-    from quartermap_deploy.plugin.build import DEFAULT_OUTPUT, PLUGIN_LIBRARY
-
-    built_here = DEFAULT_OUTPUT / PLUGIN_LIBRARY
-    named = (options.plugin if options else None) or os.environ.get(PLUGIN_VARIABLE)
-    if not named and built_here.is_file():
-        named = built_here
-    if not named:
-        raise EngineError(
-            "the target tensorrt needs the SelectiveScan2D plugin; build it with `quartermap plugin build` and name "
-            f"the library in the option plugin or in the environment variable {PLUGIN_VARIABLE}"
-        )
-    if not Path(named).is_file():
-        raise EngineError(f"there is no plugin library {named}; build it with `quartermap plugin build`")
-    return Path(named).absolute()
+    trt = TENSORRT.load()
+    require_gpu(TENSORRT, devices.find_gpu())
+    require_runtime("running the engine that is built, to prove it,")
+    options = getattr(recipe, "engine", None) or EngineOptions()
+    hardware_level(trt, TENSORRT, options)
+    check_library(trt, find_library(options.plugin))
 
 
 def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -99,20 +85,31 @@ def build(
     from quartermap_deploy.targets.tensorrt_builder import build_engine
 
     TENSORRT.load()
+    require_gpu(TENSORRT, devices.find_gpu())
+    options = options or EngineOptions()
     return build_engine(
         TENSORRT,
         Path(model_path),
         Path(directory),
-        options or EngineOptions(),
+        options,
         prepare,
-        plugin=plugin_library(options),
+        plugin=find_library(options.plugin),
         examples=examples,
         progress=progress,
     )
 
 
-def open(bundle_path: Path, entry: dict[str, Any]) -> EngineSession:
+def cannot_run(entry: Mapping[str, Any]) -> str | None:
+    """Why no engine of this entry can be run here, or None; see `tensorrt_session.cannot_run`."""
+    from quartermap_deploy.targets import tensorrt_session
+
+    return tensorrt_session.cannot_run(TENSORRT, entry)
+
+
+def open(
+    bundle_path: Path, entry: Mapping[str, Any], *, plugin: Path | None = None, built_here: bool = False
+) -> EngineSession:
     """Return a session; see `tensorrt_session.open_engine`."""
     from quartermap_deploy.targets.tensorrt_session import open_engine
 
-    return open_engine(TENSORRT, Path(bundle_path), entry, plugin_library)
+    return open_engine(TENSORRT, Path(bundle_path), entry, plugin=plugin, built_here=built_here)

@@ -7,8 +7,6 @@ Types come from the graph: networks are strongly typed, which TensorRT 10 offers
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +16,15 @@ from typing import Any
 import onnx
 
 from quartermap_deploy.errors import EngineError, InputError
-from quartermap_deploy.files import file_hash, write_whole
-from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D
+from quartermap_deploy.files import write_whole
+from quartermap_deploy.lowering.operator import SELECTIVE_SCAN_2D
 from quartermap_deploy.progress import SILENT, Progress
-from quartermap_deploy.targets.gpu import Gpu, find_gpu
+from quartermap_deploy.targets import gpu as devices
+from quartermap_deploy.targets.gpu import Gpu
+from quartermap_deploy.targets.tensorrt_caches import TimingCache, cache_key
 from quartermap_deploy.targets.tensorrt_checks import (
+    INSPECTOR,
+    PLAN,
     check_plugins,
     check_types,
     inspected,
@@ -38,11 +40,15 @@ from quartermap_deploy.targets.tensorrt_monitor import (
     make_monitor,
     seconds_since,
 )
-from quartermap_deploy.targets.tensorrt_options import CACHE_FOLDER, EngineOptions
-
-_NO_GPU = re.compile(
-    r"cudaError 35|cudaError 100|driver version is insufficient|no CUDA-capable", re.IGNORECASE
+from quartermap_deploy.targets.tensorrt_objects import (
+    NO_GPU,
+    last_error,
+    make_builder,
+    make_runtime,
+    require_gpu,
 )
+from quartermap_deploy.targets.tensorrt_options import CACHE_FOLDER, EngineOptions
+from quartermap_deploy.targets.tensorrt_plugin import load_plugin
 
 
 def build_engine(
@@ -78,12 +84,8 @@ def build_engine(
             is not what the graph says. Nothing is written then.
     """
     trt = flavour.load()
-    gpu = find_gpu()
-    if not flavour.portable and gpu is None:
-        raise EngineError(
-            f"{flavour.title} builds engines for the GPU at hand, and there is none (no NVIDIA driver answers); "
-            "compile on the machine that will run the engine, or for the target tensorrt-rtx, which builds without one"
-        )
+    gpu = devices.find_gpu()
+    require_gpu(flavour, gpu)
     model = onnx.load(model_path)
     shapes = input_shapes(model)
     check_examples(options, shapes, examples)
@@ -92,24 +94,24 @@ def build_engine(
     key = cache_key(flavour, data, options, plugin, trt.__version__, gpu)
 
     logger = make_logger(trt)
-    if plugin is not None:
-        load_plugin(trt, logger, plugin)
-    builder = trt.Builder(logger)
+    # Before the plugin: the first object gives the registry its logger.
+    builder = make_builder(trt, flavour, logger)
+    library = None if plugin is None else load_plugin(trt, logger, plugin)
     network, parser = parse(trt, builder, logger, data)
     graph_types = network_types(network)
-    config = configure(trt, builder, flavour, options)
+    config = configure(trt, builder, flavour, options, plugin)
     for profile in options.profiles:
         built = builder.create_optimization_profile()
         for name, shape in shapes.items():
             built.set_shape(name, *profile.shapes(shape))
         if config.add_optimization_profile(built) < 0:
-            raise InputError(f"{flavour.title} refuses the profile {profile}: {_last(logger)}")
-    timing = TimingCache(trt, config, flavour, options.cache or Path(directory).parent / CACHE_FOLDER, key)
+            raise InputError(f"{flavour.title} refuses the profile {profile}: {last_error(logger)}")
+    timing = TimingCache(config, flavour, options.cache or Path(directory).parent / CACHE_FOLDER, key)
 
     phases = Phases(progress)
     monitor = make_monitor(trt, phases)
     config.progress_monitor = monitor
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     try:
         with PeakMemory() as memory:
             plan = builder.build_serialized_network(network, config)
@@ -119,11 +121,11 @@ def build_engine(
         raise phases.error
     if plan is None:
         raise EngineError(f"{flavour.title} could not build an engine: {build_reason(logger.errors)}")
-    seconds = seconds_since(start)
+    seconds, processor = seconds_since(start), round(time.process_time() - processor, 2)
     timing.save()
     engine = bytes(plan)
 
-    how = compare(trt, flavour, engine, graph_types, scan_names(prepared), gpu)
+    how = compare(trt, flavour, engine, graph_types, scan_names(prepared), gpu, options)
     write_whole(Path(directory) / flavour.engine_file, engine)
     del parser, monitor
     return {
@@ -136,10 +138,11 @@ def build_engine(
         else [gpu.compute_capability],
         "inputs": {name: list(shape) for name, shape in shapes.items()},
         "options": options.to_dict(),
-        "plugin": None if plugin is None else {"file": plugin.name, "sha256": file_hash(plugin)},
+        "plugin": None if library is None else library.to_dict(),
         "key": key,
         "build": {
             "seconds": seconds,
+            "processor_seconds": processor,
             "peak_memory_bytes": memory.peak,
             "memory_before_bytes": memory.before,
             "engine_bytes": len(engine),
@@ -179,35 +182,6 @@ def check_examples(
                 )
 
 
-def load_plugin(trt: Any, logger: Any, plugin: Path) -> None:
-    """Load the plugin library into TensorRT's registry.
-
-    Raises:
-        EngineError: if it cannot be loaded.
-    """
-    registry = trt.get_plugin_registry()
-    if has_creator(registry):
-        # As after an earlier build in this process: TensorRT refuses to load the same plugins twice.
-        return
-    try:
-        registry.load_library(str(plugin))
-    except Exception as error:  # pybind11 passes on whatever the library throws
-        raise EngineError(f"TensorRT cannot load the plugin {plugin}: {error}") from error
-    if not has_creator(registry):
-        raise EngineError(
-            f"the plugin {plugin} brought no creator of {SELECTIVE_SCAN_2D} ({_last(logger)}); look at it with "
-            f"`quartermap plugin check {plugin}`"
-        )
-
-
-def has_creator(registry: Any) -> bool:
-    """Whether TensorRT's registry knows our plugin."""
-    return any(
-        (creator.name, creator.plugin_namespace) == (SELECTIVE_SCAN_2D, DOMAIN)
-        for creator in registry.all_creators
-    )
-
-
 def parse(trt: Any, builder: Any, logger: Any, data: bytes) -> tuple[Any, Any]:
     """Parse an ONNX model into a strongly typed network; returns it and its parser, which must outlive it.
 
@@ -222,7 +196,7 @@ def parse(trt: Any, builder: Any, logger: Any, data: bytes) -> tuple[Any, Any]:
         return network, parser
     reasons = [describe_error(parser.get_error(index)) for index in range(parser.num_errors)]
     # Without a driver, TensorRT-RTX adds an error about that to every other one.
-    telling = [reason for reason in reasons if not _NO_GPU.search(reason)] or reasons or [_last(logger)]
+    telling = [reason for reason in reasons if not NO_GPU.search(reason)] or reasons or [last_error(logger)]
     raise EngineError(f"TensorRT's parser refuses the graph: {'; '.join(telling[:3])}")
 
 
@@ -237,8 +211,17 @@ def describe_error(error: Any) -> str:
     return f"{error.node_operator() or 'the graph'} at node {node}{place}{inside}: {why[:300]}"
 
 
-def configure(trt: Any, builder: Any, flavour: Flavour, options: EngineOptions) -> Any:
+def configure(
+    trt: Any, builder: Any, flavour: Flavour, options: EngineOptions, plugin: Path | None = None
+) -> Any:
     """A builder configuration with everything but profiles and caches.
+
+    Args:
+        trt: the module.
+        builder: its builder.
+        flavour: which TensorRT.
+        options: how to build.
+        plugin: the plugin library, which a version-compatible engine carries along.
 
     Raises:
         InputError: if an option does not exist in this TensorRT.
@@ -256,6 +239,9 @@ def configure(trt: Any, builder: Any, flavour: Flavour, options: EngineOptions) 
             raise InputError(f"{flavour.title} {trt.__version__} has no {name.lower()}; leave the option out")
         if flag is not None:
             (config.set_flag if wanted else config.clear_flag)(flag)
+    if flags["VERSION_COMPATIBLE"] and plugin is not None:
+        # The runtime in such an engine has a plugin registry of its own, which knows nothing of what we load.
+        config.plugins_to_serialize = [str(plugin)]
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
     if options.workspace is not None:
@@ -263,13 +249,23 @@ def configure(trt: Any, builder: Any, flavour: Flavour, options: EngineOptions) 
     if flavour.portable:
         set_compute_capabilities(trt, config, options.compute_capabilities)
     elif options.hardware_compatibility != "none":
-        level = getattr(trt.HardwareCompatibilityLevel, options.hardware_compatibility.upper(), None)
-        if level is None:
-            raise InputError(
-                f"{flavour.title} {trt.__version__} has no hardware compatibility {options.hardware_compatibility!r}"
-            )
-        config.hardware_compatibility_level = level
+        config.hardware_compatibility_level = hardware_level(trt, flavour, options)
     return config
+
+
+def hardware_level(trt: Any, flavour: Flavour, options: EngineOptions) -> Any:
+    """The module's value for the hardware compatibility of the options.
+
+    Raises:
+        InputError: if this TensorRT has none.
+    """
+    level = getattr(trt.HardwareCompatibilityLevel, options.hardware_compatibility.upper(), None)
+    if level is None:
+        raise InputError(
+            f"{flavour.title} {trt.__version__} has no hardware compatibility {options.hardware_compatibility!r}; "
+            "same_compute_capability came with TensorRT 10.9"
+        )
+    return level
 
 
 def known_capabilities(trt: Any, wanted: Sequence[str]) -> list[Any]:
@@ -304,7 +300,7 @@ def set_compute_capabilities(trt: Any, config: Any, wanted: Sequence[str]) -> No
 
 def build_reason(errors: Sequence[str]) -> str:
     """The errors that say why a build failed; that there is no driver is no reason where none is needed."""
-    telling = [error for error in errors if not _NO_GPU.search(error)] or list(errors)
+    telling = [error for error in errors if not NO_GPU.search(error)] or list(errors)
     text = " ".join(" ".join(error.split()) for error in telling[-2:])[:600]
     return text or "it gives no reason; is there enough memory?"
 
@@ -316,38 +312,54 @@ def compare(
     graph_types: Mapping[str, int],
     scans: Sequence[str],
     gpu: Gpu | None,
+    options: EngineOptions,
 ) -> dict[str, Any]:
     """Compare an engine with its graph, by the engine inspector, or without a GPU by the plan itself.
+
+    Args:
+        trt: the module.
+        flavour: which TensorRT.
+        engine: the engine.
+        graph_types: layers of the parsed graph by float type.
+        scans: names of the graph's scans.
+        gpu: the GPU at hand.
+        options: how the engine was built.
+
+    Returns:
+        For the manifest: the types of both, how the engine was read, whether its types were checked that way, and how
+        many layers or kernels it has.
 
     Raises:
         EngineError: if the engine departs from the graph.
     """
     if gpu is None:
         types = plan_types(engine)
-        check_types(graph_types, types, "its plan")
+        check_types(graph_types, types, PLAN)
         return {
             "network_types": dict(graph_types),
             "engine_types": dict(types),
-            "read_by": "plan",
+            "types_checked": bool(types),
+            "read_by": PLAN,
             "layers": plan_kernels(engine),
         }
     logger = make_logger(trt)
-    runtime = trt.Runtime(logger)
+    runtime = make_runtime(trt, flavour, logger, host_code=options.version_compatible)
     loaded = runtime.deserialize_cuda_engine(engine)
     if loaded is None:
         if flavour.portable:
             # Built for other GPUs than the one at hand.
-            return compare(trt, flavour, engine, graph_types, scans, None)
-        raise EngineError(f"{flavour.title} cannot read the engine it just built: {_last(logger)}")
+            return compare(trt, flavour, engine, graph_types, scans, None, options)
+        raise EngineError(f"{flavour.title} cannot read the engine it just built: {last_error(logger)}")
     inspector = loaded.create_engine_inspector()
     types, plugins = inspected(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-    check_types(graph_types, types, "engine inspector")
+    check_types(graph_types, types, INSPECTOR)
     if flavour.plugin:
-        check_plugins(scans, plugins, "engine inspector")
+        check_plugins(scans, plugins, INSPECTOR)
     return {
         "network_types": dict(graph_types),
         "engine_types": dict(types),
-        "read_by": "engine inspector",
+        "types_checked": bool(types),
+        "read_by": INSPECTOR,
         "layers": loaded.num_layers,
     }
 
@@ -355,53 +367,3 @@ def compare(
 def scan_names(model: onnx.ModelProto) -> list[str]:
     """Names of the scans that are nodes of their own."""
     return [node.name for node in model.graph.node if node.op_type == SELECTIVE_SCAN_2D]
-
-
-# Caches ---------------------------------------------------------------------------------------------------------
-
-
-def cache_key(
-    flavour: Flavour, data: bytes, options: EngineOptions, plugin: Path | None, version: str, gpu: Gpu | None
-) -> str:
-    """What a cache belongs to: the graph with its weights, the options, the plugin, the versions and the GPU."""
-    known = {
-        "graph": hashlib.sha256(data).hexdigest(),
-        "options": options.to_dict(),
-        "plugin": None if plugin is None else file_hash(plugin),
-        "tensorrt": [flavour.target, version],
-        "cuda": flavour.cuda(),
-        "gpu": None if flavour.portable or gpu is None else [gpu.name, gpu.compute_capability],
-    }
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
-
-
-class TimingCache:
-    """The timings that a build measured, kept for the next build of the same thing. TensorRT-RTX has none."""
-
-    def __init__(self, trt: Any, config: Any, flavour: Flavour, folder: Path, key: str) -> None:
-        self.path = folder / f"{key[:32]}.timing"
-        self._config = None
-        if flavour.portable:
-            return
-        try:
-            before = self.path.read_bytes()
-        except OSError:
-            before = b""
-        cache = config.create_timing_cache(before)
-        # A cache that TensorRT does not know is no error: it starts with an empty one.
-        if config.set_timing_cache(cache, False):
-            self._config = config
-
-    def save(self) -> None:
-        """Write what was measured; a folder that cannot be written to is no error, the cache is only for speed."""
-        if self._config is None:
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.path, bytes(self._config.get_timing_cache().serialize()))
-        except OSError:
-            return
-
-
-def _last(logger: Any) -> str:
-    return logger.errors[-1] if logger.errors else "no reason given"

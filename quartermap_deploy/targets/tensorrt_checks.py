@@ -13,6 +13,8 @@ from typing import Any
 from quartermap_deploy.errors import EngineError
 
 SIXTEEN_BITS = ("float16", "bfloat16")
+INSPECTOR, PLAN = "engine inspector", "plan"
+"""How an engine was read, as a manifest says it."""
 _NETWORK_TYPES = {"HALF": "float16", "BF16": "bfloat16", "FLOAT": "float32"}
 _PLAN_TYPES = {"half": "float16", "bf16": "bfloat16", "float": "float32"}
 _INSPECTOR_TYPES = (
@@ -102,15 +104,21 @@ def check_types(graph: Mapping[str, int], engine: Mapping[str, int], where: str)
 
     Args:
         graph: layers of the parsed graph by float type.
-        engine: the same of the engine; empty if it could not be read, which is no fault.
-        where: how the engine was read, for the message.
+        engine: the same of the engine; empty if no type could be read. Read from the plan, that is no fault, since its
+            form is not documented, and the manifest says that nothing was checked. The inspector always has types.
+        where: how the engine was read, `INSPECTOR` or `PLAN`.
 
     Raises:
-        EngineError: if it does not.
+        EngineError: if it does not, or the inspector names no types.
     """
     total, engine_total = sum(graph.values()), sum(engine.values())
     for kind in SIXTEEN_BITS:
         wanted = graph.get(kind, 0) / total if total else 0.0
+        if wanted and not engine_total and where == INSPECTOR:
+            raise EngineError(
+                f"{wanted:.0%} of the graph's layers are {kind}, and the engine inspector names no type that is known "
+                "here, so nobody can say what the engine computes in; please report this with the version of TensorRT"
+            )
         found = engine.get(kind, 0) / engine_total if engine_total else 0.0
         if engine_total and found < LEAST_SHARE * wanted:
             raise EngineError(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quartermap_deploy.errors import MissingDependencyError
+from quartermap_deploy.targets.cuda_runtime import runtime_version
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,18 @@ class Flavour:
         return module
 
     def cuda(self) -> str | None:
-        """The major version of CUDA that the installed package is for, or None where that is not known."""
+        """The version of CUDA that this TensorRT works with, or None where that is not known.
+
+        That is the version of the CUDA runtime library here, such as "12.6". Where the installed package of TensorRT is
+        for another CUDA than that, or there is no such library, it is the package's, a major version such as "13". The
+        Debian packages of TensorRT and JetPack leave no package that Python knows of, so there only the library tells.
+        """
+        package, library = self._cuda_of_package(), runtime_version()
+        if library is not None and package in (None, library.partition(".")[0]):
+            return library
+        return package
+
+    def _cuda_of_package(self) -> str | None:
         for version in ("13", "12"):
             for name in self.distributions:
                 try:

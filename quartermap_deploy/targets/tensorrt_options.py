@@ -92,8 +92,10 @@ class EngineOptions:
         compute_capabilities: the GPUs that a TensorRT-RTX engine is for, such as "8.9"; TensorRT builds for the GPU at
             hand.
         optimization_level: 0 to 5, how long the builder searches; None for the builder's own default.
-        hardware_compatibility: "none", "ampere_plus" or "same_compute_capability"; TensorRT only.
-        version_compatible: let later versions of TensorRT run the engine; TensorRT only.
+        hardware_compatibility: "none" for the model of GPU at hand, or "ampere_plus" or, from TensorRT 10.9 on,
+            "same_compute_capability" for others too; TensorRT only.
+        version_compatible: let later versions of TensorRT with the same major number run the engine, which then carries
+            code that runs in the process that opens it; TensorRT only.
         refit: keep the engine's weights exchangeable, at the cost of some speed.
         tf32: let float32 products round their factors to 10 bits of mantissa. Off, because float32 engines are held to
             float32 tolerances.

@@ -5,12 +5,14 @@ TensorRT for RTX takes no plugin nodes. The model is lowered again with the scan
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.progress import SILENT, Progress
+from quartermap_deploy.targets import gpu as devices
+from quartermap_deploy.targets.cuda_runtime import require_runtime
 from quartermap_deploy.targets.tensorrt_flavour import TENSORRT_RTX
 from quartermap_deploy.targets.tensorrt_options import EngineOptions
 
@@ -26,7 +28,8 @@ def check(recipe: Any = None) -> None:
     """Check, before any work, that engines can be built here.
 
     Raises:
-        MissingDependencyError: if TensorRT for RTX is absent or its version is not supported.
+        MissingDependencyError: if TensorRT for RTX is absent or its version is not supported, or if there is a GPU that
+            the engine is for, but no CUDA runtime to run it.
         InputError: if it does not know a compute capability, or the recipe has an option that it has not.
     """
     from quartermap_deploy.targets.tensorrt_builder import known_capabilities
@@ -34,6 +37,9 @@ def check(recipe: Any = None) -> None:
     trt = TENSORRT_RTX.load()
     options = getattr(recipe, "engine", None) or EngineOptions()
     known_capabilities(trt, options.compute_capabilities)
+    gpu = devices.find_gpu()
+    if gpu is not None and gpu.compute_capability in options.compute_capabilities:
+        require_runtime("running the engine that is built, to prove it,")
     idle = [name for name in ("plugin", "version_compatible") if getattr(options, name)]
     idle += ["hardware_compatibility"] if options.hardware_compatibility != "none" else []
     if idle and "tensorrt" not in getattr(recipe, "targets", ()):
@@ -70,8 +76,17 @@ def build(
     )
 
 
-def open(bundle_path: Path, entry: dict[str, Any]) -> EngineSession:
-    """Return a session; see `tensorrt_session.open_engine`."""
+def cannot_run(entry: Mapping[str, Any]) -> str | None:
+    """Why no engine of this entry can be run here, or None; see `tensorrt_session.cannot_run`."""
+    from quartermap_deploy.targets import tensorrt_session
+
+    return tensorrt_session.cannot_run(TENSORRT_RTX, entry)
+
+
+def open(
+    bundle_path: Path, entry: Mapping[str, Any], *, plugin: Path | None = None, built_here: bool = False
+) -> EngineSession:
+    """Return a session; see `tensorrt_session.open_engine`. These engines have no plugin."""
     from quartermap_deploy.targets.tensorrt_session import open_engine
 
-    return open_engine(TENSORRT_RTX, Path(bundle_path), entry)
+    return open_engine(TENSORRT_RTX, Path(bundle_path), entry, built_here=built_here)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quartermap_deploy.errors import BundleError, EngineError, InputError
-from quartermap_deploy.files import file_hash, write_whole
-from quartermap_deploy.targets.gpu import Gpu, find_gpu
-from quartermap_deploy.targets.tensorrt_builder import load_plugin
+from quartermap_deploy.files import write_whole
+from quartermap_deploy.targets import gpu as devices
+from quartermap_deploy.targets.cuda_runtime import require_runtime
+from quartermap_deploy.targets.gpu import Gpu
 from quartermap_deploy.targets.tensorrt_checks import check_file
 from quartermap_deploy.targets.tensorrt_flavour import Flavour, version_numbers
 from quartermap_deploy.targets.tensorrt_monitor import make_logger
+from quartermap_deploy.targets.tensorrt_objects import last_error, make_runtime
 from quartermap_deploy.targets.tensorrt_options import CACHE_FOLDER, EngineOptions
+from quartermap_deploy.targets.tensorrt_plugin import find_library, load_plugin, wrong_library
+
+TRUST_VARIABLE = "QUARTERMAP_TRUST_ENGINE_CODE"
+"""Set to 1, lets an engine that carries code of its own run it in this process."""
+NO_GPU = "there is no NVIDIA GPU (no NVIDIA driver answers)"
 
 
 def open_engine(
     flavour: Flavour,
     bundle_path: Path,
     entry: Mapping[str, Any],
-    plugin_library: Callable[[], Path] | None = None,
+    *,
+    plugin: Path | None = None,
+    built_here: bool = False,
 ) -> EngineSession:
     """Open a bundle's engine.
 
@@ -33,11 +43,14 @@ def open_engine(
         flavour: which TensorRT.
         bundle_path: the bundle.
         entry: its manifest entry.
-        plugin_library: finds the plugin library, where the engine needs it.
+        plugin: the plugin library; None looks where `tensorrt_plugin.find_library` does.
+        built_here: this process has just built the engine, so that code which it carries is known.
 
     Raises:
-        MissingDependencyError: if TensorRT is absent or its version is not supported.
-        BundleError: if the engine does not fit this machine, or is not whole; the message says how to make it again.
+        MissingDependencyError: if TensorRT or the CUDA runtime is absent, or the version is not supported.
+        BundleError: if the engine does not fit this machine, is not whole, or brings code that nobody trusts; the
+            message says how to make it again.
+        QuartermapError: of the plugin library, if it is missing or wrong.
     """
     needed = ("file", "version", "compute_capabilities", "inputs", "options", "key", "build")
     if missing := [name for name in needed if name not in entry]:
@@ -52,62 +65,128 @@ def open_engine(
     except EngineError as error:
         raise BundleError(f"{error}; {mend}") from error
     trt = flavour.load()
-    plugin = plugin_library() if plugin_library and entry.get("plugin") else None
-    gpu = find_gpu()
-    if (reason := refusal(flavour, entry, trt.__version__, gpu, plugin)) is not None:
+    gpu = devices.find_gpu()
+    if (reason := refusal(flavour, entry, trt.__version__, gpu)) is not None:
         raise BundleError(f"the engine {path} cannot run here: {reason}; {mend}")
     if gpu is None:
         raise BundleError(
             f"the engine {path} needs an NVIDIA GPU, and there is none (no NVIDIA driver answers); run it where "
             "there is one; on a CPU, a bundle compiled with --targets onnxruntime runs"
         )
+    host_code = bool(entry["options"].get("version_compatible"))
+    if host_code and not built_here and os.environ.get(TRUST_VARIABLE) != "1":
+        raise BundleError(
+            f"the engine {path} is version-compatible: it carries a TensorRT runtime and the plugin, which would run "
+            f"in this process. Set {TRUST_VARIABLE}=1 if you trust where the bundle comes from, or compile it without "
+            "version_compatible"
+        )
+    require_runtime(f"running the engine {path}")
     logger = make_logger(trt)
-    if plugin is not None:
-        load_plugin(trt, logger, plugin)
-    runtime = trt.Runtime(logger)
+    # Before the plugin: the first object gives the registry its logger.
+    runtime = make_runtime(trt, flavour, logger, host_code=host_code)
+    # A version-compatible engine brings its plugin along, for the registry of its own runtime.
+    if (expected := entry.get("plugin")) is not None and not host_code:
+        library = find_library(plugin, expected)
+        if (reason := wrong_library(library, expected)) is not None:
+            raise BundleError(
+                f"the engine {path} cannot run here: {reason}; name that one with --plugin, or {mend}"
+            )
+        load_plugin(trt, logger, library)
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
-        why = logger.errors[-1] if logger.errors else "no reason given"
-        raise BundleError(f"{flavour.title} refuses the engine {path}: {why}; {mend}")
+        raise BundleError(f"{flavour.title} refuses the engine {path}: {last_error(logger)}; {mend}")
+    check_bindings(trt, engine, entry, path)
     if flavour.portable:
         cache = Path(bundle_path).absolute().parent / CACHE_FOLDER / f"{entry['key'][:32]}.runtime"
         return RtxSession(trt, runtime, engine, entry, logger, cache)
     return TensorRTSession(trt, runtime, engine, entry, logger)
 
 
-def refusal(
-    flavour: Flavour, entry: Mapping[str, Any], version: str, gpu: Gpu | None, plugin: Path | None
-) -> str | None:
+def cannot_run(flavour: Flavour, entry: Mapping[str, Any]) -> str | None:
+    """Why no engine with this entry can be run on this machine, whatever its file holds; None if nothing is against it.
+
+    Raises:
+        MissingDependencyError: if TensorRT is absent or its version is not supported.
+    """
+    gpu = devices.find_gpu()
+    return NO_GPU if gpu is None else refusal(flavour, entry, flavour.load().__version__, gpu)
+
+
+def refusal(flavour: Flavour, entry: Mapping[str, Any], version: str, gpu: Gpu | None) -> str | None:
     """Why an engine cannot run here, or None if nothing speaks against it.
+
+    A version-compatible engine is taken by later versions with the same major number alone. TensorRT itself promises
+    more, but the plugin that such an engine carries is built for one major version.
+
+    An engine of `tensorrt` that was built without hardware compatibility is for one model of GPU: TensorRT tuned it for
+    that number of multiprocessors and that memory, and warns that on another model, though of the same compute
+    capability, it may be slow or fail. Building it again is cheap, and there is an option for engines that are to serve
+    several models.
 
     Args:
         flavour: which TensorRT.
         entry: the engine's manifest entry.
         version: of the TensorRT that is installed.
         gpu: the GPU at hand; None leaves it out.
-        plugin: the plugin library at hand, if the engine needs one.
     """
     built, here = version_numbers(entry["version"]), version_numbers(version)
     options = entry["options"]
-    compatible = options.get("version_compatible") and built[0] <= here[0] and built <= here
-    if built[:3] != here[:3] and not compatible:
+    if options.get("version_compatible"):
+        if built[0] != here[0] or built > here:
+            return (
+                f"it was built with {flavour.title} {entry['version']} for that and later versions of "
+                f"{flavour.title} {built[0]}, found {version}"
+            )
+    elif built[:3] != here[:3]:
         return f"it was built with {flavour.title} {entry['version']}, found {version}"
-    if gpu is not None and not _fits(gpu.compute_capability, entry["compute_capabilities"], options):
+    if gpu is None:
+        return None
+    hardware = options.get("hardware_compatibility", "none")
+    if hardware == "ampere_plus":
+        if version_numbers(gpu.compute_capability) < (8, 0):
+            return f"it was built for GPUs from compute capability 8.0 on, found {_shown(gpu)}"
+        return None
+    if gpu.compute_capability not in entry["compute_capabilities"]:
         expected = " or ".join(entry["compute_capabilities"])
-        return f"it was built for GPUs of compute capability {expected}, found a {gpu.name} of {gpu.compute_capability}"
-    expected_plugin = entry.get("plugin")
-    if expected_plugin is not None and plugin is not None and file_hash(plugin) != expected_plugin["sha256"]:
+        return f"it was built for GPUs of compute capability {expected}, found {_shown(gpu)}"
+    model = entry.get("gpu")
+    if not flavour.portable and hardware == "none" and model is not None and model != gpu.name:
         return (
-            f"it was built with the plugin {expected_plugin['file']}, sha256 {expected_plugin['sha256'][:12]}…, found "
-            f"another library {plugin}"
+            f"it was built for the GPU {model}, found {_shown(gpu)}; an engine for several models is built with "
+            "hardware_compatibility"
         )
     return None
 
 
-def _fits(capability: str, built_for: list[str], options: Mapping[str, Any]) -> bool:
-    if options.get("hardware_compatibility") == "ampere_plus":
-        return version_numbers(capability) >= (8, 0)
-    return capability in built_for
+def _shown(gpu: Gpu) -> str:
+    return f"a {gpu.name} of {gpu.compute_capability}"
+
+
+def check_bindings(trt: Any, engine: Any, entry: Mapping[str, Any], path: Path) -> None:
+    """Check that an engine has one input, the manifest's, and one output, and that both are float32.
+
+    Raises:
+        BundleError: if not: sessions would hand over and read memory of another layout.
+    """
+    modes = {
+        name: engine.get_tensor_mode(name)
+        for name in map(engine.get_tensor_name, range(engine.num_io_tensors))
+    }
+    inputs = [name for name, mode in modes.items() if mode == trt.TensorIOMode.INPUT]
+    if inputs != list(entry["inputs"]) or len(modes) != 2 or len(inputs) != 1:
+        raise BundleError(
+            f"the engine {path} has inputs {', '.join(inputs) or 'none'} among {len(modes)} values; expected the input "
+            f"{', '.join(entry['inputs'])} and one output"
+        )
+    for name in modes:
+        if (found := engine.get_tensor_dtype(name)) != trt.DataType.FLOAT:
+            raise BundleError(
+                f'{name} of the engine {path} is {_type_name(found)}, expected float32; compile with io = "float32"'
+            )
+
+
+def _type_name(dtype: Any) -> str:
+    return str(dtype).rpartition(".")[2].lower()
 
 
 class EngineSession:
@@ -131,12 +210,42 @@ class EngineSession:
             EngineError: if TensorRT fails.
         """
         index = profile_for(images, self.shape, self.options)
-        logits: NDArray[np.float32] = np.asarray(self.infer(np.ascontiguousarray(images), index))
-        return logits.astype(np.float32, copy=False)
+        return self.infer(np.ascontiguousarray(images), index)
 
-    def infer(self, images: NDArray[np.float32], profile: int) -> NDArray[Any]:
-        """Run the engine with one of its profiles."""
+    def infer(self, images: NDArray[np.float32], profile: int) -> NDArray[np.float32]:
+        """Run the engine with one of its profiles; the result belongs to the caller."""
         raise NotImplementedError
+
+    def close(self) -> None:
+        """Give the memory on the GPU back; the session cannot run any more.
+
+        Raises:
+            EngineError: if CUDA fails.
+        """
+        with self._failures("give the engine's memory back"):
+            self.release()
+
+    def release(self) -> None:
+        """Free what is held on the GPU, if anything is."""
+        raise NotImplementedError
+
+    def __del__(self) -> None:
+        # At the end of the process the libraries may have gone already.
+        with contextlib.suppress(Exception):
+            self.close()
+
+    @contextlib.contextmanager
+    def _failures(self, what: str) -> Iterator[None]:
+        """Turn what polygraphy raises, CUDA's errors among them, into an error that says what TensorRT said."""
+        from polygraphy.exception import PolygraphyException
+        from polygraphy.logger import G_LOGGER
+
+        try:
+            with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
+                yield
+        except PolygraphyException as error:
+            said = f"{last_error(self.logger)}; " if self.logger.errors else ""
+            raise EngineError(f"TensorRT could not {what}: {said}{' '.join(str(error).split())}") from error
 
 
 def profile_for(images: object, shape: list[int | str], options: EngineOptions) -> int:
@@ -170,23 +279,32 @@ class TensorRTSession(EngineSession):
         from polygraphy.backend.trt import TrtRunner
 
         super().__init__(trt, runtime, engine, entry, logger)
-        self.runner = TrtRunner(engine)
-        self.runner.activate()
+        runner = TrtRunner(engine)
+        with self._failures("prepare the engine"):
+            runner.activate()
+        self.runner = runner
         self.profile = 0
 
-    def infer(self, images: NDArray[np.float32], profile: int) -> NDArray[Any]:
-        """Run the engine with one of its profiles."""
-        if profile != self.profile:
-            self.runner.set_profile(profile)
-            self.profile = profile
+    def infer(self, images: NDArray[np.float32], profile: int) -> NDArray[np.float32]:
+        """Run the engine with one of its profiles; the result belongs to the caller."""
+        with self._failures("run the engine"):
+            if profile != self.profile:
+                self.runner.set_profile(profile)
+                self.profile = profile
+            outputs: OrderedDict[str, Any] = self.runner.infer({self.input: images}, check_inputs=False)
         # Copied: the runner writes its next outputs over these.
-        outputs: OrderedDict[str, Any] = self.runner.infer({self.input: images}, check_inputs=False)
         return np.array(outputs[self.output])
 
-    def __del__(self) -> None:
+    def release(self) -> None:
+        """Free what is held on the GPU, if anything is."""
         runner = getattr(self, "runner", None)
-        if runner is not None and runner.is_active:
-            runner.deactivate()
+        if runner is None or not runner.is_active:
+            return
+        # Polygraphy's runner forgets its outputs without freeing them.
+        outputs = list(getattr(getattr(runner, "output_allocator", None), "buffers", {}).values())
+        runner.deactivate()
+        for output in outputs:
+            output.free()
 
 
 class RtxSession(EngineSession):
@@ -203,44 +321,59 @@ class RtxSession(EngineSession):
 
         super().__init__(trt, runtime, engine, entry, logger)
         self.cache: Any = None
+        # The context is made from it and does not hold it; both live as long as the session.
+        self.config: Any = None
         self.cache_path, self.saved = cache, False
         self.context = self._context()
-        self.stream = cuda.Stream()
-        self.inputs = cuda.DeviceArray(dtype=np.float32)
-        self.outputs = cuda.DeviceArray(dtype=np.dtype(trt.nptype(engine.get_tensor_dtype(self.output))))
+        with self._failures("prepare the engine"):
+            self.stream = cuda.Stream()
+            self.inputs = cuda.DeviceArray(dtype=np.float32)
+            self.outputs = cuda.DeviceArray(dtype=np.float32)
         self.profile = 0
 
     def _context(self) -> Any:
-        if not hasattr(self.engine, "create_runtime_config"):
-            return self.engine.create_execution_context()
-        config = self.engine.create_runtime_config()
-        if hasattr(config, "create_runtime_cache"):
-            self.cache = config.create_runtime_cache()
-            with contextlib.suppress(OSError):
-                self.cache.deserialize(self.cache_path.read_bytes())
-            config.set_runtime_cache(self.cache)
-        return self.engine.create_execution_context(config)
+        if hasattr(self.engine, "create_runtime_config"):
+            self.config = self.engine.create_runtime_config()
+            if hasattr(self.config, "create_runtime_cache"):
+                self.cache = self.config.create_runtime_cache()
+                # A file that it refuses is written anew after the first run.
+                with contextlib.suppress(OSError):
+                    self.cache.deserialize(self.cache_path.read_bytes())
+                self.config.set_runtime_cache(self.cache)
+            context = self.engine.create_execution_context(self.config)
+        else:
+            context = self.engine.create_execution_context()
+        if context is None:
+            raise EngineError(f"TensorRT for RTX could not prepare the engine: {last_error(self.logger)}")
+        return context
 
-    def infer(self, images: NDArray[np.float32], profile: int) -> NDArray[Any]:
-        """Run the engine with one of its profiles."""
+    def infer(self, images: NDArray[np.float32], profile: int) -> NDArray[np.float32]:
+        """Run the engine with one of its profiles; the result belongs to the caller."""
         context, stream = self.context, self.stream
-        if profile != self.profile:
-            if not context.set_optimization_profile_async(profile, stream.ptr):
-                raise EngineError(f"TensorRT for RTX refuses the profile {profile}: {self._why()}")
-            self.profile = profile
-        self.inputs.resize(images.shape)
-        self.inputs.copy_from(images, stream)
-        context.set_input_shape(self.input, images.shape)
-        self.outputs.resize(tuple(context.get_tensor_shape(self.output)))
-        context.set_tensor_address(self.input, self.inputs.ptr)
-        context.set_tensor_address(self.output, self.outputs.ptr)
-        if not context.execute_async_v3(stream.ptr):
-            raise EngineError(f"TensorRT for RTX could not run the engine: {self._why()}")
-        result = np.empty(self.outputs.shape, dtype=self.outputs.dtype)
-        self.outputs.copy_to(result, stream)
-        stream.synchronize()
+        with self._failures("run the engine"):
+            # First the profile, which forgets shapes and addresses.
+            if profile != self.profile:
+                self._require(
+                    context.set_optimization_profile_async(profile, stream.ptr), f"profile {profile}"
+                )
+                self.profile = profile
+            self.inputs.resize(images.shape)
+            self.inputs.copy_from(images, stream)
+            self._require(context.set_input_shape(self.input, images.shape), f"shape {images.shape}")
+            self.outputs.resize(tuple(context.get_tensor_shape(self.output)))
+            for name, array in ((self.input, self.inputs), (self.output, self.outputs)):
+                self._require(context.set_tensor_address(name, array.ptr), f"memory of {name}")
+            if not context.execute_async_v3(stream.ptr):
+                raise EngineError(f"TensorRT for RTX could not run the engine: {last_error(self.logger)}")
+            result = np.empty(self.outputs.shape, dtype=np.float32)
+            self.outputs.copy_to(result, stream)
+            stream.synchronize()
         self._save()
         return result
+
+    def _require(self, taken: bool, what: str) -> None:
+        if not taken:
+            raise EngineError(f"TensorRT for RTX refuses the {what}: {last_error(self.logger)}")
 
     def _save(self) -> None:
         if self.cache is None or self.saved:
@@ -252,5 +385,8 @@ class RtxSession(EngineSession):
         except OSError:
             return
 
-    def _why(self) -> str:
-        return self.logger.errors[-1] if self.logger.errors else "no reason given"
+    def release(self) -> None:
+        """Free what is held on the GPU, if anything is."""
+        for name in ("inputs", "outputs", "stream"):
+            if (held := self.__dict__.pop(name, None)) is not None:
+                held.free()

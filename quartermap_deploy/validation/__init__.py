@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections import OrderedDict
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.errors import BundleError, CheckpointError
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.targets import DEFAULT
+from quartermap_deploy.targets.tensorrt_options import EngineOptions
 
 if TYPE_CHECKING:
     from quartermap_deploy.architectures.base import VisualStateSpaceModel
@@ -28,6 +27,7 @@ def validate_bundle(
     *,
     reference: str = "golden",
     checkpoint: str | os.PathLike[str] | None = None,
+    plugin: Path | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Check a bundle on this machine.
@@ -39,6 +39,7 @@ def validate_bundle(
             PyTorch model from the bundle's recipe again and compares every block. Both run the images that are kept in
             the bundle: those that it was compiled with.
         checkpoint: for "torch", the file that the bundle was compiled from; None if it was compiled from none.
+        plugin: the plugin library, for an engine that needs it; None looks for it.
         progress: told about the steps.
 
     Returns:
@@ -56,11 +57,16 @@ def validate_bundle(
         return _against_torch(bundle, target, path, progress)
     if path is not None:
         raise BundleError("the golden outputs need no checkpoint; leave it out, or take the reference torch")
-    return _against_golden(bundle, target, progress)
+    return _against_golden(bundle, target, plugin, progress)
 
 
 def localise_bundle(
-    bundle: Bundle, *, checkpoint: str | os.PathLike[str] | None = None, progress: Progress = SILENT
+    bundle: Bundle,
+    target: str | None = None,
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    plugin: Path | None = None,
+    progress: Progress = SILENT,
 ) -> LocaliseReport:
     """Find the blocks whose return to float32 brings a 16-bit bundle back within its tolerance.
 
@@ -69,14 +75,27 @@ def localise_bundle(
 
     Args:
         bundle: a bundle in float16 or bfloat16.
+        target: where to look. None, or "onnxruntime", takes the portable model with every 16-bit value rounded. For a
+            target with engines one is built for every try and run on the golden inputs, which needs a GPU, and its
+            logits are compared; the bundle need not have an engine for it.
         checkpoint: the file that the bundle was compiled from; None if it was compiled from none.
+        plugin: the plugin library, for a target that needs it; None looks for it.
         progress: told about the steps.
 
     Raises:
-        BundleError: if the bundle is in float32, or the checkpoint does not belong to it.
+        BundleError: if the bundle is in float32, the checkpoint does not belong to it, or a GPU is needed and there is
+            none.
         CheckpointError: if there is no checkpoint, or it is another file than that of the bundle.
+        UnknownNameError: if there is no such target.
+        QuartermapError: of the target, if it lacks something on this machine.
     """
-    from quartermap_deploy.compiler import export_model, load_model, localise_precision, parity_of
+    from quartermap_deploy.compiler import (
+        export_model,
+        load_model,
+        localise_engine,
+        localise_precision,
+        parity_of,
+    )
     from quartermap_deploy.validation.golden import read_golden
     from quartermap_deploy.validation.inputs import parity_cases
 
@@ -85,6 +104,9 @@ def localise_bundle(
     recipe = dataclasses.replace(bundle.recipe(), checkpoint=path, images=None)
     if recipe.precision == "float32":
         raise BundleError(f"the bundle {bundle.path} is in float32 everywhere; there is nothing to localise")
+    engine = None if target in (None, DEFAULT) else target
+    if engine is not None:
+        recipe = _for_engine(bundle, recipe, engine, plugin)
     golden, _ = read_golden(bundle.path)
     cases = parity_cases(golden["images"])
     with progress.step("building the PyTorch model"):
@@ -94,6 +116,11 @@ def localise_bundle(
     kept = (*recipe.keep_float32, *ranges.get("kept_float32", {}))
     recipe = dataclasses.replace(recipe, keep_float32=kept)
     exported = export_model(recipe, model, card, progress)
+    if engine is not None:
+        report = localise_engine(recipe, exported, engine, bundle.path, progress)
+        if report.passed and engine in bundle.manifest["targets"]:
+            _require_own_engine(bundle, engine, plugin, progress)
+        return report
     report = localise_precision(recipe, model, cases, exported, progress)
     if report.passed:
         own = parity_of(recipe, model, cases, bundle.model_path.read_bytes(), progress)
@@ -103,6 +130,44 @@ def localise_bundle(
                 "of precision; compile it again"
             )
     return report
+
+
+def _for_engine(bundle: Bundle, recipe: Recipe, target: str, plugin: Path | None) -> Recipe:
+    """The recipe for engines of a target that are built for the GPU at hand alone.
+
+    Raises:
+        BundleError: if there is no GPU.
+        QuartermapError: of the target, if engines cannot be built here.
+    """
+    from quartermap_deploy.targets import gpu as devices
+    from quartermap_deploy.targets import load_target
+
+    module, gpu = load_target(target), devices.find_gpu()
+    if gpu is None:
+        raise BundleError(
+            f"localising in {target} builds engines and runs them, and there is no NVIDIA GPU (no NVIDIA driver "
+            "answers); do it on the machine that is to run them, or leave --target out for the portable model"
+        )
+    entry = bundle.manifest["targets"].get(target, {})
+    options = EngineOptions.from_dict(entry.get("options", recipe.engine.to_dict()))
+    options = dataclasses.replace(options, plugin=plugin, compute_capabilities=(gpu.compute_capability,))
+    recipe = dataclasses.replace(recipe, targets=(target,), engine=options)
+    module.check(recipe)
+    return recipe
+
+
+def _require_own_engine(bundle: Bundle, target: str, plugin: Path | None, progress: Progress) -> None:
+    """Check that the bundle's own engine is as right as one that was built anew.
+
+    Raises:
+        BundleError: if it departs.
+    """
+    own = _against_golden(bundle, target, plugin, progress)
+    if not own["passed"]:
+        raise BundleError(
+            f"the {target} engine of {bundle.path} departs, though one that is built anew is right: the fault is none "
+            f"of precision; make it again with `quartermap rebuild {bundle.path} --target {target}`"
+        )
 
 
 def rebuild_torch(
@@ -132,42 +197,16 @@ def _recipe_with(bundle: Bundle, checkpoint: Path | None) -> Recipe:
     return dataclasses.replace(bundle.recipe(), checkpoint=checkpoint)
 
 
-def _against_golden(bundle: Bundle, target: str | None, progress: Progress) -> dict[str, Any]:
-    from quartermap_deploy.frontend.exporter import INPUT
-    from quartermap_deploy.validation.golden import read_golden
-    from quartermap_deploy.validation.parity import check_parity
-    from quartermap_deploy.validation.runners import SessionRunner
-    from quartermap_deploy.validation.tolerances import tolerance_for
+def _against_golden(
+    bundle: Bundle, target: str | None, plugin: Path | None, progress: Progress
+) -> dict[str, Any]:
+    from quartermap_deploy.validation.engines import golden_parity
 
-    cases, outputs = read_golden(bundle.path)
     with progress.step("loading the model"):
-        session = bundle.session(target)
-    runner = SessionRunner(session, target or bundle.default_target)
-    tolerance = tolerance_for(bundle.manifest["recipe"]["precision"])
+        session = bundle.session(target, plugin=plugin)
+    name, precision = target or bundle.default_target, bundle.manifest["recipe"]["precision"]
     with progress.step("comparing with the golden outputs"):
-        return check_parity(_GoldenRunner(outputs), runner, cases, INPUT, tolerance).to_dict()
-
-
-def _GoldenRunner(outputs: list[dict[str, Any]]) -> Any:
-    """A polygraphy runner that plays back recorded outputs, one batch after the other."""
-    from polygraphy.backend.base import BaseRunner
-    from polygraphy.common import TensorMetadata
-
-    class Golden(BaseRunner):  # type: ignore[misc]
-        def get_input_metadata_impl(self) -> Any:
-            return TensorMetadata()
-
-        def infer_impl(self, feed_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
-            self.inference_time = 0.0
-            return OrderedDict(next(self._recorded))
-
-        def activate_impl(self) -> None:
-            self._recorded = iter(outputs)
-
-        def infer(self, feed_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-            return self.infer_impl(feed_dict)
-
-    return Golden(name="golden outputs")
+        return golden_parity(bundle.path, session, name, precision).to_dict()
 
 
 def _against_torch(

@@ -17,8 +17,11 @@
  *     D, dt_bias  (K * d_inner)                                            float32
  *     dt_weight   (K * d_inner, R)                                         T
  *
- * T is float32, float16 or bfloat16; everything is computed in float32. Neither torch nor TensorRT is needed. No function
- * allocates memory, waits for the device or ends the process, and launches may be captured in a CUDA graph.
+ * T is float32, float16 or bfloat16; everything is computed in float32. Neither torch nor TensorRT is needed.
+ *
+ * A scan is planned once for each shape, its plan prepared once on each device, and then launched any number of times.
+ * Every function may be called from any thread. None ends the process, and a launch neither allocates memory nor waits
+ * for the device, so that it may be captured in a CUDA graph.
  */
 #ifndef QUARTERMAP_SELECTIVE_SCAN_H
 #define QUARTERMAP_SELECTIVE_SCAN_H
@@ -36,8 +39,9 @@ extern "C"
 {
 #endif
 
-/* Changes whenever a structure or the meaning of a function changes. */
-#define QUARTERMAP_SELECTIVE_SCAN_VERSION 1
+/* Changes whenever a structure or the meaning of a function changes, and when the kernels do, so that what was measured
+ * of them no longer holds. */
+#define QUARTERMAP_SELECTIVE_SCAN_VERSION 2
 
 #define QUARTERMAP_MAX_DIRECTIONS 8
 
@@ -66,6 +70,7 @@ enum QuartermapStatus
     QUARTERMAP_NULL_POINTER = 5,
     QUARTERMAP_WORKSPACE_TOO_SMALL = 6,
     QUARTERMAP_SHARED_MEMORY_TOO_SMALL = 7,
+    QUARTERMAP_NO_KERNEL_IMAGE = 8,
     /* A code of the CUDA runtime is added to this one. */
     QUARTERMAP_CUDA_ERROR = 1000
 };
@@ -136,7 +141,12 @@ QUARTERMAP_API int32_t quartermap_selective_scan_plan(QuartermapScan const* scan
 QUARTERMAP_API int32_t quartermap_selective_scan_plan_for(QuartermapScan const* scan, int32_t multiprocessors,
     int64_t shared_per_block, int64_t shared_per_multiprocessor, QuartermapScanPlan* plan);
 
-/* Puts one kernel on the stream (a cudaStream_t) of the current device, for which the plan has to be. */
+/* Makes the current device ready for the launches of a plan: loads the kernel's code, which CUDA would otherwise do at the
+ * first launch, and lets the kernel use all shared memory that a block can have. May allocate memory and wait for the
+ * device, so call it outside the capture of a CUDA graph. Calling it again, or from several threads, does no harm. */
+QUARTERMAP_API int32_t quartermap_selective_scan_prepare(QuartermapScanPlan const* plan);
+
+/* Puts one kernel on the stream (a cudaStream_t) of the current device, on which the plan has been prepared. */
 QUARTERMAP_API int32_t quartermap_selective_scan_launch(
     QuartermapScanPlan const* plan, QuartermapScanTensors const* tensors, void* stream);
 

@@ -1,0 +1,210 @@
+"""`quartermap serve`: serve a bundle over HTTP and gRPC."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from quartermap_deploy.cli.common import (
+    add_bundle_argument,
+    add_command,
+    at_least_one,
+    facts,
+    file_or_folder,
+    print_json,
+    show,
+)
+
+if TYPE_CHECKING:
+    from quartermap_deploy.cli.common import Subparsers
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the command."""
+    parser = add_command(
+        subparsers,
+        "serve",
+        run,
+        summary="serve a bundle over HTTP and gRPC",
+        description="""
+            Serve a bundle by the Open Inference Protocol (KServe v2) over HTTP and gRPC, so that Triton's clients can
+            ask it: the model itself under its name, and NAME_image, which takes JPEG and PNG files. POST /classify
+            takes a file, / shows a page, /metrics is for Prometheus.
+
+            The server is ready once its sessions have reproduced the bundle's golden outputs, and ends with exit code 2
+            if they do not. SIGTERM and Ctrl-C stop it: readiness goes first, what was accepted is answered, and it ends
+            with exit code 0. A second signal does not wait.
+
+            The log goes to standard error, one line for each event. docs/serving.md says more.
+            """,
+        examples="""
+            quartermap serve bundles/vmamba_digits_k3
+            quartermap serve bundles/vmamba_digits_k3 --max-batch 16 --max-delay-ms 2 --workers 2
+            curl -F file=@digit.png localhost:8000/classify
+            """,
+    )
+    add_bundle_argument(parser)
+    parser.add_argument(
+        "--target", metavar="NAME", help="target to run (default: onnxruntime, or the bundle's only one)"
+    )
+    parser.add_argument(
+        "--name", metavar="NAME", help="what clients call the model (default: its card's name)"
+    )
+    parser.add_argument(
+        "--labels",
+        type=file_or_folder,
+        metavar="FILE",
+        help="the name of a class on each line (default: numbers from 0)",
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen at; 0.0.0.0 is every one of this machine (default: %(default)s, this machine alone)",
+    )
+    parser.add_argument(
+        "--port",
+        type=_port,
+        default=8000,
+        metavar="N",
+        help="port for HTTP; 0 takes a free one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--grpc-port",
+        type=_port,
+        default=8001,
+        metavar="N",
+        help="port for gRPC; 0 takes a free one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=at_least_one,
+        default=1,
+        metavar="N",
+        help="sessions that run side by side, sharing the cores (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-batch",
+        type=at_least_one,
+        metavar="N",
+        help="most images that are run at once (default: what the engine takes; without one 8)",
+    )
+    parser.add_argument(
+        "--max-delay-ms",
+        type=_milliseconds,
+        default=1.0,
+        metavar="MS",
+        help="how long an image may wait for others while a worker is free (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--queue",
+        type=at_least_one,
+        default=256,
+        metavar="N",
+        help="most images that may wait; more are refused with 503 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-body-mb",
+        type=at_least_one,
+        default=64,
+        metavar="N",
+        help="largest request, in MiB (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--receive-timeout",
+        type=_seconds,
+        default=30.0,
+        metavar="S",
+        help="seconds that the body of a request may take to come (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--shutdown-timeout",
+        type=_seconds,
+        default=30.0,
+        metavar="S",
+        help="seconds that accepted requests have to be answered in after SIGTERM (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--log",
+        choices=("auto", "json", "text"),
+        default="auto",
+        help="form of the log; auto is text in a terminal and JSON elsewhere (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="once ready, print the addresses as JSON instead of a table (default: a table)",
+    )
+    parser.add_argument(
+        "--quiet",
+        action="store_true",
+        help="print no table; the log remains (default: print it)",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Serve until a signal comes.
+
+    Raises:
+        QuartermapError: if the bundle cannot be served, or did not stop in time.
+    """
+    from quartermap_deploy.bundle import load_bundle
+    from quartermap_deploy.serving.logs import EventLog
+    from quartermap_deploy.serving.options import MIB, ServeOptions
+    from quartermap_deploy.serving.server import check_dependencies, serve
+
+    check_dependencies()
+    settings = ServeOptions(
+        target=options.target,
+        name=options.name,
+        labels=options.labels,
+        host=options.host,
+        port=options.port,
+        grpc_port=options.grpc_port,
+        workers=options.workers,
+        max_batch=options.max_batch,
+        max_delay=options.max_delay_ms / 1000,
+        queue=options.queue,
+        max_body=options.max_body_mb * MIB,
+        receive_timeout=options.receive_timeout,
+        shutdown_timeout=options.shutdown_timeout,
+    )
+
+    def started(addresses: dict[str, Any]) -> None:
+        if options.json:
+            print_json(addresses)
+        elif not options.quiet:
+            show(facts(None, {**addresses, "models": ", ".join(addresses["models"])}))
+
+    bundle = load_bundle(options.bundle)
+    log = EventLog(options.log)
+    try:
+        serve(bundle, settings, log, started)
+    finally:
+        log.close()
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; expected 0 to 65535")
+    return int(text)
+
+
+def _milliseconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 60_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of milliseconds from 0 to 60000")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0, up to 86400")
+    return value

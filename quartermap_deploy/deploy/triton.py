@@ -1,0 +1,427 @@
+"""`deploy_triton`: a bundle as a model repository for NVIDIA's Triton Inference Server.
+
+quartermap.json                   what is here, and the hash of every file
+libquartermap_plugin.so           with engines that need it; Triton overlooks files at this level
+NAME/                             the model: logits of prepared images
+    config.pbtxt  labels.txt  warmup/  1/model.onnx or 1/model.sm89.plan
+NAME_image/                       probabilities of JPEG or PNG files, by way of
+NAME_preprocess/                  the decoded and prepared image, and
+NAME_probabilities/               the softmax
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quartermap_deploy.architectures.cards import Preprocessing, load_card
+from quartermap_deploy.bundle import Bundle, describe_file, load_bundle, write_json
+from quartermap_deploy.data.labels import read_labels
+from quartermap_deploy.deploy.textproto import textproto
+from quartermap_deploy.deploy.triton_config import (
+    LABELS_FILE,
+    Interface,
+    Sample,
+    ensemble_config,
+    model_config,
+    preprocess_config,
+    probabilities_config,
+)
+from quartermap_deploy.deploy.triton_source import Source, find_source, input_shape
+from quartermap_deploy.deploy.warmup import encoded_image, string_bytes, tensor_bytes
+from quartermap_deploy.errors import DeployError
+from quartermap_deploy.files import FolderKind
+from quartermap_deploy.progress import SILENT, Progress
+
+FORMAT = 1
+MARKER = "quartermap.json"
+REPOSITORY = FolderKind("model repository that quartermap wrote", MARKER, DeployError)
+PLUGIN_FILE = "libquartermap_plugin.so"
+DEVICES = ("cpu", "gpu")
+CPU_BATCH, GPU_BATCH = 8, 32
+"""Largest batches where nothing else says: on a CPU larger ones gain little and make the first image wait."""
+LARGEST_IMAGE = 50_000_000
+"""Most pixels of an image: as RGB they take 150 MB."""
+_MODELS = Path(__file__).parent / "triton_models"
+
+
+@dataclass(frozen=True)
+class TritonOptions:
+    """How a bundle is served.
+
+    Attributes:
+        backend: "onnxruntime" or "tensorrt"; None takes the one that fits the bundle's targets.
+        name: of the model; None takes that of the bundle's card.
+        version: of the model.
+        labels: file with the name of a class on each line; None numbers them from 0.
+        max_batch: largest batch; None takes what the engine takes, or 8 on a CPU and 32 on a GPU.
+        max_delay_us: how long a request may wait for others, in microseconds.
+        device: "cpu" or "gpu", for the backend onnxruntime; None is a CPU. Engines run on GPUs.
+        instances: of the model, on the CPU or on each GPU.
+        threads: of an instance on the CPU; 0 for all cores.
+        images: whether to write the models that take images.
+        image_workers: how many images are decoded at the same time.
+        plugin: the plugin library of the engines; None looks where `quartermap compile` does.
+        engines_from: more bundles of the same model, whose engines are for other GPUs.
+        mounted_at: where the repository will lie on the machine that serves it; None for where it is written.
+    """
+
+    backend: str | None = None
+    name: str | None = None
+    version: int = 1
+    labels: Path | None = None
+    max_batch: int | None = None
+    max_delay_us: int = 1000
+    device: str | None = None
+    instances: int = 1
+    threads: int = 0
+    images: bool = True
+    image_workers: int = 2
+    plugin: Path | None = None
+    engines_from: tuple[Path, ...] = ()
+    mounted_at: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("version", 1),
+            ("instances", 1),
+            ("image_workers", 1),
+            ("max_delay_us", 0),
+            ("threads", 0),
+        ):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise DeployError(f"{name} = {value!r}; expected a whole number of at least {least}")
+        if self.max_batch is not None and (type(self.max_batch) is not int or self.max_batch < 1):
+            raise DeployError(f"max_batch = {self.max_batch!r}; expected a whole number of at least 1")
+        if self.device not in (None, *DEVICES):
+            raise DeployError(f"unknown device {self.device!r}; expected {' or '.join(DEVICES)}")
+        # Triton takes a folder's name as the model's, and users put it into addresses.
+        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
+            raise DeployError(
+                f"a model cannot be named {self.name!r}; expected letters, digits, and _ . - after the first"
+            )
+
+
+@dataclass(frozen=True)
+class TritonPlan:
+    """What will be written, decided and checked before anything is.
+
+    Attributes:
+        bundle: the bundle.
+        source: what is served of it.
+        interface: what the models agree on.
+        options: how it is served.
+        gpu: whether the model runs on GPUs.
+        labels: names of the classes.
+        golden: prepared images to warm up with, (N, 3, height, width), float32.
+        preprocessing: how images are prepared; None where no model takes images.
+        place: where the repository will lie on the machine that serves it.
+    """
+
+    bundle: Bundle
+    source: Source
+    interface: Interface
+    options: TritonOptions
+    gpu: bool
+    labels: tuple[str, ...]
+    golden: NDArray[np.float32]
+    preprocessing: Preprocessing | None
+    place: str
+
+    @property
+    def models(self) -> dict[str, str]:
+        """The models by name, and what each is."""
+        interface = self.interface
+        found = {interface.name: f"{self.source.backend}: prepared images → {interface.output}"}
+        if self.preprocessing is not None:
+            found |= {
+                interface.ensemble: "ensemble: JPEG or PNG files → probabilities",
+                interface.preprocess: "python, a step of it: files → prepared images",
+                interface.probabilities: f"python, a step of it: {interface.output} → probabilities",
+            }
+        return found
+
+    @property
+    def server_arguments(self) -> list[str]:
+        """What Triton needs to be told besides where the repository is."""
+        found = []
+        if self.source.plugin is not None:
+            # Triton opens it as its TensorRT backend starts. LD_PRELOAD would be too early: the library registers
+            # itself with the TensorRT that is loaded already, and then there is none.
+            found.append(f"--backend-config=tensorrt,plugins={self.place}/{PLUGIN_FILE}")
+        if self.source.version_compatible:
+            found.append("--backend-config=tensorrt,version-compatible=true")
+        return found
+
+    def notes(self) -> list[str]:
+        """What the one who starts Triton has to know."""
+        found = []
+        if self.source.backend == "onnxruntime":
+            found.append("needs ONNX Runtime 1.23 or newer: Triton 25.08 or newer")
+        else:
+            capabilities = ", ".join(self.source.capability_files)
+            gpus = f"GPUs of compute capability {capabilities}" if capabilities else "any GPU from Ampere on"
+            if capabilities and self.source.default_file:
+                gpus += ", and others from Ampere on"
+            version = "or newer" if self.source.version_compatible else "and no other version"
+            found.append(f"needs TensorRT {self.source.tensorrt} {version} in Triton, and {gpus}")
+        if self.preprocessing is not None:
+            found.append("the image models need Pillow where Triton runs: pip install pillow")
+        return found
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A model repository that was written.
+
+    Attributes:
+        path: where it is.
+        models: the models by name, and what each is.
+        backend: of the model itself.
+        device: "cpu" or "gpu".
+        max_batch: largest batch, or 0 where the graph has a batch of its own.
+        files: every file, relative to the repository.
+        command: the line that starts Triton with it.
+        notes: what the one who starts it has to know.
+    """
+
+    path: Path
+    models: dict[str, str]
+    backend: str
+    device: str
+    max_batch: int
+    files: tuple[str, ...]
+    command: str
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+
+def deploy_triton(
+    bundle: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    options: TritonOptions | None = None,
+    *,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> Repository:
+    """Write a model repository for Triton.
+
+    Args:
+        bundle: folder of the bundle.
+        out: folder of the repository; it must not exist, unless `force` is given and it is one of ours.
+        options: how the bundle is served.
+        force: replace a repository.
+        progress: told about the steps.
+
+    Raises:
+        BundleError: if the bundle is none, or is damaged.
+        DeployError: if it cannot be served so, or something else is in the way. Nothing is written then.
+        QuartermapError: if the model's card or a plugin library is missing.
+    """
+    out = Path(out)
+    REPOSITORY.check_destination(out, force)
+    with progress.step("checking the bundle"):
+        plan = plan_triton(bundle, out, options or TritonOptions())
+    with progress.step("writing the model repository"), REPOSITORY.new(out, force) as draft:
+        write_repository(plan, draft)
+    return repository(plan, out)
+
+
+def repository(plan: TritonPlan, path: Path) -> Repository:
+    """Describe the repository that a plan became."""
+    command = ["tritonserver", f"--model-repository={plan.place}", *plan.server_arguments]
+    return Repository(
+        path,
+        plan.models,
+        plan.source.backend,
+        DEVICES[plan.gpu],
+        plan.interface.max_batch,
+        tuple(sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())),
+        shlex.join(command),
+        tuple(plan.notes()),
+    )
+
+
+def plan_triton(bundle: str | os.PathLike[str], out: Path, options: TritonOptions) -> TritonPlan:
+    """Decide what will be written; `deploy_triton` says what is raised."""
+    from quartermap_deploy.validation.golden import read_golden
+
+    loaded = load_bundle(bundle)
+    source = find_source(loaded, options.backend, engines_from=options.engines_from, plugin=options.plugin)
+    if source.backend == "tensorrt" and options.device == "cpu":
+        raise DeployError(
+            "engines of TensorRT run on GPUs; leave the device out, or take the backend onnxruntime"
+        )
+    gpu = source.backend == "tensorrt" or options.device == "gpu"
+    manifest = loaded.manifest
+    batch, *image_shape = input_shape(loaded)
+    try:
+        interface = Interface(
+            options.name or manifest["model"]["name"],
+            manifest["input"]["name"],
+            manifest["output"]["name"],
+            tuple(size if isinstance(size, int) else -1 for size in image_shape),
+            manifest["model"]["num_classes"],
+            manifest["input"]["type"],
+            0 if isinstance(batch, int) else _max_batch(options, source, gpu),
+        )
+    except KeyError as error:
+        raise DeployError(
+            f"the manifest of {loaded.path} does not tell {error} of its model, input or output; compile it again"
+        ) from error
+    if not interface.max_batch and (options.max_batch or 1) > 1:
+        raise DeployError(
+            f"the bundle {loaded.path} takes one image at a time; compile it with dynamic_batch = true for batches"
+        )
+    place = _place(options, source, out)
+    golden, _ = read_golden(loaded.path)
+    images = next(iter(golden.values()))
+    preprocessing = None
+    if options.images:
+        card = load_card(manifest["model"]["name"])
+        preprocessing = card.preprocessing.with_size(*images.shape[2:])
+    labels = read_labels(options.labels, interface.classes)
+    return TritonPlan(loaded, source, interface, options, gpu, labels, images, preprocessing, place)
+
+
+def _max_batch(options: TritonOptions, source: Source, gpu: bool) -> int:
+    """The largest batch of a model whose batch is open."""
+    limit = source.batch_limit
+    if limit is not None and (options.max_batch or 0) > limit:
+        raise DeployError(
+            f"the engine takes batches of up to {limit}, {options.max_batch} were asked for; build it with a wider "
+            "profile, or ask for fewer"
+        )
+    return options.max_batch or limit or (GPU_BATCH if gpu else CPU_BATCH)
+
+
+def _place(options: TritonOptions, source: Source, out: Path) -> str:
+    """Where the repository will lie."""
+    place = str(out.absolute()) if options.mounted_at is None else options.mounted_at.rstrip("/") or "/"
+    if not place.startswith("/"):
+        raise DeployError(
+            f"the repository cannot be mounted at {place!r}; expected a path that begins with /"
+        )
+    if source.plugin is not None and ";" in place:
+        raise DeployError(
+            f"Triton separates plugins by semicolons, so none can lie in {place}; choose another place"
+        )
+    return place
+
+
+# Writing --------------------------------------------------------------------------------------------------------
+
+
+def write_repository(plan: TritonPlan, folder: Path) -> None:
+    """Write everything into an empty folder."""
+    _write_model(plan, folder / plan.interface.name)
+    if plan.preprocessing is not None:
+        _write_image_models(plan, plan.preprocessing, folder)
+    if plan.source.plugin is not None:
+        shutil.copyfile(plan.source.plugin, folder / PLUGIN_FILE)
+    manifest = plan.bundle.manifest
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    write_json(
+        folder / MARKER,
+        {
+            "format": FORMAT,
+            "bundle": {
+                "name": plan.bundle.path.absolute().name,
+                **{key: manifest.get(key) for key in ("created", "model", "plan", "versions")},
+            },
+            "backend": plan.source.backend,
+            "tensorrt": plan.source.tensorrt,
+            "server_arguments": plan.server_arguments,
+            "models": plan.models,
+            "files": {str(file.relative_to(folder)): describe_file(file) for file in files},
+        },
+    )
+
+
+def _write_model(plan: TritonPlan, folder: Path) -> None:
+    """Write the model itself."""
+    interface, options = plan.interface, plan.options
+    version = folder / str(options.version)
+    version.mkdir(parents=True)
+    for name, file in plan.source.files.items():
+        shutil.copyfile(file, version / name)
+    files = {
+        f"image_{index}": tensor_bytes(image, interface.type) for index, image in enumerate(plan.golden, 1)
+    }
+    samples = [Sample(name.replace("_", " "), name) for name in files]
+    tuned = {profile.batch[1] for profile in plan.source.profiles} | {interface.max_batch}
+    samples += [
+        Sample(f"batch of {size}", "image_1", size)
+        for size in sorted(tuned)
+        if 1 < size <= interface.max_batch
+    ]
+    config = model_config(
+        interface,
+        plan.source,
+        samples,
+        plan.golden.shape[1:],
+        gpu=plan.gpu,
+        instances=options.instances,
+        threads=options.threads,
+        max_delay_us=options.max_delay_us,
+    )
+    _write(folder, config, plan.labels, files)
+
+
+def _write_image_models(plan: TritonPlan, preprocessing: Preprocessing, folder: Path) -> None:
+    """Write the three models that images go through besides the model itself."""
+    interface, version = plan.interface, str(plan.options.version)
+    settings = {**asdict(preprocessing), "type": interface.type, "largest": LARGEST_IMAGE}
+    warmup = {"image_1": string_bytes([encoded_image(plan.golden[0], preprocessing)])}
+    config = preprocess_config(
+        interface,
+        json.dumps(settings),
+        preprocessing.crop,
+        Sample("image 1", "image_1"),
+        plan.options.image_workers,
+    )
+    _write(folder / interface.preprocess, config, None, warmup)
+    _write(folder / interface.probabilities, probabilities_config(interface), plan.labels)
+    _write(folder / interface.ensemble, ensemble_config(interface), plan.labels)
+    for name, script in (
+        (interface.preprocess, "preprocess.py"),
+        (interface.probabilities, "probabilities.py"),
+    ):
+        (folder / name / version).mkdir()
+        shutil.copyfile(_MODELS / script, folder / name / version / "model.py")
+    # Triton wants a version of the ensemble too, and storage for objects forgets folders that are empty.
+    (folder / interface.ensemble / version).mkdir()
+    (folder / interface.ensemble / version / "ensemble.txt").write_text(
+        "An ensemble has no file of its own; this one keeps its version's folder.\n", encoding="utf-8"
+    )
+
+
+def _write(
+    folder: Path,
+    config: Mapping[str, Any],
+    labels: Sequence[str] | None,
+    warmup: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write what lies beside the versions of a model."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.pbtxt").write_text(textproto(config), encoding="utf-8")
+    if labels is not None:
+        (folder / LABELS_FILE).write_text("".join(f"{name}\n" for name in labels), encoding="utf-8")
+    if warmup:
+        (folder / "warmup").mkdir()
+        for name, data in warmup.items():
+            (folder / "warmup" / name).write_bytes(data)

@@ -1,0 +1,101 @@
+"""A model for Triton's Python backend: JPEG or PNG files in, the input of the next model out.
+
+Written by quartermap-deploy, which prepares images in the same way. Needs NumPy, which Triton's container has, and
+Pillow, which it has not: pip install pillow. The parameter `preprocessing` in config.pbtxt holds, as JSON:
+
+    resize, crop           [height, width]
+    fit                    "cover" or "stretch"
+    interpolation          "nearest", "bilinear" or "bicubic"
+    mean, std              for each channel, of values from 0 to 1
+    type                   of the output, "float32" or "float16"
+    largest                the most pixels that an image may have
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+FORMATS = ("JPEG", "PNG")
+
+
+class NoImageError(Exception):
+    """An element of a request that is no image, or one that is too large."""
+
+
+class TritonPythonModel:
+    """Decodes and prepares images."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Read the configuration."""
+        try:
+            from PIL import Image
+        except ImportError as error:
+            raise pb_utils.TritonModelException(
+                "the image models need Pillow in the container: pip install pillow (or deploy with --no-images)"
+            ) from error
+        config = json.loads(args["model_config"])
+        settings = json.loads(config["parameters"]["preprocessing"]["string_value"])
+        self.pillow = Image
+        # The limit below is ours; Pillow's own would only warn.
+        Image.MAX_IMAGE_PIXELS = None
+        self.input, self.output = config["input"][0]["name"], config["output"][0]["name"]
+        self.resize, self.crop = tuple(settings["resize"]), tuple(settings["crop"])
+        self.stretch = settings["fit"] == "stretch"
+        self.filter = Image.Resampling[settings["interpolation"].upper()]
+        self.largest: int = settings["largest"]
+        mean, std = (np.asarray(settings[name], dtype=np.float32)[:, None] for name in ("mean", "std"))
+        # What each value of a pixel becomes, (3, 256): looking it up is exact, and quicker than computing it.
+        values = np.arange(256, dtype=np.float32) / np.float32(255)
+        self.levels = ((values - mean) / std).astype(settings["type"])
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Answer each request with its prepared images, or with what is wrong with one of them."""
+        return [self.respond(request) for request in requests]
+
+    def respond(self, request: Any) -> Any:
+        """Answer one request."""
+        files = pb_utils.get_input_tensor_by_name(request, self.input).as_numpy().reshape(-1)
+        try:
+            batch = np.stack([self.prepare(data, place) for place, data in enumerate(files, 1)])
+        except NoImageError as error:
+            return pb_utils.InferenceResponse(
+                error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
+            )
+        return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor(self.output, batch)])
+
+    def prepare(self, data: bytes, place: int) -> Any:
+        """Return one image as (3, height, width); `place` is for the message."""
+        try:
+            image = self.pillow.open(io.BytesIO(data), formats=FORMATS)
+            if image.width * image.height > self.largest:
+                raise NoImageError(
+                    f"image {place} has {image.width} x {image.height} pixels, at most {self.largest} are taken"
+                )
+            pixels = np.asarray(self.cropped(image.convert("RGB")))
+        except NoImageError:
+            raise
+        except Exception as error:  # Pillow's readers raise errors of many kinds on damaged files
+            raise NoImageError(f"image {place} cannot be read as JPEG or PNG: {error}") from error
+        return np.stack([self.levels[channel][pixels[..., channel]] for channel in range(3)])
+
+    def cropped(self, image: Any) -> Any:
+        """Resize an image, and cut out its centre."""
+        width, height = self.resized(image.width, image.height)
+        crop_height, crop_width = self.crop
+        top, left = round((height - crop_height) / 2), round((width - crop_width) / 2)
+        resized = image.resize((width, height), self.filter)
+        return resized.crop((left, top, left + crop_width, top + crop_height))
+
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """Return width and height after the resize."""
+        target_height, target_width = self.resize
+        if self.stretch:
+            return target_width, target_height
+        if target_height * width >= target_width * height:
+            return max(target_width, target_height * width // height), target_height
+        return target_width, max(target_height, target_width * height // width)

@@ -1,0 +1,43 @@
+"""Warm-up requests from a bundle's golden inputs, in the bytes that Triton reads.
+
+A tensor is its values, little-endian, row after row. Of strings each is its length, in four bytes, and itself.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quartermap_deploy.architectures.cards import Preprocessing
+
+
+def tensor_bytes(images: NDArray[np.float32], kind: str) -> bytes:
+    """Return images as raw values of an element type, "float32" or "float16"."""
+    return images.astype(np.dtype(kind).newbyteorder("<")).tobytes()
+
+
+def string_bytes(strings: Sequence[bytes]) -> bytes:
+    """Return a tensor of strings."""
+    return b"".join(struct.pack("<I", len(string)) + string for string in strings)
+
+
+def encoded_image(image: NDArray[np.float32], preprocessing: Preprocessing) -> bytes:
+    """Return a prepared image as a PNG file again.
+
+    Args:
+        image: (3, height, width), prepared.
+        preprocessing: as it was prepared; resizing is not taken back.
+    """
+    from PIL import Image
+
+    mean, std = (
+        np.asarray(part, dtype=np.float32)[:, None, None] for part in (preprocessing.mean, preprocessing.std)
+    )
+    pixels = np.clip(np.rint((image * std + mean) * 255), 0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(file, "PNG")
+    return file.getvalue()

@@ -1,0 +1,24 @@
+"""Serving a bundle to clients, by the Open Inference Protocol (KServe v2) over HTTP and gRPC.
+
+    options.py        how to serve
+    server.py         starting, being ready, stopping
+    startup.py        opening sessions, and proving them on the golden inputs
+    state.py          what the server is about, and the requests it has taken on
+    http_api.py       the protocol over HTTP, /metrics, /classify and the page
+    http_codec.py     requests and answers as JSON with binary tensors behind
+    grpc_api.py       the protocol over gRPC
+    grpc_codec.py     requests and answers as messages
+    grpc_messages.py  the messages
+    requests.py       a request, whichever way it came
+    tensors.py        element types, and tensors as bytes and as JSON
+    models.py         what is served: the model itself, and the one that takes image files
+    images.py         decoding image files that strangers sent
+    batcher.py        putting requests together into batches
+    statistics.py     counters, for the protocol, for Prometheus and for the page
+    page.py           the page at /
+    logs.py           one line of JSON for each event
+
+Nothing here imports torch. The event loop reads and writes; batches run in threads of their own.
+"""
+
+from __future__ import annotations

@@ -1,0 +1,248 @@
+"""Putting requests together into batches, and running them in threads.
+
+Requests wait in one queue for all workers. A worker that is free takes the oldest one and those behind it, as many as
+go into a batch, once the batch is full or its oldest request has waited for long enough. While all workers are busy
+the queue fills up by itself, so that under load batches become large without any waiting for the sake of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quartermap_deploy.errors import InputError
+from quartermap_deploy.serving.refusal import Refusal, busy, invalid
+from quartermap_deploy.serving.statistics import ModelStatistics, Timings
+from quartermap_deploy.targets import Session
+
+
+@dataclass(eq=False)
+class _Job:
+    """A request that waits.
+
+    Attributes:
+        images: (n, channels, height, width).
+        answer: gets logits and timings, in the thread of the event loop.
+        since: when it came, in nanoseconds of the monotonic clock.
+    """
+
+    images: NDArray[Any]
+    answer: asyncio.Future[tuple[NDArray[Any], Timings]]
+    since: int = field(default_factory=time.monotonic_ns)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def goes_with(self, other: _Job) -> bool:
+        """Whether both can be in one batch."""
+        return self.images.shape[1:] == other.images.shape[1:]
+
+
+_Outcome = tuple[_Job, "tuple[NDArray[Any], Timings] | Exception"]
+
+
+class Batcher:
+    """A queue of requests, and the workers that take batches from it."""
+
+    def __init__(
+        self,
+        sessions: Sequence[Session],
+        statistics: ModelStatistics,
+        *,
+        max_batch: int,
+        max_delay: float,
+        queue: int,
+        on_error: Callable[[Exception], None] = lambda error: None,
+    ) -> None:
+        """Start the workers.
+
+        Args:
+            sessions: one for each worker.
+            statistics: where batches are counted.
+            max_batch: most images of a batch.
+            max_delay: seconds that an image may wait for others while a worker is free.
+            queue: most images that may wait.
+            on_error: told, in the thread of the event loop, of what a session raises.
+        """
+        self.max_batch, self.limit = max_batch, queue
+        self._statistics, self._on_error = statistics, on_error
+        self._delay = int(max_delay * 1e9)
+        self._loop = asyncio.get_running_loop()
+        self._ready = threading.Condition()
+        self._jobs: deque[_Job] = deque()
+        self._waiting = 0
+        self._stopping = False
+        # Daemons: a session that never returns must not keep the process from ending.
+        self._workers = [
+            threading.Thread(target=self._work, args=(session,), name=f"worker-{index}", daemon=True)
+            for index, session in enumerate(sessions)
+        ]
+        for worker in self._workers:
+            worker.start()
+
+    @property
+    def waiting(self) -> int:
+        """Images that wait."""
+        return self._waiting
+
+    async def run(self, images: NDArray[Any]) -> tuple[NDArray[Any], Timings]:
+        """Run images, together with those of other requests or without.
+
+        Args:
+            images: (n, channels, height, width) with n from 1 to `max_batch`, in the element type of the sessions.
+
+        Returns:
+            Logits, (n, classes), and where the time went.
+
+        Raises:
+            Refusal: if too many images wait already, the session refuses these, or it fails.
+        """
+        job = _Job(images, self._loop.create_future())
+        with self._ready:
+            if self._stopping:
+                raise busy("the server is stopping")
+            if self._waiting + len(job) > self.limit:
+                raise busy(f"{self._waiting} images wait already, at most {self.limit} do; try again later")
+            self._jobs.append(job)
+            self._waiting += len(job)
+            self._ready.notify()
+        self._statistics.pending += 1
+        try:
+            return await job.answer
+        except asyncio.CancelledError:
+            self._abandon(job)
+            raise
+        finally:
+            self._statistics.pending -= 1
+
+    async def stop(self, timeout: float) -> bool:
+        """Run what waits, then end the workers; return whether they ended within a number of seconds."""
+        with self._ready:
+            self._stopping = True
+            self._ready.notify_all()
+        deadline = time.monotonic() + timeout
+        while any(worker.is_alive() for worker in self._workers):
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(0.01)
+        return True
+
+    def _abandon(self, job: _Job) -> None:
+        with self._ready:
+            if job in self._jobs:
+                self._jobs.remove(job)
+                self._waiting -= len(job)
+
+    # In the threads of the workers.
+
+    def _work(self, session: Session) -> None:
+        while jobs := self._take():
+            outcomes = self._outcomes(session, jobs)
+            if not self._deliver(outcomes):
+                return
+
+    def _take(self) -> list[_Job]:
+        """Wait for a batch; empty when the workers are to end."""
+        with self._ready:
+            while True:
+                if not self._jobs:
+                    if self._stopping:
+                        return []
+                    self._ready.wait()
+                    continue
+                count, full = self._front()
+                wait = self._jobs[0].since + self._delay - time.monotonic_ns()
+                if full or self._stopping or wait <= 0:
+                    taken = [self._jobs.popleft() for _ in range(count)]
+                    self._waiting -= sum(map(len, taken))
+                    if self._jobs:
+                        self._ready.notify()
+                    return taken
+                self._ready.wait(wait / 1e9)
+
+    def _front(self) -> tuple[int, bool]:
+        """How many jobs at the front of the queue go into one batch, and whether no other could still join them."""
+        images = 0
+        for count, job in enumerate(self._jobs):
+            images += len(job)
+            if images > self.max_batch or not job.goes_with(self._jobs[0]):
+                return count, True
+        return len(self._jobs), images == self.max_batch
+
+    def _outcomes(self, session: Session, jobs: list[_Job]) -> list[_Outcome]:
+        try:
+            return self._run(session, jobs)
+        except Exception as error:
+            if len(jobs) == 1:
+                return [(jobs[0], error)]
+        # Which of them is to blame, nobody knows; alone, the others get their answers.
+        return [outcome for job in jobs for outcome in self._outcomes(session, [job])]
+
+    def _run(self, session: Session, jobs: list[_Job]) -> list[_Outcome]:
+        start = time.monotonic_ns()
+        if len(jobs) == 1:
+            # Values that lie behind JSON begin anywhere, and runtimes expect them at whole addresses.
+            images = np.require(jobs[0].images, requirements=["C", "A"])
+        else:
+            images = np.concatenate([job.images for job in jobs])
+        prepared = time.monotonic_ns()
+        logits = session.run(images)
+        ran = time.monotonic_ns()
+        if logits.shape[0] != len(images):
+            raise RuntimeError(f"the session returned {logits.shape[0]} rows for {len(images)} images")
+        usable = np.asarray(np.isfinite(logits).all(axis=1))
+        parts: list[NDArray[Any] | Exception] = []
+        position = 0
+        for job in jobs:
+            rows = slice(position, position := position + len(job))
+            parts.append(logits[rows] if usable[rows].all() else _no_numbers())
+        end = time.monotonic_ns()
+        spent = Timings(0, prepared - start, ran - prepared, end - ran)
+        self._call(self._statistics.executed, len(images), spent)
+        return [
+            (job, part if isinstance(part, Exception) else (part, spent.plus(queue=start - job.since)))
+            for job, part in zip(jobs, parts, strict=True)
+        ]
+
+    def _deliver(self, outcomes: list[_Outcome]) -> bool:
+        return self._call(self._answer, outcomes)
+
+    def _call(self, function: Callable[..., None], *arguments: Any) -> bool:
+        try:
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:  # the loop is closed: the time for stopping was over before this batch was
+            return False
+        return True
+
+    # In the thread of the event loop again.
+
+    def _answer(self, outcomes: list[_Outcome]) -> None:
+        for job, outcome in outcomes:
+            if isinstance(outcome, Exception) and not isinstance(outcome, (InputError, Refusal)):
+                self._on_error(outcome)
+            if job.answer.done():
+                continue
+            if isinstance(outcome, InputError):
+                job.answer.set_exception(invalid(str(outcome)))
+            elif isinstance(outcome, Refusal):
+                job.answer.set_exception(outcome)
+            elif isinstance(outcome, Exception):
+                job.answer.set_exception(
+                    Refusal(500, f"the model could not be run: {str(outcome).strip()[:300]}")
+                )
+            else:
+                job.answer.set_result(outcome)
+
+
+def _no_numbers() -> Refusal:
+    return Refusal(
+        500, "the model's output has values that are NaN or infinite; its input is far out of its range"
+    )

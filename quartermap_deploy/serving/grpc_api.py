@@ -1,0 +1,156 @@
+"""The protocol over gRPC, and gRPC's own health checking."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from quartermap_deploy import __version__
+from quartermap_deploy.serving import grpc_codec
+from quartermap_deploy.serving.grpc_messages import HEALTH, INFERENCE, SERVICES, messages
+from quartermap_deploy.serving.logs import EventLog
+from quartermap_deploy.serving.models import VERSION, infer
+from quartermap_deploy.serving.refusal import Refusal, invalid
+from quartermap_deploy.serving.state import State
+
+EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics"]
+SERVER_NAME = "quartermap-deploy"
+SERVING, NOT_SERVING, UNKNOWN_SERVICE = 1, 2, 3
+CONCURRENT = 1024
+"""Calls that are open at once; every further one is refused."""
+
+
+class GrpcApi:
+    """The calls of both services."""
+
+    def __init__(self, state: State, log: EventLog) -> None:
+        self._state, self._log = state, log
+        self._messages, self._health = messages(INFERENCE), messages(HEALTH)
+
+    def handlers(self) -> list[Any]:
+        """Return gRPC's handlers."""
+        import grpc
+
+        calls: dict[str, dict[str, Callable[[Any], Awaitable[Any]]]] = {
+            INFERENCE: {
+                "ServerLive": self.server_live,
+                "ServerReady": self.server_ready,
+                "ModelReady": self.model_ready,
+                "ServerMetadata": self.server_metadata,
+                "ModelMetadata": self.model_metadata,
+                "ModelInfer": self.model_infer,
+                "ModelConfig": self.model_config,
+                "ModelStatistics": self.model_statistics,
+                "RepositoryIndex": self.repository_index,
+            },
+            HEALTH: {"Check": self.check},
+        }
+        requests = {**{name: f"{name}Request" for name in calls[INFERENCE]}, "Check": "HealthCheckRequest"}
+        return [
+            grpc.method_handlers_generic_handler(
+                SERVICES[package],
+                {
+                    # Without a deserialiser of gRPC's, which answers broken messages with the status UNKNOWN.
+                    name: grpc.unary_unary_rpc_method_handler(
+                        self._answering(messages(package)[requests[name]].FromString, call),
+                        response_serializer=lambda response: response.SerializeToString(),
+                    )
+                    for name, call in methods.items()
+                },
+            )
+            for package, methods in calls.items()
+        ]
+
+    def _answering(
+        self, parse: Callable[[bytes], Any], call: Callable[[Any], Awaitable[Any]]
+    ) -> Callable[[bytes, Any], Awaitable[Any]]:
+        """Read the message of a call, and make a refusal its status."""
+        import grpc
+        from google.protobuf.message import DecodeError
+
+        async def answer(data: bytes, context: Any) -> Any:
+            try:
+                try:
+                    request = parse(data)
+                except DecodeError:
+                    raise invalid(f"the message of {len(data)} bytes cannot be read") from None
+                return await call(request)
+            except Refusal as refusal:
+                trailer: tuple[tuple[str, str], ...] = ()
+                if refusal.retry_after is not None:
+                    # What gRPC's own retries wait for.
+                    trailer = (("grpc-retry-pushback-ms", str(1000 * refusal.retry_after)),)
+                await context.abort(getattr(grpc.StatusCode, refusal.grpc_code), refusal.message, trailer)
+            except Exception as error:
+                self._log.error("defect", protocol="grpc", error=repr(error))
+                await context.abort(grpc.StatusCode.INTERNAL, "a defect of the server; its log says more")
+
+        return answer
+
+    async def server_live(self, request: Any) -> Any:
+        """Whether the server runs."""
+        return self._messages["ServerLiveResponse"](live=True)
+
+    async def server_ready(self, request: Any) -> Any:
+        """Whether the server takes requests."""
+        return self._messages["ServerReadyResponse"](ready=self._state.ready)
+
+    async def model_ready(self, request: Any) -> Any:
+        """Whether a model takes requests."""
+        # Before the models are there, a name is neither right nor wrong.
+        if self._state.models:
+            self._state.model(request.name, request.version)
+        return self._messages["ModelReadyResponse"](ready=self._state.ready)
+
+    async def server_metadata(self, request: Any) -> Any:
+        """What the server is."""
+        return self._messages["ServerMetadataResponse"](
+            name=SERVER_NAME, version=__version__, extensions=EXTENSIONS
+        )
+
+    async def model_metadata(self, request: Any) -> Any:
+        """What a model is."""
+        return grpc_codec.metadata(self._state.model(request.name, request.version).description)
+
+    async def model_config(self, request: Any) -> Any:
+        """How a model is served."""
+        model = self._state.model(request.name, request.version).description
+        config = self._messages["ModelConfig"](**grpc_codec.configuration(model))
+        return self._messages["ModelConfigResponse"](config=config)
+
+    async def model_statistics(self, request: Any) -> Any:
+        """The counters of one model, or of all."""
+        if request.name:
+            models = [self._state.model(request.name, request.version)]
+        else:
+            models = list(self._state.models.values())
+        return grpc_codec.statistics([model.statistics.to_dict() for model in models])
+
+    async def repository_index(self, request: Any) -> Any:
+        """Which models there are."""
+        response = self._messages["RepositoryIndexResponse"]()
+        for name in self._state.models:
+            response.models.add(
+                name=name, version=VERSION, state="READY" if self._state.ready else "UNAVAILABLE"
+            )
+        return response
+
+    async def model_infer(self, request: Any) -> Any:
+        """Run a model."""
+        arrived = time.monotonic_ns()
+        with self._state.request():
+            model = self._state.model(request.model_name, request.model_version)
+            try:
+                parsed = grpc_codec.parse_request(request, model.description)
+                outputs = await infer(model, parsed, arrived)
+                return grpc_codec.build_response(model.description, parsed, outputs)
+            except BaseException:
+                model.statistics.failed(time.monotonic_ns() - arrived)
+                raise
+
+    async def check(self, request: Any) -> Any:
+        """Whether the server takes requests, as gRPC's own health checking asks, and Kubernetes with it."""
+        if request.service not in ("", SERVICES[INFERENCE]):
+            raise Refusal(404, f"unknown service {request.service[:80]!r}")
+        return self._health["HealthCheckResponse"](status=SERVING if self._state.ready else NOT_SERVING)

@@ -1,0 +1,371 @@
+"""The protocol over HTTP, and beside it /metrics, /classify and the page."""
+
+from __future__ import annotations
+
+import asyncio
+import http
+import json
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from quartermap_deploy import __version__
+from quartermap_deploy.serving import grpc_codec, http_codec
+from quartermap_deploy.serving.grpc_api import EXTENSIONS, SERVER_NAME
+from quartermap_deploy.serving.logs import EventLog
+from quartermap_deploy.serving.models import IMAGE, PROBABILITIES, VERSION, ImageModel, ServedModel, infer
+from quartermap_deploy.serving.page import Page
+from quartermap_deploy.serving.refusal import Refusal, busy, invalid
+from quartermap_deploy.serving.requests import InferRequest, RequestedOutput
+from quartermap_deploy.serving.state import State
+from quartermap_deploy.serving.statistics import RECENT, prometheus
+from quartermap_deploy.serving.tensors import from_strings
+
+if sys.version_info >= (3, 11):
+    from asyncio import timeout
+else:
+    from async_timeout import timeout
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+Handler = Callable[["web.Request"], Awaitable["web.StreamResponse"]]
+
+BODIES = 4
+"""How many of the largest bodies all requests together may have in memory before they are complete."""
+TOP = 5
+"""Classes in an answer of /classify where the request does not say how many."""
+IMAGE_TYPES = ("image/jpeg", "image/png", "application/octet-stream")
+_CHUNK = 1 << 16
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class HttpApi:
+    """The paths that the server answers."""
+
+    def __init__(
+        self, state: State, log: EventLog, page: Page, *, max_body: int, receive_timeout: float
+    ) -> None:
+        """Describe the server.
+
+        Args:
+            state: what it is about.
+            log: gets what goes wrong.
+            page: the page at /.
+            max_body: bytes of the largest request.
+            receive_timeout: seconds that the body of a request may take to come.
+        """
+        self._state, self._log, self._page = state, log, page
+        self._max_body, self._receive_timeout = max_body, receive_timeout
+        self._held = 0
+
+    def application(self) -> web.Application:
+        """Return the application."""
+        from aiohttp import web
+
+        # A limit of its own for the one way that is not ours of reading bodies, that of forms.
+        app = web.Application(middlewares=[self._middleware()], client_max_size=self._max_body)
+        model = "/v2/models/{model}"
+        for prefix in (model, model + "/versions/{version}"):
+            app.router.add_get(prefix, self.model_metadata)
+            app.router.add_get(prefix + "/ready", self.model_ready)
+            app.router.add_get(prefix + "/config", self.model_config)
+            app.router.add_get(prefix + "/stats", self.model_statistics)
+            app.router.add_post(prefix + "/infer", self.infer)
+        app.router.add_get("/v2", self.server_metadata)
+        app.router.add_get("/v2/health/live", self.live)
+        app.router.add_get("/v2/health/ready", self.ready)
+        app.router.add_post("/v2/repository/index", self.repository_index)
+        app.router.add_get("/metrics", self.metrics)
+        app.router.add_post("/classify", self.classify)
+        app.router.add_get("/status", self.status)
+        app.router.add_get("/", self.page)
+        # Last, as it reads like a model named "stats".
+        app.router.add_get("/v2/models/stats", self.all_statistics)
+        return app
+
+    def _middleware(self) -> Any:
+        """Make every error an answer of the protocol, and write down what went wrong."""
+        from aiohttp import web
+
+        @web.middleware
+        async def answering(request: web.Request, handler: Handler) -> web.StreamResponse:
+            try:
+                response = await handler(request)
+            except Refusal as refusal:
+                response = self._error(request, refusal.status, refusal.message)
+                if refusal.retry_after is not None:
+                    response.headers["Retry-After"] = str(refusal.retry_after)
+                if refusal.status == 408:
+                    # The rest of the body may never come.
+                    response.force_close()
+            except web.HTTPException as error:
+                response = self._error(request, error.status, _reason(request, error.status))
+                if "Allow" in error.headers:
+                    response.headers["Allow"] = error.headers["Allow"]
+            except Exception as error:
+                self._log.error("defect", protocol="http", path=request.path[:200], error=repr(error)[:1000])
+                response = self._error(request, 500, "a defect of the server; its log says more")
+            response.headers["X-Content-Type-Options"] = "nosniff"
+            if not self._state.ready:
+                # Who asks again had better ask another server.
+                response.force_close()
+            return response
+
+        return answering
+
+    def _error(self, request: web.Request, status: int, message: str) -> web.Response:
+        if status not in (404, 405):
+            self._log.warning("refused", path=request.path[:200], status=status, reason=message[:300])
+        return _json({"error": message}, status)
+
+    # Health and metadata.
+
+    async def live(self, request: web.Request) -> web.Response:
+        """Whether the server runs."""
+        return _json({"live": True})
+
+    async def ready(self, request: web.Request) -> web.Response:
+        """Whether the server takes requests."""
+        ready = self._state.ready
+        return _json({"ready": ready, "phase": self._state.phase}, 200 if ready else 503)
+
+    async def server_metadata(self, request: web.Request) -> web.Response:
+        """What the server is."""
+        return _json({"name": SERVER_NAME, "version": __version__, "extensions": EXTENSIONS})
+
+    async def model_ready(self, request: web.Request) -> web.Response:
+        """Whether a model takes requests."""
+        ready = self._state.ready
+        name = self._model(request).description.name if self._state.models else request.match_info["model"]
+        return _json({"name": name, "ready": ready}, 200 if ready else 503)
+
+    async def model_metadata(self, request: web.Request) -> web.Response:
+        """What a model is."""
+        return _json(http_codec.metadata(self._model(request).description))
+
+    async def model_config(self, request: web.Request) -> web.Response:
+        """How a model is served."""
+        config = grpc_codec.configuration(self._model(request).description)
+        for tensor in (*config["input"], *config["output"]):
+            tensor["data_type"] = grpc_codec.CONFIG_NAMES[tensor["data_type"]]
+        return _json(config)
+
+    async def repository_index(self, request: web.Request) -> web.Response:
+        """Which models there are."""
+        state = "READY" if self._state.ready else "UNAVAILABLE"
+        return _json([{"name": name, "version": VERSION, "state": state} for name in self._state.models])
+
+    # Statistics.
+
+    async def model_statistics(self, request: web.Request) -> web.Response:
+        """The counters of one model."""
+        return _json({"model_stats": [self._model(request).statistics.to_dict()]})
+
+    async def all_statistics(self, request: web.Request) -> web.Response:
+        """The counters of all models."""
+        return _json({"model_stats": [model.statistics.to_dict() for model in self._state.models.values()]})
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        """The counters for Prometheus."""
+        from aiohttp import web
+
+        text = prometheus(model.statistics for model in self._state.models.values())
+        return web.Response(body=text.encode(), headers={"Content-Type": METRICS_TYPE})
+
+    async def status(self, request: web.Request) -> web.Response:
+        """What the page shows anew every second."""
+        models = self._state.models.values()
+        return _json(
+            {
+                "phase": self._state.phase,
+                "seconds": time.monotonic() - self._state.started,
+                "window_seconds": RECENT,
+                "models": [
+                    {
+                        "name": model.description.name,
+                        "success": model.statistics.success.count,
+                        "failure": model.statistics.fail.count,
+                        "images": model.statistics.inferences,
+                        "executions": model.statistics.executions,
+                        **model.statistics.recent(),
+                    }
+                    for model in models
+                ],
+            }
+        )
+
+    async def page(self, request: web.Request) -> web.Response:
+        """The page."""
+        from aiohttp import web
+
+        return web.Response(body=self._page.html, headers=self._page.headers)
+
+    # Inference.
+
+    async def infer(self, request: web.Request) -> web.Response:
+        """Run a model."""
+        from aiohttp import web
+
+        arrived = time.monotonic_ns()
+        with self._state.request():
+            model = self._model(request)
+            try:
+                body = await self._body(request)
+                header_length = request.headers.get(http_codec.HEADER_LENGTH)
+                parsed = http_codec.parse_request(body, header_length, model.description)
+                outputs = await infer(model, parsed, arrived)
+                content, headers = http_codec.build_response(model.description, parsed, outputs)
+            except BaseException:
+                model.statistics.failed(time.monotonic_ns() - arrived)
+                raise
+        response = web.Response(body=content, headers=headers)
+        if "Accept-Encoding" in request.headers:
+            response.enable_compression()
+        return response
+
+    async def classify(self, request: web.Request) -> web.Response:
+        """Classify uploaded files: those of a form, or one that is the body."""
+        arrived = time.monotonic_ns()
+        with self._state.request():
+            model = next(model for model in self._state.models.values() if isinstance(model, ImageModel))
+            try:
+                top = _top(request.query.get("top", str(TOP)), len(model.description.labels))
+                files = await self._files(request)
+                spec = model.description.inputs[0]
+                shape = spec.check(spec.datatype, [len(files)], model.description.max_batch)
+                images = from_strings(spec, shape, [data for _, data in files])
+                parsed = InferRequest({IMAGE: images}, [RequestedOutput(PROBABILITIES)])
+                probabilities = (await infer(model, parsed, arrived))[PROBABILITIES]
+            except BaseException:
+                model.statistics.failed(time.monotonic_ns() - arrived)
+                raise
+        labels = model.description.labels
+        return _json(
+            {
+                "model": model.description.name,
+                "milliseconds": (time.monotonic_ns() - arrived) / 1e6,
+                "images": [
+                    {
+                        "file": name,
+                        "classes": [
+                            {"class": int(index), "label": labels[index], "probability": float(row[index])}
+                            for index in np.argsort(-row, kind="stable")[:top]
+                        ],
+                    }
+                    for (name, _), row in zip(files, probabilities, strict=True)
+                ],
+            }
+        )
+
+    async def _files(self, request: web.Request) -> list[tuple[str, bytes]]:
+        """Read the files of an upload, with their names."""
+        if request.content_type in IMAGE_TYPES:
+            return [("", await self._body(request))]
+        if request.content_type != "multipart/form-data":
+            raise Refusal(
+                415,
+                f"the content type is {request.content_type[:80]}; send a form with files (multipart/form-data), or "
+                f"one file as {', '.join(IMAGE_TYPES)}",
+            )
+        from aiohttp import BodyPartReader
+
+        files = []
+        async with self._receiving(request) as count:
+            reader = await request.multipart()
+            while (part := await reader.next()) is not None:
+                if not isinstance(part, BodyPartReader):
+                    raise invalid("the form has a form in it; send files")
+                chunks = []
+                while chunk := await part.read_chunk(_CHUNK):
+                    count(chunk)
+                    chunks.append(chunk)
+                # Fields without a file name are no files.
+                if part.filename is not None:
+                    files.append((part.filename, b"".join(chunks)))
+        if not files:
+            raise invalid("the form has no file")
+        return files
+
+    async def _body(self, request: web.Request) -> bytes:
+        """Read the body of a request."""
+        parts = []
+        async with self._receiving(request) as count:
+            while part := await request.content.readany():
+                count(part)
+                parts.append(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    @asynccontextmanager
+    async def _receiving(self, request: web.Request) -> AsyncIterator[Callable[[bytes], None]]:
+        """While open, a body is received; every part of it has to be counted.
+
+        Raises:
+            Refusal: if it is too large, does not come in time, is broken, or too much is being received at the moment.
+        """
+        from aiohttp import web
+        from aiohttp.http_exceptions import HttpProcessingError
+
+        announced = request.content_length
+        if announced is not None and announced > self._max_body:
+            raise self._too_large(f"has {announced:,} bytes")
+        held = 0
+
+        def count(part: bytes) -> None:
+            nonlocal held
+            held += len(part)
+            self._held += len(part)
+            if held > self._max_body:
+                raise self._too_large("is larger")
+            if self._held > BODIES * self._max_body:
+                raise busy("too many large requests are being received; try again later")
+
+        try:
+            async with timeout(self._receive_timeout):
+                yield count
+        except asyncio.TimeoutError:
+            raise Refusal(408, f"the body did not come within {self._receive_timeout:g} s") from None
+        except (
+            web.RequestPayloadError,
+            HttpProcessingError,
+            ValueError,
+            AssertionError,
+            AttributeError,
+        ) as error:
+            # Chunks, compression or forms that are not what the headers say.
+            raise invalid(f"the body cannot be read: {str(error)[:200]}") from None
+        finally:
+            self._held -= held
+
+    def _too_large(self, found: str) -> Refusal:
+        return Refusal(413, f"the body {found}; at most {self._max_body:,} bytes are taken")
+
+    def _model(self, request: web.Request) -> ServedModel:
+        match = request.match_info
+        return self._state.model(match["model"], match.get("version", ""))
+
+
+def _json(value: object, status: int = 200) -> web.Response:
+    from aiohttp import web
+
+    return web.Response(
+        body=json.dumps(value).encode("ascii"), status=status, headers={"Content-Type": "application/json"}
+    )
+
+
+def _reason(request: web.Request, status: int) -> str:
+    if status == 404:
+        return f"there is no {request.path[:200]}; the protocol's paths begin with /v2"
+    if status == 405:
+        return f"{request.path[:200]} does not take {request.method}"
+    return http.HTTPStatus(status).phrase
+
+
+def _top(text: str, classes: int) -> int:
+    if not (text.isascii() and text.isdigit()) or len(text) > 9 or int(text) < 1:
+        raise invalid(f"top is {text[:40]!r}; expected a number of classes")
+    return min(int(text), classes)

@@ -1,0 +1,180 @@
+"""What is served: the model itself, and beside it one that takes image files."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quartermap_deploy.architectures.cards import Preprocessing
+from quartermap_deploy.serving.batcher import Batcher
+from quartermap_deploy.serving.images import prepare_file
+from quartermap_deploy.serving.refusal import Refusal, busy
+from quartermap_deploy.serving.requests import InferRequest, classified
+from quartermap_deploy.serving.statistics import ModelStatistics, Timings
+from quartermap_deploy.serving.tensors import BYTES, TensorSpec
+
+VERSION = "1"
+IMAGE, PROBABILITIES = "image", "probabilities"
+"""Names of the tensors of the image model: those that `quartermap deploy triton` gives them, too."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What clients are told about a model.
+
+    Attributes:
+        name: what they call it.
+        platform: what runs it.
+        inputs: what it takes.
+        outputs: what it gives; all of them numbers.
+        max_batch: most images at once.
+        max_delay: seconds that an image may wait for others.
+        labels: names of the classes.
+        properties: where the model comes from.
+    """
+
+    name: str
+    platform: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    max_batch: int
+    max_delay: float
+    labels: tuple[str, ...]
+    properties: Mapping[str, str] = field(default_factory=dict)
+
+
+class ServedModel(Protocol):
+    """A model that answers requests."""
+
+    description: Description
+    statistics: ModelStatistics
+
+    async def compute(self, inputs: Mapping[str, NDArray[Any]]) -> tuple[dict[str, NDArray[Any]], Timings]:
+        """Return the outputs for inputs that were checked, and where the time went.
+
+        Raises:
+            Refusal: if the inputs cannot be taken, now or ever.
+        """
+        ...
+
+
+async def infer(model: ServedModel, request: InferRequest, arrived: int) -> dict[str, NDArray[Any]]:
+    """Answer a request, and count it.
+
+    Args:
+        model: which.
+        request: checked against the model's description.
+        arrived: when it came, in nanoseconds of the monotonic clock.
+
+    Returns:
+        The outputs that were asked for, in that order: numbers, or strings where classes were asked for.
+
+    Raises:
+        Refusal: if the request cannot be carried out; the caller counts it.
+    """
+    outputs, timings = await model.compute(request.inputs)
+    images = len(next(iter(request.inputs.values())))
+    answer = {
+        output.name: classified(outputs[output.name], output.classes, model.description.labels)
+        if output.classes
+        else outputs[output.name]
+        for output in request.outputs
+    }
+    model.statistics.succeeded(images, time.monotonic_ns() - arrived, timings)
+    return answer
+
+
+class TensorModel:
+    """The model itself: prepared images in, logits out."""
+
+    def __init__(self, description: Description, batcher: Batcher, statistics: ModelStatistics) -> None:
+        self.description, self.batcher, self.statistics = description, batcher, statistics
+        self._input, self._output = description.inputs[0].name, description.outputs[0].name
+
+    async def compute(self, inputs: Mapping[str, NDArray[Any]]) -> tuple[dict[str, NDArray[Any]], Timings]:
+        """Return logits."""
+        logits, timings = await self.batcher.run(inputs[self._input])
+        return {self._output: logits}, timings
+
+
+class ImageModel:
+    """Image files in, probabilities out, by way of the model itself, whose statistics count these requests too."""
+
+    def __init__(
+        self, description: Description, model: TensorModel, preprocessing: Preprocessing, pool: Executor
+    ) -> None:
+        """Describe the model.
+
+        Args:
+            description: what clients are told.
+            model: the model itself.
+            preprocessing: how images become its input.
+            pool: threads that decode.
+        """
+        self.description, self.model = description, model
+        self.statistics = ModelStatistics(description.name, VERSION)
+        self._preprocessing, self._pool = preprocessing, pool
+        self._type = np.float16 if model.description.inputs[0].datatype == "FP16" else np.float32
+        self._decoding = 0
+
+    async def compute(self, inputs: Mapping[str, NDArray[Any]]) -> tuple[dict[str, NDArray[Any]], Timings]:
+        """Return probabilities, (n, classes)."""
+        files: Sequence[bytes] = inputs[IMAGE].reshape(-1).tolist()
+        arrived = time.monotonic_ns()
+        images = await self._prepare(files)
+        prepared = time.monotonic_ns()
+        try:
+            logits, timings = await self.model.batcher.run(images)
+        except Refusal:
+            self.model.statistics.failed(time.monotonic_ns() - prepared)
+            raise
+        end = time.monotonic_ns()
+        self.model.statistics.succeeded(len(files), end - prepared, timings)
+        timings = timings.plus(input=prepared - arrived)
+        self.statistics.executed(len(files), timings)
+        return {PROBABILITIES: softmax(logits)}, timings
+
+    async def _prepare(self, files: Sequence[bytes]) -> NDArray[Any]:
+        batcher = self.model.batcher
+        if self._decoding + batcher.waiting + len(files) > batcher.limit:
+            raise busy(
+                f"{self._decoding} images are being decoded and {batcher.waiting} wait already, at most "
+                f"{batcher.limit} do; try again later"
+            )
+        loop = asyncio.get_running_loop()
+        self._decoding += len(files)
+        try:
+            jobs = [
+                loop.run_in_executor(
+                    self._pool, functools.partial(prepare_file, data, self._preprocessing, place)
+                )
+                for place, data in enumerate(files, 1)
+            ]
+            try:
+                return np.stack(await asyncio.gather(*jobs)).astype(self._type, copy=False)
+            finally:
+                for job in jobs:
+                    job.cancel()
+        finally:
+            self._decoding -= len(files)
+
+
+def softmax(logits: NDArray[Any]) -> NDArray[np.float32]:
+    """Return probabilities, (n, classes), for logits of the same shape."""
+    wide = logits.astype(np.float32)
+    powers = np.exp(wide - wide.max(axis=1, keepdims=True))
+    result: NDArray[np.float32] = powers / powers.sum(axis=1, keepdims=True)
+    return result
+
+
+def image_input() -> TensorSpec:
+    """The input of the image model: one file for each image, with or without a side of 1 behind the batch."""
+    return TensorSpec(IMAGE, BYTES, (-1, 1), optional_sides=1)

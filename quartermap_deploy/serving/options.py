@@ -1,0 +1,62 @@
+"""How a bundle is served."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from quartermap_deploy.errors import ServeError
+
+MIB = 1 << 20
+DEFAULT_BATCH = 8
+"""Largest batch where no engine says: on a CPU larger ones gain little and make the first image wait."""
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How a bundle is served.
+
+    Attributes:
+        target: one of the bundle's targets; None for its default.
+        name: what clients call the model; None takes the name of its card.
+        labels: a file with the name of a class on each line; None names them by numbers.
+        host: address to listen at.
+        port: for HTTP; 0 takes a free one.
+        grpc_port: for gRPC; 0 takes a free one.
+        workers: sessions that run side by side, each in a thread of its own.
+        max_batch: most images that are run at once; None takes the engine's largest batch, or `DEFAULT_BATCH`.
+        max_delay: seconds that an image may wait for others while a worker is free.
+        queue: most images that may wait for a worker.
+        max_body: bytes of the largest request.
+        receive_timeout: seconds that a client may take to send the body of a request.
+        shutdown_timeout: seconds that accepted requests have to be answered in once the server is told to stop.
+    """
+
+    target: str | None = None
+    name: str | None = None
+    labels: Path | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    grpc_port: int = 8001
+    workers: int = 1
+    max_batch: int | None = None
+    max_delay: float = 0.001
+    queue: int = 256
+    max_body: int = 64 * MIB
+    receive_timeout: float = 30.0
+    shutdown_timeout: float = 30.0
+
+    def __post_init__(self) -> None:
+        for port in (self.port, self.grpc_port):
+            if not 0 <= port <= 65535:
+                raise ServeError(f"{port} is no port; expected 0 to 65535")
+        if self.port == self.grpc_port != 0:
+            raise ServeError(
+                f"HTTP and gRPC cannot both have port {self.port}; choose another for one of them"
+            )
+        for name in ("workers", "queue", "max_body", "max_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ServeError(f"{name} = {value}; expected at least 1")
+        if self.max_delay < 0 or self.receive_timeout <= 0 or self.shutdown_timeout <= 0:
+            raise ServeError("a delay must not be negative, and a timeout must be positive")

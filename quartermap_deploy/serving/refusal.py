@@ -1,0 +1,44 @@
+"""The answer to a request that is not carried out: one error for both protocols."""
+
+from __future__ import annotations
+
+_GRPC_CODES = {
+    400: "INVALID_ARGUMENT",
+    404: "NOT_FOUND",
+    408: "DEADLINE_EXCEEDED",
+    413: "RESOURCE_EXHAUSTED",
+    415: "INVALID_ARGUMENT",
+    500: "INTERNAL",
+    501: "UNIMPLEMENTED",
+    503: "UNAVAILABLE",
+}
+"""Names of gRPC's status codes by the HTTP status that means the same."""
+
+
+class Refusal(Exception):
+    """A request that gets an error for an answer.
+
+    Attributes:
+        status: of HTTP.
+        message: what was found, and what was expected.
+        retry_after: seconds after which the same request may succeed; None where it never will.
+    """
+
+    def __init__(self, status: int, message: str, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.retry_after = status, message, retry_after
+
+    @property
+    def grpc_code(self) -> str:
+        """Name of the status code of gRPC."""
+        return _GRPC_CODES[self.status]
+
+
+def invalid(message: str) -> Refusal:
+    """A request that says something wrong."""
+    return Refusal(400, message)
+
+
+def busy(message: str) -> Refusal:
+    """A request that came at a bad time."""
+    return Refusal(503, message, retry_after=1)

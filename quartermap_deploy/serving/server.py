@@ -1,0 +1,310 @@
+"""Starting the server, being ready, and stopping without losing a request.
+
+The ports answer from the first moment on, and readiness is refused until the sessions are open and have been proved on
+the golden inputs. On SIGTERM or SIGINT readiness goes first. Requests that were taken on are answered, others are
+refused with 503, or UNAVAILABLE over gRPC, and then the process ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from quartermap_deploy import __version__
+from quartermap_deploy.bundle import Bundle
+from quartermap_deploy.errors import MissingDependencyError, ServeError
+from quartermap_deploy.serving.batcher import Batcher
+from quartermap_deploy.serving.grpc_api import CONCURRENT, GrpcApi
+from quartermap_deploy.serving.http_api import HttpApi
+from quartermap_deploy.serving.logs import EventLog
+from quartermap_deploy.serving.models import VERSION, ImageModel, ServedModel, TensorModel
+from quartermap_deploy.serving.options import ServeOptions
+from quartermap_deploy.serving.page import Page
+from quartermap_deploy.serving.startup import Plan, check_golden, make_plan, open_sessions
+from quartermap_deploy.serving.state import State
+from quartermap_deploy.serving.statistics import ModelStatistics
+from quartermap_deploy.targets import Session
+
+Result = TypeVar("Result")
+
+KEEPALIVE = 75.0
+"""Seconds after which a connection that sends no request, or not all of its head, is closed."""
+SWITCH_INTERVAL = 0.001
+"""Seconds after which a thread hands Python on: a worker that has its result would wait five times as long."""
+DECODERS = min(4, os.cpu_count() or 1)
+"""Images that are decoded at the same time; each may need 150 MB."""
+
+
+def check_dependencies() -> None:
+    """Check that what serving needs is installed.
+
+    Raises:
+        MissingDependencyError: if it is not.
+    """
+    # Read when gRPC is imported. What its core has to say comes as an error of Python, too.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    try:
+        import aiohttp  # noqa: F401
+        import grpc  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"serving needs {error.name}, which is not installed: pip install 'quartermap-deploy[serve]'"
+        ) from error
+
+
+def serve(
+    bundle: Bundle,
+    options: ServeOptions,
+    log: EventLog,
+    started: Callable[[dict[str, Any]], None] = lambda addresses: None,
+) -> None:
+    """Serve a bundle until a signal ends it.
+
+    Args:
+        bundle: what to serve; its files were checked when it was loaded.
+        options: how.
+        log: told what happens.
+        started: told the addresses once the server is ready.
+
+    Raises:
+        MissingDependencyError: if what serving needs is not installed.
+        ServeError: if the options do not fit the bundle, a port is taken, or requests were still open when the time for
+            stopping was over.
+        ParityError: if the target departs from the golden outputs.
+        BundleError: if the target's runtime refuses the bundle.
+    """
+    check_dependencies()
+    plan = make_plan(bundle, options)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    try:
+        with log.libraries():
+            asyncio.run(_Server(plan, log, started).run())
+    finally:
+        sys.setswitchinterval(before)
+
+
+class _Server:
+    """One run of the server."""
+
+    def __init__(self, plan: Plan, log: EventLog, started: Callable[[dict[str, Any]], None]) -> None:
+        self.plan, self.options, self.log, self.started = plan, plan.options, log, started
+        self.pool = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
+        self.batcher: Batcher | None = None
+
+    async def run(self) -> None:
+        """Serve until a signal comes."""
+        self.state = State()
+        self.signalled = asyncio.Event()
+        self.insistent = asyncio.Event()
+        begin = time.monotonic()
+        with self._signals():
+            async with contextlib.AsyncExitStack() as stack:
+                stack.callback(self.pool.shutdown, wait=False, cancel_futures=True)
+                http_port = await self._listen_http(stack)
+                grpc_port = await self._listen_grpc(stack)
+                addresses = {
+                    "http": f"http://{_host(self.options.host)}:{http_port}",
+                    "grpc": f"{_host(self.options.host)}:{grpc_port}",
+                }
+                self.log.info("listening", **addresses, pid=os.getpid(), version=__version__)
+                self._warn()
+                if await self._load():
+                    self.log.info("ready", seconds=round(time.monotonic() - begin, 3))
+                    self.started({**addresses, "models": list(self.state.models)})
+                    await self.signalled.wait()
+                left = await self._drain()
+        if left:
+            raise ServeError(
+                f"{left} requests were still open when the time for stopping was over; give them longer with "
+                "--shutdown-timeout, and do not send a second signal"
+            )
+
+    async def _load(self) -> bool:
+        """Open and check the sessions, and take requests; return whether no signal came before."""
+        plan = self.plan
+        loading = asyncio.ensure_future(_in_thread(self._sessions))
+        waiting = asyncio.ensure_future(self.signalled.wait())
+        await asyncio.wait({loading, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if self.signalled.is_set():
+            # A process that ends in the middle of it would be aborted by the runtime whose model it loads.
+            await asyncio.wait({loading}, timeout=self.options.shutdown_timeout)
+            return False
+        sessions = loading.result()
+        statistics = ModelStatistics(plan.model.name, VERSION)
+        self.batcher = Batcher(
+            sessions,
+            statistics,
+            max_batch=plan.model.max_batch,
+            max_delay=self.options.max_delay,
+            queue=self.options.queue,
+            on_error=lambda error: self.log.error("session_failed", error=repr(error)[:1000]),
+        )
+        model = TensorModel(plan.model, self.batcher, statistics)
+        image_model = ImageModel(plan.image_model, model, plan.preprocessing, self.pool)
+        models: dict[str, ServedModel] = {plan.model.name: model, plan.image_model.name: image_model}
+        self.state.become_ready(models)
+        return True
+
+    def _sessions(self) -> list[Session]:
+        sessions = open_sessions(self.plan)
+        self.log.info(
+            "loaded",
+            bundle=str(self.plan.bundle.path),
+            target=self.plan.target,
+            workers=len(sessions),
+            threads=self.plan.threads,
+            max_batch=self.plan.model.max_batch,
+        )
+        if self.signalled.is_set():
+            return sessions
+        worst = check_golden(self.plan, sessions)
+        self.log.info("golden_inputs_passed", worst_relative_error=float(f"{worst:.3g}"))
+        return sessions
+
+    async def _drain(self) -> int:
+        """Refuse what comes, and wait for what was taken on; return how many requests are left all the same."""
+        self.state.stop()
+        deadline = time.monotonic() + self.options.shutdown_timeout
+        self.log.info("stopping", open_requests=self.state.open)
+        idle = asyncio.ensure_future(self.state.idle(self.options.shutdown_timeout))
+        hurry = asyncio.ensure_future(self.insistent.wait())
+        await asyncio.wait({idle, hurry}, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        idle.cancel()
+        left = self.state.open
+        if self.batcher is not None:
+            await self.batcher.stop(0.0 if left else max(0.1, deadline - time.monotonic()))
+        self.log.info("stopped", requests=self.state.taken_on, answered=self.state.answered, still_open=left)
+        return left
+
+    async def _listen_http(self, stack: contextlib.AsyncExitStack) -> int:
+        from aiohttp import web
+
+        page = Page(self.plan)
+        api = HttpApi(
+            self.state,
+            self.log,
+            page,
+            max_body=self.options.max_body,
+            receive_timeout=self.options.receive_timeout,
+        )
+        runner = web.AppRunner(
+            api.application(),
+            access_log=None,
+            # The answer of a client that has gone is not worth running the model for.
+            handler_cancellation=True,
+            keepalive_timeout=KEEPALIVE,
+            shutdown_timeout=1.0,
+        )
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        try:
+            await web.TCPSite(runner, self.options.host, self.options.port).start()
+        except OSError as error:
+            raise self._cannot_listen(self.options.port, error) from error
+        port: int = runner.addresses[0][1]
+        return port
+
+    async def _listen_grpc(self, stack: contextlib.AsyncExitStack) -> int:
+        import grpc
+
+        server = grpc.aio.server(
+            maximum_concurrent_rpcs=CONCURRENT,
+            options=[
+                # Two servers must not share a port without a word.
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", self.options.max_body),
+                ("grpc.max_send_message_length", -1),
+            ],
+        )
+        server.add_generic_rpc_handlers(GrpcApi(self.state, self.log).handlers())
+        try:
+            port: int = server.add_insecure_port(f"{_host(self.options.host)}:{self.options.grpc_port}")
+        except RuntimeError as error:
+            raise self._cannot_listen(self.options.grpc_port, error) from error
+        await server.start()
+        stack.push_async_callback(server.stop, 1.0)
+        return port
+
+    def _cannot_listen(self, port: int, error: Exception) -> ServeError:
+        taken = isinstance(error, RuntimeError) or getattr(error, "errno", None) == errno.EADDRINUSE
+        reason = "something listens there already" if taken else str(error)
+        return ServeError(
+            f"cannot listen at {_host(self.options.host)}:{port}: {reason}; choose another port with --port and "
+            "--grpc-port, or another address with --host"
+        )
+
+    def _warn(self) -> None:
+        host = self.options.host
+        if host not in ("localhost", "::1") and not host.startswith("127."):
+            self.log.warning(
+                "open_to_others",
+                host=host,
+                reason="there is neither encryption nor a check of who asks; put a proxy before the server",
+            )
+
+    @contextlib.contextmanager
+    def _signals(self) -> Any:
+        """While open, the first SIGTERM or SIGINT asks the server to stop, and a second one not to wait."""
+        loop = asyncio.get_running_loop()
+
+        def received() -> None:
+            (self.insistent if self.signalled.is_set() else self.signalled).set()
+
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        before = {number: signal.getsignal(number) for number in numbers}
+        for number in numbers:
+            if platform.system() == "Windows":
+                signal.signal(number, lambda *_: loop.call_soon_threadsafe(received))
+            else:
+                loop.add_signal_handler(number, received)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                if platform.system() != "Windows":
+                    loop.remove_signal_handler(number)
+                signal.signal(number, before[number])
+
+
+async def _in_thread(function: Callable[[], Result]) -> Result:
+    """Run a function in a thread that does not keep the process from ending."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Result] = loop.create_future()
+
+    def settle(result: Result | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is None:
+            future.set_result(result)  # type: ignore[arg-type]
+        else:
+            future.set_exception(error)
+
+    def work() -> None:
+        result: Result | None = None
+        error: BaseException | None = None
+        try:
+            result = function()
+        except BaseException as problem:
+            error = problem
+        with contextlib.suppress(RuntimeError):  # the loop may be closed by now
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=work, name="startup", daemon=True).start()
+    return await future
+
+
+def _host(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

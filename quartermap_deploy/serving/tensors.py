@@ -1,0 +1,240 @@
+"""Tensors of the protocol: element types, shapes, and values as raw bytes and as JSON.
+
+Raw values are little-endian, row after row; of a string, its length in four bytes and then itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quartermap_deploy.serving.refusal import invalid
+
+BYTES = "BYTES"
+_NUMBERS: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "FP16": np.dtype("<f2")}
+_NAMES = {"float32": "FP32", "float16": "FP16"}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output of a model.
+
+    Attributes:
+        name: its name.
+        datatype: "FP32", "FP16" or "BYTES".
+        shape: its sizes; -1 for an open one. The first is the batch.
+        optional_sides: how many of the last sizes may be left out, each of them 1.
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    optional_sides: int = 0
+
+    def check(self, datatype: object, shape: object, max_batch: int) -> tuple[int, ...]:
+        """Check what a request says about this input, before any of its values are read.
+
+        Returns:
+            The shape.
+
+        Raises:
+            Refusal: if the model does not take it.
+        """
+        if datatype != self.datatype:
+            raise invalid(f"input {self.name!r} is {_short(datatype)}, the model takes {self.datatype}")
+        sizes = _sizes(self.name, shape)
+        takes = [self.shape[: len(self.shape) - cut] for cut in range(self.optional_sides + 1)]
+        if not any(_fits(sizes, expected) for expected in takes):
+            raise invalid(
+                f"input {self.name!r} has shape {_short(list(sizes))}, the model takes {list(self.shape)}, where -1 "
+                "is any size"
+            )
+        if sizes[0] == 0:
+            raise invalid(f"input {self.name!r} is an empty batch; send at least one image")
+        if sizes[0] > max_batch:
+            raise invalid(
+                f"input {self.name!r} is a batch of {sizes[0]}, at most {max_batch} are taken at once"
+            )
+        return sizes
+
+
+def datatype_of(element_type: str) -> str:
+    """The protocol's name of NumPy's float32 or float16."""
+    return _NAMES[element_type]
+
+
+def element_type_of(datatype: str) -> np.dtype[Any]:
+    """The element type of numbers."""
+    return _NUMBERS[datatype]
+
+
+def count_of(shape: Sequence[int]) -> int:
+    """How many values a shape has."""
+    # Not np.prod, which overflows without a word.
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def from_raw(spec: TensorSpec, shape: tuple[int, ...], data: memoryview) -> NDArray[Any]:
+    """Read raw values.
+
+    Raises:
+        Refusal: if their number does not fit the shape, or if a number is NaN or infinite.
+    """
+    if spec.datatype == BYTES:
+        return _strings(list(_split(spec.name, data, count_of(shape))), shape)
+    element = _NUMBERS[spec.datatype]
+    expected = count_of(shape) * element.itemsize
+    if len(data) != expected:
+        raise invalid(
+            f"input {spec.name!r} has {len(data)} bytes, its shape {list(shape)} of {spec.datatype} needs {expected}"
+        )
+    return _finite(spec.name, np.frombuffer(data, dtype=element).reshape(shape))
+
+
+def from_json(spec: TensorSpec, shape: tuple[int, ...], data: object) -> NDArray[Any]:
+    """Read values as JSON has them, in one list or in nested ones; strings are base64.
+
+    Raises:
+        Refusal: if they are no such values, their number does not fit the shape, or a number is NaN or infinite.
+    """
+    if not isinstance(data, list):
+        raise invalid(f"the data of input {spec.name!r} is no list")
+    if spec.datatype == BYTES:
+        try:
+            strings = [_base64(spec.name, item) for item in _flat(data)]
+        except RecursionError:
+            raise invalid(f"the data of input {spec.name!r} is nested too deeply") from None
+        return from_strings(spec, shape, strings)
+    try:
+        # Without an element type, so that text does not become numbers.
+        values = np.asarray(data)
+    except (ValueError, OverflowError):
+        values = np.empty(0, dtype=object)
+    if values.dtype.kind not in "fiu":
+        raise invalid(
+            f"the data of input {spec.name!r} has something other than numbers, or rows of unequal length"
+        )
+    return from_values(spec, shape, values)
+
+
+def from_values(spec: TensorSpec, shape: tuple[int, ...], values: NDArray[Any]) -> NDArray[Any]:
+    """Read numbers of any type.
+
+    Raises:
+        Refusal: if their number does not fit the shape, or one is NaN or infinite in the type of the input.
+    """
+    if values.size != count_of(shape):
+        raise invalid(
+            f"input {spec.name!r} has {values.size} values, its shape {list(shape)} needs {count_of(shape)}"
+        )
+    with np.errstate(over="ignore"):
+        return _finite(spec.name, values.astype(_NUMBERS[spec.datatype]).reshape(shape))
+
+
+def from_strings(spec: TensorSpec, shape: tuple[int, ...], strings: Sequence[bytes]) -> NDArray[Any]:
+    """Read strings.
+
+    Raises:
+        Refusal: if their number does not fit the shape.
+    """
+    if len(strings) != count_of(shape):
+        raise invalid(
+            f"input {spec.name!r} has {len(strings)} strings, its shape {list(shape)} needs {count_of(shape)}"
+        )
+    return _strings(strings, shape)
+
+
+def to_raw(values: NDArray[Any]) -> bytes:
+    """Write values as raw bytes."""
+    if values.dtype == object:
+        return b"".join(struct.pack("<I", len(item)) + item for item in values.reshape(-1))
+    return values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
+
+
+def to_json(values: NDArray[Any]) -> list[Any]:
+    """Write values as one list for JSON; strings are text."""
+    if values.dtype == object:
+        return [item.decode() for item in values.reshape(-1)]
+    items: list[Any] = values.reshape(-1).tolist()
+    return items
+
+
+def _sizes(name: str, shape: object) -> tuple[int, ...]:
+    whole = isinstance(shape, Sequence) and not isinstance(shape, (str, bytes))
+    if not whole or not all(type(size) is int and 0 <= size < 1 << 31 for size in shape):  # type: ignore[attr-defined]
+        raise invalid(f"the shape of input {name!r} is {_short(shape)}; expected a list of whole numbers")
+    return tuple(shape)  # type: ignore[arg-type]
+
+
+def _fits(sizes: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    # Only the batch may be 0, which has a message of its own.
+    return len(sizes) == len(expected) and all(
+        size == own or (own == -1 and (axis == 0 or size > 0))
+        for axis, (size, own) in enumerate(zip(sizes, expected, strict=True))
+    )
+
+
+def _finite(name: str, values: NDArray[Any]) -> NDArray[Any]:
+    if not np.isfinite(values).all():
+        raise invalid(f"input {name!r} has values that are NaN or infinite")
+    return values
+
+
+def _strings(strings: Iterable[bytes], shape: tuple[int, ...]) -> NDArray[Any]:
+    # Made empty first: NumPy would look into the strings, and drop the zeros at their ends.
+    items = list(strings)
+    values = np.empty(len(items), dtype=object)
+    values[:] = items
+    return values.reshape(shape)
+
+
+def _split(name: str, data: memoryview, count: int) -> Iterator[bytes]:
+    """Cut raw strings apart."""
+    position = 0
+    for _ in range(count):
+        if position + 4 > len(data):
+            raise invalid(f"input {name!r} ends before its {count} strings do")
+        (length,) = struct.unpack_from("<I", data, position)
+        position += 4
+        if position + length > len(data):
+            raise invalid(
+                f"a string of input {name!r} claims {length} bytes, and {len(data) - position} are left"
+            )
+        yield bytes(data[position : position + length])
+        position += length
+    if position != len(data):
+        raise invalid(f"input {name!r} goes on for {len(data) - position} bytes behind its {count} strings")
+
+
+def _flat(data: list[Any]) -> Iterator[Any]:
+    for item in data:
+        if isinstance(item, list):
+            yield from _flat(item)
+        else:
+            yield item
+
+
+def _base64(name: str, item: object) -> bytes:
+    try:
+        if isinstance(item, str):
+            return base64.b64decode(item, validate=True)
+    except (binascii.Error, ValueError):
+        pass
+    raise invalid(
+        f"the data of input {name!r} is not base64; send files as base64, or as binary data behind the JSON"
+    )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,276 @@
+"""The batcher by itself: what goes together, who gets which answer, and what happens to those that wait."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quartermap_deploy.errors import InputError
+from quartermap_deploy.serving.batcher import Batcher
+from quartermap_deploy.serving.refusal import Refusal
+from quartermap_deploy.serving.statistics import ModelStatistics, Timings, prometheus
+
+Array = np.ndarray[Any, Any]
+
+
+class Session:
+    """A session whose logits tell which image they belong to; it can be held, slowed down, or made to fail."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.sizes: list[int] = []
+        self.free = threading.Event()
+        self.free.set()
+        self.seconds = seconds
+        self.fails: Callable[[Array], Exception | None] = lambda images: None
+
+    def run(self, images: Array) -> Array:
+        self.free.wait(30)
+        time.sleep(self.seconds)
+        self.sizes.append(len(images))
+        if (error := self.fails(images)) is not None:
+            raise error
+        first = images.reshape(len(images), -1)[:, 0]
+        return np.stack([first, -first], axis=1)
+
+
+def images(*values: float, side: int = 2) -> Array:
+    return np.stack([np.full((1, side, side), value, np.float32) for value in values])
+
+
+def run(work: Callable[[Batcher], Coroutine[Any, Any, Any]], *sessions: Session, **settings: Any) -> Any:
+    """Run a coroutine with a batcher, and stop that afterwards."""
+
+    async def inside() -> Any:
+        wanted = {"max_batch": 4, "max_delay": 0.0, "queue": 64, **settings}
+        batcher = Batcher(sessions, wanted.pop("statistics", ModelStatistics("m", "1")), **wanted)
+        try:
+            return await asyncio.wait_for(work(batcher), 30)
+        finally:
+            for session in sessions:
+                session.free.set()
+            assert await batcher.stop(10)
+
+    return asyncio.run(inside())
+
+
+async def held(batcher: Batcher, session: Session) -> asyncio.Task[Any]:
+    """Keep the worker busy with one image, and return its task."""
+    session.free.clear()
+    task = asyncio.ensure_future(batcher.run(images(0)))
+    while batcher.waiting or not task.get_coro():
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.02)
+    return task
+
+
+def test_what_waits_goes_together_and_everyone_gets_their_own() -> None:
+    session = Session()
+
+    async def work(batcher: Batcher) -> None:
+        first = await held(batcher, session)
+        calls = [
+            asyncio.ensure_future(batcher.run(images(*values))) for values in ((1,), (2, 3), (4,), (5, 6, 7))
+        ]
+        await asyncio.sleep(0.02)
+        assert batcher.waiting == 7
+        session.free.set()
+        await first
+        found = [(await call)[0][:, 0].tolist() for call in calls]
+        assert found == [[1], [2, 3], [4], [5, 6, 7]]
+
+    run(work, session)
+    assert session.sizes == [1, 4, 3]
+
+
+def test_a_delay_lets_others_join_and_a_full_batch_does_not_wait() -> None:
+    session = Session()
+
+    async def work(batcher: Batcher) -> float:
+        start = time.monotonic()
+        one = asyncio.ensure_future(batcher.run(images(1)))
+        await asyncio.sleep(0.05)
+        await asyncio.gather(one, batcher.run(images(2, 3, 4)))
+        return time.monotonic() - start
+
+    assert run(work, session, max_delay=10.0) < 5
+    assert session.sizes == [4]
+
+
+def test_an_image_does_not_wait_longer_than_the_delay() -> None:
+    session = Session()
+
+    async def work(batcher: Batcher) -> Timings:
+        timings: Timings = (await batcher.run(images(1)))[1]
+        return timings
+
+    assert 0.2e9 <= run(work, session, max_delay=0.2).queue < 5e9
+
+
+def test_images_of_other_sizes_are_no_part_of_a_batch() -> None:
+    session = Session()
+
+    async def work(batcher: Batcher) -> list[list[float]]:
+        first = await held(batcher, session)
+        calls = [asyncio.ensure_future(batcher.run(images(side, side=side))) for side in (2, 2, 3, 2)]
+        await asyncio.sleep(0.02)
+        session.free.set()
+        await first
+        return [(await call)[0][:, 0].tolist() for call in calls]
+
+    assert run(work, session) == [[2], [2], [3], [2]]
+    assert session.sizes == [1, 2, 1, 1]
+
+
+def test_a_full_queue_refuses_and_takes_again_when_there_is_room() -> None:
+    session = Session()
+
+    async def work(batcher: Batcher) -> None:
+        first = await held(batcher, session)
+        waiting = [asyncio.ensure_future(batcher.run(images(value))) for value in (1, 2, 3, 4)]
+        await asyncio.sleep(0.02)
+        with pytest.raises(Refusal) as caught:
+            await batcher.run(images(5))
+        assert (caught.value.status, caught.value.retry_after) == (503, 1)
+        session.free.set()
+        await asyncio.gather(first, *waiting)
+        assert (await batcher.run(images(5)))[0][0, 0] == 5
+
+    run(work, session, queue=4)
+
+
+def test_a_request_that_is_given_up_is_not_run() -> None:
+    session = Session()
+
+    async def work(batcher: Batcher) -> None:
+        first = await held(batcher, session)
+        gone, stays = (asyncio.ensure_future(batcher.run(images(value))) for value in (1, 2))
+        await asyncio.sleep(0.02)
+        gone.cancel()
+        await asyncio.sleep(0.02)
+        assert batcher.waiting == 1
+        first.cancel()  # runs already, and its answer is for nobody
+        session.free.set()
+        assert (await stays)[0][0, 0] == 2
+
+    run(work, session)
+    assert session.sizes == [1, 1]
+
+
+def test_one_that_fails_does_not_take_others_along() -> None:
+    session, told = Session(), []
+    session.fails = lambda batch: RuntimeError("not this one") if (batch == 2).any() else None
+
+    async def work(batcher: Batcher) -> list[Any]:
+        first = await held(batcher, session)
+        calls = [asyncio.ensure_future(batcher.run(images(value))) for value in (1, 2, 3)]
+        await asyncio.sleep(0.02)
+        session.free.set()
+        await first
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    one, two, three = run(work, session, on_error=told.append)
+    assert one[0][0, 0] == 1 and three[0][0, 0] == 3
+    assert two.status == 500 and "not this one" in two.message
+    assert [str(error) for error in told] == ["not this one"]
+
+
+def test_what_the_session_refuses_is_the_clients_fault() -> None:
+    session = Session()
+    session.fails = lambda batch: InputError("too wide")
+
+    async def work(batcher: Batcher) -> None:
+        await batcher.run(images(1))
+
+    with pytest.raises(Refusal, match="too wide") as caught:
+        run(work, session)
+    assert caught.value.status == 400
+
+
+def test_logits_that_are_no_numbers_are_an_error_of_their_own_request() -> None:
+    session = Session()
+
+    async def work(batcher: Batcher) -> list[Any]:
+        first = await held(batcher, session)
+        calls = [asyncio.ensure_future(batcher.run(images(value))) for value in (1, np.inf, 3)]
+        await asyncio.sleep(0.02)
+        session.free.set()
+        await first
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    one, two, three = run(work, session)
+    assert one[0][0, 0] == 1 and three[0][0, 0] == 3 and "NaN or infinite" in two.message
+
+
+def test_stopping_answers_what_waits_and_takes_no_more() -> None:
+    session = Session(seconds=0.02)
+
+    async def work(batcher: Batcher) -> list[float]:
+        calls = [asyncio.ensure_future(batcher.run(images(value, value))) for value in range(6)]
+        await asyncio.sleep(0)
+        assert await batcher.stop(10)
+        with pytest.raises(Refusal, match="stopping"):
+            await batcher.run(images(9))
+        return [float((await call)[0][0, 0]) for call in calls]
+
+    assert run(work, session, max_delay=60.0) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_session_that_never_returns_does_not_hold_up_the_end_for_ever() -> None:
+    session = Session()
+
+    async def work(batcher: Batcher) -> None:
+        first = await held(batcher, session)
+        assert not await batcher.stop(0.05)
+        session.free.set()
+        await first
+
+    run(work, session)
+
+
+@settings(max_examples=15)
+@given(
+    st.lists(st.integers(1, 4), min_size=1, max_size=40),
+    st.integers(1, 3),
+    st.sampled_from([0.0, 0.002]),
+)
+def test_every_request_gets_its_own_answer_once(sizes: list[int], workers: int, delay: float) -> None:
+    sessions = [Session(seconds=0.0005) for _ in range(workers)]
+    statistics = ModelStatistics("m", "1")
+
+    async def work(batcher: Batcher) -> None:
+        async def one(place: int, size: int) -> None:
+            await asyncio.sleep(0.0003 * (place % 5))
+            values = [100 * place + offset for offset in range(size)]
+            logits, timings = await batcher.run(images(*values))
+            assert logits[:, 0].tolist() == values
+            assert min(timings.queue, timings.input, timings.infer, timings.output) >= 0
+
+        await asyncio.gather(*(one(place, size) for place, size in enumerate(sizes)))
+        assert batcher.waiting == 0 and statistics.pending == 0
+
+    run(work, *sessions, max_delay=delay, queue=1000, statistics=statistics)
+    ran = [size for session in sessions for size in session.sizes]
+    assert sum(ran) == sum(sizes) and max(ran) <= 4 and len(ran) == statistics.executions
+    assert sum(size * batch.infer.count for size, batch in statistics.batches.items()) == sum(sizes)
+
+
+def test_metrics_have_a_head_for_each_name_and_a_line_for_each_model() -> None:
+    one, two = ModelStatistics("one", "1"), ModelStatistics("two", "1")
+    one.succeeded(3, 5_000_000, Timings(1000, 2000, 3_000_000, 4000))
+    lines = prometheus([one, two]).splitlines()
+    assert 'nv_inference_count{model="one",version="1"} 3' in lines
+    assert 'nv_inference_request_duration_us{model="one",version="1"} 5000' in lines
+    assert 'nv_inference_compute_infer_duration_us{model="one",version="1"} 3000' in lines
+    assert 'nv_inference_request_success{model="two",version="1"} 0' in lines
+    assert sum(line.startswith("# TYPE") for line in lines) == sum(
+        line.startswith("# HELP") for line in lines
+    )
+    assert len(lines) == 4 * sum(line.startswith("# TYPE") for line in lines)

@@ -1,0 +1,491 @@
+"""Clients that do what they should not, while others go on as usual: all on the loopback, and bounded."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import io
+import json
+import random
+import socket
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from deploy_bundles import dynamic_bundle
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from served import (
+    IMAGE_MODEL,
+    MODEL,
+    Array,
+    Served,
+    ask,
+    close,
+    digits,
+    file_of,
+    files,
+    form,
+    prepared,
+    serving,
+    tensor,
+)
+
+import quartermap_deploy as qm
+
+grpc = pytest.importorskip("grpc", reason="the extra serve is not installed")
+tritonhttp = pytest.importorskip("tritonclient.http", reason="tritonclient[http] is not installed")
+tritongrpc = pytest.importorskip("tritonclient.grpc", reason="tritonclient[grpc] is not installed")
+from tritonclient.utils import InferenceServerException  # noqa: E402
+
+INFER = f"/v2/models/{MODEL}/infer"
+
+
+class Bystander:
+    """A client that asks again and again, and knows the answer; what goes wrong with it is kept."""
+
+    def __init__(self, server: Served) -> None:
+        self.images = prepared(digits(1)[0])
+        self.expected = qm.load_bundle(dynamic_bundle()).run(self.images)
+        self.server, self.answers, self.problems = server, 0, []  # type: ignore[var-annotated]
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._ask, daemon=True)
+
+    def _ask(self) -> None:
+        with tritonhttp.InferenceServerClient(self.server.http, network_timeout=60) as client:
+            while not self._stop.is_set():
+                try:
+                    answer = client.infer(MODEL, [tensor(tritonhttp, "images", self.images)])
+                    assert close(answer.as_numpy("logits"), self.expected)
+                    self.answers += 1
+                except Exception as problem:
+                    self.problems.append(repr(problem))
+                    return
+                time.sleep(0.02)
+
+    def __enter__(self) -> Bystander:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        before = self.answers
+        deadline = time.monotonic() + 60
+        while self.answers < before + 2 and not self.problems and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self._stop.set()
+        self._thread.join(60)
+        assert not self.problems and self.answers >= before + 2, self.problems
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Served]:
+    arguments = ["--max-body-mb", 2, "--receive-timeout", 1.5, "--queue", 16, "--max-delay-ms", 0]
+    with serving(dynamic_bundle(), *arguments) as running:
+        yield running
+
+
+@pytest.fixture
+def bystander(server: Served) -> Iterator[Bystander]:
+    with Bystander(server) as other:
+        yield other
+
+
+def message_of(body: bytes) -> str:
+    """The error that an answer of the protocol tells."""
+    found = json.loads(body)
+    assert list(found) == ["error"]
+    return str(found["error"])
+
+
+def infer_body(images: Array) -> tuple[bytes, str]:
+    """A right request, with the length of its JSON."""
+    entry = {"name": "images", "shape": list(images.shape), "datatype": "FP32"}
+    entry["parameters"] = {"binary_data_size": images.nbytes}  # type: ignore[assignment]
+    head = json.dumps({"inputs": [entry]}).encode()
+    return head + images.tobytes(), str(len(head))
+
+
+# Paths and methods ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "message"),
+    [
+        ("GET", "/v2/models/nobody", 404, "unknown model 'nobody'"),
+        ("GET", f"/v2/models/{MODEL}/versions/2", 404, "no version '2'"),
+        ("POST", "/v2/models/nobody/infer", 404, "unknown model"),
+        ("GET", INFER, 405, "does not take GET"),
+        ("POST", "/metrics", 405, "does not take POST"),
+        ("GET", "/nowhere", 404, "there is no /nowhere"),
+        ("GET", "/../../../../etc/passwd", 404, ""),
+        ("GET", "/v2/models/../../../etc/passwd", 404, ""),
+        ("GET", "/v2/models/..%2f..%2f..%2fetc%2fpasswd", 404, ""),
+        ("GET", "/v2/models/%2e%2e/%2e%2e/etc/passwd", 404, ""),
+        ("GET", "/manifest.json", 404, ""),
+        ("GET", "//etc/passwd", 404, ""),
+        ("POST", "/v2/repository/models/x/load", 404, ""),
+        ("GET", "/v2/models/%00%ff", 404, ""),
+    ],
+)
+def test_paths_that_lead_nowhere(server: Served, method: str, path: str, status: int, message: str) -> None:
+    found, headers, body = ask(server, method, path, b"" if method == "POST" else None)
+    assert found == status and headers["content-type"] == "application/json"
+    assert message in message_of(body) and b"root:" not in body
+
+
+# Bodies ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_body_over_the_limit_is_refused_before_it_is_read(server: Served, bystander: Bystander) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {10**12}\r\n\r\n"
+        connection.sendall(head.encode())
+        answer = connection.recv(65536)
+    assert b" 413 " in answer and b"at most 2,097,152 bytes" in answer
+
+
+def test_a_body_over_the_limit_in_chunks_is_refused(server: Served, bystander: Bystander) -> None:
+    connection = http.client.HTTPConnection(server.http, timeout=30)
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        connection.request(
+            "POST",
+            INFER,
+            iter([b"x" * 65536] * 40),
+            encode_chunked=True,
+            headers={"Transfer-Encoding": "chunked"},
+        )
+    answer = connection.getresponse()
+    assert answer.status == 413 and "is larger" in message_of(answer.read())
+    connection.close()
+
+
+def test_a_small_body_that_unpacks_into_a_large_one_is_refused(server: Served, bystander: Bystander) -> None:
+    packed = zlib.compress(bytes(200 << 20), 9)
+    assert len(packed) < 1 << 20
+    status, _, body = ask(server, "POST", INFER, packed, Content_Encoding="deflate")
+    assert status == 413, body
+
+
+def test_a_body_that_is_not_compressed_as_it_says_is_refused(server: Served) -> None:
+    status, _, body = ask(server, "POST", INFER, b"this is no gzip", Content_Encoding="gzip")
+    assert status == 400 and "cannot be read" in message_of(body)
+
+
+def test_broken_chunks_are_refused(server: Served) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nnot a length\r\n"
+        connection.sendall(head.encode())
+        assert b" 400 " in connection.recv(65536)
+
+
+def test_what_is_no_http_is_refused(server: Served, bystander: Bystander) -> None:
+    for junk in (
+        b"\0\1\2\3\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 9,
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    ):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            connection.sendall(junk)
+            connection.shutdown(socket.SHUT_WR)
+            answer = connection.recv(65536)
+            assert answer == b"" or b" 400 " in answer, answer
+
+
+def test_slow_senders_get_an_answer_in_time_and_hold_up_nobody(server: Served, bystander: Bystander) -> None:
+    body, length = infer_body(bystander.images)
+    with contextlib.ExitStack() as stack:
+        connections = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=30))
+            for _ in range(20)
+        ]
+        head = (
+            f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+            f"Inference-Header-Content-Length: {length}\r\n\r\n"
+        )
+        start = time.monotonic()
+        for connection in connections:
+            connection.sendall(head.encode())
+        for place in range(10):
+            for connection in connections:
+                connection.sendall(body[place : place + 1])
+            time.sleep(0.05)
+        for connection in connections:
+            answer = connection.recv(65536)
+            assert b" 408 " in answer and b"did not come within 1.5 s" in answer
+            while answer:
+                answer = connection.recv(65536)
+        assert time.monotonic() - start < 20
+
+
+def test_half_sent_bodies_and_clients_that_go_away(server: Served, bystander: Bystander) -> None:
+    body, length = infer_body(np.repeat(bystander.images, 8, axis=0))
+    head = (
+        f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+        f"Inference-Header-Content-Length: {length}\r\n\r\n"
+    ).encode()
+    whole = head + body
+    order = random.Random(0)
+    for _ in range(40):
+        connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+        if order.random() < 0.5:
+            # Without this the system says goodbye politely; with it, the connection is simply gone.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        cut = order.choice([0, 10, len(head), len(head) + 1000, len(whole) - 1, len(whole)])
+        connection.sendall(whole[:cut])
+        time.sleep(order.choice([0, 0.01]))
+        connection.close()
+
+
+def test_grpc_clients_that_give_up(server: Served, bystander: Bystander) -> None:
+    eight = np.repeat(bystander.images, 8, axis=0)
+    outcomes = []
+    with tritongrpc.InferenceServerClient(server.grpc) as client:
+        for _ in range(20):
+            try:
+                client.infer(MODEL, [tensor(tritongrpc, "images", eight)], client_timeout=0.005)
+                outcomes.append("answered")
+            except InferenceServerException as error:
+                outcomes.append(str(error.status()))
+        assert set(outcomes) <= {"answered", "StatusCode.DEADLINE_EXCEEDED", "StatusCode.UNAVAILABLE"}
+        assert "StatusCode.DEADLINE_EXCEEDED" in outcomes
+        assert close(
+            client.infer(MODEL, [tensor(tritongrpc, "images", bystander.images)]).as_numpy("logits"),
+            bystander.expected,
+        )
+
+
+def test_a_grpc_message_over_the_limit_is_refused(server: Served, bystander: Bystander) -> None:
+    with tritongrpc.InferenceServerClient(server.grpc) as client:
+        many = np.zeros((64, 3, 64, 64), np.float32)
+        with pytest.raises(InferenceServerException, match=r"larger than max|RESOURCE_EXHAUSTED"):
+            client.infer(MODEL, [tensor(tritongrpc, "images", many)])
+
+
+def test_grpc_messages_that_are_none(server: Served, bystander: Bystander) -> None:
+    with grpc.insecure_channel(server.grpc) as channel:
+        call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        for junk in (b"\xff" * 40, b"\x0a\xff\xff\xff\x7f", b"\x08"):
+            with pytest.raises(grpc.RpcError) as caught:
+                call(junk)
+            assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        with pytest.raises(grpc.RpcError) as caught:
+            channel.unary_unary("/inference.GRPCInferenceService/NoSuchCall")(b"")
+        assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+# Requests -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_wrong_requests_get_clear_errors(server: Served, bystander: Bystander, protocol: str) -> None:
+    module = {"http": tritonhttp, "grpc": tritongrpc}[protocol]
+    address = {"http": server.http, "grpc": server.grpc}[protocol]
+    one = bystander.images
+    cases: list[tuple[str, str, Array, str]] = [
+        (MODEL, "image", one, "unknown input 'image'; the model takes 'images'"),
+        ("vmamba", "images", one, f"unknown model 'vmamba'; there are '{MODEL}'"),
+        (MODEL, "images", one.astype(np.float64), "'FP64', the model takes FP32"),
+        (MODEL, "images", one.astype(np.uint8), "'UINT8', the model takes FP32"),
+        (MODEL, "images", one[0], "shape [3, 64, 64], the model takes [-1, 3, 64, 64]"),
+        (MODEL, "images", one[:, :, :, :32], "shape [1, 3, 64, 32]"),
+        (MODEL, "images", one[:0], "an empty batch"),
+        (MODEL, "images", np.repeat(one, 9, axis=0), "a batch of 9, at most 8"),
+        (MODEL, "images", np.full_like(one, np.nan), "NaN or infinite"),
+        (MODEL, "images", np.full_like(one, np.inf), "NaN or infinite"),
+        (IMAGE_MODEL, "image", files(b"no image"), "image 1 of 8 bytes cannot be read as JPEG or PNG"),
+        (IMAGE_MODEL, "image", files(file_of(digits(1)[0][0]), b""), "image 2 is empty"),
+        (IMAGE_MODEL, "image", files(*[b""] * 9), "a batch of 9, at most 8"),
+    ]
+    with module.InferenceServerClient(address) as client:
+        for model, name, values, message in cases:
+            with pytest.raises(InferenceServerException) as caught:
+                client.infer(model, [tensor(module, name, np.ascontiguousarray(values))])
+            assert message in str(caught.value.message()), (message, caught.value)
+        with pytest.raises(InferenceServerException, match="unknown output"):
+            output = module.InferRequestedOutput("classes")
+            client.infer(MODEL, [tensor(module, "images", one)], outputs=[output])
+
+
+def test_a_full_queue_is_said_with_the_time_to_come_back(server: Served) -> None:
+    """Each of 40 clients sends 8 images at once; 16 may wait."""
+    body, length = infer_body(np.repeat(prepared(digits(1)[0]), 8, axis=0))
+    answers: list[tuple[int, dict[str, str], bytes]] = []
+
+    def send() -> None:
+        answers.append(ask(server, "POST", INFER, body, Inference_Header_Content_Length=length))
+
+    for _ in range(5):
+        threads = [threading.Thread(target=send) for _ in range(40)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        refused = [answer for answer in answers if answer[0] == 503]
+        if refused:
+            break
+    assert {status for status, _, _ in answers} == {200, 503}
+    assert all(headers["retry-after"] == "1" for _, headers, _ in refused)
+    assert "at most 16 do" in message_of(refused[0][2])
+
+
+# Images ---------------------------------------------------------------------------------------------------------
+
+
+def png(width: int, height: int, data: bytes = b"", color: int = 0) -> bytes:
+    """A PNG file of any size with any data, right but for these."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    head = struct.pack(">IIBBBBB", width, height, 8, color, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(data))
+        + chunk(b"IEND", b"")
+    )
+
+
+def other_format(kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, kind)
+    return file.getvalue()
+
+
+TRUNCATED = file_of(np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8), "JPEG")[:4000]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (png(30_000, 30_000), "30000 x 30000 pixels, at most 50,000,000"),
+        (png(2**31 - 1, 2**31 - 1), "pixels"),
+        (png(100, 100, b"\0" * 50), "cannot be taken"),
+        (TRUNCATED, "cannot be taken"),
+        (b"GIF89a" + bytes(100), "cannot be read as JPEG or PNG"),
+        (other_format("BMP"), "cannot be read as JPEG or PNG"),
+        (other_format("TIFF"), "cannot be read as JPEG or PNG"),
+        (b"<svg/>", "cannot be read as JPEG or PNG"),
+        (b"\x89PNG\r\n\x1a\n", "cannot be read as JPEG or PNG"),
+        (b"", "is empty"),
+    ],
+)
+def test_files_that_are_no_images_or_bombs(
+    server: Served, bystander: Bystander, data: bytes, message: str
+) -> None:
+    for kind in ("image/png", None):
+        body, content_type = (data, kind) if kind else form(("x.png", data))
+        status, _, answer = ask(server, "POST", "/classify", body, Content_Type=str(content_type))
+        assert status == 400
+        assert message in message_of(answer) or "cannot be" in message_of(answer), answer
+
+
+def test_a_file_that_unpacks_into_much_text_is_refused(server: Served, bystander: Bystander) -> None:
+    bomb = zlib.compress(bytes(300 << 20), 9)
+    text = b"zTXt" + b"x\0\0" + bomb
+    chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    whole = file_of(np.zeros((8, 8), np.uint8))
+    end = whole.index(b"IDAT") - 4
+    status, _, answer = ask(
+        server, "POST", "/classify", whole[:end] + chunk + whole[end:], Content_Type="image/png"
+    )
+    assert status == 400 and "cannot be" in message_of(answer), answer
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status", "message"),
+    [
+        (b"x", "text/plain", 415, "send a form with files"),
+        (b"x", "", 400, "cannot be read as JPEG or PNG"),
+        (b"", "multipart/form-data", 400, "boundary"),
+        (b"", "multipart/form-data; boundary=x", 400, ""),
+        (b"--x--\r\n", "multipart/form-data; boundary=x", 400, "no file"),
+        (b"junk", "multipart/form-data; boundary=x", 400, ""),
+        (
+            b"--x\r\nContent-Disposition: form-data; name=a\r\n\r\nb\r\n--x--\r\n",
+            "multipart/form-data; boundary=x",
+            400,
+            "no file",
+        ),
+        (
+            b"--x\r\nContent-Type: multipart/mixed; boundary=y\r\n\r\n--y--\r\n--x--\r\n",
+            "multipart/form-data; boundary=x",
+            400,
+            "a form in it",
+        ),
+        (form(*[("a", b"")] * 9)[0], "multipart/form-data; boundary=x", 400, "a batch of 9"),
+    ],
+)
+def test_uploads_that_are_none(server: Served, body: bytes, kind: str, status: int, message: str) -> None:
+    found, _, answer = ask(server, "POST", "/classify", body, **({"Content_Type": kind} if kind else {}))
+    assert found == status and message in message_of(answer), answer
+
+
+def test_top_has_to_be_a_number_of_classes(server: Served) -> None:
+    file = file_of(digits(1)[0][0])
+    for top in ("0", "-1", "x", "1e3", "9999999999999"):
+        status, _, answer = ask(server, "POST", f"/classify?top={top}", file, Content_Type="image/png")
+        assert status == 400 and "number of classes" in message_of(answer)
+    status, _, answer = ask(server, "POST", "/classify?top=99", file, Content_Type="image/png")
+    assert status == 200 and len(json.loads(answer)["images"][0]["classes"]) == 10
+
+
+# Anything -------------------------------------------------------------------------------------------------------
+
+PATHS = st.sampled_from(
+    ["/", "/metrics", "/classify", "/v2", INFER, f"/v2/models/{IMAGE_MODEL}/infer", "/status"]
+)
+
+
+@settings(max_examples=30)
+@given(
+    st.sampled_from(["GET", "POST", "PUT", "OPTIONS", "HEAD"]),
+    PATHS
+    | st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=30).map(lambda text: "/" + text),
+    st.dictionaries(
+        st.sampled_from(
+            ["Content-Type", "Inference-Header-Content-Length", "Content-Encoding", "Accept-Encoding"]
+        ),
+        st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=30),
+        max_size=3,
+    ),
+    st.binary(max_size=300),
+)
+def test_any_request_gets_an_answer(
+    server: Served, method: str, path: str, headers: dict[str, str], body: bytes
+) -> None:
+    connection = http.client.HTTPConnection(server.http, timeout=30)
+    try:
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        text = answer.read()
+    finally:
+        connection.close()
+    assert answer.status != 500, (text, server.said("defect"))
+    if answer.status >= 400 and method != "HEAD" and answer.getheader("Content-Type") == "application/json":
+        assert message_of(text)
+
+
+def test_after_all_that_the_server_holds_no_more_than_before(server: Served) -> None:
+    from pathlib import Path
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("only Linux tells how many files a process has open")
+    open_files = Path(f"/proc/{server.process.pid}/fd")
+    images = prepared(digits(1)[0])
+    with tritonhttp.InferenceServerClient(server.http) as client:
+        client.infer(MODEL, [tensor(tritonhttp, "images", images)])
+    deadline = time.monotonic() + 30
+    while len(list(open_files.iterdir())) > 60 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert len(list(open_files.iterdir())) <= 60
+    status = json.loads(ask(server, "GET", "/status")[2])
+    assert status["phase"] == "ready" and not server.said("defect")

@@ -1,0 +1,293 @@
+"""Starting and stopping: who is served, who is not, and that no accepted request is lost on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from deploy_bundles import change_manifest, dynamic_bundle
+from served import IMAGE_MODEL, MODEL, Served, ask, close, digits, prepared, serving
+
+import quartermap_deploy as qm
+
+grpc = pytest.importorskip("grpc", reason="the extra serve is not installed")
+pytest.importorskip("tritonclient.http", reason="tritonclient[http] is not installed")
+pytest.importorskip("tritonclient.grpc", reason="tritonclient[grpc] is not installed")
+from crowd import Crowd  # noqa: E402
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A bundle that may be spoilt."""
+    return Path(shutil.copytree(dynamic_bundle(), tmp_path / "bundle"))
+
+
+def refused(*arguments: object) -> str:
+    """Start a server that must end with exit code 2; returns what it says."""
+    server = Served(*arguments)  # type: ignore[arg-type]
+    assert server.wait(120) == 2, (server.events, server.other)
+    assert not server.said("ready")
+    (line,) = server.other
+    assert line.startswith("quartermap: error: ")
+    return line
+
+
+# Starting -------------------------------------------------------------------------------------------------------
+
+
+def test_golden_outputs_that_do_not_match_are_never_served(copy: Path) -> None:
+    """The hashes are right, the numbers are not: what a wrong runtime on this machine would look like."""
+    path = copy / "golden_outputs.json"
+    spoilt = json.loads(path.read_text())
+    ((_, iterations),) = spoilt["lst"]
+    first, _, third = (iteration["outputs"]["logits"] for iteration in iterations)
+    # The outputs of the first and the third case, digits and zeros, have one shape.
+    first["values"], third["values"] = third["values"], first["values"]
+    path.write_text(json.dumps(spoilt))
+    change_manifest(copy)
+    server = Served(copy)
+    listening = server.until("listening")
+    found = set()
+    while server.process.poll() is None:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            found.add(ask(server, "GET", "/v2/health/ready")[0])
+            found.add(ask(server, "POST", f"/v2/models/{MODEL}/infer", b"{}")[0])
+    assert server.wait() == 2 and found == {503} and listening
+    (line,) = server.other
+    assert "departs from the golden outputs on 'images'" in line and "quartermap validate" in line
+
+
+def test_it_is_alive_but_not_ready_while_it_loads(copy: Path) -> None:
+    server = Served(copy)
+    try:
+        server.until("listening")
+        if not server.said("ready"):
+            assert ask(server, "GET", "/v2/health/live")[0] == 200
+            status, _, body = ask(server, "GET", "/v2/health/ready")
+            assert (status, json.loads(body)["phase"]) in ((503, "starting"), (200, "ready"))
+        server.until("ready")
+        assert ask(server, "GET", "/v2/health/ready")[0] == 200
+        (passed,) = server.said("golden_inputs_passed")
+        assert passed["worst_relative_error"] < 1e-4
+    finally:
+        assert server.stop() == 0
+
+
+def test_a_signal_while_it_loads_ends_it_well(copy: Path) -> None:
+    server = Served(copy)
+    server.until("listening")
+    assert server.stop() == 0 and server.said("stopped")
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "golden_outputs.json"])
+def test_damaged_files_are_refused(copy: Path, name: str) -> None:
+    with (copy / name).open("r+b") as file:
+        file.seek(100)
+        file.write(b"damage")
+    assert f"{name} in the bundle" in refused(copy)
+
+
+def test_ports_that_are_taken_are_refused(copy: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"cannot listen at 127.0.0.1:{port}: something listens there" in refused(copy, "--port", port)
+        assert f"cannot listen at 127.0.0.1:{port}: something listens there" in refused(
+            copy, "--grpc-port", port
+        )
+
+
+def test_bad_options_are_refused(copy: Path) -> None:
+    for arguments, message in (
+        (["--target", "tensorrt"], "unknown target of bundle 'tensorrt'"),
+        (["--port", "70000"], "expected 0 to 65535"),
+        (["--queue", "4"], "holds no batch of 8"),
+        (["--max-delay-ms", "-1"], "no number of milliseconds"),
+        (["--workers", "0"], "at least 1"),
+        (["--host", "256.0.0.1"], "cannot listen"),
+    ):
+        assert message in refused(copy, *arguments), arguments
+    assert "there is no bundle" in refused(copy / "nowhere")
+
+
+def test_an_engine_without_a_gpu_is_refused(copy: Path, tmp_path: Path) -> None:
+    from deploy_bundles import with_engine
+
+    engine = with_engine(copy, tmp_path / "engine")
+    server = Served(engine, "--target", "tensorrt")
+    assert server.wait(120) == 2 and not server.said("ready") and "tensorrt" in server.other[0].lower()
+
+
+def test_without_the_extra_the_error_says_how_to_get_it(copy: Path) -> None:
+    script = (
+        "import sys; sys.modules['aiohttp'] = None\n"
+        "from quartermap_deploy.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", script, "serve", str(copy)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2 and "pip install 'quartermap-deploy[serve]'" in done.stderr
+
+
+def test_serving_imports_no_torch_even_where_it_is_installed(copy: Path) -> None:
+    script = (
+        "import os, signal, sys, threading, urllib.request\n"
+        "from quartermap_deploy.cli import main\n"
+        "from quartermap_deploy.cli import serve as command\n"
+        "import quartermap_deploy.serving.server as server\n"
+        "def ready(values, quiet=[]):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "command.print_json = ready\n"
+        "code = main(['serve', sys.argv[1], '--port', '0', '--grpc-port', '0', '--json'])\n"
+        "heavy = sorted({'torch', 'onnx', 'polygraphy', 'sklearn'} & set(sys.modules))\n"
+        "sys.exit(f'imported: {heavy}' if heavy else code)\n"
+    )
+    command = [sys.executable, "-c", script, str(copy)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_addresses_are_printed_once_it_is_ready(copy: Path) -> None:
+    server = Served(copy, "--json", "--workers", 2)
+    server.until("ready")
+    assert server.stop(signal.SIGINT) == 0
+    assert server.process.stdout is not None
+    printed = json.loads(server.process.stdout.read())
+    assert printed["http"] == f"http://{server.http}" and printed["models"] == [MODEL, IMAGE_MODEL]
+
+
+def test_a_host_that_others_reach_is_warned_of(copy: Path) -> None:
+    with serving(copy, "--host", "0.0.0.0") as server:
+        assert server.said("open_to_others")
+    with serving(copy, "--host", "localhost") as server:
+        assert not server.said("open_to_others")
+
+
+def test_log_lines_stay_whole_and_of_one_line(copy: Path) -> None:
+    with serving(copy) as server:
+        ask(server, "POST", "/v2/models/x%0A%7B%22event%22/infer", b"")
+        status, _, _ = ask(
+            server, "POST", f"/v2/models/{MODEL}/infer", b'{"inputs": [{"name": "\\u000a\\u001b[31m"}]}'
+        )
+        assert status == 400
+        entry = server.until("refused")
+        assert {"time", "level", "path", "status", "reason"} <= set(entry)
+
+
+# Stopping -------------------------------------------------------------------------------------------------------
+
+
+def count_of_answers(server: Served) -> dict[str, int]:
+    """How many requests each model has answered, as its statistics tell."""
+    stats = json.loads(ask(server, "GET", "/v2/models/stats")[2])["model_stats"]
+    return {entry["name"]: entry["inference_stats"]["success"]["count"] for entry in stats}
+
+
+def test_mixed_requests_each_get_their_own_answer() -> None:
+    """A small run of what benchmarks/serving.py does with 10,000 requests from 32 clients."""
+    with serving(dynamic_bundle(), "--queue", 512) as server:
+        crowd = Crowd(server, qm.load_bundle(dynamic_bundle()), clients=8)
+        crowd.run(240)
+        assert crowd.wrong == [] and crowd.outcomes == {"answered": 240}
+        counted = count_of_answers(server)
+    assert counted[IMAGE_MODEL] == crowd.by_model[IMAGE_MODEL]
+    # Those of the image model have come by the model itself, too.
+    assert counted[MODEL] == crowd.by_model[MODEL] + crowd.by_model[IMAGE_MODEL]
+
+
+def test_a_signal_under_load_loses_nothing_that_was_accepted() -> None:
+    server = Served(dynamic_bundle(), "--queue", 512, "--shutdown-timeout", 60)
+    try:
+        server.until("ready")
+        crowd = Crowd(server, qm.load_bundle(dynamic_bundle()), clients=12, seed=1)
+        thread = threading.Thread(target=crowd.run, args=(100_000,))
+        thread.start()
+        deadline = time.monotonic() + 60
+        while crowd.outcomes["answered"] < 40 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        start = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - start < 60
+    finally:
+        crowd.stop.set()
+        thread.join(60)
+        if server.process.poll() is None:
+            server.process.kill()
+    (stopped,) = server.said("stopped")
+    assert stopped["still_open"] == 0
+    assert crowd.wrong == []
+    assert not any(outcome.startswith("error") for outcome in crowd.outcomes), crowd.outcomes
+    # Whatever it took on, it answered, and the answers have arrived: each client has one for every success.
+    answered = crowd.outcomes["answered"]
+    assert stopped["answered"] == answered, (stopped, crowd.outcomes)
+
+
+def test_while_it_stops_it_is_alive_not_ready_and_refuses() -> None:
+    """A client that sends its body slowly keeps the server from ending, and gets its answer all the same."""
+    server = Served(dynamic_bundle(), "--shutdown-timeout", 60)
+    try:
+        server.until("ready")
+        images = prepared(digits(1)[0])
+        expected = qm.load_bundle(dynamic_bundle()).run(images)
+        entry: dict[str, Any] = {"name": "images", "shape": list(images.shape), "datatype": "FP32"}
+        entry["data"] = images.reshape(-1).tolist()
+        body = json.dumps({"inputs": [entry]}).encode()
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as slow:
+            head = f"POST /v2/models/{MODEL}/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            slow.sendall(head.encode() + body[:1000])
+            with grpc.insecure_channel(server.grpc) as channel:
+                check = channel.unary_unary("/grpc.health.v1.Health/Check")
+                assert check(b"") == b"\x08\x01"
+                while json.loads(ask(server, "GET", "/v2/health/ready")[2])["phase"] == "ready":
+                    server.process.send_signal(signal.SIGTERM)
+                    server.until("stopping")
+                assert check(b"") == b"\x08\x02"
+            assert ask(server, "GET", "/v2/health/live")[0] == 200
+            status, headers, answer = ask(server, "POST", f"/v2/models/{MODEL}/infer", body)
+            assert status == 503 and headers["retry-after"] and headers["connection"] == "close"
+            assert "the server is stopping" in json.loads(answer)["error"]
+            slow.sendall(body[1000:])
+            received = b""
+            while part := slow.recv(65536):
+                received += part
+        text, _, content = received.partition(b"\r\n\r\n")
+        assert text.startswith(b"HTTP/1.1 200")
+        logits = np.array(json.loads(content)["outputs"][0]["data"], np.float32).reshape(1, 10)
+        assert close(logits, expected)
+        assert server.wait() == 0
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+
+
+def test_the_time_for_stopping_is_bounded_and_a_second_signal_does_not_wait() -> None:
+    for arguments, second in ((["--shutdown-timeout", 1], False), (["--shutdown-timeout", 1000], True)):
+        server = Served(dynamic_bundle(), *arguments)
+        server.until("ready")
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as slow:
+            slow.sendall(
+                b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 99\r\n\r\n"
+            )
+            time.sleep(0.3)
+            server.process.send_signal(signal.SIGTERM)
+            server.until("stopping")
+            if second:
+                server.process.send_signal(signal.SIGTERM)
+            assert server.wait(30) == 2
+        (stopped,) = server.said("stopped")
+        assert stopped["still_open"] == 1
+        (line,) = server.other
+        assert "1 requests were still open" in line
