@@ -39,7 +39,7 @@ from quartermap_deploy.errors import ParityError
 from quartermap_deploy.pruning import QuarterMap
 from quartermap_deploy.recipe import Recipe
 
-COMMANDS = ("models", "compile", "inspect", "validate", "bench")
+COMMANDS = ("models", "compile", "inspect", "validate", "bench", "eval", "tune")
 MODEL = "vmamba_digits"
 
 Run = Callable[..., "Outcome"]

@@ -136,6 +136,20 @@ def test_a_budget_holds_on_both_sets(first: tuple[Path, Tuned], tmp_path: Path, 
     assert chosen["speed"] > 1.01
 
 
+def test_a_speed_that_cannot_be_reached_names_the_fastest(first: tuple[Path, Tuned], tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(first[0].with_suffix(".json").read_bytes())
+    with pytest.raises(GoalError) as caught:
+        tune(RECIPE, Goal(speedup=1.5), *images(), tmp_path / "a.toml", QUICK)
+    message = str(caught.value)
+    assert message.startswith(
+        "a speed of 1.5 times cannot be reached: the fastest plan that was found is blocks 3, 4, 5,"
+    )
+    assert "1.068 times as fast by flops" in message and str(tmp_path / "a.json") in message
+    assert not (tmp_path / "a.toml").exists()
+    values = json.loads((tmp_path / "a.json").read_text())
+    assert values["complete"] and values["chosen"] is None and values["front"]
+
+
 def test_a_budget_that_cannot_be_kept_names_the_most_careful(tmp_path: Path) -> None:
     # The last stage alone, whose maps have 2x2 positions: the costliest blocks of this model.
     options = dataclasses.replace(QUICK, exclude_stages=(1, 2, 3))
@@ -397,6 +411,23 @@ def test_plans_that_save_nothing_keep_no_budget(tmp_path: Path) -> None:
     own, _, _ = chooser(tmp_path, [0.0, -0.1], [0.0, 0.0])
     with pytest.raises(GoalError, match="no plan that was tried is faster"):
         own.choose(Goal(budget=0.5))
+
+
+def test_a_speed_is_what_is_timed_not_what_was_summed_up(tmp_path: Path) -> None:
+    saved, drops = [0.2, 0.25, 0.3, 0.35, 0.4, 0.45], [0.01, 0.02, 0.03, 0.04, 0.05, 0.06]
+    # Everything is a tenth slower than the sum of its savings says.
+    speeds = [0.9 / (1 - share) for share in saved]
+    own, _, clock = chooser(tmp_path, saved, drops, speeds=speeds, measure="time")
+    assert own.choose(Goal(speedup=1.25)) == SINGLES[2] and own.measured[SINGLES[2]]["speed"] >= 1.25
+    assert clock.timed == 4
+    own, _, clock = chooser(tmp_path, saved, drops, speeds=speeds, measure="time")
+    assert own.choose(Goal(speedup=1.6)) == SINGLES[5]
+    # Before a speed is given up, the plans are timed that promise the most.
+    own, _, clock = chooser(tmp_path, saved, drops, speeds=[1.0] * 6, measure="time")
+    with pytest.raises(
+        GoalError, match=r"of 6 plans that were timed by themselves the fastest is 1\.000 times"
+    ):
+        own.choose(Goal(speedup=1.2))
 
 
 def test_where_times_were_too_noisy_the_message_says_so(tmp_path: Path) -> None:

@@ -337,7 +337,7 @@ def fixed_table(report: Mapping[str, Any]) -> Table:
             )
         )
     return table(
-        "every k-th block, and the best plan that is at least as fast, on the images to verify on",
+        "to verify: every k-th block, and the best plan at least as fast",
         [">k", "blocks", ">speed", f">{answers}", "blocks", ">speed", f">{answers}"],
         rows,
     )
@@ -351,7 +351,7 @@ def _speed(entry: Mapping[str, Any]) -> str:
 def front_table(report: Mapping[str, Any]) -> Table:
     """Return the Pareto front of what was tried."""
     return table(
-        "no plan that was tried is both faster and better, on the images to calibrate on",
+        "Pareto front, on the images to calibrate on",
         ["blocks", ">stride", ">speed", ">drop", ">divergence"],
         [
             (
