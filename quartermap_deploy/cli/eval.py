@@ -58,7 +58,9 @@ def add_parser(subparsers: Subparsers) -> None:
             goes on where it was, and gives the numbers that it would have given.
             """,
         examples="""
-            quartermap eval bundles/vmamba_digits_k3                  # the 450 held-out digits
+            # the 450 held-out digits
+            quartermap eval bundles/vmamba_digits_k3
+
             quartermap eval vmamba_tiny_s1l8 --checkpoint F --data imagenet --resume tiny.json
             quartermap eval bundles/medmamba_t --data pathmnist.npz --split test --target tensorrt
             quartermap eval export/vmamba_digits_k3.toml --target torch --json | jq .top1

@@ -66,7 +66,6 @@ def add_parser(subparsers: Subparsers) -> None:
             quartermap tune vmamba_digits --budget 1% -o digits_tuned.toml
             quartermap tune export/vmamba_tiny_s1l8_k3.toml --checkpoint F --data imagenet --speedup 1.15 -o tiny.toml
             quartermap tune vmamba_tiny_s1l8 --checkpoint F --data photographs --format images --budget 0.02 -o t.toml
-            quartermap compile digits_tuned.toml
             """,
     )
     parser.add_argument(
@@ -79,13 +78,14 @@ def add_parser(subparsers: Subparsers) -> None:
         "--budget",
         type=share,
         metavar="DROP",
-        help="largest drop, as 0.01 or 1%%: find the fastest plan within it",
+        help="largest drop, as 0.01 or 1%%: find the fastest plan within it (default: none; give this or --speedup)",
     )
     goal.add_argument(
         "--speedup",
         type=factor,
         metavar="X",
-        help="least speed relative to the unpruned model, as 1.2: find the plan with the smallest drop",
+        help="least speed relative to the unpruned model, as 1.2: find the plan with the smallest drop (default: none; "
+        "give this or --budget)",
     )
     parser.add_argument(
         "-o",
@@ -93,7 +93,7 @@ def add_parser(subparsers: Subparsers) -> None:
         type=file_or_folder,
         required=True,
         metavar="RECIPE.toml",
-        help="recipe to write; what was tried goes beside it, as .json",
+        help="recipe to write; what was tried goes beside it, as .json (default: none; it has to be named)",
     )
     parser.add_argument(
         "--force",
