@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.cli.common import (
@@ -175,6 +176,8 @@ def run(options: argparse.Namespace) -> None:
             print_json(addresses)
         elif not options.quiet:
             show(facts(None, {**addresses, "models": ", ".join(addresses["models"])}))
+        # Whoever waits for it reads a pipe.
+        sys.stdout.flush()
 
     bundle = load_bundle(options.bundle)
     log = EventLog(options.log)

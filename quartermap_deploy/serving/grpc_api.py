@@ -11,7 +11,7 @@ from quartermap_deploy.serving import grpc_codec
 from quartermap_deploy.serving.grpc_messages import HEALTH, INFERENCE, SERVICES, messages
 from quartermap_deploy.serving.logs import EventLog
 from quartermap_deploy.serving.models import VERSION, infer
-from quartermap_deploy.serving.refusal import Refusal, invalid
+from quartermap_deploy.serving.refusal import NOT_LOGGED, Refusal, invalid
 from quartermap_deploy.serving.state import State
 
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics"]
@@ -77,6 +77,13 @@ class GrpcApi:
                     raise invalid(f"the message of {len(data)} bytes cannot be read") from None
                 return await call(request)
             except Refusal as refusal:
+                if refusal.status not in NOT_LOGGED:
+                    self._log.warning(
+                        "refused",
+                        call=getattr(call, "__name__", ""),
+                        status=refusal.grpc_code,
+                        reason=refusal.message[:300],
+                    )
                 trailer: tuple[tuple[str, str], ...] = ()
                 if refusal.retry_after is not None:
                     # What gRPC's own retries wait for.

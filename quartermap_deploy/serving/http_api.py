@@ -19,7 +19,7 @@ from quartermap_deploy.serving.grpc_api import EXTENSIONS, SERVER_NAME
 from quartermap_deploy.serving.logs import EventLog
 from quartermap_deploy.serving.models import IMAGE, PROBABILITIES, VERSION, ImageModel, ServedModel, infer
 from quartermap_deploy.serving.page import Page
-from quartermap_deploy.serving.refusal import Refusal, busy, invalid
+from quartermap_deploy.serving.refusal import NOT_LOGGED, Refusal, busy, invalid
 from quartermap_deploy.serving.requests import InferRequest, RequestedOutput
 from quartermap_deploy.serving.state import State
 from quartermap_deploy.serving.statistics import RECENT, prometheus
@@ -119,7 +119,7 @@ class HttpApi:
         return answering
 
     def _error(self, request: web.Request, status: int, message: str) -> web.Response:
-        if status not in (404, 405):
+        if status not in NOT_LOGGED:
             self._log.warning("refused", path=request.path[:200], status=status, reason=message[:300])
         return _json({"error": message}, status)
 

@@ -13,6 +13,8 @@ _GRPC_CODES = {
     503: "UNAVAILABLE",
 }
 """Names of gRPC's status codes by the HTTP status that means the same."""
+NOT_LOGGED = (404, 405, 503)
+"""Errors that are only counted: of other paths and models, and of a server that had better not write as well."""
 
 
 class Refusal(Exception):

@@ -276,7 +276,7 @@ class _Server:
             for number in numbers:
                 if platform.system() != "Windows":
                     loop.remove_signal_handler(number)
-                signal.signal(number, before[number])
+                signal.signal(number, before[number] or signal.SIG_DFL)
 
 
 async def _in_thread(function: Callable[[], Result]) -> Result:

@@ -189,7 +189,7 @@ _METRICS: tuple[tuple[str, str, str, Any], ...] = (
     (
         "nv_inference_pending_request_count",
         "gauge",
-        "Requests that wait for a worker",
+        "Requests that wait or run",
         lambda one: one.pending,
     ),
     (
