@@ -104,11 +104,10 @@ def measure(repeats: int, work: Path) -> None:
 
 def complete(path: Path) -> bool:
     """Whether a result is there and says nothing else about itself."""
-    if not path.exists():
-        return False
-    return (
-        path.suffix != ".json" or json.loads(path.read_text(encoding="utf-8")).get("complete", True) is True
-    )
+    if not path.exists() or path.suffix != ".json":
+        return path.exists()
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return not isinstance(values, dict) or values.get("complete", True) is True
 
 
 def run(step: Step, work: Path) -> None:
