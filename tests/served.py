@@ -28,6 +28,8 @@ MODEL = "vmamba_digits"
 IMAGE_MODEL = f"{MODEL}_image"
 Array = NDArray[Any]
 
+# The interpreter of the server may be another Python than that of the tests: `make test-server`.
+SERVER_PYTHON = os.environ.get("QUARTERMAP_SERVER_PYTHON", sys.executable)
 # Whatever imports torch in the server fails.
 START = "import sys; sys.modules['torch'] = None; from quartermap_deploy.cli import main; sys.exit(main(sys.argv[1:]))"
 
@@ -42,7 +44,7 @@ class Served:
     """
 
     def __init__(self, bundle: Path, *arguments: object, threads: int = 1) -> None:
-        command = [sys.executable, "-c", START, "serve", bundle, "--port", 0, "--grpc-port", 0, *arguments]
+        command = [SERVER_PYTHON, "-c", START, "serve", bundle, "--port", 0, "--grpc-port", 0, *arguments]
         self.process = subprocess.Popen(
             [str(part) for part in command],
             stdout=subprocess.PIPE,
