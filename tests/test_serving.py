@@ -401,7 +401,7 @@ def test_a_static_bundle_in_float16(tmp_path: Path) -> None:
         half = prepared(images[:1]).astype(np.float16)
         answer = client.infer("digits", [tensor(tritonhttp, "images", half)])
         assert answer.as_numpy("logits").dtype == np.float16
-        # The server's ONNX Runtime may be another (`make test-server`): kernels of two versions differ by a rounding or two.
+        # The server's ONNX Runtime may be another (`make test-server`), whose kernels may round otherwise.
         np.testing.assert_allclose(answer.as_numpy("logits"), bundle.run(half), rtol=0, atol=2e-3)
         with pytest.raises(InferenceServerException, match=r"shape \[2, 3, 64, 64\]"):
             client.infer("digits", [tensor(tritonhttp, "images", np.repeat(half, 2, axis=0))])
