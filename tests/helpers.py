@@ -23,7 +23,8 @@ from quartermap_deploy.architectures.base import VisualStateSpaceModel
 from quartermap_deploy.architectures.medmamba import MedMamba, MedMambaConfig
 from quartermap_deploy.architectures.vmamba import VMamba
 from quartermap_deploy.frontend.definition import DIRECTIONS, selective_scan_2d_definition
-from quartermap_deploy.frontend.exporter import INPUT, OUTPUT, block_output, trace
+from quartermap_deploy.frontend.exporter import INPUT, OUTPUT, trace
+from quartermap_deploy.frontend.node_names import block_output
 from quartermap_deploy.lowering.operator import DOMAIN, INPUTS_2D, SELECTIVE_SCAN_2D, VERSION, ScanVariant
 from quartermap_deploy.lowering.scan_body import scan_body
 

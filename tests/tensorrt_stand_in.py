@@ -110,6 +110,7 @@ class Behaviour:
         driver: whether objects can be made at all.
         damaged_timing_cache: what `create_timing_cache` makes of data that it does not know: "none" or "refused".
         silent_float32: whether engines compute in float32 whatever the graph says.
+        lost_types: names of nodes that engines compute in float32 whatever the graph says.
         inspected_types: whether the inspector names types.
         lost_scan: the name of a scan that does not become the plugin.
         wrong: what an engine multiplies its result with, by its graph.
@@ -120,6 +121,7 @@ class Behaviour:
     driver: bool = True
     damaged_timing_cache: str = "none"
     silent_float32: bool = False
+    lost_types: frozenset[str] = frozenset()
     inspected_types: bool = True
     lost_scan: str = ""
     wrong: Callable[[onnx.ModelProto], float] = lambda model: 1.0
@@ -465,15 +467,38 @@ def _implementations(shared: Engines, enums: Any, module: Any) -> dict[str, type
 
         @property
         def type(self) -> Any:
-            names = {"Constant": "CONSTANT", "Conv": "CONVOLUTION", SELECTIVE_SCAN_2D: "PLUGIN_V3"}
+            names = {
+                "Constant": "CONSTANT",
+                "Conv": "CONVOLUTION",
+                "Gemm": "MATRIX_MULTIPLY",
+                "MatMul": "MATRIX_MULTIPLY",
+                SELECTIVE_SCAN_2D: "PLUGIN_V3",
+            }
             return enums.LayerType[names.get(self._node.op_type, "ELEMENTWISE")]
+
+        @property
+        def name(self) -> str:
+            return self._node.name
+
+        @property
+        def metadata(self) -> str:
+            return f"[ONNX Layer: {self._node.name}]"
+
+        @property
+        def num_inputs(self) -> int:
+            return len(self._node.input)
+
+        def get_input(self, index: int) -> Any:
+            return self._tensor(self._node.input[index])
 
         @property
         def num_outputs(self) -> int:
             return len(self._node.output)
 
         def get_output(self, index: int) -> Any:
-            name = self._node.output[index]
+            return self._tensor(self._node.output[index])
+
+        def _tensor(self, name: str) -> Any:
             return module.ITensor(ONNX_NAMES.get(self._types.get(name, onnx.TensorProto.FLOAT), "BOOL"))
 
     class ITensor:
@@ -656,14 +681,21 @@ def _implementations(shared: Engines, enums: Any, module: Any) -> dict[str, type
             types = node_types(engine._model)
             layers = []
             for node in engine._model.graph.node:
-                kind = ONNX_NAMES.get(types.get(node.output[0], 1), "")
-                shown = SHOWN.get("FLOAT" if behaviour.silent_float32 else kind, "")
+                lost = behaviour.silent_float32 or node.name in behaviour.lost_types
+                read, made = (
+                    SHOWN.get("FLOAT" if lost else ONNX_NAMES.get(types.get(value, 1), ""), "")
+                    for value in (node.input[0] if node.input else node.output[0], node.output[0])
+                )
                 plugin = node.domain == DOMAIN and node.name != behaviour.lost_scan
                 layers.append(
                     {
                         "Name": node.name,
                         "LayerType": "PluginV3" if plugin else "kgen",
-                        "Outputs": [{"Name": node.output[0], "Format/Datatype": shown}]
+                        "Metadata": f"[ONNX Layer: {node.name}]",
+                        "Inputs": [{"Name": next(iter(node.input), ""), "Format/Datatype": read}]
+                        if behaviour.inspected_types
+                        else [],
+                        "Outputs": [{"Name": node.output[0], "Format/Datatype": made}]
                         if behaviour.inspected_types
                         else [],
                     }
@@ -770,7 +802,8 @@ def node_types(model: onnx.ModelProto) -> dict[str, int]:
     with suppress(Exception):
         model = onnx.shape_inference.infer_shapes(model)
     graph = model.graph
-    return {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output)}
+    values = (*graph.input, *graph.value_info, *graph.output)
+    return {value.name: value.type.tensor_type.elem_type for value in values}
 
 
 def runnable(model: onnx.ModelProto) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:

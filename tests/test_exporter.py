@@ -35,7 +35,8 @@ from quartermap_deploy.architectures.vmamba import VMamba, VMambaConfig
 from quartermap_deploy.errors import ExportError, InputError, PlanError
 from quartermap_deploy.frontend import exporter
 from quartermap_deploy.frontend.export import export, export_onnx
-from quartermap_deploy.frontend.exporter import INPUT, OUTPUT, block_output, scan_name, trace
+from quartermap_deploy.frontend.exporter import INPUT, OUTPUT, trace
+from quartermap_deploy.frontend.node_names import block_output, scan_name
 from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D
 from quartermap_deploy.passes import CANONICAL, OPTIMIZED, GraphPass, Selection, lower, run_passes
 from quartermap_deploy.pruning import QuarterMap, Subsample, prune

@@ -31,7 +31,8 @@ from torch import Tensor
 from quartermap_deploy.architectures import load_card
 from quartermap_deploy.architectures.base import VisualStateSpaceModel
 from quartermap_deploy.architectures.factory import build
-from quartermap_deploy.frontend.exporter import INPUT, OUTPUT, block_output, scan_name, trace
+from quartermap_deploy.frontend.exporter import INPUT, OUTPUT, trace
+from quartermap_deploy.frontend.node_names import block_output, scan_name
 from quartermap_deploy.lowering.operator import INPUTS_2D, SELECTIVE_SCAN_2D
 from quartermap_deploy.passes import CANONICAL, OPTIMIZED, GraphPass, Selection, lower, run_passes
 from quartermap_deploy.pruning import QuarterMap, prune

@@ -5,6 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,9 +43,10 @@ from quartermap_deploy.targets.tensorrt_checks import (
     rtx_header,
 )
 from quartermap_deploy.targets.tensorrt_flavour import TENSORRT, TENSORRT_RTX, Flavour, version_numbers
-from quartermap_deploy.targets.tensorrt_monitor import Phases, make_logger
+from quartermap_deploy.targets.tensorrt_monitor import Phases, interruptible, make_logger
 from quartermap_deploy.targets.tensorrt_objects import make_runtime
 from quartermap_deploy.targets.tensorrt_options import EngineOptions, Profile
+from quartermap_deploy.targets.tensorrt_products import check_products, plan_products
 from quartermap_deploy.targets.tensorrt_session import profile_for, refusal
 
 try:
@@ -196,8 +202,34 @@ def test_float16_stays_float16(tmp_path: Path) -> None:
     entry = tensorrt_rtx.build(save(lower(typed), tmp_path), tmp_path, OPTIONS)
     types, found = entry["build"]["network_types"], entry["build"]["engine_types"]
     assert types["float16"] > 100
-    if found:
+    products = entry["build"]["products"]
+    assert products["of_graph"] > 60
+    if entry["build"]["types_checked"]:
         assert found["float16"] / sum(found.values()) > types["float16"] / sum(types.values())
+        assert products["in_engine"] == products["of_graph"]
+
+
+@needs_rtx
+@without_gpu
+def test_a_product_that_is_not_in_16_bits_is_named(
+    built: tuple[Path, dict[str, Any], Recorder], tmp_path: Path
+) -> None:
+    folder, entry, _ = built
+    in_float32 = plan_products((folder / entry["file"]).read_bytes())
+    if not in_float32:
+        pytest.skip(f"the plan of TensorRT for RTX {entry['version']} cannot be read")
+    # The head is a Gemm, the first convolution is the stem's, and the time step's projection is in the scan.
+    for name in ("classifier.head/node_linear", "patch_embed.0/node_conv2d", "block_3/scan/matmul_70"):
+        assert in_float32[name] == {"float32"}
+    graph = {"patch_embed.0/node_conv2d": "float16", "block_3/scan/matmul_70": "float32"}
+    with pytest.raises(EngineError, match=r"1 of the graph's 1 .* in float16 .*: patch_embed\.0/node_conv2d"):
+        check_products(graph, in_float32, PLAN)
+    assert check_products({"block_3/scan/matmul_70": "float32"}, in_float32, PLAN) == {
+        "of_graph": 0,
+        "in_engine": 0,
+    }
+    # What the engine does not name was not checked, and the entry says so.
+    assert check_products({"elsewhere": "float16"}, in_float32, PLAN) == {"of_graph": 1, "in_engine": 0}
 
 
 @needs_rtx
@@ -231,7 +263,89 @@ def test_a_refused_operator_is_named_with_its_block(tmp_path: Path) -> None:
     model.opset_import.append(helper.make_opsetid("elsewhere", 1))
     with pytest.raises(EngineError, match=r"Frobnicate at node block_1/odd, block 1: "):
         tensorrt_rtx.build(save(model, tmp_path), tmp_path, OPTIONS)
+    # An operator of ONNX that TensorRT has not: the parser gives its own condition as the reason, "false".
+    with pytest.raises(
+        EngineError, match=r"Det at node block_1/odd, block 1: unsupported node, this TensorRT has"
+    ):
+        tensorrt_rtx.build(save(small_model("Det"), tmp_path), tmp_path, OPTIONS)
     assert [item.name for item in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@needs_rtx
+def test_a_refused_node_is_named_with_its_module(tmp_path: Path) -> None:
+    model = lower(infer_shapes(traced_digits()))
+    (node,) = (node for node in model.graph.node if node.name.startswith("block_4/mlp.act/"))
+    node.op_type = "Bernoulli"
+    with pytest.raises(EngineError, match=r"Bernoulli at node block_4/mlp\.act/node_gelu_\d+, block 4: "):
+        tensorrt_rtx.build(save(model, tmp_path), tmp_path, OPTIONS)
+
+
+INTERRUPTED = """
+import os, signal, sys
+from quartermap_deploy.cli import main
+from quartermap_deploy.targets import tensorrt_monitor
+
+start = tensorrt_monitor.Phases.start
+
+def begin(self, name, parent, steps):
+    if parent is not None and not begin.sent:
+        begin.sent = True
+        os.kill(os.getpid(), signal.SIGINT)
+    start(self, name, parent, steps)
+
+begin.sent = False
+tensorrt_monitor.Phases.start = begin
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@needs_rtx
+def test_ctrl_c_stops_a_build(built: tuple[Path, dict[str, Any], Recorder], tmp_path: Path) -> None:
+    """Sent from the first phase that TensorRT tells of, while it builds."""
+    bundle = tmp_path / "bundle"
+    command = ("compile", "vmamba_digits", "--targets", "tensorrt-rtx", "--out", str(bundle))
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, *command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 130, done.stderr
+    assert "interrupted" in done.stderr and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_a_call_of_tensorrt_ends_before_the_interrupt_goes_on(stop: bool) -> None:
+    events: list[str] = []
+    asked = threading.Event()
+
+    def call() -> None:
+        time.sleep(0.2)  # until the other thread waits
+        signal.raise_signal(signal.SIGINT)
+        assert asked.wait(30 if stop else 0.5) == stop
+        events.append("ended")
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interruptible(call, asked.set if stop else None)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert events == ["ended"]
+    assert interruptible(lambda: 3) == 3
+    with pytest.raises(EngineError, match="no memory"):
+        interruptible(raising(EngineError("no memory")))
+
+
+def raising(error: Exception) -> Callable[[], None]:
+    """Return a function that raises an error."""
+
+    def call() -> None:
+        raise error
+
+    return call
 
 
 @needs_rtx
@@ -281,6 +395,7 @@ def test_vmamba_tiny_is_built_within_a_minute(
     assert graph["float16"] > 400
     if build["types_checked"]:
         assert engine["float16"] / sum(engine.values()) > graph["float16"] / sum(graph.values())
+        assert build["products"]["in_engine"] == build["products"]["of_graph"] > 100
 
 
 # Caches ---------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 `to_onnx` exports any module whose scans are our torch operators; `trace` exports a model of `architectures`. There each
 selective scan becomes one node `quartermap.SelectiveScan2D` named `block_<i>/scan`, still without a body, and the
 output of block i is a value named `block_<i>`, which every later pass keeps, so that parity can be checked block by
-block.
+block. The other nodes are named after their module, as `block_<i>/op.in_proj/node_Conv_393`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.errors import ExportError
+from quartermap_deploy.frontend.node_names import SCOPES, block_output, place, read_scopes, scan_name
 from quartermap_deploy.lowering.operator import (
     DOMAIN,
     INPUTS_1D,
@@ -29,22 +30,12 @@ if TYPE_CHECKING:
     import onnx
     import torch
 
-    from quartermap_deploy.architectures.base import VisualStateSpaceModel
+    from quartermap_deploy.architectures.base import Block, VisualStateSpaceModel
 
 OPSET = 20
 IR_VERSION = 10
 INPUT, OUTPUT = "images", "logits"
 _MARK = "BlockOutput"
-
-
-def block_output(index: int) -> str:
-    """Name of the value that leaves block `index`."""
-    return f"block_{index}"
-
-
-def scan_name(index: int) -> str:
-    """Name of the scan node of block `index`."""
-    return f"{block_output(index)}/scan"
 
 
 def trace(
@@ -84,7 +75,7 @@ def trace(
         axes |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     with _marked_blocks(prepared):
         exported = _exported(prepared, (example,), (axes,) if axes else None, [INPUT], [OUTPUT])
-    return _tidy(exported, len(prepared.blocks()), dynamic_size)
+    return _tidy(exported, prepared.blocks(), dynamic_size)
 
 
 def to_onnx(
@@ -304,19 +295,20 @@ def _fold(model: Any) -> None:
     onnxscript.optimizer.remove_unused_nodes(model)
 
 
-def _tidy(model: Any, blocks: int, dynamic_size: bool) -> onnx.ModelProto:
-    """Fold constants, give scans and block outputs their names, and drop what tells about the build machine."""
+def _tidy(model: Any, blocks: Sequence[Block], dynamic_size: bool) -> onnx.ModelProto:
+    """Fold constants, name nodes and block outputs, and drop what tells about the build machine."""
     import onnx_ir
 
     _fold(model)
 
     taken = {value.name for node in model.graph for value in node.outputs} | set(model.graph.initializers)
-    for name in taken & {block_output(index) for index in range(1, blocks + 1)}:
+    for name in taken & {block_output(index) for index in range(1, len(blocks) + 1)}:
         raise ExportError(
             f"the graph already has a value named {name!r}, which block outputs are named after"
         )
     scans = 0
     for node in list(model.graph):
+        node.name = f"{_place(node, blocks)}{node.name}"
         node.metadata_props.clear()
         for value in node.outputs:
             value.metadata_props.clear()
@@ -332,8 +324,8 @@ def _tidy(model: Any, blocks: int, dynamic_size: bool) -> onnx.ModelProto:
             node.name = scan_name(scans)
     for value in model.graph.initializers.values():
         value.metadata_props.clear()
-    if scans != blocks:
-        raise ExportError(f"the model has {blocks} blocks, but {scans} scans were exported")
+    if scans != len(blocks):
+        raise ExportError(f"the model has {len(blocks)} blocks, but {scans} scans were exported")
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.producer_name, model.producer_version, model.doc_string = "quartermap-deploy", "", ""
@@ -342,6 +334,16 @@ def _tidy(model: Any, blocks: int, dynamic_size: bool) -> onnx.ModelProto:
     _name_axes(model, dynamic_size)
     exported: onnx.ModelProto = onnx_ir.to_proto(model)
     return exported
+
+
+def _place(node: Any, blocks: Sequence[Block]) -> str:
+    """How the node's name begins; folding leaves nodes that tell nothing, which belong to what they read."""
+    scopes = node.metadata_props.get(SCOPES)
+    if scopes is None:
+        makers = [value.producer() for value in node.inputs if value is not None]
+        named = next((maker.name for maker in makers if maker is not None), "")
+        return str(named[: named.rfind("/") + 1])
+    return place(read_scopes(scopes), blocks)
 
 
 def _name_axes(model: Any, dynamic_size: bool) -> None:

@@ -8,13 +8,13 @@ in every other export, `block_4/scan`.
 
 from __future__ import annotations
 
-import ast
 import copy
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from quartermap_deploy.errors import ExportError
-from quartermap_deploy.frontend.exporter import INPUT, OUTPUT, block_output, scan_name, to_onnx
+from quartermap_deploy.frontend.exporter import INPUT, OUTPUT, to_onnx
+from quartermap_deploy.frontend.node_names import SCOPES, block_output, read_scopes, scan_name
 from quartermap_deploy.lowering.operator import DOMAIN, ORIENTATIONS, SELECTIVE_SCAN_2D
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 STEPS = ("merge", "unmerge")
 """Submodules of a `MergingSS2D`."""
-_SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def export_merging(model: VisualStateSpaceModel, input_shape: Sequence[int]) -> onnx.ModelProto:
@@ -81,8 +80,8 @@ def _name_nodes(model: onnx.ModelProto, blocks: Iterable[Block]) -> None:
                 raise ExportError("the model has more scans than its blocks; please report this")
             node.name = names.pop(0)
             continue
-        scopes = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "[]")
-        for scope in ast.literal_eval(scopes):
+        scopes = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), None)
+        for scope in read_scopes(scopes):
             if scope in prefixes:
                 node.name = f"{prefixes[scope]}/{node.name}"
                 break

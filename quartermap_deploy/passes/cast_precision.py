@@ -32,7 +32,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from quartermap_deploy.errors import PassError
-from quartermap_deploy.frontend.exporter import block_output
+from quartermap_deploy.frontend.node_names import block_output
 from quartermap_deploy.lowering.element_types import (
     BY_NUMBER,
     FLOAT,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from quartermap_deploy.targets.tensorrt_flavour import Flavour
 from quartermap_deploy.targets.tensorrt_monitor import (
     PeakMemory,
     Phases,
+    interruptible,
     make_logger,
     make_monitor,
     seconds_since,
@@ -49,6 +51,12 @@ from quartermap_deploy.targets.tensorrt_objects import (
 )
 from quartermap_deploy.targets.tensorrt_options import CACHE_FOLDER, EngineOptions
 from quartermap_deploy.targets.tensorrt_plugin import load_plugin
+from quartermap_deploy.targets.tensorrt_products import (
+    check_products,
+    inspected_products,
+    network_products,
+    plan_products,
+)
 
 
 def build_engine(
@@ -98,7 +106,7 @@ def build_engine(
     builder = make_builder(trt, flavour, logger)
     library = None if plugin is None else load_plugin(trt, logger, plugin)
     network, parser = parse(trt, builder, logger, data)
-    graph_types = network_types(network)
+    graph = GraphTypes(network_types(network), network_products(network), scan_names(prepared))
     config = configure(trt, builder, flavour, options, plugin)
     for profile in options.profiles:
         built = builder.create_optimization_profile()
@@ -114,7 +122,7 @@ def build_engine(
     start, processor = time.perf_counter(), time.process_time()
     try:
         with PeakMemory() as memory:
-            plan = builder.build_serialized_network(network, config)
+            plan = interruptible(lambda: builder.build_serialized_network(network, config), phases.stop)
     finally:
         phases.close()
     if phases.error is not None:
@@ -125,7 +133,7 @@ def build_engine(
     timing.save()
     engine = bytes(plan)
 
-    how = compare(trt, flavour, engine, graph_types, scan_names(prepared), gpu, options)
+    how = compare(trt, flavour, engine, graph, gpu, options)
     write_whole(Path(directory) / flavour.engine_file, engine)
     del parser, monitor
     return {
@@ -192,7 +200,7 @@ def parse(trt: Any, builder: Any, logger: Any, data: bytes) -> tuple[Any, Any]:
     # TensorRT 11 deprecates the flag: there every network is strongly typed.
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, logger)
-    if parser.parse(data):
+    if interruptible(lambda: parser.parse(data)):
         return network, parser
     reasons = [describe_error(parser.get_error(index)) for index in range(parser.num_errors)]
     # Without a driver, TensorRT-RTX adds an error about that to every other one.
@@ -208,6 +216,9 @@ def describe_error(error: Any) -> str:
     block = re.match(r"block_(\d+)/", node)
     place = f", block {block[1]}" if block else ""
     why = " ".join(error.desc().split())
+    if why.islower() and why.isalpha():
+        # The parser's own condition, such as "false".
+        why = f"{str(error.code()).rpartition('.')[2].replace('_', ' ').lower()}, this TensorRT has no such operator"
     return f"{error.node_operator() or 'the graph'} at node {node}{place}{inside}: {why[:300]}"
 
 
@@ -305,14 +316,23 @@ def build_reason(errors: Sequence[str]) -> str:
     return text or "it gives no reason; is there enough memory?"
 
 
+@dataclass(frozen=True)
+class GraphTypes:
+    """What of a graph an engine is compared with.
+
+    Attributes:
+        layers: how many layers make values of each float type.
+        products: the float type of each convolution and matrix product, by ONNX node.
+        scans: names of the scans that have to become the plugin.
+    """
+
+    layers: Mapping[str, int]
+    products: Mapping[str, str]
+    scans: Sequence[str]
+
+
 def compare(
-    trt: Any,
-    flavour: Flavour,
-    engine: bytes,
-    graph_types: Mapping[str, int],
-    scans: Sequence[str],
-    gpu: Gpu | None,
-    options: EngineOptions,
+    trt: Any, flavour: Flavour, engine: bytes, graph: GraphTypes, gpu: Gpu | None, options: EngineOptions
 ) -> dict[str, Any]:
     """Compare an engine with its graph, by the engine inspector, or without a GPU by the plan itself.
 
@@ -320,47 +340,48 @@ def compare(
         trt: the module.
         flavour: which TensorRT.
         engine: the engine.
-        graph_types: layers of the parsed graph by float type.
-        scans: names of the graph's scans.
+        graph: what it should be.
         gpu: the GPU at hand.
         options: how the engine was built.
 
     Returns:
-        For the manifest: the types of both, how the engine was read, whether its types were checked that way, and how
-        many layers or kernels it has.
+        For the manifest: the types of both, how the engine was read, whether its types were checked that way, how
+        many of the graph's 16-bit products were found, and how many layers or kernels the engine has.
 
     Raises:
         EngineError: if the engine departs from the graph.
     """
     if gpu is None:
-        types = plan_types(engine)
-        check_types(graph_types, types, PLAN)
-        return {
-            "network_types": dict(graph_types),
-            "engine_types": dict(types),
-            "types_checked": bool(types),
-            "read_by": PLAN,
-            "layers": plan_kernels(engine),
-        }
+        types, products = plan_types(engine), plan_products(engine)
+        return _compared(graph, types, products, PLAN) | {"layers": plan_kernels(engine)}
     logger = make_logger(trt)
     runtime = make_runtime(trt, flavour, logger, host_code=options.version_compatible)
     loaded = runtime.deserialize_cuda_engine(engine)
     if loaded is None:
         if flavour.portable:
             # Built for other GPUs than the one at hand.
-            return compare(trt, flavour, engine, graph_types, scans, None, options)
+            return compare(trt, flavour, engine, graph, None, options)
         raise EngineError(f"{flavour.title} cannot read the engine it just built: {last_error(logger)}")
     inspector = loaded.create_engine_inspector()
-    types, plugins = inspected(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-    check_types(graph_types, types, INSPECTOR)
+    information = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    types, plugins = inspected(information)
+    compared = _compared(graph, types, inspected_products(information), INSPECTOR)
     if flavour.plugin:
-        check_plugins(scans, plugins, INSPECTOR)
+        check_plugins(graph.scans, plugins, INSPECTOR)
+    return compared | {"layers": loaded.num_layers}
+
+
+def _compared(
+    graph: GraphTypes, types: Mapping[str, int], products: Mapping[str, set[str]], where: str
+) -> dict[str, Any]:
+    check_types(graph.layers, types, where)
+    found = check_products(graph.products, products, where)
     return {
-        "network_types": dict(graph_types),
+        "network_types": dict(graph.layers),
         "engine_types": dict(types),
-        "types_checked": bool(types),
-        "read_by": INSPECTOR,
-        "layers": loaded.num_layers,
+        "products": found,
+        "types_checked": bool(types) and found["in_engine"] == found["of_graph"],
+        "read_by": where,
     }
 
 

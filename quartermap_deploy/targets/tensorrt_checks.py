@@ -6,22 +6,16 @@ import json
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from quartermap_deploy.errors import EngineError
+from quartermap_deploy.targets.tensorrt_products import inspector_type, network_type, plan_lines, plan_type
 
 SIXTEEN_BITS = ("float16", "bfloat16")
 INSPECTOR, PLAN = "engine inspector", "plan"
 """How an engine was read, as a manifest says it."""
-_NETWORK_TYPES = {"HALF": "float16", "BF16": "bfloat16", "FLOAT": "float32"}
-_PLAN_TYPES = {"half": "float16", "bf16": "bfloat16", "float": "float32"}
-_INSPECTOR_TYPES = (
-    (re.compile(r"\b(half|fp16|float16)\b", re.IGNORECASE), "float16"),
-    (re.compile(r"\b(bf16|bfloat16)\b", re.IGNORECASE), "bfloat16"),
-    (re.compile(r"\b(float|fp32|float32)\b", re.IGNORECASE), "float32"),
-)
 _LAUNCHES = (b"function={ ", b"fully_connected={ ", b"corrltn={ ", b"runtime_fusion={ ")
 LEAST_SHARE = 0.5
 """Of the share of 16-bit values in the graph, what must be left in the engine: fusion takes values away from both
@@ -35,8 +29,7 @@ def network_types(network: Any) -> Counter[str]:
         layer = network.get_layer(index)
         if layer.num_outputs == 0 or str(layer.type).rpartition(".")[2] == "CONSTANT":
             continue
-        output = layer.get_output(0)
-        kind = None if output is None else _NETWORK_TYPES.get(str(output.dtype).rpartition(".")[2])
+        kind = network_type(layer.get_output(0))
         if kind is not None:
             found[kind] += 1
     return found
@@ -48,27 +41,16 @@ def plan_types(plan: bytes) -> Counter[str]:
     The plan holds its program as text. That is not documented, so nothing depends on finding it.
     """
     found: Counter[str] = Counter()
-    for line in _plan_lines(plan, b"tensor={ "):
-        kind = re.search(rb" type=(\w+) ", line)
-        name = None if kind is None or b"hmem" in line else _PLAN_TYPES.get(kind[1].decode())
-        if name is not None:
-            found[name] += 1
+    for line in plan_lines(plan, b"tensor={ "):
+        kind = None if b"hmem" in line else plan_type(line)
+        if kind is not None:
+            found[kind] += 1
     return found
 
 
 def plan_kernels(plan: bytes) -> int:
     """How many kernels a TensorRT-RTX engine launches for one input, as far as its plan can be read; else 0."""
-    return sum(1 for start in _LAUNCHES for _ in _plan_lines(plan, start))
-
-
-def _plan_lines(plan: bytes, start: bytes) -> Iterator[bytes]:
-    """Lines of the plan's program that begin so, behind their two blanks."""
-    mark = b"\n  " + start
-    place = plan.find(mark)
-    while place >= 0:
-        end = plan.find(b"\n", place + 1)
-        yield plan[place:end]
-        place = plan.find(mark, place + 1)
+    return sum(1 for start in _LAUNCHES for _ in plan_lines(plan, start))
 
 
 def inspected(information: str) -> tuple[Counter[str], list[str]]:
@@ -92,7 +74,7 @@ def inspected(information: str) -> tuple[Counter[str], list[str]]:
             )
         for output in layer.get("Outputs") or []:
             text = str(output.get("Format/Datatype") or output.get("Datatype") or "")
-            kind = next((name for pattern, name in _INSPECTOR_TYPES if pattern.search(text)), None)
+            kind = inspector_type(text)
             if kind is not None:
                 types[kind] += 1
                 break
@@ -100,7 +82,7 @@ def inspected(information: str) -> tuple[Counter[str], list[str]]:
 
 
 def check_types(graph: Mapping[str, int], engine: Mapping[str, int], where: str) -> None:
-    """Check that an engine computes in 16 bits what the graph has in 16 bits.
+    """Check that an engine has 16-bit types at all, as its graph has; `check_products` looks at each product.
 
     Args:
         graph: layers of the parsed graph by float type.

@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from quartermap_deploy.progress import Progress
 
+Result = TypeVar("Result")
 _SHOWN_DEPTH = 1
 """Phases further down last milliseconds, and there are hundreds."""
 
@@ -32,6 +33,55 @@ def make_logger(trt: Any) -> Any:
                 self.warnings.append(message.strip())
 
     return Collector()
+
+
+def interruptible(call: Callable[[], Result], stop: Callable[[], None] | None = None) -> Result:
+    """Call TensorRT in a thread of its own, so that Ctrl-C reaches this one.
+
+    Python raises KeyboardInterrupt in the main thread, in whatever Python that runs next. While TensorRT works in it,
+    that is one of our callbacks, and TensorRT's bindings swallow what it raises.
+
+    Args:
+        call: what to do.
+        stop: asks it to end early. Without one, Ctrl-C is answered when it has ended.
+
+    Returns:
+        What it returns.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, when the call has ended. At a second one it is left behind.
+        Exception: what it raises.
+    """
+    outcome: list[Result] = []
+    errors: list[BaseException] = []
+    # Not the thread's own join: interrupted, that takes the thread for ended (bpo-45274).
+    ended = threading.Event()
+
+    def work() -> None:
+        try:
+            outcome.append(call())
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            ended.set()
+
+    threading.Thread(target=work, name="tensorrt", daemon=True).start()
+    try:
+        _wait(ended)
+    except KeyboardInterrupt:
+        if stop is not None:
+            stop()
+        _wait(ended)
+        raise
+    if errors:
+        raise errors[0]
+    return outcome[0]
+
+
+def _wait(event: threading.Event) -> None:
+    # Windows answers Ctrl-C only between waits that end.
+    while not event.wait(0.2):
+        pass
 
 
 class Phases:
@@ -72,6 +122,10 @@ class Phases:
             self._depths.pop(name, None)
             if name in self._open:
                 self._open.pop(name)[0].__exit__(None, None, None)
+
+    def stop(self) -> None:
+        """Let the build end after its present step."""
+        self.error = self.error or KeyboardInterrupt()
 
     def close(self) -> None:
         """End what is still open, as after an error of TensorRT."""

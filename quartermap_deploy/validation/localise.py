@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from polygraphy.backend.base import BaseRunner
 
 from quartermap_deploy.errors import PassError
-from quartermap_deploy.frontend.exporter import INPUT, block_output
+from quartermap_deploy.frontend.exporter import INPUT
+from quartermap_deploy.frontend.node_names import block_output
 from quartermap_deploy.passes.cast_precision import block_parts, cast_precision
 from quartermap_deploy.passes.lower import lower
 from quartermap_deploy.progress import SILENT, Progress

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quartermap_deploy.frontend.exporter import scan_name
+from quartermap_deploy.frontend.node_names import scan_name
 from quartermap_deploy.validation.comparison import OutputComparison, block_of, relative_to_largest
 from quartermap_deploy.validation.tolerances import Tolerance
 

@@ -19,7 +19,8 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
 
-from quartermap_deploy.frontend.exporter import INPUT, OUTPUT, block_output, scan_name
+from quartermap_deploy.frontend.exporter import INPUT, OUTPUT
+from quartermap_deploy.frontend.node_names import block_output, scan_name
 from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D
 from quartermap_deploy.targets import Session
 from quartermap_deploy.targets.onnxruntime_cpu import inference_session
