@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from quartermap_deploy.errors import BundleError, UnknownNameError
 from quartermap_deploy.files import FolderKind, file_hash
-from quartermap_deploy.targets import DEFAULT, Session, load_target
+from quartermap_deploy.targets import DEFAULT, ENGINE_TARGETS, Session, load_target
 
 if TYPE_CHECKING:
     import onnx
@@ -80,11 +80,24 @@ class Bundle:
             UnknownNameError: if the bundle was not built for the target.
             BundleError: if the target's runtime refuses it.
         """
-        name = target or self.default_target
+        return _session(self, self.target(target), plugin)
+
+    def target(self, name: str | None) -> str:
+        """Return the name of a target that the bundle was built for; of its default for None.
+
+        Raises:
+            UnknownNameError: if it was not built for it.
+        """
+        name = name or self.default_target
         entries = self.manifest["targets"]
-        if name not in entries:
-            raise UnknownNameError.for_choice(f"target of {self.path.name}", name, entries)
-        return _session(self, name, plugin)
+        if name in entries:
+            return name
+        if name in ENGINE_TARGETS:
+            raise UnknownNameError(
+                f"the bundle {self.path} has no engine for {name}, it has {', '.join(entries)}; build one with "
+                f"`quartermap rebuild {self.path} --target {name}`"
+            )
+        raise UnknownNameError.for_choice(f"target of {self.path.name}", name, entries)
 
     def run(self, images: NDArray[np.float32], target: str | None = None) -> NDArray[np.float32]:
         """Run the model.
@@ -166,12 +179,7 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
         BundleError: if it is missing, no bundle, of a newer format, or a file is missing, altered or not listed.
     """
     folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise BundleError(
-            f"{folder} is a file; expected the folder of a bundle that `quartermap compile` wrote"
-        )
-    if not folder.is_dir():
-        raise BundleError(f"there is no bundle {folder}; expected a folder that `quartermap compile` wrote")
+    require_folder(folder)
     manifest = _read_json(folder / MANIFEST)
     if (
         not isinstance(manifest, dict)
@@ -192,6 +200,20 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
     if not isinstance(report, dict) or not isinstance(report.get("cases"), list) or "passed" not in report:
         raise BundleError(f"{folder / REPORT} is not the report of a bundle; compile it again")
     return Bundle(folder, manifest, report)
+
+
+def require_folder(folder: Path) -> None:
+    """Check that there is a folder, before it is looked at as a bundle.
+
+    Raises:
+        BundleError: if there is none.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise BundleError(
+            f"{folder} is a file; expected the folder of a bundle that `quartermap compile` wrote"
+        )
+    if not folder.is_dir():
+        raise BundleError(f"there is no bundle {folder}; expected a folder that `quartermap compile` wrote")
 
 
 def _read_json(path: Path) -> Any:

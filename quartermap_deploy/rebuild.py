@@ -17,6 +17,7 @@ from quartermap_deploy.bundle import (
     describe_file,
     load_bundle,
     new_bundle,
+    require_folder,
     write_json,
 )
 from quartermap_deploy.compiler import check_target
@@ -56,6 +57,7 @@ def rebuild_bundle(
         QuartermapError: of the target, if an engine cannot be built. Then the bundle is what it was before.
     """
     folder = Path(path)
+    require_folder(folder)
     manifest = _manifest(folder)
     entries: dict[str, dict[str, Any]] = manifest["targets"]
     engines = {name: entry["file"] for name, entry in entries.items() if entry.get("file") != MODEL}

@@ -880,6 +880,11 @@ def test_a_bundle_that_does_not_match_its_manifest(
     assert all(word in text for word in words), text
 
 
+@pytest.mark.parametrize("command", ["inspect", "validate", "bench", "rebuild"])
+def test_a_file_is_no_bundle(refused: Refuse, bundle: Path, command: str) -> None:
+    assert "model.onnx is a file; expected the folder of a bundle" in refused(command, bundle / "model.onnx")
+
+
 @pytest.mark.parametrize("command", ["inspect", "validate", "bench"])
 def test_a_bundle_that_is_not_there(refused: Refuse, command: str) -> None:
     assert "there is no bundle gone" in refused(command, "gone")
@@ -936,6 +941,14 @@ def test_bench_compares_bundles(bundle: Path, workplace: Path) -> None:
         assert low <= entry["speed"] <= high
     out = call("bench", bundle, "--threads", 1, "--repeats", 1).out
     assert "images/s" in out and "1.00 × [1.00 – 1.00]" in out
+
+
+def test_bench_runs_the_targets_that_are_named(refused: Refuse, bundle: Path) -> None:
+    arguments = ["bench", bundle, "--threads", 1, "--repeats", 1, "--target", "onnxruntime"]
+    assert [entry["target"] for entry in call(*arguments, "--json").json["bundles"]] == ["onnxruntime"]
+    text = refused(*arguments, "tensorrt")
+    assert "has no engine for tensorrt, it has onnxruntime" in text
+    assert f"quartermap rebuild {bundle} --target tensorrt" in text
 
 
 def test_bench_runs_on_real_images(bundle: Path) -> None:

@@ -19,7 +19,7 @@ from quartermap_deploy.plugin import build
 from quartermap_deploy.plugin.build import BuildOptions, build_plugin, plugin_sources
 from quartermap_deploy.plugin.check import check_plugin
 from quartermap_deploy.plugin.contract import CONTRACT
-from quartermap_deploy.plugin.cuda import Kernels
+from quartermap_deploy.plugin.cuda import Kernels, enable_cuda_kernels
 from quartermap_deploy.plugin.errors import PluginError
 from quartermap_deploy.plugin.library import load
 from quartermap_deploy.targets.gpu import find_gpu
@@ -236,6 +236,21 @@ def test_build_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not output.exists()
 
 
+@pytest.mark.skipif(
+    not Path("/proc/self").is_dir(), reason="there is no /proc, where nobody may make a folder"
+)
+def test_build_asks_first_whether_it_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_cmake", lambda: pytest.fail("the output was not looked at before"))
+    with pytest.raises(PluginError, match=r"cannot write into /proc/plugin/out: .*--output"):
+        build_plugin(Path("/proc/plugin/out"))
+    (tmp_path / "file").touch()
+    with pytest.raises(PluginError, match="is no folder"):
+        build_plugin(tmp_path / "file")
+    with pytest.raises(PluginError, match="cannot write into"):
+        build_plugin(tmp_path / "file" / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_build_finds_no_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plugin_builds.require_compiler()
     for name in ("TENSORRT_ROOT", "TENSORRT_INCLUDE_DIR"):
@@ -292,6 +307,8 @@ def test_the_kernels_compile(tmp_path: Path) -> None:
     if find_gpu() is None:
         with pytest.raises(PluginError, match=r"NVIDIA driver|no CUDA-capable device"):
             Kernels(library).plan((1, 2, 7, 7, 1, 0), ("row",), True, "float32")
+        with pytest.raises(PluginError, match=r"PyTorch .* finds no GPU"):
+            enable_cuda_kernels(library)
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -257,6 +257,15 @@ def test_bad_requests_write_nothing(tmp_path: Path) -> None:
 
 
 @needs_rtx
+def test_turing_is_refused_before_any_work() -> None:
+    recipe = SimpleNamespace(
+        engine=EngineOptions(compute_capabilities=("7.5", "8.9")), targets=("tensorrt-rtx",)
+    )
+    with pytest.raises(InputError, match=r"no float32 matrix product for compute capability 7\.5"):
+        tensorrt_rtx.check(recipe)
+
+
+@needs_rtx
 def test_a_refused_operator_is_named_with_its_block(tmp_path: Path) -> None:
     model = small_model("Frobnicate")
     model.graph.node[1].domain = "elsewhere"
@@ -630,6 +639,13 @@ def test_targets_are_known() -> None:
 def test_wrong_options_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(QuartermapError, match=message):
         EngineOptions.from_dict(values)
+
+
+def test_a_profile_beyond_what_a_tensor_holds_is_refused() -> None:
+    shape = ("batch", 3, 64, 64)
+    Profile((1, 8, 174_762)).shapes(shape)
+    with pytest.raises(InputError, match=r"more than 2,147,483,647 elements"):
+        Profile((1, 8, 174_763)).shapes(shape)
 
 
 def test_options_survive_json() -> None:

@@ -50,6 +50,7 @@ def add_parser(subparsers: Subparsers) -> None:
             """,
         examples="""
             quartermap bench bundles/vmamba_digits bundles/vmamba_digits_k3 --batch 64
+            quartermap bench bundles/tiny_k3_float16 --target onnxruntime tensorrt-rtx --batch 8
             quartermap bench bundles/* --threads 2 --repeats 31 --json
             """,
     )
@@ -76,6 +77,12 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="N",
         help="rounds that are timed (default: %(default)s)",
     )
+    parser.add_argument(
+        "--target",
+        nargs="+",
+        metavar="NAME",
+        help="what each bundle runs on; several run in turns, too (default: onnxruntime, or the bundle's only target)",
+    )
     add_plugin_option(parser)
     add_output_options(parser)
 
@@ -84,14 +91,14 @@ def run(options: argparse.Namespace) -> None:
     """Time the bundles and print the table."""
     from quartermap_deploy.targets.onnxruntime_cpu import default_threads
 
-    bundles = dict(zip(labels(options.bundles), options.bundles, strict=True))
+    paths = dict(zip(labels(options.bundles), options.bundles, strict=True))
     threads = options.threads or default_threads()
     with results_only():
-        timings = time_bundles(bundles, options, make_progress(options))
+        timings = time_bundles(paths, options, make_progress(options))
     first = next(iter(timings.values()))
     results = [
-        {"name": label, "path": bundles[label], **measured(timing, first, options.batch)}
-        for label, timing in timings.items()
+        {"name": label, "path": paths[label], "target": target, **measured(timing, first, options.batch)}
+        for (label, target), timing in timings.items()
     ]
     values = {"batch": options.batch, "threads": threads, "repeats": options.repeats, "bundles": results}
     if options.json:
@@ -104,26 +111,31 @@ def result_table(values: Mapping[str, Any]) -> Table:
     """Return the table of what `--json` prints."""
     return table(
         f"batch {values['batch']}, {values['threads']} threads, {values['repeats']} rounds",
-        ["bundle", ">median ms", ">fastest", ">slowest", ">images/s", ">speed"],
+        ["bundle", "target", ">median ms", ">fastest", ">slowest", ">images/s", ">speed"],
         [row(result) for result in values["bundles"]],
     )
 
 
 def time_bundles(
-    bundles: dict[str, Path], options: argparse.Namespace, progress: Progress
-) -> dict[str, Timing]:
-    """Load bundles and time them in turns."""
+    paths: dict[str, Path], options: argparse.Namespace, progress: Progress
+) -> dict[tuple[str, str], Timing]:
+    """Load bundles, each for every target that was asked for, and time them in turns; by name and target."""
     from quartermap_deploy.bundle import load_bundle
 
-    functions = {}
-    with progress.step("loading the bundles", total=len(bundles)) as advance:
-        for label, path in bundles.items():
-            functions[label] = call(load_bundle(path), options.batch, options.threads, options.plugin)
+    functions, places = {}, {}
+    with progress.step("loading the bundles", total=len(paths)) as advance:
+        for label, path in paths.items():
+            bundle = load_bundle(path)
+            for target in dict.fromkeys(map(bundle.target, options.target or [None])):
+                name = f"{label} on {target}"
+                places[name] = (label, target)
+                functions[name] = call(bundle, options.batch, options.threads, target, options.plugin)
             advance(1)
-    return interleave(functions, options.repeats, progress=progress)
+    timings = interleave(functions, options.repeats, progress=progress)
+    return {places[name]: timing for name, timing in timings.items()}
 
 
-def call(bundle: Bundle, batch: int, threads: int | None, plugin: Path | None = None) -> Any:
+def call(bundle: Bundle, batch: int, threads: int | None, target: str, plugin: Path | None = None) -> Any:
     """Return a function that runs a bundle once on a batch of real images.
 
     Raises:
@@ -131,7 +143,6 @@ def call(bundle: Bundle, batch: int, threads: int | None, plugin: Path | None = 
     """
     from quartermap_deploy.targets import load_target
 
-    target = bundle.default_target
     with thread_count(threads):
         session = load_target(target).open(bundle.path, bundle.manifest["targets"][target], plugin=plugin)
     images = real_batch(bundle, batch)
@@ -196,6 +207,7 @@ def row(result: dict[str, Any]) -> list[object]:
     low, high = result["speed_quartiles"]
     return [
         result["name"],
+        result["target"],
         f"{result['median_ms']:.2f}",
         f"{result['minimum_ms']:.2f}",
         f"{result['maximum_ms']:.2f}",

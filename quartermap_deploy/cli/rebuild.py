@@ -50,7 +50,8 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--target",
         metavar="NAME",
-        help="build for this target alone (default: every engine that the bundle has)",
+        help="build for this target alone, also one that the bundle has no engine for yet (default: every engine "
+        "that it has)",
     )
     add_plugin_option(parser)
     add_output_options(parser)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -86,8 +87,7 @@ def build_plugin(
         PluginError: if compiling fails.
     """
     options = options or BuildOptions()
-    if output.exists() and not output.is_dir():
-        raise PluginError(f"{output} is no folder; name the folder that the library is to be put into")
+    _require_writable(output)
     configure = [_cmake(), "-S", str(plugin_sources()), *_definitions(options)]
     say = on_output or _ignore
     with tempfile.TemporaryDirectory(prefix="quartermap-plugin-") as temporary:
@@ -102,6 +102,25 @@ def build_plugin(
         if code != 0:
             raise PluginError("the plugin could not be compiled:\n" + _important(lines))
         return _place(Path(temporary) / options.library, output)
+
+
+def _require_writable(output: Path) -> None:
+    """Check, before minutes of compiling, that a file can be put into a folder; by doing it, since root may do all."""
+    if output.exists() and not output.is_dir():
+        raise PluginError(f"{output} is no folder; name the folder that the library is to be put into")
+    made = [folder for folder in (output.absolute(), *output.absolute().parents) if not folder.exists()]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise PluginError(
+            f"cannot write into {output}: {error.strerror}; name another with --output"
+        ) from error
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def _ignore(line: str) -> None:

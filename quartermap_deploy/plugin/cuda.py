@@ -311,11 +311,18 @@ def enable_cuda_kernels(path: str | Path) -> Kernels:
         The library's C interface.
 
     Raises:
-        PluginError: if it cannot be loaded, or its interface is of another version.
+        PluginError: if it cannot be loaded, its interface is of another version, or PyTorch finds no GPU.
     """
     kernels = Kernels(Path(path))
     if kernels.emulated:
         raise PluginError(f"{path} holds kernels for tests on a CPU; build without emulation")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise PluginError(
+            f"PyTorch {torch.__version__} finds no GPU, and the kernels run on nothing else; install a build for CUDA, "
+            "and see whether `nvidia-smi` answers"
+        )
     from quartermap_deploy.frontend import operators
     from quartermap_deploy.frontend.vectorized import selective_scan_2d_vectorized
 

@@ -23,7 +23,7 @@ def load(path: Path) -> ctypes.CDLL:
         raise PluginError(f"{path} is a folder; name the library in it")
     if not path.is_file():
         raise PluginError(
-            f"there is no plugin library {path}; build one: quartermap plugin build --output {path.parent}"
+            f"there is no plugin library {path}; `quartermap plugin build` makes one, in ./plugin if not told otherwise"
         )
     _require_whole(path)
     try:

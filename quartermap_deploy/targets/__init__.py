@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from quartermap_deploy.recipe import Recipe
     from quartermap_deploy.targets.tensorrt_options import EngineOptions
 
+ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
+"""Targets that need an engine of their own beside the portable model."""
 _MODULES = {"onnxruntime": "onnxruntime_cpu", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 DEFAULT = "onnxruntime"
 

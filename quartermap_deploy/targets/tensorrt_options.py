@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from quartermap_deploy.errors import InputError
 Range = tuple[int, int, int]
 CACHE_FOLDER = ".quartermap-cache"
 """Where caches lie beside a bundle."""
+LARGEST_TENSOR = 2**31 - 1
+"""Elements, by TensorRT's documentation of `Dims`."""
 HARDWARE = ("none", "ampere_plus", "same_compute_capability")
 
 
@@ -51,7 +54,8 @@ class Profile:
             shape: as the graph has it; a string is an open size.
 
         Raises:
-            InputError: if the profile contradicts a fixed size, or has no range for an open one.
+            InputError: if the profile contradicts a fixed size, has no range for an open one, or takes inputs too large
+                for TensorRT.
         """
         names = ("batch", "channels", "height", "width")
         ranges: list[Range] = []
@@ -73,6 +77,11 @@ class Profile:
                 )
             else:
                 ranges.append(wanted)
+        if math.prod(high for _, _, high in ranges) > LARGEST_TENSOR:
+            raise InputError(
+                f"the profile's largest input {tuple(high for _, _, high in ranges)} has more than {LARGEST_TENSOR:,} "
+                "elements, the most that a tensor of TensorRT has; narrow the profile"
+            )
         return tuple(zip(*ranges, strict=True))
 
     def takes(self, shape: Sequence[int], model_shape: Sequence[int | str]) -> bool:

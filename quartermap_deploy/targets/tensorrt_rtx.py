@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from quartermap_deploy.targets.tensorrt_session import EngineSession
 
+TURING = "7.5"
 PRECISIONS = ("float32", "float16", "bfloat16")
 
 
@@ -30,13 +31,19 @@ def check(recipe: Any = None) -> None:
     Raises:
         MissingDependencyError: if TensorRT for RTX is absent or its version is not supported, or if there is a GPU that
             the engine is for, but no CUDA runtime to run it.
-        InputError: if it does not know a compute capability, or the recipe has an option that it has not.
+        InputError: if it does not know a compute capability or cannot build for it, or the recipe has an option that it
+            has not.
     """
     from quartermap_deploy.targets.tensorrt_builder import known_capabilities
 
     trt = TENSORRT_RTX.load()
     options = getattr(recipe, "engine", None) or EngineOptions()
     known_capabilities(trt, options.compute_capabilities)
+    if TURING in options.compute_capabilities:
+        raise InputError(
+            f"TensorRT for RTX {trt.__version__} has no float32 matrix product for compute capability {TURING} "
+            "(Turing), and the scan's time step is one; leave it out, or run the bundle by ONNX Runtime there"
+        )
     gpu = devices.find_gpu()
     if gpu is not None and gpu.compute_capability in options.compute_capabilities:
         require_runtime("running the engine that is built, to prove it,")
