@@ -155,7 +155,8 @@ def _comparison(values: Values) -> str:
 ## QuarterMap, ToMe and the unpruned model
 
 As the paper's tables 1 and 2: QuarterMap at every k-th block outside the first stage, and ToMe in the same blocks,
-merging to as many tokens as QuarterMap keeps. Scan and added are milliseconds of one recorded call.
+merging to as many tokens as QuarterMap keeps. Scan and added are milliseconds, by their shares of recorded
+calls.
 
 {_written(shown(compare.tables(values)))}"""
 

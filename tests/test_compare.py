@@ -95,7 +95,7 @@ class TestResults:
             assert entry["images_per_second"] == pytest.approx(2e3 / entry["median_ms"])
             low, high = entry["speed_quartiles"]
             assert low <= entry["speed"] <= high
-            assert 0 < entry["scan_ms"] < entry["profiled_ms"]
+            assert 0 < entry["scan_ms"] < entry["profiled_ms"] and 0 < entry["scan_share"] < 1
         assert by_name["unpruned"]["speed"] == 1
         assert by_name["unpruned"]["added_ms"] == 0
         assert by_name["QuarterMap k = 3, canonical"]["added_ms"] > 0
@@ -133,7 +133,7 @@ class TestTorch:
         assert [entry["name"] for entry in values["variants"]] == [NAMES[0], NAMES[1], NAMES[3]]
         assert all(entry["form"] is entry["nodes"] is None for entry in values["variants"])
         for entry in values["timings"][0]["variants"]:
-            assert 0 < entry["scan_ms"] < entry["profiled_ms"]
+            assert 0 < entry["scan_ms"] < entry["profiled_ms"] and 0 < entry["scan_share"] < 1
             assert (entry["added_ms"] > 0) == (entry["name"] != "unpruned")
 
     def test_interrupted_it_goes_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

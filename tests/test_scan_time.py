@@ -60,7 +60,18 @@ class TestReadProfile:
             event("_inlfunc_SelectiveScan2D_scan_body/1_Mul_kernel_time", 2100, 50),
             event("model_loading_array", -100, 50, "Session"),
         ]
-        assert read_profile(events) == [TimeParts(1.0, 0.4, 0.065), TimeParts(0.5, 0.05, 0.0)]
+        assert read_profile(events) == [
+            TimeParts(1.0, 0.4, 0.065, 8, 2, 4),
+            TimeParts(0.5, 0.05, 0.0, 1, 1, 0),
+        ]
+
+    def test_what_recording_took_is_taken_off(self) -> None:
+        # 1 ms for each of 20 nodes, 15 of them in the scans and 2 in what was added.
+        values = TimeParts(30.0, 20.0, 3.0, 20, 15, 2).to_dict(10.0)
+        assert values == {"profiled_ms": 30.0, "scan_ms": 5.0, "added_ms": 1.0, "scan_share": 0.5}
+        # A recorded call that happened to be the faster one, and one of PyTorch, where no nodes are counted.
+        assert TimeParts(30.0, 20.0, 3.0, 20, 15, 2).to_dict(31.0)["scan_ms"] == 20.0
+        assert TimeParts(30.0, 15.0, 3.0).to_dict(10.0)["scan_share"] == 0.5
 
     def test_a_profile_without_scans_is_refused(self) -> None:
         with pytest.raises(BundleError, match="1 calls and no node of a scan"):

@@ -143,11 +143,17 @@ def tables(values: Mapping[str, Any]) -> list[object]:
     if data is not None:
         parts.append(f"Accuracy: {data['images']:,} images of {data['name']}.")
     parts.append(
-        "Scan and added: of one recorded call, in the scans, and in what pruning or merging puts around them."
+        "Scan and added: the time in the scans, and in what pruning or merging puts around them, by their shares of "
+        "recorded calls."
     )
     if model["weights"] == "new":
         parts.append("The weights are new: they decide no time.")
     return parts
+
+
+def _scan_text(entry: Mapping[str, Any]) -> str | None:
+    text, share = milliseconds(entry["scan_ms"]), entry["scan_share"]
+    return text if share is None else f"{text} ({share:.0%})"
 
 
 def _table(values: Mapping[str, Any], timing: Mapping[str, Any]) -> Table:
@@ -166,7 +172,7 @@ def _table(values: Mapping[str, Any], timing: Mapping[str, Any]) -> Table:
                 rate_text(entry["images_per_second"]),
                 speed_text(entry["speed"], entry["speed_quartiles"]),
                 speed_text(entry["speed_to_tome"], None),
-                milliseconds(entry["scan_ms"]),
+                _scan_text(entry),
                 milliseconds(entry["added_ms"]),
                 None if parity is None else error_text(parity["relative_error"]),
             ]

@@ -43,8 +43,8 @@ The results, plain values for JSON:
             speed_to_tome, speed_to_tome_quartiles   of QuarterMap, relative to ToMe in the same blocks; else null
             profiled_ms                         of one recorded call, which takes longer; null, as the two below, until
                                                 calls were recorded
-            scan_ms, scan_share                 of it in the scans
-            added_ms                            of it in what QuarterMap (Slice, Resize) or ToMe (matching, merging,
+            scan_ms, scan_share                 of median_ms in the scans, by their share of what was recorded
+            added_ms                            likewise in what QuarterMap (Slice, Resize) or ToMe (matching, merging,
                                                 unmerging) adds to a block
     skipped       name and reason of each variant that this model cannot have
     notes         what has to be known before the numbers are believed
@@ -256,10 +256,11 @@ class _Comparison:
                 )
                 results.save()
             for batch in unrecorded:
-                parts = bench.profile(batch, options.profile_repeats)
                 (timing,) = (entry for entry in values["timings"] if entry["batch"] == batch)
+                medians = {entry["name"]: entry["median_ms"] for entry in timing["variants"]}
+                recorded = bench.profile(batch, options.profile_repeats, medians)
                 for entry in timing["variants"]:
-                    entry |= parts[entry["name"]]
+                    entry |= recorded[entry["name"]]
                 results.save()
 
 

@@ -8,8 +8,10 @@ after their block by the passes and by the export of ToMe. What the runtime make
 convolutions, has names of its own and counts as the rest. In PyTorch the same steps are timed from call to call, by
 CUDA events on a GPU and by the clock on a CPU.
 
-Recording takes time itself, a microsecond or two for each node, so the parts of a recorded call are stated with their
-own sum, beside the time of the call without recording.
+Recording takes time itself, a microsecond or two for each node, and a Scan has the nodes of its body recorded at every
+step: on small maps that is several times what is recorded, and most of it lies between the nodes. So only the times of
+nodes themselves are added up, of those that have no others in them, and their shares are those of a call that is not
+recorded.
 """
 
 from __future__ import annotations
@@ -48,25 +50,32 @@ WARMUP = 1
 
 @dataclass(frozen=True)
 class TimeParts:
-    """Where the time of one call goes, in milliseconds.
+    """Where the time of one recorded call goes, in milliseconds.
 
     Attributes:
-        total: the whole call, recorded.
-        scan: its scans.
-        added: what pruning or merging adds around them.
+        total: the whole call.
+        nodes: everything that was recorded of it: in ONNX Runtime all nodes, in PyTorch the call.
+        scan: of that, its scans.
+        added: of that, what pruning or merging adds around them.
     """
 
     total: float
+    nodes: float
     scan: float
     added: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
+    def to_dict(self, unrecorded: float) -> dict[str, Any]:
+        """Return plain values for JSON: the shares of what was recorded, in a call that is not recorded.
+
+        Args:
+            unrecorded: milliseconds of a call that is not recorded.
+        """
+        scale = unrecorded / self.nodes if self.nodes else 0.0
         return {
             "profiled_ms": self.total,
-            "scan_ms": self.scan,
-            "added_ms": self.added,
-            "scan_share": self.scan / self.total if self.total else None,
+            "scan_ms": self.scan * scale,
+            "added_ms": self.added * scale,
+            "scan_share": self.scan / self.nodes if self.nodes else None,
         }
 
     @classmethod
@@ -142,7 +151,7 @@ def read_profile(events: Sequence[Mapping[str, Any]]) -> list[TimeParts]:
         BundleError: if the profile has no call, or none of its nodes is of a scan's body.
     """
     calls = sorted((e for e in events if e["name"] == "model_run"), key=lambda e: float(e["ts"]))
-    nodes = _outermost([e for e in events if e.get("cat") == "Node" and e["name"].endswith(_EVENT)])
+    nodes = _innermost([e for e in events if e.get("cat") == "Node" and e["name"].endswith(_EVENT)])
     if not calls or not any(SCAN_BODY in event["name"] for event in nodes):
         raise BundleError(
             f"the profile of ONNX Runtime has {len(calls)} calls and no node of a scan; this version of ONNX Runtime "
@@ -151,28 +160,27 @@ def read_profile(events: Sequence[Mapping[str, Any]]) -> list[TimeParts]:
     return [_parts(call, nodes) for call in calls]
 
 
-def _outermost(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Leave out the events inside others: a Scan has the nodes of its body recorded too."""
-    found: list[Mapping[str, Any]] = []
-    end = -1.0
-    for event in sorted(events, key=lambda e: (e["ts"], -e["dur"])):
-        if event["ts"] + event["dur"] <= end:
-            continue
-        end = event["ts"] + event["dur"]
-        found.append(event)
-    return found
+def _innermost(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Leave out the events that have others in them: most of what is recorded of a Scan is the recording itself."""
+    ordered = sorted(events, key=lambda e: (e["ts"], -e["dur"]))
+    return [
+        event
+        for event, after in zip(ordered, [*ordered[1:], None], strict=True)
+        if after is None or after["ts"] >= event["ts"] + event["dur"]
+    ]
 
 
 def _parts(call: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]]) -> TimeParts:
     start, end = call["ts"], call["ts"] + call["dur"]
-    scan = added = 0.0
+    every = scan = added = 0.0
     for event in nodes:
         if start <= event["ts"] < end:
+            every += event["dur"]
             if SCAN_BODY in event["name"]:
                 scan += event["dur"]
             elif _ADDED.search(event["name"]):
                 added += event["dur"]
-    return TimeParts(call["dur"] / 1e3, scan / 1e3, added / 1e3)
+    return TimeParts(call["dur"] / 1e3, every / 1e3, scan / 1e3, added / 1e3)
 
 
 # PyTorch ------------------------------------------------------------------------------------------------------------
@@ -212,7 +220,8 @@ def _recorded(model: VisualStateSpaceModel, images: NDArray[np.float32]) -> Time
         model(batch)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return TimeParts(*(recorder.milliseconds(kind) for kind in ("total", "scan", "added")))
+    total, scan, added = map(recorder.milliseconds, ("total", "scan", "added"))
+    return TimeParts(total, total, scan, added)
 
 
 Moment = Callable[[], Any]

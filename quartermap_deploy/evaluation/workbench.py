@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -218,8 +218,14 @@ class Workbench:
             workers=workers,
         ).to_dict()
 
-    def profile(self, batch: int, repeats: int) -> dict[str, dict[str, Any]]:
-        """Record where the time of a call goes, as plain values for JSON, by variant. The variants are closed first."""
+    def profile(self, batch: int, repeats: int, unrecorded: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+        """Record where the time of a call goes, as plain values for JSON, by variant. The variants are closed first.
+
+        Args:
+            batch: images per call.
+            repeats: recorded calls of each.
+            unrecorded: milliseconds of a call that is not recorded, by variant.
+        """
         from quartermap_deploy.evaluation import scan_time
         from quartermap_deploy.evaluation.sessions import on_device
 
@@ -237,7 +243,7 @@ class Workbench:
                 repeats=repeats,
                 progress=progress,
             )
-        return {name: part.to_dict() for name, part in parts.items()}
+        return {name: part.to_dict(unrecorded[name]) for name, part in parts.items()}
 
 
 def _call(run: Run, images: NDArray[np.float32]) -> Callable[[], object]:
