@@ -16,7 +16,7 @@ from evaluation_data import damaged, digit_folders
 
 from quartermap_deploy.bench import Timing
 from quartermap_deploy.errors import GoalError, InputError, PlanError, RecipeError, UnknownNameError
-from quartermap_deploy.evaluation import tried
+from quartermap_deploy.evaluation import tried, tune_report
 from quartermap_deploy.evaluation import tune as tune_module
 from quartermap_deploy.evaluation.choice import Chooser
 from quartermap_deploy.evaluation.datasets import Dataset, open_dataset
@@ -24,7 +24,7 @@ from quartermap_deploy.evaluation.fidelity import Fidelity
 from quartermap_deploy.evaluation.savings import PlanTimer, Savings
 from quartermap_deploy.evaluation.search import Candidate, Goal, Judge
 from quartermap_deploy.evaluation.trial import Trial
-from quartermap_deploy.evaluation.tune import Tuned, TuneOptions, divide, tune
+from quartermap_deploy.evaluation.tune import Tuned, TuneOptions, divide, time_warning, tune
 from quartermap_deploy.pruning import QuarterMap
 from quartermap_deploy.recipe import Recipe
 
@@ -428,6 +428,30 @@ def test_a_speed_is_what_is_timed_not_what_was_summed_up(tmp_path: Path) -> None
         GoalError, match=r"of 6 plans that were timed by themselves the fastest is 1\.000 times"
     ):
         own.choose(Goal(speedup=1.2))
+
+
+def test_the_recipe_states_the_speed_that_was_timed() -> None:
+    chosen: dict[str, Any] = {"speed": 1.381, "measured": {"speed": 1.294, "quartiles": [0.947, 1.535]}}
+    assert tune_report.speed_text(chosen, "time") == (
+        "timed by itself 1.294 times as fast as the unpruned model, in half of the rounds 0.947 to 1.535 times (1.381 by "
+        "the sum of what its blocks save)."
+    )
+    assert tune_report.speed_text({**chosen, "measured": None}, "flops") == (
+        "1.381 times as fast as the unpruned model by flops."
+    )
+
+
+@pytest.mark.parametrize(
+    ("speed", "quartiles", "words"),
+    [
+        (1.2, [1.1, 1.3], None),
+        (1.294, [0.947, 1.535], "the rounds scatter: half of them say 0.947 to 1.535"),
+        (0.99, [0.9, 1.1], "no faster than the unpruned model on onnxruntime"),
+    ],
+)
+def test_times_that_prove_little_are_told_of(speed: float, quartiles: list[float], words: str | None) -> None:
+    warning = time_warning({"speed": speed, "quartiles": quartiles}, "onnxruntime")
+    assert warning is None if words is None else words in (warning or "")
 
 
 def test_where_times_were_too_noisy_the_message_says_so(tmp_path: Path) -> None:

@@ -341,11 +341,21 @@ class _Tuning:
         chooser.verify(compared)
         chooser.time(compared)
         times = chooser.measured.get(chosen)
-        if times is not None and times["speed"] <= 1:
-            self.warnings.append(
-                f"timed by itself, the plan is no faster than the unpruned model on {self.options.target} "
-                f"({times['speed']:.3f} times as fast)"
-            )
+        if times is not None and (warning := time_warning(times, self.options.target)):
+            self.warnings.append(warning)
+
+
+def time_warning(times: Mapping[str, Any], target: str) -> str | None:
+    """What to know of a plan that was timed by itself and is not clearly faster than the unpruned model, or None."""
+    speed, (low, high) = times["speed"], times["quartiles"]
+    if speed <= 1:
+        return f"timed by itself, the plan is no faster than the unpruned model on {target} ({speed:.3f} times as fast)"
+    if low <= 1:
+        return (
+            f"timed by itself, the plan is {speed:.3f} times as fast, but the rounds scatter: half of them say {low:.3f} "
+            f"to {high:.3f}; time it again on a quiet machine with `quartermap bench`, or give more --repeats"
+        )
+    return None
 
 
 def _use_labels(wanted: bool | None, *datasets: Dataset) -> bool:

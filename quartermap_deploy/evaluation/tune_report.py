@@ -94,6 +94,21 @@ def _found(found: Fidelity, chooser: Chooser) -> dict[str, Any]:
     return {**found.to_dict(), "drop": chooser.judge.drop(found)}
 
 
+def speed_text(chosen: Mapping[str, Any], measure: str) -> str:
+    """How fast the plan is: as it was timed, or else by the sum of what its blocks save."""
+    times, summed = (
+        chosen["measured"],
+        f"{chosen['speed']:.3f} times as fast as the unpruned model by {measure}",
+    )
+    if times is None:
+        return f"{summed}."
+    low, high = times["quartiles"]
+    return (
+        f"timed by itself {times['speed']:.3f} times as fast as the unpruned model, in half of the rounds {low:.3f} to "
+        f"{high:.3f} times ({chosen['speed']:.3f} by the sum of what its blocks save)."
+    )
+
+
 def recipe_text(recipe: Recipe, out: Path, values: Mapping[str, Any]) -> str:
     """Return the text of the recipe file, with the numbers that speak for its plan in comments."""
     chosen = values["chosen"]
@@ -105,7 +120,7 @@ def recipe_text(recipe: Recipe, out: Path, values: Mapping[str, Any]) -> str:
     )
     lines = [
         f"Found by `quartermap tune` on {values['calibration']['images']} images of {values['calibration']['name']}:",
-        f"{chosen['speed']:.3f} times as fast as the unpruned model by {values['measure']}.",
+        speed_text(chosen, values["measure"]),
         f"On {images['images']} other images of {images['name']}: agreement with the unpruned model "
         f"{found['agreement']:.2%}{accuracy}.",
         f"All that was tried is in {out.with_suffix('.json').name}.",
