@@ -433,8 +433,8 @@ def test_a_speed_is_what_is_timed_not_what_was_summed_up(tmp_path: Path) -> None
 def test_the_recipe_states_the_speed_that_was_timed() -> None:
     chosen: dict[str, Any] = {"speed": 1.381, "measured": {"speed": 1.294, "quartiles": [0.947, 1.535]}}
     assert tune_report.speed_text(chosen, "time") == (
-        "timed by itself 1.294 times as fast as the unpruned model, in half of the rounds 0.947 to 1.535 times (1.381 by "
-        "the sum of what its blocks save)."
+        "timed by itself 1.294 times as fast as the unpruned model, in half of the rounds 0.947 to 1.535 times "
+        "(1.381 by the sum of what its blocks save)."
     )
     assert tune_report.speed_text({**chosen, "measured": None}, "flops") == (
         "1.381 times as fast as the unpruned model by flops."

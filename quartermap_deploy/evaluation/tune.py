@@ -352,8 +352,8 @@ def time_warning(times: Mapping[str, Any], target: str) -> str | None:
         return f"timed by itself, the plan is no faster than the unpruned model on {target} ({speed:.3f} times as fast)"
     if low <= 1:
         return (
-            f"timed by itself, the plan is {speed:.3f} times as fast, but the rounds scatter: half of them say {low:.3f} "
-            f"to {high:.3f}; time it again on a quiet machine with `quartermap bench`, or give more --repeats"
+            f"timed by itself, the plan is {speed:.3f} times as fast, but the rounds scatter: half of them say "
+            f"{low:.3f} to {high:.3f}; time it again on a quiet machine with `quartermap bench`, or give more --repeats"
         )
     return None
 
