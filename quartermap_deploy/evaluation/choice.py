@@ -124,8 +124,9 @@ class Chooser:
     def _warn_of_passed_over(self, number: int) -> None:
         if number:
             self.warnings.append(
-                f"{number} faster plans keep to the budget on the images that they were chosen by, but not on the "
-                "others; more images to calibrate on would tell them apart"
+                ("1 faster plan keeps" if number == 1 else f"{number} faster plans keep")
+                + " to the budget on the images to calibrate on, but not on the others; more images to calibrate on "
+                "would tell them apart"
             )
 
     def _timed(self, wanted: float, unmet: str) -> Candidate:
