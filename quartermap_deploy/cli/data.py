@@ -42,8 +42,8 @@ def add_data_options(
     group.add_argument(
         "--format",
         choices=(*FORMATS, UNLABELLED) if calibrating else FORMATS,
-        help=f"how the data is laid out{unlabelled} (default: medmnist for a file .npz, imagefolder for another --data, "
-        "else the digits that come with scikit-learn)",
+        help=f"how the data is laid out{unlabelled} (default: medmnist for a file .npz, imagefolder for another "
+        "--data, else the digits that come with scikit-learn)",
     )
     # Where plans are chosen by the images, the parts that others are judged on are kept for the verification.
     purpose, medmnist, digits = (
