@@ -37,9 +37,8 @@ class FolderKind:
                 such folder, which is never removed.
         """
         if not path.exists() and not path.is_symlink():
-            above = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-            if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-                raise self.error(f"cannot write to {path}: {above} is no folder that you may write to")
+            if (obstacle := obstacle_to(path)) is not None:
+                raise self.error(f"cannot write to {path}: {obstacle}")
             return
         if not force:
             mend = "choose another folder"
@@ -87,6 +86,33 @@ class FolderKind:
             for parent in made:
                 with contextlib.suppress(OSError):
                     parent.rmdir()
+
+
+def obstacle_to(path: Path) -> str | None:
+    """Say what stands in the way of writing to `path`, whose folders need not be there yet; None if nothing does."""
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if above.is_dir() and os.access(above, os.W_OK | os.X_OK):
+        return None
+    return f"{above} is no folder that you may write to"
+
+
+@contextmanager
+def folders_for(path: Path) -> Iterator[None]:
+    """Make the folders that a file is to lie in. Those that were made go again if the block ends with an error.
+
+    Raises:
+        OSError: if they cannot be made.
+    """
+    made = [parent for parent in path.absolute().parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for parent in made:
+            # What holds something by now stays.
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
 
 
 @contextmanager

@@ -155,7 +155,7 @@ class TestGoingOn:
         assert values["groups"][0] == partial["groups"][0]
 
     def test_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        path = tmp_path / "results.json"
+        path = tmp_path / "new" / "results.json"
         full_disk(monkeypatch, after=4)
         outcome = call(*TORCH, "--groups", "upsample,stage", "--no-plots", "--json", "-o", path)
         assert outcome.code == 2
@@ -163,7 +163,19 @@ class TestGoingOn:
         assert [group["name"] for group in outcome.json["groups"]] == ["stage", "upsample"]
         kept = json.loads(path.read_text())
         assert [group["name"] for group in kept["groups"]] == ["stage"] and not kept["complete"]
-        assert sorted(file.name for file in tmp_path.iterdir()) == ["results.csv", "results.json"]
+        assert sorted(file.name for file in path.parent.iterdir()) == ["results.csv", "results.json"]
+
+    def test_folders_go_again_where_nothing_could_be_written(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        full_disk(monkeypatch, after=0)
+        text = refused(*TORCH, "--no-plots", "--quiet", "-o", tmp_path / "new" / "er" / "results.json")
+        assert "No space left on device" in text and not list(tmp_path.iterdir())
+
+    def test_a_folder_is_no_file(self, tmp_path: Path) -> None:
+        (tmp_path / "results.json").mkdir()
+        text = refused(*TORCH, "--force", "-o", tmp_path / "results.json")
+        assert "results.json is a folder; name a file" in text
 
 
 class TestLeftOut:
@@ -197,6 +209,8 @@ class TestBadInput:
             ([MODEL, "--format", "imagefolder"], "needs a path"),
             ([MODEL, "--split", "val"], "unknown part of the digits"),
             ([MODEL, "-o", "results"], "ending in .json"),
+            ([MODEL, "-o", "."], "ending in .json"),
+            ([MODEL, "-o", "/dev/null/new/results.json"], "/dev/null is no folder that you may write to"),
         ],
     )
     def test_is_said_in_one_message(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from quartermap_deploy.data.digits import load_digits
 from quartermap_deploy.data.images import prepare
 from quartermap_deploy.errors import BundleError, CheckpointError, InputError, RecipeError, UnknownNameError
 from quartermap_deploy.evaluation import accuracy as accuracy_module
+from quartermap_deploy.evaluation import tally as tally_module
 from quartermap_deploy.evaluation.accuracy import Accuracy, Run, evaluate, logits_of
 from quartermap_deploy.evaluation.datasets import Dataset, open_dataset
 from quartermap_deploy.evaluation.sessions import runner_for, session_run
@@ -115,7 +117,7 @@ def test_logits_that_are_no_numbers_are_wrong() -> None:
 
 def test_models_and_data_that_do_not_fit() -> None:
     dataset = open_dataset(None, "digits").sample(5)
-    with pytest.raises(InputError, match="has 10 classes, but the model has 4"):
+    with pytest.raises(InputError, match="has images of class 9, but the model has classes 0 to 3"):
         evaluate(lambda images: np.zeros((len(images), 4), np.float32), dataset, DIGITS)
     with pytest.raises(InputError, match="a row of logits for each image"):
         evaluate(lambda images: np.zeros((1, 10), np.float32), dataset, DIGITS)
@@ -264,10 +266,29 @@ def test_a_damaged_state_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_a_state_that_cannot_be_written_is_found_out_at_once(tmp_path: Path) -> None:
     run, _ = stopping(by_mean, 0, Stop())
-    with pytest.raises(InputError, match=r"cannot be written to .*No such file"):
-        evaluate(run, open_dataset(None, "digits"), DIGITS, checkpoint=tmp_path / "absent" / "state.json")
-    with pytest.raises(InputError, match="cannot be read"):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot be written to .*file is no folder that you may write to"):
+        evaluate(run, open_dataset(None, "digits"), DIGITS, checkpoint=tmp_path / "file" / "a" / "state.json")
+    with pytest.raises(InputError, match=r"is a folder; name a file in it, such as .*state\.json$"):
         evaluate(run, open_dataset(None, "digits"), DIGITS, checkpoint=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_folders_of_a_state_are_made_and_go_where_it_does_not_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, state = open_dataset(None, "digits").sample(4), tmp_path / "a" / "b" / "state.json"
+    with monkeypatch.context() as planted:
+        planted.setattr(tally_module, "write_whole", full_disk)
+        with pytest.raises(InputError, match="No space left"):
+            evaluate(by_mean, dataset, DIGITS, checkpoint=state)
+    assert not list(tmp_path.iterdir())
+    evaluate(by_mean, dataset, DIGITS, checkpoint=state)
+    assert json.loads(state.read_text())["position"] == 4
+
+
+def full_disk(path: Path, data: bytes) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
 
 def test_a_disk_that_fills_up_loses_no_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

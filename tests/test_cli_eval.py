@@ -16,6 +16,7 @@ import pytest
 from evaluation_data import damaged, digit_folders, medmnist_file
 from test_cli import Outcome, Refuse, call, refused, workplace
 
+from quartermap_deploy.evaluation.tally import Tally
 from quartermap_deploy.recipe import Recipe
 
 __all__ = ["refused", "workplace"]
@@ -105,16 +106,17 @@ def test_broken_images_are_a_warning(workplace: Path) -> None:
         (("--data", "empty"), "empty holds no image"),
         (("--data", "absent.npz"), "absent.npz: there is no such file"),
         (("--data", "set.npz", "--split", "val"), "set.npz has no part 'val'; it has train, test"),
-        (("--data", "three"), "three has 3 classes, but the model has 10"),
+        (("--data", "three"), "three has 3 classes, but the model has 10; found a, b, c"),
         (("--data", "indices"), "indices has images of class 12, but the model has classes 0 to 9"),
-        (("--data", "wide.npz"), "wide, test has 12 classes, but the model has 10"),
+        (("--data", "wide.npz"), "wide, test has images of class 11, but the model has classes 0 to 9"),
         (("--data", "set.npz", "--format", "imagefolder"), "it is a file; expected a folder"),
         (("--format", "imagefolder"), "needs a path"),
         (("--format", "folders"), "unknown --format 'folders'; did you mean imagefolder?"),
         (("--split", "hold_out"), "Did you mean held_out?"),
         (("--data", "three", "--format", "digits"), "leave the path out"),
         (("--batch", "0"), "'0' is no whole number of at least 1"),
-        (("--resume", "absent/state.json"), "the state cannot be written to absent/state.json"),
+        (("--resume", "set.npz/state.json"), "the state cannot be written to set.npz/state.json"),
+        (("--resume", "empty"), "the state empty is a folder; name a file in it, such as empty/state.json"),
         (("--resume", "state.json"), "belongs to another evaluation"),
         (("--target", "cuda"), "unknown target 'cuda'"),
         (("--checkpoint", "absent.pth"), "absent.pth"),
@@ -135,6 +137,52 @@ def test_what_is_wrong_is_said(
     )
     options = () if "--target" in arguments else ("--target", "torch")
     assert message in refused("eval", "vmamba_digits", *options, *arguments)
+
+
+def test_what_folders_leave_open_is_a_warning(workplace: Path) -> None:
+    digit_folders(workplace / "data", [f"{'abcdefghij'[digit]}" for digit in range(10)])
+    (workplace / "data" / "a" / "two\nlines.gif").touch()
+    (workplace / "data" / "a" / "two\nlines.png").touch()
+    outcome = call(*MODEL, "--data", "data", "--quiet", "--resume", "kept/here/state.json")
+    assert outcome.code == 0, outcome.err
+    assert [line.split(": ")[1] for line in outcome.err.splitlines()] == ["warning"] * 3
+    assert "are numbered by name: a = 0, b = 1, c = 2, …; put a classes.txt beside them" in outcome.err
+    assert "left out of data: a/two\\nlines.gif; 1 in all" in outcome.err
+    assert "1 of 21 images of data cannot be read and were left out: a/two\\nlines.png: " in outcome.err
+    assert json.loads((workplace / "kept" / "here" / "state.json").read_text())["position"] == 21
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_stop_says_what_is_kept(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, after: int, error: BaseException, code: int
+) -> None:
+    """Long before the state would be written by the clock; the next one goes on from the middle."""
+    command = (*MODEL, "--limit", "80", "--batch", "8", "--json", "--resume", "state.json")
+    plus, done = Tally.plus, []
+
+    def stopping(*arguments: Any) -> Tally:
+        if len(done) == after:
+            raise error
+        done.append(1)
+        return plus(*arguments)
+
+    with monkeypatch.context() as planted:
+        planted.setattr(Tally, "plus", stopping)
+        outcome = call(*command)
+    assert outcome.code == code and outcome.out == ""
+    assert json.loads((workplace / "state.json").read_text())["position"] == 8 * after
+    said = [line for line in outcome.err.splitlines() if "warning" in line]
+    expected = "what was measured so far is kept in state.json; the same command goes on from there"
+    if not after:
+        expected = "nothing was measured yet that could be kept in state.json; the same command begins anew"
+    assert said == [f"quartermap: warning: {expected}"]
+    counted: list[int] = []
+    with monkeypatch.context() as planted:
+        planted.setattr(Tally, "plus", lambda *rest: counted.append(len(rest[2])) or plus(*rest))
+        found = call(*command).json
+    assert sum(counted) == 80 - 8 * after and found["images"] == 80
+    assert found["per_class"] == call(*command[:-2]).json["per_class"]
 
 
 # Enough images to be still at it when the state is written for the first time, after five seconds.
@@ -168,8 +216,7 @@ def test_what_was_stopped_goes_on(
     process.send_signal(sent)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code and out == "" and "Traceback" not in err, err
-    if sent == signal.SIGINT:
-        assert "kept in state.json; the same command goes on" in err
+    assert "kept in state.json; the same command goes on" in err
     assert 0 < json.loads(state.read_text())["position"] < 900
     found = call(*command).json
     times = {"seconds", "compute_seconds", "images_per_second"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from evaluation_data import digit_folders, medmnist_file
@@ -14,6 +15,7 @@ from quartermap_deploy import load_bundle
 from quartermap_deploy.cli.program import build_parser
 from quartermap_deploy.cli.tune import factor, image_sets, share
 from quartermap_deploy.evaluation.datasets import Dataset
+from quartermap_deploy.evaluation.trial import Trial
 
 __all__ = ["refused", "workplace"]
 
@@ -79,6 +81,18 @@ def test_images_without_labels_and_a_recipe(workplace: Path) -> None:
     [
         (("--budget", "1", "-o", "a.toml"), "'1' is not between 0 and 1; for 1 in a hundred write 1%"),
         (("--budget", "much", "-o", "a.toml"), "no share such as 0.01 or 1%"),
+        (("--budget", "-1%", "-o", "a.toml"), "'-1%' is not between 0 and 1"),
+        (("--budget", "-0.5%", "-o", "a.toml"), "'-0.5%' is not between 0 and 1"),
+        (("--budget", "1%", "-o", "."), "expected one that ends in .toml"),
+        (("--budget", "1%", "-o", "there.toml/a/b.toml"), "there.toml is no folder that you may write to"),
+        (
+            ("--budget", "1%", "-o", "new/a.toml", "--stride", "2,17"),
+            "a stride of 17 is more than the 16 positions",
+        ),
+        (
+            ("--budget", "1%", "-o", "a.toml", "--stride", "5", "--exclude-stages", "1,2"),
+            "more than the 4 positions",
+        ),
         (("--speedup", "0.9", "-o", "a.toml"), "no speed above 1"),
         (("--budget", "1%", "--speedup", "2", "-o", "a.toml"), "not allowed with argument"),
         (("-o", "a.toml"), "one of the arguments --budget --speedup is required"),
@@ -107,6 +121,7 @@ def test_what_is_wrong_is_said(
     medmnist_file(workplace / "set.npz", parts=("train", "test"))
     digit_folders(workplace / "three", {0: "a", 1: "b", 2: "c"})
     assert message in refused("tune", "vmamba_digits", *arguments)
+    assert not (workplace / "new").exists()
 
 
 def test_a_goal_that_cannot_be_met_ends_with_2_and_keeps_what_was_tried(workplace: Path) -> None:
@@ -117,6 +132,57 @@ def test_a_goal_that_cannot_be_met_ends_with_2_and_keeps_what_was_tried(workplac
     assert message.endswith("All that was tried is in tuned.json")
     assert json.loads((workplace / "tuned.json").read_text())["front"]
     assert [path.name for path in workplace.iterdir()] == ["tuned.json"]
+
+
+@pytest.mark.parametrize("where", ["the images", "the plans"])
+def test_an_interruption_says_whether_something_is_kept(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    command = ("tune", "vmamba_digits", "--budget", "10%", *QUICK, *FEW, "-o", "new/tuned.toml")
+    run, runs = Trial.run, []
+
+    def interrupted(self: Trial, candidates: Any) -> Any:
+        runs.append(1)
+        if len(runs) > 1:
+            raise KeyboardInterrupt
+        return run(self, candidates)
+
+    def at_once(*arguments: Any, **settings: Any) -> None:
+        raise KeyboardInterrupt
+
+    if where == "the images":
+        monkeypatch.setattr(Trial, "__init__", at_once)
+    else:
+        monkeypatch.setattr(Trial, "run", interrupted)
+    outcome = call(*command)
+    (said,) = [line for line in outcome.err.splitlines() if "tuned.json" in line]
+    assert outcome.code == 130 and not (workplace / "new" / "tuned.toml").exists()
+    if where == "the images":
+        assert "nothing was measured yet that could be kept in new/tuned.json" in said
+        assert not (workplace / "new").exists()
+    else:
+        assert "what was measured so far is kept in new/tuned.json" in said
+        assert json.loads((workplace / "new" / "tuned.json").read_text())["tried"]
+
+
+@pytest.mark.parametrize("command", ["tune", "compare", "ablate"])
+def test_a_bundle_is_named_with_its_model(workplace: Path, refused: Refuse, command: str) -> None:
+    assert call("compile", "vmamba_digits", "--out", "bundles/digits", "--quiet").code == 0
+    goal = ("--budget", "1%", "-o", "a.toml") if command == "tune" else ()
+    message = refused(command, "bundles/digits", *goal)
+    assert "bundles/digits is a bundle" in message and message.endswith(
+        "give its model or recipe: vmamba_digits"
+    )
+
+
+def test_help_says_which_parts_are_taken() -> None:
+    text = " ".join(call("tune", "--help").out.split())
+    assert (
+        "part of the data to calibrate on:" in text and "training of the digits (default: training)" in text
+    )
+    assert "test of MedMNIST (default: val)" in text and "images is a folder of images without labels" in text
+    text = " ".join(call("eval", "--help").out.split())
+    assert "training of the digits (default: held_out)" in text and "images is a folder" not in text
 
 
 def options(*arguments: str) -> argparse.Namespace:

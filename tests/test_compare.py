@@ -315,6 +315,8 @@ class TestBadInput:
             ([MODEL, "--target", "torch", "--canonical"], "canonical form is one of the graph"),
             ([MODEL, "--data", "absent"], "absent"),
             ([MODEL, "-o", "results.txt"], "ending in .json"),
+            ([MODEL, "-o", "."], "ending in .json"),
+            ([MODEL, "-o", "/dev/null/new/results.json"], "/dev/null is no folder that you may write to"),
             ([MODEL, "--data", ""], "the path is empty"),
             (["medmamba_t", "--limit", "5"], "add --data"),
         ],

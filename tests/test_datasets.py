@@ -56,7 +56,10 @@ def test_an_unknown_format_names_the_right_ones() -> None:
 def test_class_folders_named_by_synset(tmp_path: Path, suffix: str) -> None:
     # Written in another order than that of the names, by which the classes are numbered.
     digit_folders(tmp_path / "val", dict(reversed(list(enumerate(SYNSETS)))), suffix=suffix)
+    assert open_dataset(tmp_path, "imagefolder").notes == ()
     (tmp_path / "val" / SYNSETS[0] / "notes.txt").write_text("no image")
+    (tmp_path / "val" / "__MACOSX" / SYNSETS[0]).mkdir(parents=True)
+    (tmp_path / "val" / "__MACOSX" / SYNSETS[0] / "0_0.png").write_text("no image")
     (tmp_path / "val" / SYNSETS[0] / ".hidden.png").write_text("no image")
     (tmp_path / "val" / ".cache").mkdir()
     found = open_dataset(tmp_path, "imagefolder")
@@ -107,8 +110,15 @@ def test_folders_of_any_name_and_folders_in_them(tmp_path: Path) -> None:
     found = open_dataset(tmp_path, "imagefolder")
     assert found.classes == ("one", "two", "zero")
     assert names(found)[1:4] == ["one/1_1.png", "two/images/2_0.png", "two/images/2_1.png"]
-    with pytest.raises(InputError, match="has 3 classes, but the model has 10"):
+    with pytest.raises(InputError, match="has 3 classes, but the model has 10; found one, two, zero; take"):
         found.check_classes(10)
+    assert found.notes == (
+        f"the classes of {tmp_path} are numbered by name: one = 0, two = 1, zero = 2; put a classes.txt beside them if "
+        "the model counts otherwise",
+    )
+    assert found.subset([0]).notes == found.notes
+    (tmp_path / "classes.txt").write_text("one\ntwo\nzero\n")
+    assert open_dataset(tmp_path, "imagefolder").notes == ()
 
 
 @pytest.mark.parametrize("beside", [".", "val"])
@@ -158,8 +168,79 @@ def test_a_flat_folder_with_a_file_of_labels(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"says nothing about 4_1\.png"):
         open_dataset(tmp_path, "imagefolder")
     labels.write_text("4_0.png\n")
-    with pytest.raises(InputError, match=r"has the line '4_0\.png'"):
+    with pytest.raises(InputError, match=r"has the line '4_0\.png'; expected \"file,class\"$"):
         open_dataset(tmp_path, "imagefolder")
+    labels.write_text("4_0.png;a\n4_1.png;b\n")
+    with pytest.raises(InputError, match=r"with a comma between them and no ';'$"):
+        open_dataset(tmp_path, "imagefolder")
+
+
+def test_a_file_of_labels_may_come_from_a_spreadsheet(tmp_path: Path) -> None:
+    """Which writes a mark of the encoding before the first letter."""
+    digit_folders(tmp_path, {4: "val"})
+    (tmp_path / "val" / "labels.csv").write_text("4_0.png,1\n4_1.png,0\n", encoding="utf-8-sig")
+    assert open_dataset(tmp_path, "imagefolder").labels.tolist() == [0, 1]
+    (tmp_path / "classes.txt").write_text("1\n0\n", encoding="utf-8-sig")
+    assert open_dataset(tmp_path, "imagefolder").labels.tolist() == [0, 1]
+    assert names(open_dataset(tmp_path, "imagefolder")) == ["4_0.png", "4_1.png"]
+
+
+def test_files_that_are_listed_and_not_there_are_named(tmp_path: Path) -> None:
+    digit_folders(tmp_path, {4: "val"})
+    labels = tmp_path / "val" / "labels.csv"
+    labels.write_text(f"file,class\n4_0.png,{SYNSETS[0]}\n4_1.png,{SYNSETS[2]}\ngone.png,{SYNSETS[1]}\n")
+    found = open_dataset(tmp_path, "imagefolder")
+    assert found.notes == (f"{labels} names 1 file that is not there: gone.png",)
+    # The class of what is not there has its logit nevertheless.
+    assert found.classes == SYNSETS[:3] and found.labels.tolist() == [0, 2]
+    labels.write_text(labels.read_text() + "".join(f"{number}.png,{SYNSETS[0]}\n" for number in range(4)))
+    (note,) = open_dataset(tmp_path, "imagefolder").notes
+    assert note.endswith("names 5 files that are not there: gone.png, 0.png, 1.png and 2 more")
+
+
+def test_one_class_that_is_no_number_among_numbers_is_named(tmp_path: Path) -> None:
+    digit_folders(tmp_path / "folders", {0: "0", 1: "1", 2: "two"})
+    digit_folders(tmp_path / "flat", {4: "val"}, per_class=3)
+    (tmp_path / "flat" / "val" / "labels.csv").write_text("4_0.png,0\n4_1.png,1\n4_2.png,two\n")
+    for name in ("folders", "flat"):
+        with pytest.raises(
+            InputError, match=r"are named by numbers, but for two; name all of them by the index"
+        ):
+            open_dataset(tmp_path / name, "imagefolder")
+    # Names that are mostly words may have a number among them.
+    digit_folders(tmp_path / "words", {0: "cat", 1: "dog", 2: "2"})
+    assert open_dataset(tmp_path / "words", "imagefolder").classes == ("2", "cat", "dog")
+
+
+@pytest.mark.parametrize("format", ["imagefolder", "images"])
+def test_what_is_left_out_of_a_folder_is_named(tmp_path: Path, format: str) -> None:
+    digit_folders(tmp_path, {0: "0", 1: "1"})
+    for number in range(4):
+        (tmp_path / "1" / f"{number}.gif").touch()
+    (tmp_path / "README").touch()
+    notes = open_dataset(tmp_path, format).notes
+    assert len(notes) == 1 and "each is not read, as images end in .bmp" in notes[0]
+    # A file beside class folders is none of the images, whatever it is.
+    named, count = (
+        ("1/0.gif, 1/1.gif, 1/2.gif and 1 more", 4)
+        if format == "imagefolder"
+        else ("README, 1/0.gif, 1/1.gif and 2 more", 5)
+    )
+    assert f"left out of {tmp_path}: {named}; {count} in all" in notes[0]
+    if format == "imagefolder":
+        (tmp_path / "loose.png").touch()
+        assert (
+            "loose.png; 1 in all, each lies beside the class folders"
+            in open_dataset(tmp_path, format).notes[0]
+        )
+
+
+def test_a_flat_folder_of_another_kind_of_files_says_so(tmp_path: Path) -> None:
+    for name in ("a.gif", "labels.csv"):
+        (tmp_path / name).touch()
+    for format in ("imagefolder", "images"):
+        with pytest.raises(InputError, match=r"holds no image; .*; found a\.gif"):
+            open_dataset(tmp_path, format)
 
 
 def test_folders_without_an_image(tmp_path: Path) -> None:
@@ -282,6 +363,8 @@ IMAGES, LABELS = np.zeros((4, 28, 28), np.uint8), np.zeros((4, 1), np.uint8)
     [
         ({"x": IMAGES}, "no file of MedMNIST: it holds x"),
         ({}, "it holds nothing"),
+        ({"test_images": IMAGES}, "has test_images, but no test_labels"),
+        ({"test_labels": LABELS, "val_images": IMAGES}, "has test_labels, but no test_images"),
         ({"test_images": IMAGES, "test_labels": np.zeros((4, 14), np.uint8)}, "14 labels for each image"),
         ({"test_images": np.zeros((4, 28, 28, 28), np.uint8), "test_labels": LABELS}, "3D sets"),
         ({"test_images": IMAGES.astype(np.float32), "test_labels": LABELS}, "of float32; expected"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import itertools
 import json
@@ -29,6 +30,7 @@ from quartermap_deploy import cli
 from quartermap_deploy.bundle import describe_file, load_bundle
 from quartermap_deploy.cli.common import ranges
 from quartermap_deploy.errors import BundleError, CheckpointError, InputError, ReportError
+from quartermap_deploy.report import page as page_module
 from quartermap_deploy.report import write_report
 from quartermap_deploy.report.activations import block_activations
 from quartermap_deploy.report.charts import (
@@ -566,8 +568,32 @@ def test_only_reports_are_replaced(bundles: list[Path], tmp_path: Path) -> None:
 def test_places_that_cannot_be_written(bundles: list[Path], tmp_path: Path) -> None:
     with pytest.raises(ReportError, match="is a folder"):
         write_report([bundles[0]], tmp_path, maps=False)
-    with pytest.raises(ReportError, match="there is no folder"):
-        write_report([bundles[0]], tmp_path / "absent" / "report.html", maps=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(ReportError, match="file is no folder that you may write to"):
+        write_report([bundles[0]], tmp_path / "file" / "report.html", maps=False)
+
+
+def test_folders_are_made_and_go_again_where_the_page_does_not_come(
+    bundles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "new" / "er" / "report.html"
+    with pytest.raises(ReportError, match="there is no file"):
+        write_report([bundles[0]], out, results=[tmp_path / "absent.json"], maps=False)
+    with monkeypatch.context() as planted:
+        planted.setattr(page_module, "write_whole", full_disk)
+        with pytest.raises(ReportError, match="No space left"):
+            write_report([bundles[0]], out, maps=False)
+    assert not list(tmp_path.iterdir())
+    assert write_report([bundles[0]], out, maps=False).is_file()
+
+
+def full_disk(path: Path, data: bytes) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+
+def test_a_bundle_that_is_named_twice_is_told_apart(bundles: list[Path], tmp_path: Path) -> None:
+    text = write_report([bundles[0], bundles[0]], tmp_path / "report.html", maps=False).read_text()
+    assert "Report on the bundles digits, digits (2)" in text
 
 
 def test_a_full_disk_leaves_what_was_there(bundles: list[Path], tmp_path: Path) -> None:
@@ -639,6 +665,10 @@ def test_axes() -> None:
     assert axis.low < 0.9 and axis.high > 1.1
     assert [text for _, text in axis.ticks] == ["0.90", "0.95", "1.00", "1.05", "1.10"]
     assert linear_axis("", [3.0, 3.0]).share(3.0) == pytest.approx(0.5)
+    # No accuracy is above 100 %, but a mark there is whole.
+    accuracies = linear_axis("", [90.0, 100.0], most=100)
+    assert [text for _, text in accuracies.ticks][-1] == "100" and accuracies.share(100) < 0.95
+    assert [text for _, text in linear_axis("", [100.0, 100.0], most=100).ticks][-1] == "100"
     decades = logarithmic_axis("", [2e-7, 1e-4])
     assert (decades.low, decades.high) == (1e-7, 1e-4)
     assert decades.share(1e-6) == pytest.approx(1 / 3)

@@ -395,6 +395,9 @@ def test_a_plan_that_breaks_the_budget_on_other_images_is_passed_over(tmp_path: 
     assert own.choose(Goal(budget=0.01)) == SINGLES[3]
     assert "3 faster plans keep to the budget on the images that they were chosen by" in own.warnings[0]
     assert other.ran == 4  # the fifth need not be looked at
+    own, _, _ = chooser(tmp_path, [0.5, 0.4], [0.01] * 2, [0.02, 0.01])
+    assert own.choose(Goal(budget=0.01)) == SINGLES[1]
+    assert "1 faster plan keeps to the budget on the images that it was chosen by" in own.warnings[0]
     own, _, _ = chooser(tmp_path, [0.5, 0.4, 0.3], [0.01] * 3)
     assert own.choose(Goal(budget=0.01)) == SINGLES[0] and own.warnings == []
 

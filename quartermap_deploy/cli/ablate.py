@@ -104,7 +104,10 @@ def run(options: argparse.Namespace) -> None:
     """Measure, and print the tables."""
     from quartermap_deploy.evaluation.ablate import AblateOptions, ablate
     from quartermap_deploy.evaluation.ablation_plots import require_matplotlib, write_plots
+    from quartermap_deploy.evaluation.resumable import check_place
 
+    if options.out is not None:
+        check_place(options.out)
     recipe = recipe_of(options)
     settings = AblateOptions(
         groups=tuple(options.groups),

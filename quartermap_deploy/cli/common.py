@@ -12,6 +12,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -56,6 +57,8 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         # An abbreviation that works today is ambiguous as soon as there is a second option like it.
         super().__init__(**{"allow_abbrev": False, **settings})
+        # By argparse's own, -1% would be taken for an option, and the message be about a missing value.
+        self._negative_number_matcher = re.compile(r"^-(\d+|\d*\.\d+)%?$")
 
     def error(self, problem: str) -> NoReturn:
         """Leave with exit code 2."""
@@ -187,6 +190,13 @@ def at_least_one(text: str) -> int:
 def message(kind: str, text: str) -> None:
     """Write an error or a warning to standard error, as one message."""
     print(f"quartermap: {kind}: {text}", file=sys.stderr, flush=True)
+
+
+def one_line(text: str) -> str:
+    """Return a text with escapes for what would break its line or cannot be printed, as names of files may hold."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
+    )
 
 
 def mendable(error: OSError) -> bool:

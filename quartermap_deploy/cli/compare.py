@@ -104,7 +104,10 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(options: argparse.Namespace) -> None:
     """Compare and print the tables."""
     from quartermap_deploy.evaluation.compare import CompareOptions, compare
+    from quartermap_deploy.evaluation.resumable import check_place
 
+    if options.out is not None:
+        check_place(options.out)
     recipe = recipe_of(options)
     dataset = labelled_images(options, recipe)
     settings = CompareOptions(

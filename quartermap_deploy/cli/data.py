@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from quartermap_deploy.cli.common import at_least_one, file_or_folder, message
+from quartermap_deploy.cli.common import at_least_one, file_or_folder, message, one_line
 from quartermap_deploy.evaluation import FORMATS, UNLABELLED
 
 if TYPE_CHECKING:
@@ -17,14 +17,14 @@ SHOWN = 3
 
 
 def add_data_options(
-    parser: argparse.ArgumentParser, *, limit: bool = True, unlabelled: bool = False
+    parser: argparse.ArgumentParser, *, limit: bool = True, calibrating: bool = False
 ) -> argparse._ArgumentGroup:
     """Add --data, --format, --split and --limit.
 
     Args:
         parser: the command's.
         limit: add --limit.
-        unlabelled: take folders of images without labels too.
+        calibrating: of a command that calibrates on the images, and takes folders of images without labels too.
 
     Returns:
         The group of options, for more of them.
@@ -36,17 +36,26 @@ def add_data_options(
         metavar="PATH",
         help="folder of class folders, or an .npz file of MedMNIST (default: none, for the digits)",
     )
+    unlabelled = (
+        f"; {UNLABELLED} is a folder of images without labels, and the folders in it" if calibrating else ""
+    )
     group.add_argument(
         "--format",
-        choices=(*FORMATS, UNLABELLED) if unlabelled else FORMATS,
-        help="how the data is laid out (default: medmnist for a file .npz, imagefolder for another --data, else the "
-        "digits that come with scikit-learn)",
+        choices=(*FORMATS, UNLABELLED) if calibrating else FORMATS,
+        help=f"how the data is laid out{unlabelled} (default: medmnist for a file .npz, imagefolder for another "
+        "--data, else the digits that come with scikit-learn)",
+    )
+    # Where plans are chosen by the images, the parts that others are judged on are kept for the verification.
+    purpose, medmnist, digits = (
+        ("to calibrate on", "val", "training") if calibrating else ("", "test", "held_out")
     )
     group.add_argument(
         "--split",
         metavar="NAME",
-        help="part of the data: a folder in --data (default: val, validation, test, or --data itself); train, val or "
-        "test of MedMNIST (default: test); held_out or training of the digits (default: held_out)",
+        help=f"part of the data {purpose}".rstrip()
+        + ": a folder in --data (default: val, validation, test, or --data "
+        f"itself); train, val or test of MedMNIST (default: {medmnist}); held_out or training of the digits (default: "
+        f"{digits})",
     )
     if limit:
         group.add_argument(
@@ -87,5 +96,14 @@ def warn_of_broken(broken: Sequence[tuple[str, str]], dataset: Dataset) -> None:
         more = f"; and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
         message(
             "warning",
-            f"{len(broken)} of {len(dataset)} images of {dataset.name} cannot be read and were left out: {named}{more}",
+            one_line(
+                f"{len(broken)} of {len(dataset)} images of {dataset.name} cannot be read and were left out: "
+                f"{named}{more}"
+            ),
         )
+
+
+def warn_of_data(*datasets: Dataset) -> None:
+    """Say what has to be known about data sets before numbers that were measured on them are believed."""
+    for text in dict.fromkeys(text for dataset in datasets for text in dataset.notes):
+        message("warning", one_line(text))

@@ -18,7 +18,8 @@ from quartermap_deploy.cli.common import (
     show,
     table,
 )
-from quartermap_deploy.cli.data import add_data_options, dataset_of, warn_of_broken
+from quartermap_deploy.cli.data import add_data_options, dataset_of, warn_of_broken, warn_of_data
+from quartermap_deploy.cli.measuring import kept_on_interruption
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -82,7 +83,8 @@ def add_parser(subparsers: Subparsers) -> None:
         "--resume",
         type=file_or_folder,
         metavar="STATE",
-        help="small file that keeps how far the evaluation is; if it is there, go on from it (default: keep nothing)",
+        help="small file that keeps how far the evaluation is; if it is there, go on from it, and if its folder is "
+        "missing, make it (default: keep nothing)",
     )
     add_output_options(parser)
 
@@ -112,31 +114,27 @@ def run(options: argparse.Namespace) -> None:
     """Evaluate and print the tables."""
     from quartermap_deploy.evaluation.accuracy import evaluate
     from quartermap_deploy.evaluation.sessions import runner_for
+    from quartermap_deploy.evaluation.tally import check_place
 
     progress = make_progress(options)
+    if options.resume is not None:
+        check_place(options.resume)
     # The data first: it is opened in a moment, and a model may take minutes.
     dataset = dataset_of(options)
-    with results_only():
+    with results_only(), kept_on_interruption(options.resume):
         runner = runner_for(options.source, options.target, checkpoint=options.checkpoint, progress=progress)
         dataset.check_classes(runner.num_classes)
-        try:
-            accuracy = evaluate(
-                runner.run,
-                dataset,
-                runner.preprocessing,
-                batch=options.batch,
-                progress=progress,
-                checkpoint=options.resume,
-                identity=runner.identity,
-                workers=options.workers,
-            )
-        except KeyboardInterrupt:
-            if options.resume is not None:
-                message(
-                    "warning",
-                    f"how far the evaluation came is kept in {options.resume}; the same command goes on",
-                )
-            raise
+        warn_of_data(dataset)
+        accuracy = evaluate(
+            runner.run,
+            dataset,
+            runner.preprocessing,
+            batch=options.batch,
+            progress=progress,
+            checkpoint=options.resume,
+            identity=runner.identity,
+            workers=options.workers,
+        )
     warn(runner, dataset, accuracy)
     if options.json:
         print_json(result(runner, dataset, accuracy, options.batch))

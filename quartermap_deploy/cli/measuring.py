@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.cli.common import (
+    TERMINATED,
     add_output_options,
     at_least_one,
     file_or_folder,
@@ -17,7 +19,7 @@ from quartermap_deploy.cli.common import (
     print_json,
     show,
 )
-from quartermap_deploy.cli.data import dataset_of, warn_of_broken
+from quartermap_deploy.cli.data import dataset_of, warn_of_broken, warn_of_data
 from quartermap_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -90,7 +92,8 @@ def add_result_options(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=file_or_folder,
         metavar="FILE.json",
-        help="file for the results; a table .csv is written beside it (default: none)",
+        help="file for the results, in a folder that is made where it is missing; a table .csv is written beside it "
+        "(default: none)",
     )
     parser.add_argument(
         "--force",
@@ -101,19 +104,38 @@ def add_result_options(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_of(options: argparse.Namespace) -> Recipe:
-    """Return the recipe that is named, or that of a model's defaults."""
+    """Return the recipe that is named, or that of a model's defaults.
+
+    Raises:
+        InputError: if a bundle is named, whose graph cannot be pruned in other ways any more.
+        QuartermapError: if there is no such model, or the recipe is none.
+    """
     from quartermap_deploy.architectures.cards import load_card
+    from quartermap_deploy.bundle import MANIFEST
     from quartermap_deploy.recipe import Recipe
 
     source: str = options.source
     if source.endswith(".toml"):
         recipe = Recipe.load(Path(source))
+    elif (Path(source) / MANIFEST).is_file():
+        raise InputError(
+            f"{source} is a bundle, which is pruned in one way for good; give its model or recipe: "
+            f"{_model_of(Path(source) / MANIFEST)}"
+        )
     else:
         load_card(source)
         recipe = Recipe(source)
     return (
         recipe if options.checkpoint is None else dataclasses.replace(recipe, checkpoint=options.checkpoint)
     )
+
+
+def _model_of(manifest: Path) -> str:
+    """The name of the model that a bundle holds, or what to name instead."""
+    try:
+        return str(json.loads(manifest.read_text(encoding="utf-8"))["model"]["name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "a name from `quartermap models`, or a file .toml"
 
 
 def labelled_images(options: argparse.Namespace, recipe: Recipe) -> Dataset | None:
@@ -131,18 +153,31 @@ def labelled_images(options: argparse.Namespace, recipe: Recipe) -> Dataset | No
     return None
 
 
+KEPT = ("position", "tried", "savings", "groups", "timings")
+"""What a file holds of eval, tune, ablate and compare once something was measured; see there."""
+
+
 @contextmanager
 def kept_on_interruption(path: Path | None) -> Iterator[None]:
-    """While open, say on an interruption that what was measured is kept."""
+    """While open, say on an interruption or termination whether what was measured is kept in `path`."""
     try:
         yield
-    except KeyboardInterrupt:
-        if path is not None and path.exists():
-            message(
-                "warning",
-                f"what was measured so far is kept in {path}; the same command goes on from there",
-            )
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if path is not None and (isinstance(stop, KeyboardInterrupt) or stop.code == TERMINATED):
+            if _holds_something(path):
+                text = f"what was measured so far is kept in {path}; the same command goes on from there"
+            else:
+                text = f"nothing was measured yet that could be kept in {path}; the same command begins anew"
+            message("warning", text)
         raise
+
+
+def _holds_something(path: Path) -> bool:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and any(values.get(name) for name in KEPT)
 
 
 def print_results(
@@ -159,6 +194,7 @@ def print_results(
     for skipped in values["skipped"]:
         message("warning", f"{skipped['name']} is left out: {skipped['reason']}")
     if dataset is not None:
+        warn_of_data(dataset)
         warn_of_broken(_broken(values), dataset)
     values["complete"] = True
     if options.json:

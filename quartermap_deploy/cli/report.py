@@ -58,7 +58,8 @@ def add_parser(subparsers: Subparsers) -> None:
         type=file_or_folder,
         default=Path("report.html"),
         metavar="FILE",
-        help="the page; one that is there is replaced (default: %(default)s)",
+        help="the page, in a folder that is made where it is missing; a page that is there is replaced "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--results",

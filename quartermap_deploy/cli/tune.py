@@ -18,13 +18,15 @@ from quartermap_deploy.cli.common import (
     message,
     numbers,
     numbers_or_none,
+    one_line,
     print_json,
     ranges,
     results_only,
     show,
     table,
 )
-from quartermap_deploy.cli.data import add_data_options, format_of
+from quartermap_deploy.cli.data import add_data_options, format_of, warn_of_data
+from quartermap_deploy.cli.measuring import kept_on_interruption, recipe_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -59,8 +61,8 @@ def add_parser(subparsers: Subparsers) -> None:
             positions that the scans walk (tokens). Where times are too noisy, flops are taken, and a warning says so.
 
             Beside the recipe, a .json file holds all that was tried, with the Pareto front and every k-th block for
-            comparison. It is there from the start: a search that was stopped goes on from it, and one with another
-            budget uses it. Plans are run in PyTorch, on a GPU if there is one.
+            comparison. It is there before the first plan is run: a search that was stopped goes on from it, and one
+            with another budget uses it. Plans are run in PyTorch, on a GPU if there is one.
             """,
         examples="""
             quartermap tune vmamba_digits --budget 1% -o digits_tuned.toml
@@ -93,7 +95,8 @@ def add_parser(subparsers: Subparsers) -> None:
         type=file_or_folder,
         required=True,
         metavar="RECIPE.toml",
-        help="recipe to write; what was tried goes beside it, as .json (default: none; it has to be named)",
+        help="recipe to write, in a folder that is made where it is missing; what was tried goes beside it, as .json "
+        "(default: none; it has to be named)",
     )
     parser.add_argument(
         "--force",
@@ -112,12 +115,12 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def _add_image_options(parser: argparse.ArgumentParser) -> None:
-    group = add_data_options(parser, limit=False, unlabelled=True)
+    group = add_data_options(parser, limit=False, calibrating=True)
     group.add_argument(
         "--verify-split",
         metavar="NAME",
-        help="part of the data to verify on (default: held_out of the digits, test of MedMNIST, or other images of the "
-        "same part)",
+        help="part of the data to verify on (default: without --split held_out of the digits and test of MedMNIST, "
+        "else other images of the part that is calibrated on, drawn with --seed)",
     )
     group.add_argument(
         "--calibration",
@@ -215,37 +218,31 @@ def factor(text: str) -> float:
 
 def run(options: argparse.Namespace) -> None:
     """Search and print what was found."""
-    from quartermap_deploy.compiler import as_recipe
     from quartermap_deploy.evaluation.search import Goal
     from quartermap_deploy.evaluation.tune import TuneOptions, tune
 
-    recipe = as_recipe(options.source)
-    if options.checkpoint is not None:
-        recipe = dataclasses.replace(recipe, checkpoint=options.checkpoint)
+    recipe = recipe_of(options)
     goal = Goal(budget=options.budget, speedup=options.speedup)
     names = [field.name for field in dataclasses.fields(TuneOptions)]
     settings = TuneOptions(**{name: getattr(options, name) for name in names})
     calibration, verification = image_sets(options)
-    try:
-        with results_only():
-            tuned = tune(
-                recipe,
-                goal,
-                calibration,
-                verification,
-                options.out,
-                settings,
-                force=options.force,
-                progress=make_progress(options),
-            )
-    except KeyboardInterrupt:
-        message(
-            "warning",
-            f"what was tried is kept in {options.out.with_suffix('.json')}; the same command goes on",
+    # The current folder has no name that a suffix could be put to; it is refused below.
+    tried = options.out.with_suffix(".json") if options.out.name else None
+    with results_only(), kept_on_interruption(tried):
+        tuned = tune(
+            recipe,
+            goal,
+            calibration,
+            verification,
+            options.out,
+            settings,
+            force=options.force,
+            progress=make_progress(options),
         )
-        raise
+    # Both may be parts of one set.
+    warn_of_data(calibration, verification)
     for warning in tuned.warnings:
-        message("warning", warning)
+        message("warning", one_line(warning))
     if options.json:
         print_json({"recipe": options.out, **tuned.report})
     elif not options.quiet:

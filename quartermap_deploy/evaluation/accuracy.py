@@ -19,7 +19,7 @@ from quartermap_deploy.architectures.cards import Preprocessing
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.evaluation.batches import Batch, batches
 from quartermap_deploy.evaluation.datasets import Dataset
-from quartermap_deploy.evaluation.tally import TOP, Tally
+from quartermap_deploy.evaluation.tally import TOP, Tally, check_place
 from quartermap_deploy.progress import SILENT, Progress
 
 Run: TypeAlias = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -88,9 +88,10 @@ def evaluate(
         preprocessing: how the images are prepared for the model.
         batch: images per call.
         progress: shows the images.
-        checkpoint: file that holds the counts so far. It is written every few seconds and when the evaluation is
-            interrupted; if it is there, the evaluation goes on from it. A finished one answers at once. Where it cannot
-            be written any more later on, as on a full disk, it stays as it was and the evaluation goes on.
+        checkpoint: file that holds the counts so far; folders that are missing are made. It is written every few
+            seconds and when the evaluation is interrupted; if it is there, the evaluation goes on from it. A finished
+            one answers at once. Where it cannot be written any more later on, as on a full disk, it stays as it was
+            and the evaluation goes on.
         identity: what the state in `checkpoint` has to belong to, as `Runner.identity`; data set, preprocessing and
             batch size are always part of that.
         workers: threads that read and prepare images.
@@ -172,6 +173,7 @@ def logits_of(
 def _first_state(path: Path | None, key: str, num_classes: int) -> Tally:
     if path is None:
         return Tally.empty(num_classes)
+    check_place(path)
     tally = Tally.load(path, key, num_classes)
     try:
         # Before any work, so that a wrong path is not found out after an hour.

@@ -123,9 +123,10 @@ class Chooser:
 
     def _warn_of_passed_over(self, number: int) -> None:
         if number:
+            plans, they = ("plan keeps", "it was") if number == 1 else ("plans keep", "they were")
             self.warnings.append(
-                f"{number} faster plans keep to the budget on the images that they were chosen by, but not on the "
-                "others; more images to calibrate on would tell them apart"
+                f"{number} faster {plans} to the budget on the images that {they} chosen by, but not on the others; "
+                "more images to calibrate on would tell them apart"
             )
 
     def _timed(self, wanted: float, unmet: str) -> Candidate:

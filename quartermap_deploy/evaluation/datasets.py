@@ -18,6 +18,9 @@ from quartermap_deploy.data.images import ImageLike
 from quartermap_deploy.errors import InputError, UnknownNameError
 from quartermap_deploy.evaluation import FORMATS, UNLABELLED
 
+NAMED = 12
+"""Classes that a message names where there are more."""
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
@@ -32,6 +35,7 @@ class Dataset:
         fingerprint: hash that another set, or the same images in another order, does not have.
         closed: whether `classes` are all that there are; where they are known by their index alone, a model may have
             more.
+        notes: what has to be known before numbers that were measured on it are believed, a line each.
     """
 
     name: str
@@ -41,6 +45,7 @@ class Dataset:
     item_names: Sequence[str] | None
     fingerprint: str
     closed: bool = True
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -78,6 +83,7 @@ class Dataset:
             item_names=[self.item_name(int(index)) for index in chosen],
             fingerprint=fingerprint(self.fingerprint.encode(), chosen.astype("<i8").tobytes()),
             closed=self.closed,
+            notes=self.notes,
         )
 
     def sample(self, count: int, seed: int = 0) -> Dataset:
@@ -97,11 +103,17 @@ class Dataset:
         if not self.labelled or own == num_classes or (not self.closed and own < num_classes):
             return
         mend = "take the data that the model was trained for, or the model that was trained for this data"
-        if not self.closed:
+        if own > num_classes and self.classes == tuple(map(str, range(own))):
+            largest = int(self.labels.max(initial=-1))
+            # The largest class may have no image in this part.
+            found = f"images of class {largest}" if largest >= num_classes else f"classes 0 to {own - 1}"
             raise InputError(
-                f"{self.name} has images of class {own - 1}, but the model has classes 0 to {num_classes - 1}; {mend}"
+                f"{self.name} has {found}, but the model has classes 0 to {num_classes - 1}; {mend}"
             )
-        raise InputError(f"{self.name} has {own} classes, but the model has {num_classes}; {mend}")
+        names = ", ".join(self.classes[:NAMED]) + (", …" if own > NAMED else "")
+        raise InputError(
+            f"{self.name} has {own} classes, but the model has {num_classes}; found {names}; {mend}"
+        )
 
 
 def open_dataset(path: Path | None, format: str, *, split: str | None = None) -> Dataset:

@@ -15,18 +15,23 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from quartermap_deploy.errors import InputError
-from quartermap_deploy.evaluation.datasets import Dataset, fingerprint
+from quartermap_deploy.evaluation.datasets import NAMED, Dataset, fingerprint
 from quartermap_deploy.validation.inputs import IMAGE_SUFFIXES
 
 DEFAULT_SPLITS = ("val", "validation", "test")
 LABELS_FILE = "labels.csv"
 CLASS_LISTS = ("classes.txt", "LOC_synset_mapping.txt")
+COMPANIONS = (LABELS_FILE, *CLASS_LISTS)
+"""Files that belong to the images of a flat folder and are none of them."""
+SHOWN = 3
+"""Names in a note; the rest is counted."""
 _SYNSET = re.compile(r"(?<![0-9A-Za-z])n\d{8}(?!\d)")
 _LARGEST_INDEX = 1_000_000
 """An index beyond it is a name made of digits, such as a date."""
@@ -44,19 +49,16 @@ def read_imagefolder(path: Path, split: str | None) -> Dataset:
     """
     folder = _split_folder(path, split)
     try:
-        found = list(_items(folder))
+        found = _contents(folder)
     except OSError as error:
         raise InputError(f"cannot read {error.filename or folder}: {error.strerror or error}") from error
-    if not found:
+    if not found.images:
         raise InputError(
-            f"{folder} holds no image in a class folder; expected <class>/*, with files ending in "
-            f"{', '.join(IMAGE_SUFFIXES)}"
+            f"{folder} holds no image; expected <class>/*, with files ending in {', '.join(IMAGE_SUFFIXES)}"
+            f"{_left_out_text(folder, found.left_out)}"
         )
-    # Classes without images count too: the model has logits for them.
-    folders = {entry.name for entry in _entries(folder) if entry.is_dir()} if found[0][1] is None else set()
-    named = [(file, file.relative_to(folder).parts[0] if name is None else name) for file, name in found]
-    numbers, classes, closed = _numbering(folder, path, folders or {name for _, name in named})
-    named.sort(key=lambda item: (numbers[item[1]], item[0]))
+    numbers, classes, closed = _numbering(folder, path, found.classes)
+    named = sorted(found.images, key=lambda item: (numbers[item[1]], item[0]))
     labels = np.array([numbers[name] for _, name in named], dtype=np.int64)
     item_names = [file.relative_to(folder).as_posix() for file, _ in named]
     sizes = np.array([_size(file) for file, _ in named], dtype="<i8")
@@ -73,6 +75,11 @@ def read_imagefolder(path: Path, split: str | None) -> Dataset:
             sizes.tobytes(),
         ),
         closed=closed,
+        notes=(
+            *_numbering_notes(folder, path, classes, closed),
+            *_missing_notes(folder, found.missing),
+            *_left_out_notes(folder, found.left_out),
+        ),
     )
 
 
@@ -84,11 +91,14 @@ def read_images(path: Path) -> Dataset:
     """
     _require_folder(path)
     try:
-        files = list(_below(path))
+        files, left_out = _below(path)
     except OSError as error:
         raise InputError(f"cannot read {error.filename or path}: {error.strerror or error}") from error
     if not files:
-        raise InputError(f"{path} holds no image; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+        raise InputError(
+            f"{path} holds no image; expected files ending in {', '.join(IMAGE_SUFFIXES)}"
+            f"{_left_out_text(path, left_out)}"
+        )
     names = [file.relative_to(path).as_posix() for file in files]
     sizes = np.array([_size(file) for file in files], dtype="<i8")
     return Dataset(
@@ -101,7 +111,25 @@ def read_images(path: Path) -> Dataset:
             b"images", "\0".join(names).encode("utf-8", "surrogateescape"), sizes.tobytes()
         ),
         closed=False,
+        notes=_left_out_notes(path, left_out),
     )
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What a folder of labelled images holds.
+
+    Attributes:
+        images: (file, class) of each.
+        classes: all of them, those without images too: the model has logits for them.
+        missing: files that a list of labels names and that are not there.
+        left_out: files that are not read, as their kind is not known, or they lie beside class folders.
+    """
+
+    images: list[tuple[Path, str]]
+    classes: set[str]
+    missing: list[str]
+    left_out: list[Path]
 
 
 def _require_folder(path: Path) -> None:
@@ -140,29 +168,43 @@ def _split_folder(path: Path, split: str | None) -> Path:
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
     with os.scandir(folder) as entries:
         return sorted(
-            (entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name
+            (entry for entry in entries if not _is_hidden(entry.name)), key=lambda entry: entry.name
         )
 
 
-def _items(folder: Path) -> Iterator[tuple[Path, str | None]]:
-    """The images of a folder, each with its class where that is not the name of its folder."""
+def _is_hidden(name: str) -> bool:
+    """Whether a file or folder is none of the data's: hidden, or what the archives of macOS put beside it."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _contents(folder: Path) -> _Contents:
     entries = _entries(folder)
     classes = [entry for entry in entries if entry.is_dir()]
-    flat = [Path(entry.path) for entry in entries if _is_image(entry.name) and not entry.is_dir()]
-    if flat and not classes:
-        yield from _flat(folder, flat)
-        return
+    files = [Path(entry.path) for entry in entries if not entry.is_dir()]
+    flat = [file for file in files if _is_image(file.name)]
+    if not classes:
+        named, classes_named, missing = _flat(folder, flat) if flat else ([], set(), [])
+        others = [file for file in files if not _is_image(file.name) and file.name not in COMPANIONS]
+        return _Contents(named, classes_named, missing, others)
+    images: list[tuple[Path, str]] = []
+    left_out = flat
     for entry in classes:
-        yield from ((file, None) for file in _below(Path(entry.path)))
+        found, others = _below(Path(entry.path))
+        images += [(file, entry.name) for file in found]
+        left_out = left_out + others
+    return _Contents(images, {entry.name for entry in classes}, [], left_out)
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    """The images in a folder and the folders in it, in order; what is hidden is left out."""
+def _below(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The images in a folder and the folders in it, in order, and the other files; what is hidden is neither."""
+    images: list[Path] = []
+    others: list[Path] = []
     for above, folders, files in os.walk(folder, onerror=_give):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (
-            Path(above) / name for name in sorted(files) if _is_image(name) and not name.startswith(".")
-        )
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))
+        for name in sorted(files):
+            if not _is_hidden(name):
+                (images if _is_image(name) else others).append(Path(above) / name)
+    return images, others
 
 
 def _give(error: OSError) -> None:
@@ -174,36 +216,54 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def _flat(folder: Path, files: list[Path]) -> Iterator[tuple[Path, str]]:
+def _flat(folder: Path, files: list[Path]) -> tuple[list[tuple[Path, str]], set[str], list[str]]:
+    """(file, class) of each image of a folder without class folders, all classes, and files that are not there."""
     labels_file = folder / LABELS_FILE
-    labels = _read_labels(labels_file) if labels_file.is_file() else None
+    if labels_file.is_file():
+        return _listed(labels_file, files)
+    found = []
     for file in files:
-        if labels is not None:
-            name = labels.get(file.name) or labels.get(file.stem)
-            if name is None:
-                raise InputError(
-                    f"{labels_file} says nothing about {file.name}; add a line, or take the image away"
-                )
-        else:
-            synsets = _SYNSET.findall(file.stem.replace("_", "-"))
-            if len(synsets) != 1:
-                raise InputError(
-                    f"the class of {file} is not known: its images lie in no class folder, its name holds no synset, "
-                    f'and there is no {LABELS_FILE} with lines "file,class" beside it'
-                )
-            name = synsets[0]
-        yield file, name
+        synsets = _SYNSET.findall(file.stem.replace("_", "-"))
+        if len(synsets) != 1:
+            raise InputError(
+                f"the class of {file} is not known: its images lie in no class folder, its name holds no synset, "
+                f'and there is no {LABELS_FILE} with lines "file,class" beside it'
+            )
+        found.append((file, synsets[0]))
+    return found, {name for _, name in found}, []
+
+
+def _listed(labels_file: Path, files: list[Path]) -> tuple[list[tuple[Path, str]], set[str], list[str]]:
+    """As `_flat`, by the list of labels."""
+    labels = _read_labels(labels_file)
+    names = {name for file in files for name in (file.name, file.stem)}
+    # A first line that names no image and no file there is one of headings.
+    if (first := next(iter(labels), None)) is not None and first not in names and not _is_image(first):
+        del labels[first]
+    found = []
+    for file in files:
+        name = labels.get(file.name) or labels.get(file.stem)
+        if name is None:
+            raise InputError(
+                f"{labels_file} says nothing about {file.name}; add a line, or take the image away"
+            )
+        found.append((file, name))
+    return found, set(labels.values()), [name for name in labels if name not in names]
 
 
 def _read_labels(path: Path) -> dict[str, str]:
     """Lines "file,class" by file; what follows a class after a blank, as in LOC_val_solution.csv, is left out."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        # Spreadsheets write a mark of the encoding first.
+        with path.open(newline="", encoding="utf-8-sig") as file:
             rows = [row for row in csv.reader(file) if row]
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     if bad := next((row for row in rows if len(row) < 2 or not row[1].strip()), None):
-        raise InputError(f'{path} has the line {",".join(bad)!r}; expected "file,class"')
+        line = ",".join(bad)
+        other = next((mark for mark in (";", "\t") if mark in line), None)
+        hint = "" if other is None else f", with a comma between them and no {other!r}"
+        raise InputError(f'{path} has the line {line!r}; expected "file,class"{hint}')
     return {row[0].strip(): row[1].split()[0] for row in rows}
 
 
@@ -223,6 +283,12 @@ def _numbering(folder: Path, root: Path, names: set[str]) -> tuple[Mapping[str, 
         if len(set(numbers.values())) != len(numbers):
             raise InputError(f"{folder} has two folders for one index: {', '.join(sorted(names))}")
         return numbers, tuple(str(number) for number in range(max(numbers.values()) + 1)), False
+    odd = sorted(name for name in names if not name.isdecimal())
+    if odd and 2 * len(odd) < len(names):
+        raise InputError(
+            f"the classes of {folder} are named by numbers, but for {', '.join(odd[:NAMED])}; name all of them by the "
+            f"index of their logit, or put a {CLASS_LISTS[0]} beside them, one class a line in the order of logits"
+        )
     classes = tuple(sorted(names))
     return {name: number for number, name in enumerate(classes)}, classes, True
 
@@ -232,7 +298,9 @@ def _class_list(folder: Path, root: Path) -> tuple[Path, tuple[str, ...]] | None
         if not path.is_file():
             continue
         try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = [
+                line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()
+            ]
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path} cannot be read: {error}") from error
         words = path.name == CLASS_LISTS[1]
@@ -243,6 +311,49 @@ def _class_list(folder: Path, root: Path) -> tuple[Path, tuple[str, ...]] | None
             )
         return path, classes
     return None
+
+
+def _numbering_notes(folder: Path, root: Path, classes: tuple[str, ...], closed: bool) -> tuple[str, ...]:
+    if (
+        not closed
+        or all(_SYNSET.fullmatch(name) for name in classes)
+        or _class_list(folder, root) is not None
+    ):
+        return ()
+    shown = [f"{name} = {number}" for number, name in enumerate(classes[:SHOWN])]
+    return (
+        f"the classes of {folder} are numbered by name: {', '.join(shown)}{', …' if len(classes) > SHOWN else ''}; "
+        f"put a {CLASS_LISTS[0]} beside them if the model counts otherwise",
+    )
+
+
+def _missing_notes(folder: Path, missing: list[str]) -> tuple[str, ...]:
+    if not missing:
+        return ()
+    count = "1 file that is" if len(missing) == 1 else f"{len(missing)} files that are"
+    return (f"{folder / LABELS_FILE} names {count} not there: {_named(missing)}",)
+
+
+def _left_out_notes(folder: Path, left_out: list[Path]) -> tuple[str, ...]:
+    loose = [file for file in left_out if _is_image(file.name)]
+    others = [file for file in left_out if not _is_image(file.name)]
+    kinds = f"is not read, as images end in {', '.join(IMAGE_SUFFIXES)}"
+    texts = ((loose, "lies beside the class folders, so its class is not known"), (others, kinds))
+    return tuple(
+        f"left out of {folder}: {_named([file.relative_to(folder).as_posix() for file in files])}; "
+        f"{len(files)} in all, each {text}"
+        for files, text in texts
+        if files
+    )
+
+
+def _left_out_text(folder: Path, left_out: list[Path]) -> str:
+    names = [file.relative_to(folder).as_posix() for file in left_out]
+    return f"; found {_named(names)}" if names else ""
+
+
+def _named(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def _size(path: Path) -> int:

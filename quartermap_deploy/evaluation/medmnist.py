@@ -57,6 +57,12 @@ def read_medmnist(path: Path, split: str) -> Dataset:
 def _check_split(path: Path, split: str, names: list[str]) -> None:
     if {f"{split}_images", f"{split}_labels"} <= set(names):
         return
+    for given, absent in (("images", "labels"), ("labels", "images")):
+        if f"{split}_{given}" in names:
+            raise InputError(
+                f"{path} has {split}_{given}, but no {split}_{absent}; take the file as MedMNIST publishes it, or "
+                "another part"
+            )
     there = [part for part in SPLITS if {f"{part}_images", f"{part}_labels"} <= set(names)]
     if not there:
         raise InputError(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quartermap_deploy.errors import ReportError
-from quartermap_deploy.files import write_whole
+from quartermap_deploy.files import folders_for, obstacle_to, write_whole
 
 FORMAT = 1
 Rows = Sequence[Mapping[str, Any]]
@@ -25,6 +25,22 @@ Rows = Sequence[Mapping[str, Any]]
 def key_of(settings: Mapping[str, Any]) -> str:
     """Return a hash of everything that a result depends on."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def check_place(path: Path) -> None:
+    """Check, before any work, that results can be written to `path`; folders that it is to lie in may be missing.
+
+    Raises:
+        ReportError: if its name does not end in .json, it is a folder, or it cannot be written.
+    """
+    if path.suffix != ".json":
+        raise ReportError(
+            f"results are written to a file ending in .json and a table ending in .csv; found {path}"
+        )
+    if path.is_dir():
+        raise ReportError(f"{path} is a folder; name a file for the results, such as {path / 'results.json'}")
+    if (obstacle := obstacle_to(path)) is not None:
+        raise ReportError(f"results cannot be written to {path}: {obstacle}; name another file with -o")
 
 
 class ResultFile:
@@ -73,10 +89,7 @@ class ResultFile:
         self.resumed = False
         if path is None:
             return
-        if path.suffix != ".json":
-            raise ReportError(
-                f"results are written to a file ending in .json and a table ending in .csv; found {path}"
-            )
+        check_place(path)
         if path.exists():
             self._take_up(path, force)
         try:
@@ -125,8 +138,9 @@ class ResultFile:
     def _write(self) -> None:
         if self.path is None:
             return
-        write_whole(self.path, (json.dumps(self.values, indent=2, ensure_ascii=False) + "\n").encode())
-        write_whole(self.path.with_suffix(".csv"), _table(self._rows(self.values)).encode())
+        with folders_for(self.path):
+            write_whole(self.path, (json.dumps(self.values, indent=2, ensure_ascii=False) + "\n").encode())
+            write_whole(self.path.with_suffix(".csv"), _table(self._rows(self.values)).encode())
 
 
 def _table(rows: Rows) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quartermap_deploy.errors import InputError
-from quartermap_deploy.files import write_whole
+from quartermap_deploy.files import folders_for, obstacle_to, write_whole
 
 FORMAT = 1
 TOP = 5
@@ -87,7 +87,8 @@ class Tally:
         """
         values: dict[str, Any] = {"format": FORMAT, "key": key, **dataclasses.asdict(self)}
         values.update(correct=self.correct.tolist(), total=self.total.tolist())
-        write_whole(path, (json.dumps(values) + "\n").encode())
+        with folders_for(path):
+            write_whole(path, (json.dumps(values) + "\n").encode())
 
     @classmethod
     def load(cls, path: Path, key: str, num_classes: int) -> Tally:
@@ -123,6 +124,18 @@ class Tally:
                 "delete it to begin anew, or name another file"
             )
         return tally
+
+
+def check_place(path: Path) -> None:
+    """Check, before any work, that counts can be kept in `path`; folders that it is to lie in may be missing.
+
+    Raises:
+        InputError: if it is a folder, or cannot be written.
+    """
+    if path.is_dir():
+        raise InputError(f"the state {path} is a folder; name a file in it, such as {path / 'state.json'}")
+    if (obstacle := obstacle_to(path)) is not None:
+        raise InputError(f"the state cannot be written to {path}: {obstacle}; name another file")
 
 
 def ranks(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -12,7 +12,7 @@ from quartermap_deploy.errors import RecipeError
 from quartermap_deploy.evaluation.fidelity import Fidelity
 from quartermap_deploy.evaluation.savings import Savings
 from quartermap_deploy.evaluation.search import Candidate
-from quartermap_deploy.files import write_whole
+from quartermap_deploy.files import folders_for, write_whole
 
 FORMAT = 1
 
@@ -86,7 +86,8 @@ class Tried:
             OSError: if that fails; it is then what it was before.
         """
         values = _finite({**self.to_dict(), **(more or {})})
-        write_whole(self.path, (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
+        with folders_for(self.path):
+            write_whole(self.path, (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
         return dict(values)
 
 

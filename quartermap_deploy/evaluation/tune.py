@@ -26,7 +26,7 @@ from quartermap_deploy.evaluation.search import Candidate, Goal, Judge, search
 from quartermap_deploy.evaluation.sessions import TORCH, on_device, preprocessing_of, weights_hash
 from quartermap_deploy.evaluation.trial import Trial
 from quartermap_deploy.evaluation.tried import Tried
-from quartermap_deploy.files import write_whole
+from quartermap_deploy.files import obstacle_to, write_whole
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.pruning.plan import QuarterMap
 from quartermap_deploy.recipe import Recipe
@@ -180,9 +180,9 @@ class _Tuning:
         _check_out(self.out, self.force)
         labels = _use_labels(self.options.labels, calibration, verification)
         self._load_model(calibration, verification)
+        blocks, fixed = self._blocks(), self._fixed()
         self.calibration, other = self._trials(calibration, verification, labels)
         self.tried = self._open_tried(labels)
-        blocks, fixed = self._blocks(), self._fixed()
         timer = self._timer()
         savings = self._savings(timer)
         judge = Judge(savings, self.calibration.unpruned.accuracy)
@@ -277,7 +277,21 @@ class _Tuning:
         blocks = tuple(block.index for block in self.model.blocks() if block.stage not in excluded)
         if not blocks:
             raise PlanError("all stages are excluded, so there is no block to prune; exclude fewer")
+        self._check_strides(blocks)
         return blocks
+
+    def _check_strides(self, blocks: Sequence[int]) -> None:
+        """Refuse strides that keep one position of every map: beyond the largest map they all do the same."""
+        from quartermap_deploy.complexity import measure
+
+        size = self.recipe.input_size or self.card.preprocessing.crop
+        found = measure(self.model, size).blocks
+        largest = max(max(block.map_size) for block in found if block.index in blocks)
+        if (stride := max(self.options.strides)) > largest:
+            raise PlanError(
+                f"a stride of {stride} is more than the {largest} positions along the largest map of the blocks that "
+                "may be pruned; take a smaller one"
+            )
 
     def _fixed(self) -> dict[int, Candidate]:
         """The plans "every k-th block" by k; a short model has not all of them."""
@@ -391,7 +405,5 @@ def _check_out(out: Path, force: bool) -> None:
         raise RecipeError(f"{out} is no name for a recipe; expected one that ends in .toml")
     if out.is_dir() or (out.exists() and not force):
         raise RecipeError(f"{out} exists already; choose another recipe, or replace it with --force")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecipeError(f"cannot write to {out.parent}: {error.strerror or error}") from error
+    if (obstacle := obstacle_to(out)) is not None:
+        raise RecipeError(f"cannot write to {out}: {obstacle}; choose another place")

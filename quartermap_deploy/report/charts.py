@@ -103,8 +103,10 @@ class Axis:
         return value
 
 
-def linear_axis(label: str, values: Iterable[float], ticks: int = 5, unit: str = "") -> Axis:
-    """Return an axis around values, with about as many ticks at round numbers."""
+def linear_axis(
+    label: str, values: Iterable[float], ticks: int = 5, unit: str = "", most: float = math.inf
+) -> Axis:
+    """Return an axis around values, with about as many ticks at round numbers, none of them above `most`."""
     found = list(values)
     low, high = min(found), max(found)
     alike = high - low < 1e-9 * max(abs(high), 1e-3)
@@ -113,7 +115,7 @@ def linear_axis(label: str, values: Iterable[float], ticks: int = 5, unit: str =
     step = _round_step((high - low) / ticks)
     digits = max(0, -math.floor(math.log10(step)))
     first = math.ceil(low / step)
-    marks = [index * step for index in range(first, math.floor(high / step) + 1)]
+    marks = [index * step for index in range(first, math.floor(min(high, most) / step + 1e-9) + 1)]
     return Axis(label, low, high, tuple((mark, f"{mark:.{digits}f}{unit}") for mark in marks))
 
 

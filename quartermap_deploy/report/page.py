@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from quartermap_deploy import __version__
 from quartermap_deploy.errors import MissingDependencyError, ReportError
-from quartermap_deploy.files import write_whole
+from quartermap_deploy.files import folders_for, obstacle_to, write_whole
 from quartermap_deploy.report.markup import Html
 from quartermap_deploy.report.parts import Section
 
@@ -34,19 +33,16 @@ def require_jinja() -> None:
 
 
 def check_destination(path: Path, force: bool) -> None:
-    """Check, before any work, that a page may be written to `path`.
+    """Check, before any work, that a page may be written to `path`; folders that it is to lie in may be missing.
 
     Raises:
-        ReportError: if it is a folder, its folder is missing or cannot be written to, or it is a file that is no
-            report, which only `force` replaces.
+        ReportError: if it is a folder, lies where nothing can be written, or is a file that is no report, which only
+            `force` replaces.
     """
     if path.is_dir():
         raise ReportError(f"{path} is a folder; name a file in it, such as {path / 'report.html'}")
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise ReportError(f"cannot write {path}: there is no folder {folder}; make it first")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ReportError(f"cannot write {path}: {folder} is no folder that you may write to")
+    if (obstacle := obstacle_to(path)) is not None:
+        raise ReportError(f"cannot write {path}: {obstacle}; choose another place")
     if path.exists() and not force and not _is_report(path):
         raise ReportError(f"{path} exists and is no report; choose another file, or replace it with --force")
 
@@ -108,7 +104,8 @@ def write_page(path: Path, text: str, force: bool = False) -> None:
     """
     check_destination(path, force)
     try:
-        write_whole(path, text.encode("utf-8"))
+        with folders_for(path):
+            write_whole(path, text.encode("utf-8"))
     except OSError as error:
         raise ReportError(
             f"the report {path} was not written: {error.strerror or error}. Nothing was changed; free some space or "

@@ -65,7 +65,7 @@ def _accuracy_over_speed(series: Sequence[Series], caption: str) -> list[Figure]
         f"from {min(p.x for p in points):.2f} to {max(p.x for p in points):.2f}"
     )
     x = linear_axis(SPEED, [1.0, *(point.x for point in points)], unit=" ×")
-    y = linear_axis("top-1 accuracy, in percent", [point.y for point in points])
+    y = linear_axis("top-1 accuracy, in percent", [point.y for point in points], most=100)
     return [Figure(f"{caption}.", chart(series, x, y, description))]
 
 
