@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,7 +13,7 @@ from numpy.typing import NDArray
 
 from quartermap_deploy.architectures.cards import Preprocessing
 from quartermap_deploy.serving.batcher import Batcher
-from quartermap_deploy.serving.images import prepare_file
+from quartermap_deploy.serving.decoders import Decoders
 from quartermap_deploy.serving.refusal import Refusal, busy
 from quartermap_deploy.serving.requests import InferRequest, classified
 from quartermap_deploy.serving.statistics import ModelStatistics, Timings
@@ -109,7 +107,7 @@ class ImageModel:
     """Image files in, probabilities out, by way of the model itself, whose statistics count these requests too."""
 
     def __init__(
-        self, description: Description, model: TensorModel, preprocessing: Preprocessing, pool: Executor
+        self, description: Description, model: TensorModel, preprocessing: Preprocessing, decoders: Decoders
     ) -> None:
         """Describe the model.
 
@@ -117,11 +115,11 @@ class ImageModel:
             description: what clients are told.
             model: the model itself.
             preprocessing: how images become its input.
-            pool: threads that decode.
+            decoders: threads that decode.
         """
         self.description, self.model = description, model
         self.statistics = ModelStatistics(description.name, VERSION)
-        self._preprocessing, self._pool = preprocessing, pool
+        self._preprocessing, self._decoders = preprocessing, decoders
         self._type = np.float16 if model.description.inputs[0].datatype == "FP16" else np.float32
         self._decoding = 0
 
@@ -149,13 +147,10 @@ class ImageModel:
                 f"{self._decoding} images are being decoded and {batcher.waiting} wait already, at most "
                 f"{batcher.limit} do; try again later"
             )
-        loop = asyncio.get_running_loop()
         self._decoding += len(files)
         try:
             jobs = [
-                loop.run_in_executor(
-                    self._pool, functools.partial(prepare_file, data, self._preprocessing, place)
-                )
+                asyncio.ensure_future(self._decoders.prepare(data, self._preprocessing, place))
                 for place, data in enumerate(files, 1)
             ]
             try:

@@ -17,13 +17,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from quartermap_deploy import __version__
 from quartermap_deploy.bundle import Bundle
 from quartermap_deploy.errors import MissingDependencyError, ServeError
 from quartermap_deploy.serving.batcher import Batcher
+from quartermap_deploy.serving.decoders import Decoders
 from quartermap_deploy.serving.grpc_api import CONCURRENT, GrpcApi
 from quartermap_deploy.serving.http_api import HttpApi
 from quartermap_deploy.serving.logs import EventLog
@@ -41,8 +41,6 @@ KEEPALIVE = 75.0
 """Seconds after which a connection that sends no request, or not all of its head, is closed."""
 SWITCH_INTERVAL = 0.001
 """Seconds after which a thread hands Python on: a worker that has its result would wait five times as long."""
-DECODERS = min(4, os.cpu_count() or 1)
-"""Images that are decoded at the same time; each may need 150 MB."""
 
 
 def check_dependencies() -> None:
@@ -99,7 +97,7 @@ class _Server:
 
     def __init__(self, plan: Plan, log: EventLog, started: Callable[[dict[str, Any]], None]) -> None:
         self.plan, self.options, self.log, self.started = plan, plan.options, log, started
-        self.pool = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
+        self.decoders = Decoders()
         self.batcher: Batcher | None = None
 
     async def run(self) -> None:
@@ -110,7 +108,7 @@ class _Server:
         begin = time.monotonic()
         with self._signals():
             async with contextlib.AsyncExitStack() as stack:
-                stack.callback(self.pool.shutdown, wait=False, cancel_futures=True)
+                stack.callback(self.decoders.close)
                 http_port = await self._listen_http(stack)
                 grpc_port = await self._listen_grpc(stack)
                 addresses = {
@@ -152,7 +150,7 @@ class _Server:
             on_error=lambda error: self.log.error("session_failed", error=repr(error)[:1000]),
         )
         model = TensorModel(plan.model, self.batcher, statistics)
-        image_model = ImageModel(plan.image_model, model, plan.preprocessing, self.pool)
+        image_model = ImageModel(plan.image_model, model, plan.preprocessing, self.decoders)
         models: dict[str, ServedModel] = {plan.model.name: model, plan.image_model.name: image_model}
         self.state.become_ready(models)
         return True
