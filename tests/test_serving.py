@@ -299,9 +299,11 @@ def test_server_metadata_and_configuration(triton: tuple[Any, Any]) -> None:
         assert metadata.name == "quartermap-deploy" and "statistics" in metadata.extensions
         assert config.config.max_batch_size == 8 and list(config.config.input[0].dims) == [3, 64, 64]
         assert config.config.dynamic_batching.max_queue_delay_microseconds == 1000
+        assert config.config.parameters["pruned_blocks"].string_value == "3,6,9"
     else:
         assert metadata["name"] == "quartermap-deploy" and "statistics" in metadata["extensions"]
         assert config["max_batch_size"] == 8 and config["input"][0]["data_type"] == "TYPE_FP32"
+        assert config["parameters"]["pruned_blocks"] == {"string_value": "3,6,9"}
 
 
 def test_the_repository_lists_the_models(triton: tuple[Any, Any]) -> None:

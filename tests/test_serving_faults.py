@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import http.client
 import io
 import json
@@ -13,6 +14,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,6 +104,16 @@ def message_of(body: bytes) -> str:
     return str(found["error"])
 
 
+def peak_memory(server: Served) -> int:
+    """The most bytes that the server has had in memory, as Linux tells."""
+    (line,) = [
+        line
+        for line in Path(f"/proc/{server.process.pid}/status").read_text().splitlines()
+        if "VmHWM" in line
+    ]
+    return int(line.split()[1]) * 1024
+
+
 def infer_body(images: Array) -> tuple[bytes, str]:
     """A right request, with the length of its JSON."""
     entry = {"name": "images", "shape": list(images.shape), "datatype": "FP32"}
@@ -173,7 +185,53 @@ def test_a_small_body_that_unpacks_into_a_large_one_is_refused(server: Served, b
 
 def test_a_body_that_is_not_compressed_as_it_says_is_refused(server: Served) -> None:
     status, _, body = ask(server, "POST", INFER, b"this is no gzip", Content_Encoding="gzip")
-    assert status == 400 and "cannot be read" in message_of(body)
+    assert status == 400 and "cannot be unpacked as gzip" in message_of(body)
+    for encoding, packed in (
+        ("gzip", gzip.compress(b"{}")[:-1]),
+        ("deflate", zlib.compress(b"{}") + b"more"),
+    ):
+        status, _, body = ask(server, "POST", INFER, packed, Content_Encoding=encoding)
+        assert status == 400 and "body" in message_of(body)
+
+
+def test_other_compressions_than_tritons_are_refused(server: Served) -> None:
+    for encoding in ("br", "zstd", "foo", "gzip, gzip"):
+        status, headers, body = ask(server, "POST", INFER, b"\0" * 99, Content_Encoding=encoding)
+        assert status == 415 and headers["content-type"] == "application/json"
+        assert "expected gzip or deflate" in message_of(body)
+    status, _, body = ask(server, "POST", INFER, b"{}", Content_Encoding="identity")
+    assert status == 400 and "inputs" in message_of(body)
+    body, kind = form(("x.png", gzip.compress(b"x")))
+    status, _, body = ask(server, "POST", "/classify", body, Content_Type=kind, Content_Encoding="gzip")
+    assert status == 415 and "form is compressed" in message_of(body)
+
+
+def test_a_bomb_is_not_unpacked_beyond_the_limit(server: Served) -> None:
+    """4 GiB in 4 MB, on the connection of a client that sends on and on: everybody else is answered meanwhile."""
+    bomb = gzip.compress(bytes(64 << 20)) * 64
+    head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(head.encode())
+
+        def send() -> None:
+            with contextlib.suppress(OSError):
+                for start in range(0, len(bomb), 1000):
+                    part = bomb[start : start + 1000]
+                    connection.sendall(b"%x\r\n" % len(part) + part + b"\r\n")
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        worst = 0.0
+        for _ in range(20):
+            begin = time.monotonic()
+            assert ask(server, "GET", "/v2/health/live")[0] == 200
+            worst = max(worst, time.monotonic() - begin)
+            time.sleep(0.05)
+        answer = connection.recv(65536)
+        sender.join(30)
+    assert b" 413 " in answer and worst < 1, (answer, worst)
+    if Path("/proc/self/status").exists():
+        assert peak_memory(server) < 700 << 20
 
 
 def test_broken_chunks_are_refused(server: Served) -> None:
@@ -181,6 +239,52 @@ def test_broken_chunks_are_refused(server: Served) -> None:
         head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nnot a length\r\n"
         connection.sendall(head.encode())
         assert b" 400 " in connection.recv(65536)
+
+
+def test_broken_chunks_do_not_fill_the_log(server: Served) -> None:
+    """They were errors of the server in its log, one for each."""
+    before, begin = len(server.events), time.monotonic()
+    head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    for _ in range(60):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            connection.sendall(head + b"not a length\r\n")
+            connection.recv(65536)
+    seconds = time.monotonic() - begin
+    time.sleep(1.2)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(head + b"not a length\r\n")
+        connection.recv(65536)
+    time.sleep(0.3)
+    lines = server.events[before:]
+    assert not [line for line in lines if line["event"] == "library" or line["level"] == "error"], lines
+    # Of those that the application sees, and of those that it does not.
+    assert len(lines) <= 2 * (seconds + 2) and any(line.get("times", 1) > 1 for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("request_line", "status"),
+    [
+        ("GET /" + "a" * 9000 + " HTTP/1.1", 400),
+        ("G@T / HTTP/1.1", 400),
+        ("GET / HTTP/1.1\r\nX-Long: " + "a" * 9000, 400),
+        ("GET / HTTP/1.1\r\nBad Name: x", 400),
+        ("GET / HTTP/1.1\r\nContent-Length: -1", 400),
+    ],
+)
+def test_what_the_library_below_refuses_is_json_too(server: Served, request_line: str, status: int) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(f"{request_line}\r\nHost: x\r\n\r\n".encode())
+        received = b""
+        while part := connection.recv(65536):
+            received += part
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert f" {status} ".encode() in head and b"application/json" in head
+    assert "no HTTP request" in message_of(body)
+
+
+def test_a_path_of_the_protocol_that_is_not_here_is_said_to_be_missing(server: Served) -> None:
+    status, _, body = ask(server, "GET", "/v2/logging")
+    assert status == 404 and "this server has no /v2/logging" in message_of(body)
 
 
 def test_what_is_no_http_is_refused(server: Served, bystander: Bystander) -> None:
@@ -475,8 +579,6 @@ def test_any_request_gets_an_answer(
 
 
 def test_after_all_that_the_server_holds_no_more_than_before(server: Served) -> None:
-    from pathlib import Path
-
     if not Path("/proc/self/fd").exists():
         pytest.skip("only Linux tells how many files a process has open")
     open_files = Path(f"/proc/{server.process.pid}/fd")

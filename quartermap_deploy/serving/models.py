@@ -17,11 +17,17 @@ from quartermap_deploy.serving.decoders import Decoders
 from quartermap_deploy.serving.refusal import Refusal, busy
 from quartermap_deploy.serving.requests import InferRequest, classified
 from quartermap_deploy.serving.statistics import ModelStatistics, Timings
-from quartermap_deploy.serving.tensors import BYTES, TensorSpec
+from quartermap_deploy.serving.tensors import BYTES, TensorSpec, count_of
 
 VERSION = "1"
 IMAGE, PROBABILITIES = "image", "probabilities"
 """Names of the tensors of the image model: those that `quartermap deploy triton` gives them, too."""
+JSON_VALUE = 48
+"""Bytes of the longest number that a client has a reason to write, on a line of its own and indented."""
+JSON_ROOM = 1 << 16
+"""Bytes of JSON for everything but values: names, shapes, parameters, an id."""
+OPEN_VALUES = 1 << 21
+"""Most numbers in the JSON of a request where height or width of the input are open: 14 images of 224 x 224."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,32 @@ class Description:
     max_delay: float
     labels: tuple[str, ...]
     properties: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def most_values(self) -> int:
+        """Most numbers, or strings, that the inputs of a request have; `OPEN_VALUES` where sides are open."""
+        return sum(self._values(spec.shape[1:]) for spec in self.inputs)
+
+    @property
+    def most_rows(self) -> int:
+        """Most lists that these values are in where they are nested as their shapes."""
+        return sum(2 * self._values(spec.shape[1:-1]) + len(spec.shape) for spec in self.inputs)
+
+    @property
+    def most_json(self) -> int | None:
+        """Bytes of the longest JSON of a request; None where nothing tells, as of image files."""
+        if any(spec.datatype == BYTES for spec in self.inputs):
+            return None
+        return JSON_ROOM + JSON_VALUE * self.most_values
+
+    @property
+    def most_bytes(self) -> int | None:
+        """Bytes of the longest request, its values in JSON or behind it; None where nothing tells."""
+        closed = all(-1 not in spec.shape[1:] for spec in self.inputs)
+        return self.most_json if closed else None
+
+    def _values(self, sides: Sequence[int]) -> int:
+        return OPEN_VALUES if -1 in sides else self.max_batch * count_of(sides)
 
 
 class ServedModel(Protocol):
