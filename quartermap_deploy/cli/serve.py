@@ -208,9 +208,9 @@ def _serve(options: argparse.Namespace, log: EventLog) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def leave(error: ServeError | None) -> None:
+        log.close()
         if error is not None:
             message("error", str(error))
-        log.close()
         os._exit(0 if error is None else USER_ERROR)
 
     serve(load_bundle(options.bundle), settings, log, started, leave)
