@@ -346,6 +346,62 @@ def test_half_sent_bodies_and_clients_that_go_away(server: Served, bystander: By
         connection.close()
 
 
+def test_messages_of_refused_calls_are_not_kept(server: Served) -> None:
+    """gRPC keeps the error of a call for a while; with it went the message: 40 of 60 MiB were 2.6 GB."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("only Linux tells how much memory a process has")
+    wrong = tensor(tritongrpc, "images", np.zeros((400_000,), np.float32))
+
+    def send() -> None:
+        with tritongrpc.InferenceServerClient(server.grpc) as client:
+            for _ in range(50):
+                with pytest.raises(InferenceServerException, match="has shape"):
+                    client.infer(MODEL, [wrong])
+
+    before = peak_memory(server)
+    threads = [threading.Thread(target=send) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    # 480 MB were sent.
+    assert peak_memory(server) - before < 150 << 20
+
+
+def test_calls_whose_message_does_not_come(server: Served, bystander: Bystander) -> None:
+    """They end in time, and nobody else waits for their health in the meantime."""
+    stop = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        stop.wait(30)
+        yield b""
+
+    with grpc.insecure_channel(server.grpc) as channel:
+        call = channel.stream_unary("/inference.GRPCInferenceService/ModelInfer")
+        begin = time.monotonic()
+        pending = [call.future(nothing()) for _ in range(20)]
+        check = channel.unary_unary("/grpc.health.v1.Health/Check")
+        assert check(b"", timeout=1) == b"\x08\x01"
+        codes = {found.exception(timeout=30).code() for found in pending}
+        stop.set()
+        assert codes <= {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE}, codes
+        assert grpc.StatusCode.DEADLINE_EXCEEDED in codes and time.monotonic() - begin < 10
+        with pytest.raises(grpc.RpcError) as caught:
+            call(iter([]), timeout=10)
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_values_in_a_message_that_are_too_many_are_refused(server: Served) -> None:
+    from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+    request = service_pb2.ModelInferRequest(model_name=MODEL)
+    given = request.inputs.add(name="images", datatype="FP32", shape=(1, 3, 64, 64))
+    given.contents.fp32_contents.extend([0.0] * 400_000)
+    with grpc.insecure_channel(server.grpc) as channel, pytest.raises(grpc.RpcError) as caught:
+        service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request)
+    assert "400000 values" in caught.value.details()
+
+
 def test_grpc_clients_that_give_up(server: Served, bystander: Bystander) -> None:
     eight = np.repeat(bystander.images, 8, axis=0)
     outcomes = []
@@ -471,7 +527,7 @@ TRUNCATED = file_of(np.random.default_rng(0).integers(0, 256, (200, 200, 3), dty
     ("data", "message"),
     [
         (png(30_000, 30_000), "30000 x 30000 pixels, at most 50,000,000"),
-        (png(2**31 - 1, 2**31 - 1), "pixels"),
+        (png(2**31 - 1, 2**31 - 1), "2147483647 x 2147483647 pixels, at most 50,000,000"),
         (png(100, 100, b"\0" * 50), "cannot be taken"),
         (TRUNCATED, "cannot be taken"),
         (b"GIF89a" + bytes(100), "cannot be read as JPEG or PNG"),
@@ -490,6 +546,30 @@ def test_files_that_are_no_images_or_bombs(
         status, _, answer = ask(server, "POST", "/classify", body, Content_Type=str(content_type))
         assert status == 400
         assert message in message_of(answer) or "cannot be" in message_of(answer), answer
+
+
+def test_small_images_overtake_large_ones(server: Served) -> None:
+    """Eight of 49 million pixels kept everybody else's images waiting for twelve seconds."""
+    large, small = file_of(np.zeros((7000, 7000), np.uint8)), file_of(digits(1)[0][0])
+    large_body, kind = form(*[("x.png", large)] * 8)
+    answers: list[int] = []
+
+    def send_large() -> None:
+        answers.append(ask(server, "POST", "/classify", large_body, Content_Type=kind)[0])
+
+    begin = time.monotonic()
+    thread = threading.Thread(target=send_large)
+    thread.start()
+    waited = []
+    while thread.is_alive():
+        start = time.monotonic()
+        assert ask(server, "POST", "/classify", small, Content_Type="image/png")[0] == 200
+        waited.append(time.monotonic() - start)
+        time.sleep(0.02)
+    thread.join()
+    assert answers == [200]
+    # All of them in one queue, the first small image would have waited for nearly as long as the large ones took.
+    assert max(waited) < max(1.0, (time.monotonic() - begin) / 3), waited
 
 
 def test_a_file_that_unpacks_into_much_text_is_refused(server: Served, bystander: Bystander) -> None:

@@ -143,7 +143,7 @@ def test_without_the_extra_the_error_says_how_to_get_it(copy: Path) -> None:
     )
     command = [sys.executable, "-c", script, "serve", str(copy)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2 and "pip install 'quartermap-deploy[serve]'" in done.stderr
+    assert done.returncode == 2 and "pip install '.[serve]'" in done.stderr
 
 
 def test_serving_imports_no_torch_even_where_it_is_installed(copy: Path) -> None:

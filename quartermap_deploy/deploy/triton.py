@@ -231,13 +231,29 @@ def deploy_triton(
         DeployError: if it cannot be served so, or something else is in the way. Nothing is written then.
         QuartermapError: if the model's card or a plugin library is missing.
     """
-    out = Path(out)
+    out, options = Path(out), options or TritonOptions()
+    check_outside(out, bundle, *options.engines_from)
     REPOSITORY.check_destination(out, force)
     with progress.step("checking the bundle"):
-        plan = plan_triton(bundle, out, options or TritonOptions())
+        plan = plan_triton(bundle, out, options)
     with progress.step("writing the model repository"), REPOSITORY.new(out, force) as draft:
         write_repository(plan, draft)
     return repository(plan, out)
+
+
+def check_outside(path: Path, *bundles: str | os.PathLike[str]) -> None:
+    """Check that what is written to a path does not end up in a bundle, whose manifest knows all of its files.
+
+    Raises:
+        DeployError: if it would.
+    """
+    place = path.resolve()
+    for bundle in map(Path, bundles):
+        if place.is_relative_to(bundle.resolve()):
+            raise DeployError(
+                f"{path} is in the bundle {bundle}, which would be none any more with other files in it; choose a "
+                "place outside of it"
+            )
 
 
 def repository(plan: TritonPlan, path: Path) -> Repository:

@@ -27,7 +27,7 @@ SERVER_NAME = "quartermap-deploy"
 SERVING, NOT_SERVING, UNKNOWN_SERVICE = 1, 2, 3
 CONCURRENT = 1024
 """Calls that are open at once; every further one is refused."""
-RECEIVING = 8
+RECEIVING = 16
 """Calls whose message is being received, while others wait: gRPC tells how long one is only once it has all of it."""
 
 
@@ -45,7 +45,8 @@ class GrpcApi:
         """
         self._state, self._log, self._budget = state, log, budget
         self._receive_timeout = receive_timeout
-        self._receiving = asyncio.Semaphore(RECEIVING)
+        # Slow senders of requests must not hold up those who ask for the server's health.
+        self._receiving = {True: asyncio.Semaphore(RECEIVING), False: asyncio.Semaphore(RECEIVING)}
         self._messages, self._health = messages(INFERENCE), messages(HEALTH)
 
     def handlers(self) -> list[Any]:
@@ -90,38 +91,49 @@ class GrpcApi:
         import grpc
         from google.protobuf.message import DecodeError
 
-        async def answer(messages: Any, context: Any) -> Any:
+        async def outcome(context: Any) -> Any:
+            """The answer; or what is wrong, as a value."""
             try:
                 with self._budget.share() as share:
-                    data = await self._message(context)
+                    data = await self._message(context, self._receiving[call == self.model_infer])
                     share.add(len(data))
                     try:
                         request = parse(data)
                     except DecodeError:
                         raise invalid(f"the message of {len(data)} bytes cannot be read") from None
+                    # The values of the request are in `request` as well.
+                    del data
                     return await call(request)
             except Refusal as refusal:
-                if refusal.status not in NOT_LOGGED:
-                    self._log.seldom(
-                        f"refused over gRPC {refusal.status}",
-                        "warning",
-                        "refused",
-                        call=getattr(call, "__name__", ""),
-                        status=refusal.grpc_code,
-                        reason=refusal.message[:300],
-                    )
-                trailer: tuple[tuple[str, str], ...] = ()
-                if refusal.retry_after is not None:
-                    # What gRPC's own retries wait for.
-                    trailer = (("grpc-retry-pushback-ms", str(1000 * refusal.retry_after)),)
-                await context.abort(getattr(grpc.StatusCode, refusal.grpc_code), refusal.message, trailer)
+                return refusal.with_traceback(None)
             except Exception as error:
-                self._log.error("defect", protocol="grpc", error=repr(error))
-                await context.abort(grpc.StatusCode.INTERNAL, "a defect of the server; its log says more")
+                self._log.error("defect", protocol="grpc", error=repr(error)[:1000])
+                return Refusal(500, "a defect of the server; its log says more")
+
+        async def answer(messages: Any, context: Any) -> Any:
+            # gRPC keeps what `abort` raises, and with it this function's variables, until Python's collector comes by.
+            # So the request is none of them.
+            result = await outcome(context)
+            if not isinstance(result, Refusal):
+                return result
+            if result.status not in NOT_LOGGED:
+                self._log.seldom(
+                    f"refused over gRPC {result.status}",
+                    "warning",
+                    "refused",
+                    call=getattr(call, "__name__", ""),
+                    status=result.grpc_code,
+                    reason=result.message[:300],
+                )
+            trailer: tuple[tuple[str, str], ...] = ()
+            if result.retry_after is not None:
+                # What gRPC's own retries wait for.
+                trailer = (("grpc-retry-pushback-ms", str(1000 * result.retry_after)),)
+            return await context.abort(getattr(grpc.StatusCode, result.grpc_code), result.message, trailer)
 
         return answer
 
-    async def _message(self, context: Any) -> bytes:
+    async def _message(self, context: Any, slots: asyncio.Semaphore) -> bytes:
         """Receive the message of a call.
 
         Raises:
@@ -132,7 +144,7 @@ class GrpcApi:
         begin = time.monotonic()
         try:
             async with timeout(self._receive_timeout):
-                await self._receiving.acquire()
+                await slots.acquire()
         except asyncio.TimeoutError:
             raise busy("too many messages are being received; try again later") from None
         try:
@@ -141,7 +153,7 @@ class GrpcApi:
         except asyncio.TimeoutError:
             raise Refusal(408, f"the message did not come within {self._receive_timeout:g} s") from None
         finally:
-            self._receiving.release()
+            slots.release()
         if data is grpc.aio.EOF:
             raise invalid("the call has no message")
         message: bytes = data

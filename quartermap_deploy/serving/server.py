@@ -57,9 +57,7 @@ def check_dependencies() -> None:
         import aiohttp  # noqa: F401
         import grpc  # noqa: F401
     except ImportError as error:
-        raise MissingDependencyError(
-            f"serving needs {error.name}, which is not installed: pip install 'quartermap-deploy[serve]'"
-        ) from error
+        raise MissingDependencyError.for_extra("serving needs", error.name, "serve") from error
 
 
 def serve(
@@ -262,6 +260,8 @@ class _Server:
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", self.options.max_body),
                 ("grpc.max_send_message_length", -1),
+                # Windows that grow with the speed of the network would hold what nobody has asked for yet.
+                ("grpc.http2.bdp_probe", 0),
             ],
         )
         api = GrpcApi(self.state, self.log, self.budget, receive_timeout=self.options.receive_timeout)
