@@ -235,7 +235,7 @@ def inference_service(plan: TritonPlan, options: KServeOptions) -> dict[str, Any
     Raises:
         DeployError: if the options do not fit each other or the bundle.
     """
-    name = options.name or service_name(plan.interface.name)
+    name = service_name(plan.interface.name) if options.name is None else options.name
     if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) or len(name) > LONGEST_NAME:
         raise DeployError(
             f"a service cannot be named {name!r}; expected up to {LONGEST_NAME} small letters, digits and -, with a "
