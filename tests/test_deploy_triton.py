@@ -748,7 +748,7 @@ def test_a_full_disk_leaves_what_was_there(
     real = shutil.copyfile
 
     def copy(source: Path, to: Path) -> Path:
-        if Path(to).name == "model.py":
+        if Path(to).name == "model.onnx":
             raise OSError(errno.ENOSPC, "No space left on device", str(to))
         return real(source, to)
 
