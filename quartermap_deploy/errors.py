@@ -51,6 +51,13 @@ class InputError(QuartermapError):
     """An image, array or input size that the model cannot take."""
 
 
+class WriteError(QuartermapError, OSError):
+    """A file that cannot be written; made of an error number, what it means, and the file, as every OSError."""
+
+    def __str__(self) -> str:
+        return f"cannot write {self.filename}: {self.strerror}; choose another place, or see to this one"
+
+
 class ExportError(QuartermapError):
     """A model that could not be turned into ONNX."""
 
@@ -69,6 +76,23 @@ class ParityError(QuartermapError):
 
 class MissingDependencyError(QuartermapError):
     """An optional package is needed; the message holds the pip command that brings it."""
+
+    @classmethod
+    def for_extra(
+        cls, purpose: str, package: str | None, extra: str, instead: str = ""
+    ) -> MissingDependencyError:
+        """Build the error for a package that one of our extras brings.
+
+        Args:
+            purpose: what needs it, with its verb.
+            package: the package that is missing.
+            extra: the extra.
+            instead: what else helps, from its "or" on.
+        """
+        return cls(
+            f"{purpose} {package}, which is not installed: run pip install '.[{extra}]' in the folder with the sources "
+            f"of quartermap-deploy{instead}"
+        )
 
 
 class EngineError(QuartermapError):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from quartermap_deploy.errors import QuartermapError
+from quartermap_deploy.errors import QuartermapError, WriteError
 
 
 @dataclass(frozen=True)
@@ -123,21 +123,36 @@ def pending_file(path: Path, data: bytes, mode: int | None = None) -> Iterator[N
         path: where to; a file that is there is replaced.
         data: its content.
         mode: its permissions; None for those of any new file.
+
+    Raises:
+        WriteError: if it cannot be written.
     """
-    handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    with _writing(path):
+        handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        if mode is None:
-            umask = os.umask(0)
-            os.umask(umask)
-            mode = 0o666 & ~umask
-        os.chmod(draft, mode)
+        with _writing(path):
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            if mode is None:
+                umask = os.umask(0)
+                os.umask(umask)
+                mode = 0o666 & ~umask
+            os.chmod(draft, mode)
         yield
-        os.replace(draft, path)
+        with _writing(path):
+            os.replace(draft, path)
     except BaseException:
         Path(draft).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """While open, what the system has against writing is an error about the file that was asked for."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def write_whole(path: Path, data: bytes, mode: int | None = None) -> None:

@@ -43,8 +43,9 @@ class Served:
         other: lines of standard error that are none of the log.
     """
 
-    def __init__(self, bundle: Path, *arguments: object, threads: int = 1) -> None:
-        command = [SERVER_PYTHON, "-c", START, "serve", bundle, "--port", 0, "--grpc-port", 0, *arguments]
+    def __init__(self, bundle: Path, *arguments: object, threads: int = 1, start: str = START) -> None:
+        """Start it; `start` is the program, for servers in which something is slow or spoilt."""
+        command = [SERVER_PYTHON, "-c", start, "serve", bundle, "--port", 0, "--grpc-port", 0, *arguments]
         self.process = subprocess.Popen(
             [str(part) for part in command],
             stdout=subprocess.PIPE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -201,9 +202,17 @@ def test_options_that_do_not_fit_each_other_are_refused(tmp_path: Path) -> None:
     assert "in percent" in wrong("--scale-target", 101)
     assert "needs no GPUs" in wrong("--gpus", 1)
     assert "such as 4Gi" in wrong("--memory", "4 GB")
-    for uri in ("ftp://place", "models/digits", "s3://", "s3:/bucket"):
+    for amount in ("0", "0Gi", "0.0", "-1Gi", "4gi", "٤Gi", ""):
+        assert "above 0, such as 4Gi" in wrong(f"--memory={amount}")
+    for image in ("a b c", "host/Upper", "image:", "image:a b", "-x/y", "registry:port/x", "image@sha256:12"):
+        assert "expected an image" in wrong(f"--container={image}"), image
+    for tag in ("26:01 x", "-py3", "ä", "a" * 129):
+        assert "a tag of an image" in wrong(f"--runtime-version={tag}")
+    for runtime in ("Bad Name", "a_b", "-a", "a..b", "a" * 254, ""):
+        assert "as Kubernetes names things" in wrong(f"--runtime={runtime}")
+    for uri in ("ftp://place", "models/digits", "s3://", "s3:/bucket", "s3://a b", "s3://ü"):
         assert "begins with gs://" in wrong("--storage-uri", uri)
-    for name in ("Digits", "digits_k3", "3d", "a" * 64, "digits-"):
+    for name in ("Digits", "digits_k3", "3d", "a" * 54, "digits-", ""):
         assert "cannot be named" in wrong("--service-name", name)
     assert "leave it out" in wrong("--container", "image", "--runtime-version", "26.01-py3")
     assert "--max-replicas" in wrong("--max-replicas", 0)
@@ -212,6 +221,47 @@ def test_options_that_do_not_fit_each_other_are_refused(tmp_path: Path) -> None:
     assert "TensorRT 10.13.3.9" in message and "--runtime-version" in message
     assert "there is no bundle" in refused("nothing", "-o", "service.yaml")
     assert "not for tensorrt" in refused(bundle, "-o", "service.yaml", "--backend", "tensorrt")
+
+
+def test_names_that_kubernetes_takes_are_taken() -> None:
+    for image in (
+        "triton",
+        "nvcr.io/nvidia/tritonserver:26.01-py3",
+        "localhost:5000/a/b__c:tag",
+        "registry.example.org/team/triton-pillow@sha256:" + "0" * 64,
+        "Registry.Example.org:443/a",
+    ):
+        assert KServeOptions(container=image).container == image
+    for memory in ("1", "0.5Gi", "512Mi", "4G"):
+        assert KServeOptions(memory=memory).memory == memory
+    assert KServeOptions(runtime="my-runtime.v2", runtime_version="26.01_py3.x").runtime == "my-runtime.v2"
+    assert KServeOptions(storage_uri="s3://bucket/a%20b?x=1").storage_uri
+
+
+def test_nothing_is_written_into_the_bundle(place: Path) -> None:
+    bundle = Path(shutil.copytree(dynamic_bundle(), place / "bundle"))
+    before = contents(bundle)
+    link = place / "link"
+    link.symlink_to(bundle)
+    (place / "above").symlink_to(place)
+    for out in (bundle / "x.yaml", link / "x.yaml", place / "above" / "bundle" / "x.yaml"):
+        assert "in the bundle" in refused(bundle, "-o", out)
+    assert "in the bundle" in refused(bundle, "-o", "x.yaml", "--repository", link / "repository")
+    for out in (bundle / "inside", bundle / "not" / "yet", link / "inside", bundle):
+        code, _, err = call("deploy", "triton", bundle, "-o", out)
+        assert code == 2 and "in the bundle" in err
+    code, _, err = call("deploy", "triton", dynamic_bundle(), "-o", bundle / "x", "--engines-from", bundle)
+    assert code == 2 and "in the bundle" in err
+    assert contents(bundle) == before
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self").exists(), reason="only Linux has /proc, where nothing can be written"
+)
+def test_a_place_that_cannot_be_written_is_a_message() -> None:
+    assert "cannot write /proc/x.yaml" in refused(
+        dynamic_bundle(), "-o", "/proc/x.yaml", "--repository", "repository"
+    )
 
 
 def test_only_files_of_ours_are_replaced(place: Path) -> None:

@@ -385,6 +385,7 @@ def pictures() -> dict[str, Image.Image]:
         "grey and alpha": alpha.convert("LA"),
         "palette": photograph.quantize(32),
         "16 bits": Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64) * 16),
+        "a ribbon": Image.new("L", (3, 900), 77),
     }
 
 
@@ -449,7 +450,25 @@ def test_a_bad_image_spoils_its_own_request_alone(repositories: dict[str, Path])
         assert np.array_equal(untouched.output_tensors()[0].as_numpy(), expected)
     error = answers[1 + 2 * list(bad).index("too large")].error()
     assert error is not None
-    assert "30000 x 30000 pixels, at most 50000000 are taken" in error.message()
+    assert "30000 x 30000 pixels, at most 50,000,000 are taken" in error.message()
+
+
+def test_a_strip_that_the_resize_would_make_too_large_is_refused(
+    repositories: dict[str, Path], tmp_path: Path
+) -> None:
+    model = preprocessor(repositories, tmp_path, PREPROCESSING["vmamba_tiny_s1l8"])
+    strip = encoded(Image.new("1", (1, 30_000)))
+    (answer,) = ask(model, strings([strip], (1, 1)), name="image")
+    error = answer.error()
+    assert error is not None and error.code() == "INVALID_ARG"
+    assert "image 1 has 1 x 30000 pixels" in error.message() and "256 x 7680000" in error.message()
+
+
+def test_the_model_stands_alone(repositories: dict[str, Path]) -> None:
+    """What it shares with this package is in its own text, as the package is not there where it runs."""
+    text = (repositories["dynamic"] / f"{MODEL}_preprocess" / "1" / "model.py").read_text()
+    assert "import quartermap_deploy" not in text and "from quartermap_deploy" not in text
+    assert "def cropped(" in text and "def rgb(" in text
 
 
 def test_without_pillow_the_model_says_what_is_missing(
@@ -729,7 +748,7 @@ def test_a_full_disk_leaves_what_was_there(
     real = shutil.copyfile
 
     def copy(source: Path, to: Path) -> Path:
-        if Path(to).name == "model.py":
+        if Path(to).name == "model.onnx":
             raise OSError(errno.ENOSPC, "No space left on device", str(to))
         return real(source, to)
 

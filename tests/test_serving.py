@@ -299,9 +299,36 @@ def test_server_metadata_and_configuration(triton: tuple[Any, Any]) -> None:
         assert metadata.name == "quartermap-deploy" and "statistics" in metadata.extensions
         assert config.config.max_batch_size == 8 and list(config.config.input[0].dims) == [3, 64, 64]
         assert config.config.dynamic_batching.max_queue_delay_microseconds == 1000
+        assert config.config.parameters["pruned_blocks"].string_value == "3,6,9"
     else:
         assert metadata["name"] == "quartermap-deploy" and "statistics" in metadata["extensions"]
         assert config["max_batch_size"] == 8 and config["input"][0]["data_type"] == "TYPE_FP32"
+        assert config["parameters"]["pruned_blocks"] == {"string_value": "3,6,9"}
+
+
+def test_a_strip_is_refused_where_the_resize_would_blow_it_up() -> None:
+    """138 bytes became 8.7 GB on their way to a model whose card resizes the shorter side, and then crops."""
+    from quartermap_deploy.serving.images import ImageFile
+    from quartermap_deploy.serving.refusal import Refusal
+
+    file = io.BytesIO()
+    Image.new("1", (1, 30_000)).save(file, "PNG")
+    with pytest.raises(
+        Refusal, match=r"image 1 has 1 x 30000 pixels.*256 x 7680000, at most 50,000,000"
+    ) as caught:
+        ImageFile(file.getvalue(), qm.load_card("vmamba_tiny_s1l8").preprocessing, 1)
+    assert caught.value.status == 400
+
+
+def test_greys_of_16_bits_are_classified_as_those_of_8(server: Served) -> None:
+    image = digits(1)[0][0]
+    file = io.BytesIO()
+    Image.fromarray(image.astype(np.uint16) * 257).save(file, "PNG")
+    answers = [
+        json.loads(ask(server, "POST", "/classify", data, Content_Type="image/png")[2])["images"]
+        for data in (file.getvalue(), file_of(image))
+    ]
+    assert answers[0] == answers[1]
 
 
 def test_the_repository_lists_the_models(triton: tuple[Any, Any]) -> None:

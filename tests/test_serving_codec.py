@@ -72,6 +72,61 @@ def test_values_in_json_are_read_flat_or_nested(data: list[Any]) -> None:
     assert parsed.outputs == [RequestedOutput("logits")]
 
 
+@pytest.mark.parametrize(
+    "data", [VALUES.reshape(4, 2).tolist(), [VALUES.tolist()], VALUES.reshape(2, 2, 2, 1).tolist()]
+)
+def test_values_that_are_nested_in_another_way_are_refused(data: list[Any]) -> None:
+    assert "nested as" in refusal(request(entry(data=data)))
+
+
+def test_files_are_read_flat_or_nested_as_their_shape() -> None:
+    for shape, data, right in (
+        ([2], ["YQ==", "Yg=="], True),
+        ([2, 1], ["YQ==", "Yg=="], True),
+        ([2, 1], [["YQ=="], ["Yg=="]], True),
+        ([2, 1], [["YQ==", "Yg=="]], False),
+        ([2], [["YQ=="], ["Yg=="]], False),
+        ([2, 1], [[["YQ=="]], [["Yg=="]]], False),
+        ([2, 1], [["YQ=="], "Yg=="], False),
+    ):
+        body = request({"name": "image", "shape": shape, "datatype": "BYTES", "data": data})
+        if right:
+            parsed = http_codec.parse_request(body, None, IMAGE)
+            assert parsed.inputs["image"].reshape(-1).tolist() == [b"a", b"b"]
+        else:
+            refusal(body, None, IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"inputs": [' + b"[]," * 2000 + b"{}]}", "lists and objects"),
+        (b'{"inputs": [' + b"{}," * 2000 + b"{}]}", "lists and objects"),
+        (b'{"inputs": [{"data": [' + b"0," * 2000 + b"0]}]}", "2,000 values"),
+        (b"[" * 60_000, "lists and objects"),
+        (b" " * 80_000, "80,000 bytes, and 'm' takes 66,304 at most"),
+    ],
+)
+def test_json_that_is_more_than_the_model_takes_is_refused_before_it_is_parsed(
+    body: bytes, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """63 MiB of it held everybody up for ten seconds, and became 1.8 GB."""
+    monkeypatch.setattr(http_codec.json, "loads", lambda text: pytest.fail("it was parsed"))
+    with pytest.raises(Refusal, match=message) as caught:
+        http_codec.parse_request(body, None, TENSOR)
+    assert (caught.value.status, caught.value.grpc_code) == (413, "RESOURCE_EXHAUSTED")
+
+
+def test_the_largest_json_of_a_model_is_taken_however_it_is_written() -> None:
+    values = np.full((4, 1, 2, 2), -1.2345678e-30, np.float32)
+    for data in (values.tolist(), values.reshape(-1).tolist()):
+        for settings in ({}, {"indent": 2}, {"indent": 8}):
+            body = json.dumps({"inputs": [entry(shape=[4, 1, 2, 2], data=data)]}, **settings).encode()
+            np.testing.assert_array_equal(
+                http_codec.parse_request(body, None, TENSOR).inputs["images"], values
+            )
+
+
 def test_binary_values_are_read_behind_the_json() -> None:
     parsed = http_codec.parse_request(*binary(VALUES.tobytes()), TENSOR)
     np.testing.assert_array_equal(parsed.inputs["images"], VALUES)
@@ -90,7 +145,7 @@ def test_outputs_and_their_parameters() -> None:
         (b"{", "no JSON"),
         (b"\xff\xfe", "no JSON"),
         (b"[]", "no JSON object"),
-        (b"[" * 100_000, "nested too deeply"),
+        (b"[" * 900, "no JSON"),
         (b"{}", "inputs of the request is no list"),
         (b'{"inputs": [1]}', "no list of objects"),
         (b'{"inputs": []}', "the inputs are none; expected 'images'"),

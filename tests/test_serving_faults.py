@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import http.client
 import io
 import json
@@ -13,6 +14,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,6 +104,16 @@ def message_of(body: bytes) -> str:
     return str(found["error"])
 
 
+def peak_memory(server: Served) -> int:
+    """The most bytes that the server has had in memory, as Linux tells."""
+    (line,) = [
+        line
+        for line in Path(f"/proc/{server.process.pid}/status").read_text().splitlines()
+        if "VmHWM" in line
+    ]
+    return int(line.split()[1]) * 1024
+
+
 def infer_body(images: Array) -> tuple[bytes, str]:
     """A right request, with the length of its JSON."""
     entry = {"name": "images", "shape": list(images.shape), "datatype": "FP32"}
@@ -173,7 +185,53 @@ def test_a_small_body_that_unpacks_into_a_large_one_is_refused(server: Served, b
 
 def test_a_body_that_is_not_compressed_as_it_says_is_refused(server: Served) -> None:
     status, _, body = ask(server, "POST", INFER, b"this is no gzip", Content_Encoding="gzip")
-    assert status == 400 and "cannot be read" in message_of(body)
+    assert status == 400 and "cannot be unpacked as gzip" in message_of(body)
+    for encoding, packed in (
+        ("gzip", gzip.compress(b"{}")[:-1]),
+        ("deflate", zlib.compress(b"{}") + b"more"),
+    ):
+        status, _, body = ask(server, "POST", INFER, packed, Content_Encoding=encoding)
+        assert status == 400 and "body" in message_of(body)
+
+
+def test_other_compressions_than_tritons_are_refused(server: Served) -> None:
+    for encoding in ("br", "zstd", "foo", "gzip, gzip"):
+        status, headers, body = ask(server, "POST", INFER, b"\0" * 99, Content_Encoding=encoding)
+        assert status == 415 and headers["content-type"] == "application/json"
+        assert "expected gzip or deflate" in message_of(body)
+    status, _, body = ask(server, "POST", INFER, b"{}", Content_Encoding="identity")
+    assert status == 400 and "inputs" in message_of(body)
+    body, kind = form(("x.png", gzip.compress(b"x")))
+    status, _, body = ask(server, "POST", "/classify", body, Content_Type=kind, Content_Encoding="gzip")
+    assert status == 415 and "form is compressed" in message_of(body)
+
+
+def test_a_bomb_is_not_unpacked_beyond_the_limit(server: Served) -> None:
+    """4 GiB in 4 MB, on the connection of a client that sends on and on: everybody else is answered meanwhile."""
+    bomb = gzip.compress(bytes(64 << 20)) * 64
+    head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(head.encode())
+
+        def send() -> None:
+            with contextlib.suppress(OSError):
+                for start in range(0, len(bomb), 1000):
+                    part = bomb[start : start + 1000]
+                    connection.sendall(b"%x\r\n" % len(part) + part + b"\r\n")
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        worst = 0.0
+        for _ in range(20):
+            begin = time.monotonic()
+            assert ask(server, "GET", "/v2/health/live")[0] == 200
+            worst = max(worst, time.monotonic() - begin)
+            time.sleep(0.05)
+        answer = connection.recv(65536)
+        sender.join(30)
+    assert b" 413 " in answer and worst < 1, (answer, worst)
+    if Path("/proc/self/status").exists():
+        assert peak_memory(server) < 700 << 20
 
 
 def test_broken_chunks_are_refused(server: Served) -> None:
@@ -181,6 +239,52 @@ def test_broken_chunks_are_refused(server: Served) -> None:
         head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nnot a length\r\n"
         connection.sendall(head.encode())
         assert b" 400 " in connection.recv(65536)
+
+
+def test_broken_chunks_do_not_fill_the_log(server: Served) -> None:
+    """They were errors of the server in its log, one for each."""
+    before, begin = len(server.events), time.monotonic()
+    head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    for _ in range(60):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            connection.sendall(head + b"not a length\r\n")
+            connection.recv(65536)
+    seconds = time.monotonic() - begin
+    time.sleep(1.2)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(head + b"not a length\r\n")
+        connection.recv(65536)
+    time.sleep(0.3)
+    lines = server.events[before:]
+    assert not [line for line in lines if line["event"] == "library" or line["level"] == "error"], lines
+    # Of those that the application sees, and of those that it does not.
+    assert len(lines) <= 2 * (seconds + 2) and any(line.get("times", 1) > 1 for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("request_line", "status"),
+    [
+        ("GET /" + "a" * 9000 + " HTTP/1.1", 400),
+        ("G@T / HTTP/1.1", 400),
+        ("GET / HTTP/1.1\r\nX-Long: " + "a" * 9000, 400),
+        ("GET / HTTP/1.1\r\nBad Name: x", 400),
+        ("GET / HTTP/1.1\r\nContent-Length: -1", 400),
+    ],
+)
+def test_what_the_library_below_refuses_is_json_too(server: Served, request_line: str, status: int) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(f"{request_line}\r\nHost: x\r\n\r\n".encode())
+        received = b""
+        while part := connection.recv(65536):
+            received += part
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert f" {status} ".encode() in head and b"application/json" in head
+    assert "no HTTP request" in message_of(body)
+
+
+def test_a_path_of_the_protocol_that_is_not_here_is_said_to_be_missing(server: Served) -> None:
+    status, _, body = ask(server, "GET", "/v2/logging")
+    assert status == 404 and "this server has no /v2/logging" in message_of(body)
 
 
 def test_what_is_no_http_is_refused(server: Served, bystander: Bystander) -> None:
@@ -240,6 +344,62 @@ def test_half_sent_bodies_and_clients_that_go_away(server: Served, bystander: By
         connection.sendall(whole[:cut])
         time.sleep(order.choice([0, 0.01]))
         connection.close()
+
+
+def test_messages_of_refused_calls_are_not_kept(server: Served) -> None:
+    """gRPC keeps the error of a call for a while; with it went the message: 40 of 60 MiB were 2.6 GB."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("only Linux tells how much memory a process has")
+    wrong = tensor(tritongrpc, "images", np.zeros((400_000,), np.float32))
+
+    def send() -> None:
+        with tritongrpc.InferenceServerClient(server.grpc) as client:
+            for _ in range(50):
+                with pytest.raises(InferenceServerException, match="has shape"):
+                    client.infer(MODEL, [wrong])
+
+    before = peak_memory(server)
+    threads = [threading.Thread(target=send) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    # 480 MB were sent.
+    assert peak_memory(server) - before < 150 << 20
+
+
+def test_calls_whose_message_does_not_come(server: Served, bystander: Bystander) -> None:
+    """They end in time, and nobody else waits for their health in the meantime."""
+    stop = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        stop.wait(30)
+        yield b""
+
+    with grpc.insecure_channel(server.grpc) as channel:
+        call = channel.stream_unary("/inference.GRPCInferenceService/ModelInfer")
+        begin = time.monotonic()
+        pending = [call.future(nothing()) for _ in range(20)]
+        check = channel.unary_unary("/grpc.health.v1.Health/Check")
+        assert check(b"", timeout=1) == b"\x08\x01"
+        codes = {found.exception(timeout=30).code() for found in pending}
+        stop.set()
+        assert codes <= {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE}, codes
+        assert grpc.StatusCode.DEADLINE_EXCEEDED in codes and time.monotonic() - begin < 10
+        with pytest.raises(grpc.RpcError) as caught:
+            call(iter([]), timeout=10)
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_values_in_a_message_that_are_too_many_are_refused(server: Served) -> None:
+    from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+    request = service_pb2.ModelInferRequest(model_name=MODEL)
+    given = request.inputs.add(name="images", datatype="FP32", shape=(1, 3, 64, 64))
+    given.contents.fp32_contents.extend([0.0] * 400_000)
+    with grpc.insecure_channel(server.grpc) as channel, pytest.raises(grpc.RpcError) as caught:
+        service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request)
+    assert "400000 values" in caught.value.details()
 
 
 def test_grpc_clients_that_give_up(server: Served, bystander: Bystander) -> None:
@@ -367,7 +527,7 @@ TRUNCATED = file_of(np.random.default_rng(0).integers(0, 256, (200, 200, 3), dty
     ("data", "message"),
     [
         (png(30_000, 30_000), "30000 x 30000 pixels, at most 50,000,000"),
-        (png(2**31 - 1, 2**31 - 1), "pixels"),
+        (png(2**31 - 1, 2**31 - 1), "2147483647 x 2147483647 pixels, at most 50,000,000"),
         (png(100, 100, b"\0" * 50), "cannot be taken"),
         (TRUNCATED, "cannot be taken"),
         (b"GIF89a" + bytes(100), "cannot be read as JPEG or PNG"),
@@ -386,6 +546,30 @@ def test_files_that_are_no_images_or_bombs(
         status, _, answer = ask(server, "POST", "/classify", body, Content_Type=str(content_type))
         assert status == 400
         assert message in message_of(answer) or "cannot be" in message_of(answer), answer
+
+
+def test_small_images_overtake_large_ones(server: Served) -> None:
+    """Eight of 49 million pixels kept everybody else's images waiting for twelve seconds."""
+    large, small = file_of(np.zeros((7000, 7000), np.uint8)), file_of(digits(1)[0][0])
+    large_body, kind = form(*[("x.png", large)] * 8)
+    answers: list[int] = []
+
+    def send_large() -> None:
+        answers.append(ask(server, "POST", "/classify", large_body, Content_Type=kind)[0])
+
+    begin = time.monotonic()
+    thread = threading.Thread(target=send_large)
+    thread.start()
+    waited = []
+    while thread.is_alive():
+        start = time.monotonic()
+        assert ask(server, "POST", "/classify", small, Content_Type="image/png")[0] == 200
+        waited.append(time.monotonic() - start)
+        time.sleep(0.02)
+    thread.join()
+    assert answers == [200]
+    # All of them in one queue, the first small image would have waited for nearly as long as the large ones took.
+    assert max(waited) < max(1.0, (time.monotonic() - begin) / 3), waited
 
 
 def test_a_file_that_unpacks_into_much_text_is_refused(server: Served, bystander: Bystander) -> None:
@@ -475,8 +659,6 @@ def test_any_request_gets_an_answer(
 
 
 def test_after_all_that_the_server_holds_no_more_than_before(server: Served) -> None:
-    from pathlib import Path
-
     if not Path("/proc/self/fd").exists():
         pytest.skip("only Linux tells how many files a process has open")
     open_files = Path(f"/proc/{server.process.pid}/fd")

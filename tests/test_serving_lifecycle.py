@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from deploy_bundles import change_manifest, dynamic_bundle
-from served import IMAGE_MODEL, MODEL, Served, ask, close, digits, prepared, serving
+from served import IMAGE_MODEL, MODEL, Served, ask, close, digits, file_of, prepared, serving
 
 import quartermap_deploy as qm
 
@@ -118,6 +118,10 @@ def test_bad_options_are_refused(copy: Path) -> None:
         (["--max-delay-ms", "-1"], "no number of milliseconds"),
         (["--workers", "0"], "at least 1"),
         (["--host", "256.0.0.1"], "cannot listen"),
+        (["--host", ""], "the address to listen at is empty"),
+        (["--name", ""], "no name that clients could use"),
+        (["--name", "stats"], "a word in the paths of the protocol"),
+        (["--name", "versions"], "a word in the paths of the protocol"),
     ):
         assert message in refused(copy, *arguments), arguments
     assert "there is no bundle" in refused(copy / "nowhere")
@@ -139,7 +143,7 @@ def test_without_the_extra_the_error_says_how_to_get_it(copy: Path) -> None:
     )
     command = [sys.executable, "-c", script, "serve", str(copy)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2 and "pip install 'quartermap-deploy[serve]'" in done.stderr
+    assert done.returncode == 2 and "pip install '.[serve]'" in done.stderr
 
 
 def test_serving_imports_no_torch_even_where_it_is_installed(copy: Path) -> None:
@@ -185,6 +189,39 @@ def test_log_lines_stay_whole_and_of_one_line(copy: Path) -> None:
         assert status == 400
         entry = server.until("refused")
         assert {"time", "level", "path", "status", "reason"} <= set(entry)
+
+
+def test_more_workers_than_cores_are_warned_of(copy: Path) -> None:
+    with serving(copy, "--workers", 3, threads=2) as server:
+        (warned,) = server.said("more_workers_than_cores")
+        assert (warned["workers"], warned["cores"]) == (3, 2)
+    with serving(copy, "--workers", 2, threads=2) as server:
+        assert not server.said("more_workers_than_cores")
+
+
+def test_nobody_has_to_read_the_addresses(copy: Path) -> None:
+    """As with `quartermap serve BUNDLE | true`, which ended the server without a word."""
+    server = Served(copy)
+    assert server.process.stdout is not None
+    server.process.stdout.close()
+    server.until("ready")
+    assert ask(server, "GET", "/v2/health/ready")[0] == 200
+    assert server.stop() == 0 and server.other == []
+
+
+def test_a_signal_before_it_listens_ends_it_well(copy: Path) -> None:
+    """While the bundle is read, before there is a loop that could take the signal."""
+    script = (
+        "import os, signal, sys\n"
+        "import quartermap_deploy.bundle as bundle\n"
+        "from quartermap_deploy.cli import main\n"
+        "bundle.load_bundle = lambda path: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", script, "serve", str(copy), "--log", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["event"] for line in done.stderr.splitlines()] == ["stopping", "stopped"]
 
 
 # Stopping -------------------------------------------------------------------------------------------------------
@@ -291,3 +328,74 @@ def test_the_time_for_stopping_is_bounded_and_a_second_signal_does_not_wait() ->
         assert stopped["still_open"] == 1
         (line,) = server.other
         assert "1 requests were still open" in line
+
+
+SLOW_START = """
+import sys, threading, time
+sys.modules["torch"] = None
+from quartermap_deploy.cli import main
+from quartermap_deploy.serving import images, startup
+"""
+SLOW_IMAGES = """
+images.ImageFile.prepare = lambda self: time.sleep(1000)
+"""
+# A session that is in the middle of ONNX Runtime's own code, as a large model on a slow machine is.
+SLOW_MODEL = """
+import numpy as np
+plain = startup.OnnxRuntimeSession.run
+class Slow(startup.OnnxRuntimeSession):
+    proved = 0
+    def run(self, images):
+        result = plain(self, images)
+        while threading.current_thread().name.startswith("worker"):
+            plain(self, np.repeat(images, 64, axis=0))
+        return result
+startup.OnnxRuntimeSession = Slow
+"""
+
+
+@pytest.mark.parametrize("slow", [SLOW_IMAGES, SLOW_MODEL], ids=["decoding", "running"])
+@pytest.mark.parametrize("second", [False, True], ids=["time is up", "second signal"])
+def test_threads_that_are_busy_do_not_hold_up_the_end(slow: str, second: bool) -> None:
+    """Python waited for a thread that decoded, and one that ran the model aborted the process: exit code -6."""
+    start = SLOW_START + slow + "sys.exit(main(sys.argv[1:]))"
+    server = Served(dynamic_bundle(), "--shutdown-timeout", 1000 if second else 1, start=start)
+    try:
+        server.until("ready")
+        file = file_of(digits(1)[0][0])
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as client:
+            head = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(file)}\r\n"
+            client.sendall(head.encode() + b"\r\n" + file)
+            time.sleep(1)
+            server.process.send_signal(signal.SIGTERM)
+            server.until("stopping")
+            begin = time.monotonic()
+            if second:
+                server.process.send_signal(signal.SIGTERM)
+            code = server.wait(30)
+            assert code == 2 and time.monotonic() - begin < (1.5 if second else 4)
+        (stopped,) = server.said("stopped")
+        assert stopped["still_open"] == 1
+        (line,) = server.other
+        assert "1 requests were still open" in line
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+
+
+def test_an_image_of_a_client_that_has_gone_does_not_hold_up_the_end() -> None:
+    server = Served(dynamic_bundle(), start=SLOW_START + SLOW_IMAGES + "sys.exit(main(sys.argv[1:]))")
+    try:
+        server.until("ready")
+        file = file_of(digits(1)[0][0])
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as client:
+            head = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(file)}\r\n"
+            client.sendall(head.encode() + b"\r\n" + file)
+            time.sleep(1)
+        time.sleep(0.5)
+        assert server.stop(seconds=15) == 0
+        (stopped,) = server.said("stopped")
+        assert stopped["still_open"] == 0 and server.other == []
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()

@@ -311,7 +311,7 @@ def run_kserve(options: argparse.Namespace) -> None:
     chosen = KServeOptions(
         name=options.service_name,
         storage_uri=options.storage_uri,
-        runtime=options.runtime or RUNTIME,
+        runtime=RUNTIME if options.runtime is None else options.runtime,
         runtime_version=options.runtime_version,
         container=options.container,
         min_replicas=options.min_replicas,

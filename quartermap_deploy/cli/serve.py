@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.cli.common import (
@@ -12,12 +18,18 @@ from quartermap_deploy.cli.common import (
     at_least_one,
     facts,
     file_or_folder,
+    message,
     print_json,
     show,
 )
 
 if TYPE_CHECKING:
     from quartermap_deploy.cli.common import Subparsers
+    from quartermap_deploy.errors import ServeError
+    from quartermap_deploy.serving.logs import EventLog
+
+USER_ERROR = 2
+"""Exit code of the program where there is something for the user to mend."""
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -82,7 +94,7 @@ def add_parser(subparsers: Subparsers) -> None:
         type=at_least_one,
         default=1,
         metavar="N",
-        help="sessions that run side by side, sharing the cores (default: %(default)s)",
+        help="sessions that run side by side, sharing the cores; no more than there are cores (default: %(default)s)",
     )
     parser.add_argument(
         "--max-batch",
@@ -149,8 +161,18 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         QuartermapError: if the bundle cannot be served, or did not stop in time.
     """
-    from quartermap_deploy.bundle import load_bundle
     from quartermap_deploy.serving.logs import EventLog
+
+    log = EventLog(options.log)
+    try:
+        with _ending_early(log):
+            _serve(options, log)
+    finally:
+        log.close()
+
+
+def _serve(options: argparse.Namespace, log: EventLog) -> None:
+    from quartermap_deploy.bundle import load_bundle
     from quartermap_deploy.serving.options import MIB, ServeOptions
     from quartermap_deploy.serving.server import check_dependencies, serve
 
@@ -172,19 +194,48 @@ def run(options: argparse.Namespace) -> None:
     )
 
     def started(addresses: dict[str, Any]) -> None:
-        if options.json:
-            print_json(addresses)
-        elif not options.quiet:
-            show(facts(None, {**addresses, "models": ", ".join(addresses["models"])}))
-        # Whoever waits for it reads a pipe.
-        sys.stdout.flush()
+        if sys.stdout is None:
+            return
+        try:
+            if options.json:
+                print_json(addresses)
+            elif not options.quiet:
+                show(facts(None, {**addresses, "models": ", ".join(addresses["models"])}))
+            # Whoever waits for it reads a pipe.
+            sys.stdout.flush()
+        except OSError:
+            # Nobody reads it, as with `| true`; the log tells the addresses, too.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    bundle = load_bundle(options.bundle)
-    log = EventLog(options.log)
-    try:
-        serve(bundle, settings, log, started)
-    finally:
+    def leave(error: ServeError | None) -> None:
         log.close()
+        if error is not None:
+            message("error", str(error))
+        os._exit(0 if error is None else USER_ERROR)
+
+    serve(load_bundle(options.bundle), settings, log, started, leave)
+
+
+@contextlib.contextmanager
+def _ending_early(log: EventLog) -> Iterator[None]:
+    """While open, SIGTERM and SIGINT end the process well, until the server takes them over."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        log.info("stopping", open_requests=0)
+        log.info("stopped", requests=0, answered=0, still_open=0)
+        log.close()
+        os._exit(0)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, leave) for number in numbers}
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number])
 
 
 def _port(text: str) -> int:

@@ -7,12 +7,13 @@ import struct
 import zlib
 from collections.abc import Iterable
 from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quartermap_deploy.architectures.cards import Preprocessing
+from quartermap_deploy.data import pixels
 from quartermap_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,14 +29,15 @@ _UNREADABLE = (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFErro
 def prepare(images: Iterable[ImageLike], preprocessing: Preprocessing) -> NDArray[np.float32]:
     """Turn images into one input batch: RGB, resized, cropped at the centre and normalised.
 
-    Greyscale images are repeated over the three channels. Sizes and rounding are those of torchvision's
-    Resize and CenterCrop on Pillow images, with which the public models were evaluated.
+    Greyscale images are repeated over the three channels, and of 16 bits the upper 8 are taken. Sizes and rounding are
+    those of torchvision's Resize and CenterCrop on Pillow images, with which the public models were evaluated.
 
     Returns:
         The batch, (N, 3, height, width) with the height and width of `preprocessing.crop`.
 
     Raises:
-        InputError: if an image cannot be read, is no image or has NaN or infinite values, or if there is none.
+        InputError: if an image cannot be read, is no image, has values of no known meaning, or is a strip that the
+            resize would make larger than `pixels.LARGEST`; or if there is none.
     """
     given = list(images)
     if not given:
@@ -50,19 +52,19 @@ def prepare_into(place: NDArray[np.float32], image: ImageLike, preprocessing: Pr
     """Prepare one image as `prepare` does, into an array (3, height, width) that is there already.
 
     Raises:
-        InputError: if the image cannot be read, is no image or has NaN or infinite values.
+        InputError: if the image cannot be read, is no image, has values of no known meaning, or is too narrow a strip.
     """
-    pixels = np.asarray(_cropped(open_image(image), preprocessing))
+    centre = np.asarray(_cropped(open_image(image), preprocessing))
     for channel, values in enumerate(_levels(preprocessing.mean, preprocessing.std)):
         # An 8-bit pixel has 256 values, so looking each up is exact; it takes a quarter of the time of computing it.
-        np.take(values, pixels[..., channel], out=place[channel], mode="clip")
+        np.take(values, centre[..., channel], out=place[channel], mode="clip")
 
 
 def open_image(image: ImageLike) -> Image:
-    """Return an image as a Pillow image in RGB.
+    """Return an image as a Pillow image in RGB; one that is in RGB already comes back itself.
 
     Raises:
-        InputError: if it cannot be read, is no image, or has NaN or infinite values.
+        InputError: if it cannot be read, is no image, or has values of no known meaning, such as NaN.
     """
     from PIL import Image as pillow
     from PIL import UnidentifiedImageError
@@ -87,10 +89,10 @@ def open_image(image: ImageLike) -> Image:
 
 
 def _rgb(image: Image, name: str) -> Image:
-    # Pillow's only type with such values, and its conversion makes a colour of them without a word.
-    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
-        raise InputError(f"{name} has NaN or infinite values")
-    converted: Image = image.convert("RGB")
+    try:
+        converted: Image = pixels.rgb(image)
+    except pixels.UnfitImageError as error:
+        raise InputError(f"{name} {error}") from error
     return converted
 
 
@@ -104,29 +106,17 @@ def _levels(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float
 
 def _cropped(image: Image, preprocessing: Preprocessing) -> Image:
     """Resize an image, and cut out its centre."""
-    from PIL import Image as pillow
-
-    filters: dict[str, Any] = {
-        "nearest": pillow.Resampling.NEAREST,
-        "bilinear": pillow.Resampling.BILINEAR,
-        "bicubic": pillow.Resampling.BICUBIC,
-    }
-    width, height = _resized(image.size, preprocessing)
-    image = image.resize((width, height), filters[preprocessing.interpolation])
-    crop_height, crop_width = preprocessing.crop
-    top, left = round((height - crop_height) / 2), round((width - crop_width) / 2)
-    return image.crop((left, top, left + crop_width, top + crop_height))
-
-
-def _resized(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
-    """Return (width, height) after the resize, for an image of (width, height)."""
-    width, height = size
-    target_height, target_width = preprocessing.resize
-    if preprocessing.fit == "stretch":
-        return target_width, target_height
-    if target_height * width >= target_width * height:
-        return max(target_width, target_height * width // height), target_height
-    return target_width, max(target_height, target_width * height // width)
+    try:
+        centre: Image = pixels.cropped(
+            image,
+            preprocessing.resize,
+            preprocessing.crop,
+            stretch=preprocessing.fit == "stretch",
+            interpolation=preprocessing.interpolation,
+        )
+    except pixels.UnfitImageError as error:
+        raise InputError(f"the image {error}") from error
+    return centre
 
 
 def sample_photographs() -> dict[str, NDArray[np.uint8]]:

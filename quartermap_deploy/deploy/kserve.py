@@ -21,6 +21,7 @@ from quartermap_deploy.deploy.triton import (
     Repository,
     TritonOptions,
     TritonPlan,
+    check_outside,
     plan_triton,
     repository,
     write_repository,
@@ -43,6 +44,22 @@ METRICS = (*KNATIVE_METRICS, "cpu")
 """What KServe scales by: the first two with Knative, the last with Kubernetes' own autoscaler."""
 CPU_TARGET = 80
 """Percent of the CPUs that were asked for, above which the autoscaler adds a replica."""
+LONGEST_NAME = 63 - len("-predictor")
+"""Letters of a service's name, which KServe makes longer for the service of Kubernetes behind it."""
+_LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+_DOMAIN = r"[A-Za-z0-9]([-A-Za-z0-9]*[A-Za-z0-9])?(\.[A-Za-z0-9]([-A-Za-z0-9]*[A-Za-z0-9])?)*(:[0-9]+)?"
+_PART = r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*"
+_TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
+_NAMES = (
+    ("runtime", rf"{_LABEL}(\.{_LABEL})*", 253, "small letters, digits, - and . as Kubernetes names things"),
+    ("runtime_version", _TAG, 128, "a tag of an image, such as 26.01-py3"),
+    (
+        *("container", rf"({_DOMAIN}/)?{_PART}(/{_PART})*(:{_TAG})?(@[a-z0-9]+:[0-9a-f]{{32,}})?", 4096),
+        "an image, such as registry.example.org/triton-pillow:26.01",
+    ),
+)
+"""Options that Kubernetes or a container registry has rules for: the rule, the most letters, and an example."""
+_URI = r"[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=%-]+"
 HEADER = "# InferenceService, written by quartermap-deploy.\n"
 
 
@@ -99,14 +116,19 @@ class KServeOptions:
             raise DeployError(
                 f"unknown scale_metric {self.scale_metric!r}; expected one of {', '.join(METRICS)}"
             )
-        if not re.fullmatch(r"\d+(\.\d+)?(Ki|Mi|Gi|Ti|k|M|G|T)?", self.memory):
-            raise DeployError(f"memory = {self.memory!r}; expected an amount such as 4Gi")
+        amount = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(Ki|Mi|Gi|Ti|k|M|G|T)?", self.memory)
+        if amount is None or not float(amount[1]) > 0:
+            raise DeployError(f"memory = {self.memory!r}; expected an amount above 0, such as 4Gi")
+        for name, pattern, longest, expected in _NAMES:
+            value = getattr(self, name)
+            if value is not None and not (len(value) <= longest and re.fullmatch(pattern, value)):
+                raise DeployError(f"{name} = {value!r}; expected {expected}")
         if self.storage_uri is not None:
             scheme, separator, rest = self.storage_uri.partition("://")
-            if not (separator and rest) or scheme not in STORAGE_SCHEMES:
+            if not (separator and re.fullmatch(_URI, rest)) or scheme not in STORAGE_SCHEMES:
                 raise DeployError(
                     f"KServe knows no storage {self.storage_uri!r}; expected a place that begins with "
-                    f"{', '.join(f'{known}://' for known in STORAGE_SCHEMES)}"
+                    f"{', '.join(f'{known}://' for known in STORAGE_SCHEMES)}, in the letters of URIs: a blank as %20"
                 )
 
 
@@ -176,6 +198,8 @@ def deploy_kserve(
     """
     out, options, triton = Path(out), options or KServeOptions(), triton or TritonOptions()
     folder = out.with_name(f"{out.stem}-repository") if repository_folder is None else Path(repository_folder)
+    for path in (out, folder):
+        check_outside(path, bundle, *triton.engines_from)
     _check_file(out, force)
     REPOSITORY.check_destination(folder, force)
     with progress.step("checking the bundle"):
@@ -211,10 +235,11 @@ def inference_service(plan: TritonPlan, options: KServeOptions) -> dict[str, Any
     Raises:
         DeployError: if the options do not fit each other or the bundle.
     """
-    name = options.name or service_name(plan.interface.name)
-    if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) or len(name) > 63:
+    name = service_name(plan.interface.name) if options.name is None else options.name
+    if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) or len(name) > LONGEST_NAME:
         raise DeployError(
-            f"a service cannot be named {name!r}; expected up to 63 small letters, digits and -, with a letter first"
+            f"a service cannot be named {name!r}; expected up to {LONGEST_NAME} small letters, digits and -, with a "
+            "letter first and none of - last"
         )
     metric, target = _scaling(plan, options)
     knative = metric in KNATIVE_METRICS

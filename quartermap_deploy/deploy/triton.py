@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from quartermap_deploy.architectures.cards import Preprocessing, load_card
 from quartermap_deploy.bundle import Bundle, describe_file, load_bundle, write_json
+from quartermap_deploy.data import pixels
 from quartermap_deploy.data.labels import read_labels
 from quartermap_deploy.deploy.textproto import textproto
 from quartermap_deploy.deploy.triton_config import (
@@ -50,8 +51,6 @@ PLUGIN_FILE = "libquartermap_plugin.so"
 DEVICES = ("cpu", "gpu")
 CPU_BATCH, GPU_BATCH = 8, 32
 """Largest batches where nothing else says: on a CPU larger ones gain little and make the first image wait."""
-LARGEST_IMAGE = 50_000_000
-"""Most pixels of an image: as RGB they take 150 MB."""
 _MODELS = Path(__file__).parent / "triton_models"
 
 
@@ -232,13 +231,29 @@ def deploy_triton(
         DeployError: if it cannot be served so, or something else is in the way. Nothing is written then.
         QuartermapError: if the model's card or a plugin library is missing.
     """
-    out = Path(out)
+    out, options = Path(out), options or TritonOptions()
+    check_outside(out, bundle, *options.engines_from)
     REPOSITORY.check_destination(out, force)
     with progress.step("checking the bundle"):
-        plan = plan_triton(bundle, out, options or TritonOptions())
+        plan = plan_triton(bundle, out, options)
     with progress.step("writing the model repository"), REPOSITORY.new(out, force) as draft:
         write_repository(plan, draft)
     return repository(plan, out)
+
+
+def check_outside(path: Path, *bundles: str | os.PathLike[str]) -> None:
+    """Check that what is written to a path does not end up in a bundle, whose manifest knows all of its files.
+
+    Raises:
+        DeployError: if it would.
+    """
+    place = path.resolve()
+    for bundle in map(Path, bundles):
+        if place.is_relative_to(bundle.resolve()):
+            raise DeployError(
+                f"{path} is in the bundle {bundle}, which would be none any more with other files in it; choose a "
+                "place outside of it"
+            )
 
 
 def repository(plan: TritonPlan, path: Path) -> Repository:
@@ -385,7 +400,7 @@ def _write_model(plan: TritonPlan, folder: Path) -> None:
 def _write_image_models(plan: TritonPlan, preprocessing: Preprocessing, folder: Path) -> None:
     """Write the three models that images go through besides the model itself."""
     interface, version = plan.interface, str(plan.options.version)
-    settings = {**asdict(preprocessing), "type": interface.type, "largest": LARGEST_IMAGE}
+    settings = {**asdict(preprocessing), "type": interface.type, "largest": pixels.LARGEST}
     warmup = {"image_1": string_bytes([encoded_image(plan.golden[0], preprocessing)])}
     config = preprocess_config(
         interface,
@@ -402,12 +417,20 @@ def _write_image_models(plan: TritonPlan, preprocessing: Preprocessing, folder: 
         (interface.probabilities, "probabilities.py"),
     ):
         (folder / name / version).mkdir()
-        shutil.copyfile(_MODELS / script, folder / name / version / "model.py")
+        (folder / name / version / "model.py").write_text(_script(script), encoding="utf-8")
     # Triton wants a version of the ensemble too, and storage for objects forgets folders that are empty.
     (folder / interface.ensemble / version).mkdir()
     (folder / interface.ensemble / version / "ensemble.txt").write_text(
         "An ensemble has no file of its own; this one keeps its version's folder.\n", encoding="utf-8"
     )
+
+
+def _script(name: str) -> str:
+    """The text of a model, with that of `data/pixels.py` in the place where it imports from there."""
+    text = (_MODELS / name).read_text(encoding="utf-8")
+    source = Path(pixels.__file__).read_text(encoding="utf-8")
+    code = source.partition("import annotations\n")[2].strip()
+    return re.sub(r"(?m)^from quartermap_deploy\.data\.pixels import .*$", lambda _: code, text)
 
 
 def _write(

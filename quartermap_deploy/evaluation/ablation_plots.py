@@ -32,9 +32,8 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise MissingDependencyError(
-            "plots need matplotlib, which is not installed: pip install 'quartermap-deploy[report]', or leave the "
-            "plots out with --no-plots"
+        raise MissingDependencyError.for_extra(
+            "plots need", "matplotlib", "report", ", or leave the plots out with --no-plots"
         ) from error
 
 

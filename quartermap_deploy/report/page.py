@@ -27,9 +27,7 @@ def require_jinja() -> None:
     try:
         import jinja2  # noqa: F401
     except ImportError as error:
-        raise MissingDependencyError(
-            "a report needs jinja2, which is not installed: pip install 'quartermap-deploy[report]'"
-        ) from error
+        raise MissingDependencyError.for_extra("a report needs", "jinja2", "report") from error
 
 
 def check_destination(path: Path, force: bool) -> None:

@@ -93,6 +93,11 @@ class Batcher:
         """Images that wait."""
         return self._waiting
 
+    @property
+    def busy(self) -> bool:
+        """Whether a worker has not ended, as one that runs a batch."""
+        return any(worker.is_alive() for worker in self._workers)
+
     async def run(self, images: NDArray[Any]) -> tuple[NDArray[Any], Timings]:
         """Run images, together with those of other requests or without.
 
@@ -129,7 +134,7 @@ class Batcher:
             self._stopping = True
             self._ready.notify_all()
         deadline = time.monotonic() + timeout
-        while any(worker.is_alive() for worker in self._workers):
+        while self.busy:
             if time.monotonic() > deadline:
                 return False
             await asyncio.sleep(0.01)

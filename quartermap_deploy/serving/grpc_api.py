@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from quartermap_deploy import __version__
 from quartermap_deploy.serving import grpc_codec
+from quartermap_deploy.serving.bodies import Budget
 from quartermap_deploy.serving.grpc_messages import HEALTH, INFERENCE, SERVICES, messages
 from quartermap_deploy.serving.logs import EventLog
 from quartermap_deploy.serving.models import VERSION, infer
-from quartermap_deploy.serving.refusal import NOT_LOGGED, Refusal, invalid
+from quartermap_deploy.serving.refusal import NOT_LOGGED, Refusal, busy, invalid
 from quartermap_deploy.serving.state import State
+
+if sys.version_info >= (3, 11):
+    from asyncio import timeout
+else:
+    from async_timeout import timeout
 
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics"]
 SERVER_NAME = "quartermap-deploy"
 SERVING, NOT_SERVING, UNKNOWN_SERVICE = 1, 2, 3
 CONCURRENT = 1024
 """Calls that are open at once; every further one is refused."""
+RECEIVING = 16
+"""Calls whose message is being received, while others wait: gRPC tells how long one is only once it has all of it."""
 
 
 class GrpcApi:
     """The calls of both services."""
 
-    def __init__(self, state: State, log: EventLog) -> None:
-        self._state, self._log = state, log
+    def __init__(self, state: State, log: EventLog, budget: Budget, *, receive_timeout: float) -> None:
+        """Describe the server.
+
+        Args:
+            state: what it is about.
+            log: gets what goes wrong.
+            budget: how much of requests may be held.
+            receive_timeout: seconds that the message of a call may take to come.
+        """
+        self._state, self._log, self._budget = state, log, budget
+        self._receive_timeout = receive_timeout
+        # Slow senders of requests must not hold up those who ask for the server's health.
+        self._receiving = {True: asyncio.Semaphore(RECEIVING), False: asyncio.Semaphore(RECEIVING)}
         self._messages, self._health = messages(INFERENCE), messages(HEALTH)
 
     def handlers(self) -> list[Any]:
@@ -51,8 +72,9 @@ class GrpcApi:
             grpc.method_handlers_generic_handler(
                 SERVICES[package],
                 {
-                    # Without a deserialiser of gRPC's, which answers broken messages with the status UNKNOWN.
-                    name: grpc.unary_unary_rpc_method_handler(
+                    # Without a deserialiser of gRPC's, which answers broken messages with the status UNKNOWN. As a
+                    # stream, though it has one message: gRPC would receive that before anybody is asked.
+                    name: grpc.stream_unary_rpc_method_handler(
                         self._answering(messages(package)[requests[name]].FromString, call),
                         response_serializer=lambda response: response.SerializeToString(),
                     )
@@ -64,36 +86,78 @@ class GrpcApi:
 
     def _answering(
         self, parse: Callable[[bytes], Any], call: Callable[[Any], Awaitable[Any]]
-    ) -> Callable[[bytes, Any], Awaitable[Any]]:
+    ) -> Callable[[Any, Any], Awaitable[Any]]:
         """Read the message of a call, and make a refusal its status."""
         import grpc
         from google.protobuf.message import DecodeError
 
-        async def answer(data: bytes, context: Any) -> Any:
+        async def outcome(context: Any) -> Any:
+            """The answer; or what is wrong, as a value."""
             try:
-                try:
-                    request = parse(data)
-                except DecodeError:
-                    raise invalid(f"the message of {len(data)} bytes cannot be read") from None
-                return await call(request)
+                with self._budget.share() as share:
+                    data = await self._message(context, self._receiving[call == self.model_infer])
+                    share.add(len(data))
+                    try:
+                        request = parse(data)
+                    except DecodeError:
+                        raise invalid(f"the message of {len(data)} bytes cannot be read") from None
+                    # The values of the request are in `request` as well.
+                    del data
+                    return await call(request)
             except Refusal as refusal:
-                if refusal.status not in NOT_LOGGED:
-                    self._log.warning(
-                        "refused",
-                        call=getattr(call, "__name__", ""),
-                        status=refusal.grpc_code,
-                        reason=refusal.message[:300],
-                    )
-                trailer: tuple[tuple[str, str], ...] = ()
-                if refusal.retry_after is not None:
-                    # What gRPC's own retries wait for.
-                    trailer = (("grpc-retry-pushback-ms", str(1000 * refusal.retry_after)),)
-                await context.abort(getattr(grpc.StatusCode, refusal.grpc_code), refusal.message, trailer)
+                return refusal.with_traceback(None)
             except Exception as error:
-                self._log.error("defect", protocol="grpc", error=repr(error))
-                await context.abort(grpc.StatusCode.INTERNAL, "a defect of the server; its log says more")
+                self._log.error("defect", protocol="grpc", error=repr(error)[:1000])
+                return Refusal(500, "a defect of the server; its log says more")
+
+        async def answer(messages: Any, context: Any) -> Any:
+            # gRPC keeps what `abort` raises, and with it this function's variables, until Python's collector comes by.
+            # So the request is none of them.
+            result = await outcome(context)
+            if not isinstance(result, Refusal):
+                return result
+            if result.status not in NOT_LOGGED:
+                self._log.seldom(
+                    f"refused over gRPC {result.status}",
+                    "warning",
+                    "refused",
+                    call=getattr(call, "__name__", ""),
+                    status=result.grpc_code,
+                    reason=result.message[:300],
+                )
+            trailer: tuple[tuple[str, str], ...] = ()
+            if result.retry_after is not None:
+                # What gRPC's own retries wait for.
+                trailer = (("grpc-retry-pushback-ms", str(1000 * result.retry_after)),)
+            return await context.abort(getattr(grpc.StatusCode, result.grpc_code), result.message, trailer)
 
         return answer
+
+    async def _message(self, context: Any, slots: asyncio.Semaphore) -> bytes:
+        """Receive the message of a call.
+
+        Raises:
+            Refusal: if it does not come in time, or there is none.
+        """
+        import grpc
+
+        begin = time.monotonic()
+        try:
+            async with timeout(self._receive_timeout):
+                await slots.acquire()
+        except asyncio.TimeoutError:
+            raise busy("too many messages are being received; try again later") from None
+        try:
+            async with timeout(max(0.1, self._receive_timeout - (time.monotonic() - begin))):
+                data = await context.read()
+        except asyncio.TimeoutError:
+            raise Refusal(408, f"the message did not come within {self._receive_timeout:g} s") from None
+        finally:
+            slots.release()
+        if data is grpc.aio.EOF:
+            raise invalid("the call has no message")
+        message: bytes = data
+        return message
 
     async def server_live(self, request: Any) -> Any:
         """Whether the server runs."""
@@ -123,8 +187,7 @@ class GrpcApi:
     async def model_config(self, request: Any) -> Any:
         """How a model is served."""
         model = self._state.model(request.name, request.version).description
-        config = self._messages["ModelConfig"](**grpc_codec.configuration(model))
-        return self._messages["ModelConfigResponse"](config=config)
+        return self._messages["ModelConfigResponse"](config=grpc_codec.configuration_message(model))
 
     async def model_statistics(self, request: Any) -> Any:
         """The counters of one model, or of all."""

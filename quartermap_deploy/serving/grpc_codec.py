@@ -21,6 +21,7 @@ from quartermap_deploy.serving.requests import (
 from quartermap_deploy.serving.tensors import (
     BYTES,
     TensorSpec,
+    count_of,
     datatype_of,
     from_raw,
     from_strings,
@@ -76,11 +77,17 @@ def build_response(model: Description, request: InferRequest, outputs: Mapping[s
 
 
 def _contents(spec: TensorSpec, shape: tuple[int, ...], contents: Any) -> NDArray[Any]:
+    values = contents.bytes_contents if spec.datatype == BYTES else contents.fp32_contents
+    if len(values) > count_of(shape):
+        # Before all of them become objects of Python.
+        raise invalid(
+            f"input {spec.name!r} has {len(values)} values, its shape {list(shape)} needs {count_of(shape)}"
+        )
     if spec.datatype == BYTES:
-        return from_strings(spec, shape, list(contents.bytes_contents))
+        return from_strings(spec, shape, list(values))
     if spec.datatype == "FP16":
         raise invalid(f"input {spec.name!r} is FP16, which goes into raw_input_contents alone")
-    return from_values(spec, shape, np.array(contents.fp32_contents, dtype=np.float32))
+    return from_values(spec, shape, np.array(values, dtype=np.float32))
 
 
 def _outputs(request: Any, model: Description) -> list[RequestedOutput]:
@@ -130,7 +137,19 @@ def configuration(model: Description) -> dict[str, Any]:
         ]
     if model.max_batch > 1:
         values["dynamic_batching"] = {"max_queue_delay_microseconds": int(model.max_delay * 1e6)}
+    # Triton's client for gRPC has no properties in its metadata, so the provenance is here, too.
+    values["parameters"] = {name: {"string_value": text} for name, text in model.properties.items()}
     return values
+
+
+def configuration_message(model: Description) -> Any:
+    """Return the configuration as a ModelConfig."""
+    values = configuration(model)
+    parameters = values.pop("parameters")
+    message = messages()["ModelConfig"](**values)
+    for name, parameter in parameters.items():
+        message.parameters[name].string_value = parameter["string_value"]
+    return message
 
 
 def statistics(models: list[dict[str, Any]]) -> Any:

@@ -52,8 +52,10 @@ _MESSAGES = {
         "ModelInput": "string name = 1, int32 data_type = 2, repeated int64 dims = 4",
         "ModelOutput": "string name = 1, int32 data_type = 2, repeated int64 dims = 3",
         "ModelDynamicBatching": "uint64 max_queue_delay_microseconds = 2",
+        "ModelParameter": "string string_value = 1",
         "ModelConfig": "string name = 1, string platform = 2, int32 max_batch_size = 4, repeated ModelInput input = 5, "
-        "repeated ModelOutput output = 6, ModelDynamicBatching dynamic_batching = 11",
+        "repeated ModelOutput output = 6, ModelDynamicBatching dynamic_batching = 11, "
+        "map ModelParameter parameters = 14",
         "ModelConfigResponse": "ModelConfig config = 1",
         "ModelStatisticsRequest": _NAME_VERSION,
         _DURATION: "uint64 count = 1, uint64 ns = 2",
@@ -93,9 +95,13 @@ _MESSAGES = {
 _FIELD = re.compile(r"(?:(oneof|repeated|map) )?(\w+) (\w+) = (\d+)")
 
 
-@functools.cache
 def messages(package: str = INFERENCE) -> dict[str, Any]:
-    """Return the classes of a package's messages by name."""
+    """Return the classes of a package's messages by name; the same ones at each call."""
+    return _classes(package)
+
+
+@functools.cache
+def _classes(package: str) -> dict[str, Any]:
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
     file = descriptor_pb2.FileDescriptorProto(name=f"{package}.proto", package=package, syntax="proto3")

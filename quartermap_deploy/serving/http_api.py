@@ -15,11 +15,12 @@ import numpy as np
 
 from quartermap_deploy import __version__
 from quartermap_deploy.serving import grpc_codec, http_codec
+from quartermap_deploy.serving.bodies import Budget, Share, Unpacker
 from quartermap_deploy.serving.grpc_api import EXTENSIONS, SERVER_NAME
 from quartermap_deploy.serving.logs import EventLog
 from quartermap_deploy.serving.models import IMAGE, PROBABILITIES, VERSION, ImageModel, ServedModel, infer
 from quartermap_deploy.serving.page import Page
-from quartermap_deploy.serving.refusal import NOT_LOGGED, Refusal, busy, invalid
+from quartermap_deploy.serving.refusal import NOT_LOGGED, Refusal, invalid
 from quartermap_deploy.serving.requests import InferRequest, RequestedOutput
 from quartermap_deploy.serving.state import State
 from quartermap_deploy.serving.statistics import RECENT, prometheus
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 
 Handler = Callable[["web.Request"], Awaitable["web.StreamResponse"]]
 
-BODIES = 4
-"""How many of the largest bodies all requests together may have in memory before they are complete."""
 TOP = 5
 """Classes in an answer of /classify where the request does not say how many."""
 IMAGE_TYPES = ("image/jpeg", "image/png", "application/octet-stream")
@@ -48,7 +47,14 @@ class HttpApi:
     """The paths that the server answers."""
 
     def __init__(
-        self, state: State, log: EventLog, page: Page, *, max_body: int, receive_timeout: float
+        self,
+        state: State,
+        log: EventLog,
+        page: Page,
+        budget: Budget,
+        *,
+        max_body: int,
+        receive_timeout: float,
     ) -> None:
         """Describe the server.
 
@@ -56,12 +62,12 @@ class HttpApi:
             state: what it is about.
             log: gets what goes wrong.
             page: the page at /.
+            budget: how much of requests may be held.
             max_body: bytes of the largest request.
             receive_timeout: seconds that the body of a request may take to come.
         """
-        self._state, self._log, self._page = state, log, page
+        self._state, self._log, self._page, self._budget = state, log, page, budget
         self._max_body, self._receive_timeout = max_body, receive_timeout
-        self._held = 0
 
     def application(self) -> web.Application:
         """Return the application."""
@@ -100,8 +106,8 @@ class HttpApi:
                 response = self._error(request, refusal.status, refusal.message)
                 if refusal.retry_after is not None:
                     response.headers["Retry-After"] = str(refusal.retry_after)
-                if refusal.status == 408:
-                    # The rest of the body may never come.
+                if refusal.status in (408, 413):
+                    # The rest of the body may never come, or be long.
                     response.force_close()
             except web.HTTPException as error:
                 response = self._error(request, error.status, _reason(request, error.status))
@@ -120,7 +126,14 @@ class HttpApi:
 
     def _error(self, request: web.Request, status: int, message: str) -> web.Response:
         if status not in NOT_LOGGED:
-            self._log.warning("refused", path=request.path[:200], status=status, reason=message[:300])
+            self._log.seldom(
+                f"refused over HTTP {status}",
+                "warning",
+                "refused",
+                path=request.path[:200],
+                status=status,
+                reason=message[:300],
+            )
         return _json({"error": message}, status)
 
     # Health and metadata.
@@ -215,10 +228,11 @@ class HttpApi:
         with self._state.request():
             model = self._model(request)
             try:
-                body = await self._body(request)
-                header_length = request.headers.get(http_codec.HEADER_LENGTH)
-                parsed = http_codec.parse_request(body, header_length, model.description)
-                outputs = await infer(model, parsed, arrived)
+                with self._budget.share() as share:
+                    body = await self._body(request, share, model.description.most_bytes)
+                    header_length = request.headers.get(http_codec.HEADER_LENGTH)
+                    parsed = http_codec.parse_request(body, header_length, model.description)
+                    outputs = await infer(model, parsed, arrived)
                 content, headers = http_codec.build_response(model.description, parsed, outputs)
             except BaseException:
                 model.statistics.failed(time.monotonic_ns() - arrived)
@@ -235,12 +249,13 @@ class HttpApi:
             model = next(model for model in self._state.models.values() if isinstance(model, ImageModel))
             try:
                 top = _top(request.query.get("top", str(TOP)), len(model.description.labels))
-                files = await self._files(request)
-                spec = model.description.inputs[0]
-                shape = spec.check(spec.datatype, [len(files)], model.description.max_batch)
-                images = from_strings(spec, shape, [data for _, data in files])
-                parsed = InferRequest({IMAGE: images}, [RequestedOutput(PROBABILITIES)])
-                probabilities = (await infer(model, parsed, arrived))[PROBABILITIES]
+                with self._budget.share() as share:
+                    files = await self._files(request, share)
+                    spec = model.description.inputs[0]
+                    shape = spec.check(spec.datatype, [len(files)], model.description.max_batch)
+                    images = from_strings(spec, shape, [data for _, data in files])
+                    parsed = InferRequest({IMAGE: images}, [RequestedOutput(PROBABILITIES)])
+                    probabilities = (await infer(model, parsed, arrived))[PROBABILITIES]
             except BaseException:
                 model.statistics.failed(time.monotonic_ns() - arrived)
                 raise
@@ -262,20 +277,24 @@ class HttpApi:
             }
         )
 
-    async def _files(self, request: web.Request) -> list[tuple[str, bytes]]:
+    async def _files(self, request: web.Request, share: Share) -> list[tuple[str, bytes]]:
         """Read the files of an upload, with their names."""
         if request.content_type in IMAGE_TYPES:
-            return [("", await self._body(request))]
+            return [("", await self._body(request, share))]
         if request.content_type != "multipart/form-data":
             raise Refusal(
                 415,
                 f"the content type is {request.content_type[:80]}; send a form with files (multipart/form-data), or "
                 f"one file as {', '.join(IMAGE_TYPES)}",
             )
+        if _encoding(request):
+            raise Refusal(
+                415, "the form is compressed; send it as it is, as its files are compressed themselves"
+            )
         from aiohttp import BodyPartReader
 
         files = []
-        async with self._receiving(request) as count:
+        async with self._receiving(request, share, self._max_body) as count:
             reader = await request.multipart()
             while (part := await reader.next()) is not None:
                 if not isinstance(part, BodyPartReader):
@@ -291,38 +310,47 @@ class HttpApi:
             raise invalid("the form has no file")
         return files
 
-    async def _body(self, request: web.Request) -> bytes:
-        """Read the body of a request."""
+    async def _body(self, request: web.Request, share: Share, most: int | None = None) -> bytes:
+        """Read the body of a request, of `most` bytes if the model's largest request has no more."""
+        limit = self._max_body if most is None else min(most, self._max_body)
+        encoding = _encoding(request)
+        unpacker = Unpacker(encoding) if encoding else None
         parts = []
-        async with self._receiving(request) as count:
+        async with self._receiving(request, share, limit) as count:
             while part := await request.content.readany():
-                count(part)
-                parts.append(part)
+                if unpacker is None:
+                    count(part)
+                    parts.append(part)
+                    continue
+                for piece in unpacker.feed(part):
+                    count(piece)
+                    parts.append(piece)
+                    # Some bytes may unpack to very many, and others wait for their turn.
+                    await asyncio.sleep(0)
+            if unpacker is not None:
+                unpacker.end()
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     @asynccontextmanager
-    async def _receiving(self, request: web.Request) -> AsyncIterator[Callable[[bytes], None]]:
+    async def _receiving(
+        self, request: web.Request, share: Share, limit: int
+    ) -> AsyncIterator[Callable[[bytes], None]]:
         """While open, a body is received; every part of it has to be counted.
 
         Raises:
-            Refusal: if it is too large, does not come in time, is broken, or too much is being received at the moment.
+            Refusal: if it is too large, does not come in time, is broken, or too much is held at the moment.
         """
         from aiohttp import web
         from aiohttp.http_exceptions import HttpProcessingError
 
         announced = request.content_length
-        if announced is not None and announced > self._max_body:
-            raise self._too_large(f"has {announced:,} bytes")
-        held = 0
+        if announced is not None and announced > limit:
+            raise self._too_large(f"has {announced:,} bytes", limit)
 
         def count(part: bytes) -> None:
-            nonlocal held
-            held += len(part)
-            self._held += len(part)
-            if held > self._max_body:
-                raise self._too_large("is larger")
-            if self._held > BODIES * self._max_body:
-                raise busy("too many large requests are being received; try again later")
+            share.add(len(part))
+            if share.held > limit:
+                raise self._too_large("is larger", limit)
 
         try:
             async with timeout(self._receive_timeout):
@@ -336,13 +364,11 @@ class HttpApi:
             AssertionError,
             AttributeError,
         ) as error:
-            # Chunks, compression or forms that are not what the headers say.
-            raise invalid(f"the body cannot be read: {str(error)[:200]}") from None
-        finally:
-            self._held -= held
+            # Chunks or forms that are not what the headers say.
+            raise invalid(f"the body cannot be read: {' '.join(str(error).split())[:200]}") from None
 
-    def _too_large(self, found: str) -> Refusal:
-        return Refusal(413, f"the body {found}; at most {self._max_body:,} bytes are taken")
+    def _too_large(self, found: str, limit: int) -> Refusal:
+        return Refusal(413, f"the body {found}; at most {limit:,} bytes are taken here")
 
     def _model(self, request: web.Request) -> ServedModel:
         match = request.match_info
@@ -357,7 +383,15 @@ def _json(value: object, status: int = 200) -> web.Response:
     )
 
 
+def _encoding(request: web.Request) -> str:
+    """How the body is compressed; empty if it is not."""
+    encoding = request.headers.get("Content-Encoding", "").strip()
+    return "" if encoding.lower() == "identity" else encoding
+
+
 def _reason(request: web.Request, status: int) -> str:
+    if status == 404 and request.path.startswith("/v2"):
+        return f"this server has no {request.path[:200]}: docs/serving.md lists what it has of the protocol"
     if status == 404:
         return f"there is no {request.path[:200]}; the protocol's paths begin with /v2"
     if status == 405:

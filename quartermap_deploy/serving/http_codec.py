@@ -9,7 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from quartermap_deploy.serving.models import VERSION, Description
-from quartermap_deploy.serving.refusal import invalid
+from quartermap_deploy.serving.refusal import Refusal, invalid
 from quartermap_deploy.serving.requests import (
     InferRequest,
     RequestedOutput,
@@ -29,6 +29,8 @@ from quartermap_deploy.serving.tensors import (
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 """The HTTP header with the length of the JSON, where binary tensors follow it."""
+_OTHER_VALUES = 1000
+"""Most values in the JSON that are none of the inputs' values."""
 
 
 def parse_request(body: bytes, header_length: str | None, model: Description) -> InferRequest:
@@ -40,10 +42,13 @@ def parse_request(body: bytes, header_length: str | None, model: Description) ->
         model: what the request is for.
 
     Raises:
-        Refusal: if it is no such request, or not one for this model.
+        Refusal: if it is no such request, not one for this model, or has more JSON than one for it needs.
     """
     length = _header_length(header_length, len(body))
-    head = _json(body[:length] if length < len(body) else body)
+    check_json(length, model)
+    text = body[:length] if length < len(body) else body
+    _check_values(text, model)
+    head = _json(text)
     parameters = _parameters(head, "the request")
     inputs, end = _inputs(head, memoryview(body), length, model)
     if end != len(body):
@@ -56,6 +61,37 @@ def parse_request(body: bytes, header_length: str | None, model: Description) ->
         raise invalid("the id of the request is no string")
     binary = _flag(parameters, "binary_data_output")
     return InferRequest(inputs, _outputs(head, binary, model), name)
+
+
+def check_json(length: int, model: Description) -> None:
+    """Check that the JSON of a request is no longer than the model has a use for.
+
+    Raises:
+        Refusal: if it is longer.
+    """
+    limit = model.most_json
+    if limit is not None and length > limit:
+        raise Refusal(
+            413,
+            f"the JSON of the request has {length:,} bytes, and {model.name!r} takes {limit:,} at most; send the "
+            "values as binary data behind it",
+        )
+
+
+def _check_values(text: bytes, model: Description) -> None:
+    """Check that there are not many more values in the JSON than the model has a use for, before they become objects.
+
+    Parsing holds up everybody else, and makes hundreds of bytes of some bytes; counting does neither.
+    """
+    for signs, limit in (((b"[", b"{"), model.most_rows), ((b",",), model.most_rows + model.most_values)):
+        found = sum(map(text.count, signs))
+        if found > limit + _OTHER_VALUES:
+            what = "values" if signs == (b",",) else "lists and objects"
+            raise Refusal(
+                413,
+                f"the JSON of the request has {found:,} {what}, and {model.name!r} takes {limit:,} at most; send one "
+                f"flat list of at most {model.most_values:,} values, or binary data behind the JSON",
+            )
 
 
 def build_response(

@@ -3,50 +3,95 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quartermap_deploy.architectures.cards import Preprocessing
+from quartermap_deploy.data import pixels
 from quartermap_deploy.data.images import open_image, prepare
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.serving.refusal import invalid
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Result = TypeVar("Result")
+
 FORMATS = ("JPEG", "PNG")
-LARGEST = 50_000_000
-"""Most pixels of an image: as RGB they take 150 MB."""
+LARGEST = pixels.LARGEST
+"""Most pixels of an image. RGBA of that size takes 400 MB while it is decoded: Pillow has four bytes for each pixel,
+and holds the file's colours and RGB at once."""
 
 
-def prepare_file(data: bytes, preprocessing: Preprocessing, place: int) -> NDArray[np.float32]:
-    """Decode an image file and prepare it as the model's card says.
+class ImageFile:
+    """A file whose head was read, and nothing else of it."""
 
-    Args:
-        data: the file.
-        preprocessing: how.
-        place: which image of the request this is, from 1, for messages.
+    def __init__(self, data: bytes, preprocessing: Preprocessing, place: int) -> None:
+        """Read the head.
 
-    Returns:
-        (3, height, width).
+        Args:
+            data: the file.
+            preprocessing: how it is going to be prepared.
+            place: which image of the request this is, from 1, for messages.
 
-    Raises:
-        Refusal: if it is neither JPEG nor PNG, damaged, or has too many pixels.
-    """
-    from PIL import Image
+        Raises:
+            Refusal: if it is neither JPEG nor PNG, or has too many pixels, itself or resized.
+        """
+        self._size, self._place, self._preprocessing = len(data), place, preprocessing
+        self._image, self._resized = self._guarded(lambda: self._open(data))
 
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            # Of the file only its head has been read so far: nothing of this size is in memory.
-            if image.width * image.height > LARGEST:
-                raise invalid(
-                    f"image {place} has {image.width} x {image.height} pixels, at most {LARGEST:,} are taken; send a "
-                    "smaller one"
-                )
-            pixels = open_image(image)
-        prepared: NDArray[np.float32] = prepare([pixels], preprocessing)[0]
+    @property
+    def pixels(self) -> int:
+        """How many pixels will be in memory: those of the file, or of its resized form if these are more."""
+        width, height = self._image.size
+        return max(width * height, self._resized[0] * self._resized[1])
+
+    def prepare(self) -> NDArray[np.float32]:
+        """Decode the file, and prepare it as the model's card says; can be called once.
+
+        Returns:
+            (3, height, width).
+
+        Raises:
+            Refusal: if it is damaged, or its values have no known meaning.
+        """
+        return self._guarded(self._prepare)
+
+    def _open(self, data: bytes) -> tuple[Image, tuple[int, int]]:
+        """Return the image, and its (width, height) once it is resized."""
+        from PIL import Image
+
+        settings = self._preprocessing
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        pixels.check_size(width, height)
+        return image, pixels.resized(width, height, settings.resize, stretch=settings.fit == "stretch")
+
+    def _prepare(self) -> NDArray[np.float32]:
+        with self._image as image:
+            decoded = open_image(image)
+            if decoded is not image:
+                image.close()
+            prepared: NDArray[np.float32] = prepare([decoded], self._preprocessing)[0]
         return prepared
-    except (InputError, Image.DecompressionBombError) as error:
-        raise invalid(f"image {place} cannot be taken: {error}") from error
-    except (OSError, SyntaxError, ValueError, MemoryError, EOFError, IndexError, TypeError) as error:
-        # Pillow's readers raise all of these on damaged files.
-        what = "is empty" if not data else f"of {len(data)} bytes cannot be read as JPEG or PNG"
-        raise invalid(f"image {place} {what}") from error
+
+    def _guarded(self, work: Callable[[], Result]) -> Result:
+        """Do something with the file, and make what Pillow raises a refusal."""
+        from PIL import Image
+
+        try:
+            return work()
+        except (InputError, pixels.UnfitImageError) as error:
+            raise invalid(f"image {self._place} {str(error).removeprefix('the image ')}") from error
+        except Image.DecompressionBombError:
+            # Pillow's own limit, where its user has left it on.
+            raise invalid(
+                f"image {self._place} has too many pixels, at most {LARGEST:,} are taken; send a smaller one"
+            ) from None
+        except (OSError, SyntaxError, ValueError, MemoryError, EOFError, IndexError, TypeError) as error:
+            # Pillow's readers raise all of these on damaged files.
+            what = f"of {self._size} bytes cannot be read as JPEG or PNG" if self._size else "is empty"
+            raise invalid(f"image {self._place} {what}") from error

@@ -10,16 +10,21 @@ import contextlib
 import datetime
 import json
 import logging
+import math
 import queue
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any, TextIO
 
 FORMATS = ("auto", "json", "text")
 LIBRARIES = ("aiohttp", "asyncio", "grpc")
 """Loggers of what the server is built on."""
+SELDOM = 1.0
+"""Seconds between lines about what happens again and again."""
 _WAITING = 10_000
+_KINDS = 100
 
 
 class EventLog:
@@ -36,6 +41,7 @@ class EventLog:
         self._json = style == "json" or (style == "auto" and not self._stream.isatty())
         self._lines: queue.Queue[str | None] = queue.Queue(_WAITING)
         self._dropped = 0
+        self._seldom: dict[str, tuple[float, int, tuple[str, str, dict[str, Any]]]] = {}
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
         self._thread.start()
 
@@ -51,8 +57,31 @@ class EventLog:
         """Write down that something went wrong."""
         self._put("error", event, values)
 
+    def seldom(self, kind: str, level: str, event: str, **values: Any) -> None:
+        """Write down something that strangers can make happen at will: at most one line a second of each kind.
+
+        The next line of the kind, or the end of the log, tells how many there were since the last.
+        """
+        now = time.monotonic()
+        last, more = self._seldom[kind][:2] if kind in self._seldom else (-math.inf, 0)
+        entry = (level, event, values)
+        if now - last < SELDOM:
+            self._seldom[kind] = (last, more + 1, entry)
+            return
+        if len(self._seldom) >= _KINDS:
+            self._tell_rest()
+        self._seldom[kind] = (now, 0, entry)
+        self._put(level, event, {**values, "times": more + 1} if more else values)
+
+    def _tell_rest(self) -> None:
+        for _, more, (level, event, values) in self._seldom.values():
+            if more:
+                self._put(level, event, {**values, "times": more})
+        self._seldom.clear()
+
     def close(self, timeout: float = 2.0) -> None:
         """Write what is left, as far as somebody reads it."""
+        self._tell_rest()
         try:
             self._lines.put(None, timeout=timeout)
         except queue.Full:
@@ -112,5 +141,12 @@ class _Forward(logging.Handler):
         """Write down a record, without its traceback."""
         error = record.exc_info[1] if record.exc_info else None
         reason = "" if error is None else " ".join(repr(error).split())[:500]
-        level = self._log.error if record.levelno >= logging.ERROR else self._log.warning
-        level("library", logger=record.name, message=record.getMessage()[:500], error=reason)
+        level = "error" if record.levelno >= logging.ERROR else "warning"
+        self._log.seldom(
+            f"{record.name} {record.msg}"[:200],
+            level,
+            "library",
+            logger=record.name,
+            message=record.getMessage()[:500],
+            error=reason,
+        )

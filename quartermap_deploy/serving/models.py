@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,15 +13,21 @@ from numpy.typing import NDArray
 
 from quartermap_deploy.architectures.cards import Preprocessing
 from quartermap_deploy.serving.batcher import Batcher
-from quartermap_deploy.serving.images import prepare_file
+from quartermap_deploy.serving.decoders import Decoders
 from quartermap_deploy.serving.refusal import Refusal, busy
 from quartermap_deploy.serving.requests import InferRequest, classified
 from quartermap_deploy.serving.statistics import ModelStatistics, Timings
-from quartermap_deploy.serving.tensors import BYTES, TensorSpec
+from quartermap_deploy.serving.tensors import BYTES, TensorSpec, count_of
 
 VERSION = "1"
 IMAGE, PROBABILITIES = "image", "probabilities"
 """Names of the tensors of the image model: those that `quartermap deploy triton` gives them, too."""
+JSON_VALUE = 48
+"""Bytes of the longest number that a client has a reason to write, on a line of its own and indented."""
+JSON_ROOM = 1 << 16
+"""Bytes of JSON for everything but values: names, shapes, parameters, an id."""
+OPEN_VALUES = 1 << 21
+"""Most numbers in the JSON of a request where height or width of the input are open: 14 images of 224 x 224."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,32 @@ class Description:
     max_delay: float
     labels: tuple[str, ...]
     properties: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def most_values(self) -> int:
+        """Most numbers, or strings, that the inputs of a request have; `OPEN_VALUES` where sides are open."""
+        return sum(self._values(spec.shape[1:]) for spec in self.inputs)
+
+    @property
+    def most_rows(self) -> int:
+        """Most lists that these values are in where they are nested as their shapes."""
+        return sum(2 * self._values(spec.shape[1:-1]) + len(spec.shape) for spec in self.inputs)
+
+    @property
+    def most_json(self) -> int | None:
+        """Bytes of the longest JSON of a request; None where nothing tells, as of image files."""
+        if any(spec.datatype == BYTES for spec in self.inputs):
+            return None
+        return JSON_ROOM + JSON_VALUE * self.most_values
+
+    @property
+    def most_bytes(self) -> int | None:
+        """Bytes of the longest request, its values in JSON or behind it; None where nothing tells."""
+        closed = all(-1 not in spec.shape[1:] for spec in self.inputs)
+        return self.most_json if closed else None
+
+    def _values(self, sides: Sequence[int]) -> int:
+        return OPEN_VALUES if -1 in sides else self.max_batch * count_of(sides)
 
 
 class ServedModel(Protocol):
@@ -109,7 +139,7 @@ class ImageModel:
     """Image files in, probabilities out, by way of the model itself, whose statistics count these requests too."""
 
     def __init__(
-        self, description: Description, model: TensorModel, preprocessing: Preprocessing, pool: Executor
+        self, description: Description, model: TensorModel, preprocessing: Preprocessing, decoders: Decoders
     ) -> None:
         """Describe the model.
 
@@ -117,11 +147,11 @@ class ImageModel:
             description: what clients are told.
             model: the model itself.
             preprocessing: how images become its input.
-            pool: threads that decode.
+            decoders: threads that decode.
         """
         self.description, self.model = description, model
         self.statistics = ModelStatistics(description.name, VERSION)
-        self._preprocessing, self._pool = preprocessing, pool
+        self._preprocessing, self._decoders = preprocessing, decoders
         self._type = np.float16 if model.description.inputs[0].datatype == "FP16" else np.float32
         self._decoding = 0
 
@@ -149,13 +179,10 @@ class ImageModel:
                 f"{self._decoding} images are being decoded and {batcher.waiting} wait already, at most "
                 f"{batcher.limit} do; try again later"
             )
-        loop = asyncio.get_running_loop()
         self._decoding += len(files)
         try:
             jobs = [
-                loop.run_in_executor(
-                    self._pool, functools.partial(prepare_file, data, self._preprocessing, place)
-                )
+                asyncio.ensure_future(self._decoders.prepare(data, self._preprocessing, place))
                 for place, data in enumerate(files, 1)
             ]
             try:

@@ -54,6 +54,10 @@ class ServeOptions:
             raise ServeError(
                 f"HTTP and gRPC cannot both have port {self.port}; choose another for one of them"
             )
+        if not self.host.strip():
+            raise ServeError(
+                "the address to listen at is empty; expected one such as 127.0.0.1, or 0.0.0.0 for all"
+            )
         for name in ("workers", "queue", "max_body", "max_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:

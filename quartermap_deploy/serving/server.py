@@ -17,13 +17,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from quartermap_deploy import __version__
 from quartermap_deploy.bundle import Bundle
 from quartermap_deploy.errors import MissingDependencyError, ServeError
 from quartermap_deploy.serving.batcher import Batcher
+from quartermap_deploy.serving.bodies import Budget
+from quartermap_deploy.serving.decoders import Decoders
 from quartermap_deploy.serving.grpc_api import CONCURRENT, GrpcApi
 from quartermap_deploy.serving.http_api import HttpApi
 from quartermap_deploy.serving.logs import EventLog
@@ -34,15 +35,14 @@ from quartermap_deploy.serving.startup import Plan, check_golden, make_plan, ope
 from quartermap_deploy.serving.state import State
 from quartermap_deploy.serving.statistics import ModelStatistics
 from quartermap_deploy.targets import Session
+from quartermap_deploy.targets.onnxruntime_cpu import default_threads
 
 Result = TypeVar("Result")
 
-KEEPALIVE = 75.0
-"""Seconds after which a connection that sends no request, or not all of its head, is closed."""
+BODIES = 4
+"""How many bodies of the largest size are held beside the prepared images that the queue has room for."""
 SWITCH_INTERVAL = 0.001
 """Seconds after which a thread hands Python on: a worker that has its result would wait five times as long."""
-DECODERS = min(4, os.cpu_count() or 1)
-"""Images that are decoded at the same time; each may need 150 MB."""
 
 
 def check_dependencies() -> None:
@@ -57,9 +57,7 @@ def check_dependencies() -> None:
         import aiohttp  # noqa: F401
         import grpc  # noqa: F401
     except ImportError as error:
-        raise MissingDependencyError(
-            f"serving needs {error.name}, which is not installed: pip install 'quartermap-deploy[serve]'"
-        ) from error
+        raise MissingDependencyError.for_extra("serving needs", error.name, "serve") from error
 
 
 def serve(
@@ -67,6 +65,7 @@ def serve(
     options: ServeOptions,
     log: EventLog,
     started: Callable[[dict[str, Any]], None] = lambda addresses: None,
+    leave: Callable[[ServeError | None], None] = lambda error: None,
 ) -> None:
     """Serve a bundle until a signal ends it.
 
@@ -75,6 +74,10 @@ def serve(
         options: how.
         log: told what happens.
         started: told the addresses once the server is ready.
+        leave: called when the server has stopped, with the error that comes of it, if any: at once where requests are
+            left, and where threads still load or run a model or decode an image. They cannot be ended; Python waits for
+            decoders as it exits, and a runtime that it takes the threads from aborts the process. So a program calls
+            `os._exit` here. Where this returns, the server ends as usual.
 
     Raises:
         MissingDependencyError: if what serving needs is not installed.
@@ -85,22 +88,36 @@ def serve(
     """
     check_dependencies()
     plan = make_plan(bundle, options)
-    before = sys.getswitchinterval()
+    from PIL import Image
+
+    before = sys.getswitchinterval(), Image.MAX_IMAGE_PIXELS
     sys.setswitchinterval(SWITCH_INTERVAL)
+    # The limit of `serving.images` is lower, and says so.
+    Image.MAX_IMAGE_PIXELS = None
     try:
         with log.libraries():
-            asyncio.run(_Server(plan, log, started).run())
+            asyncio.run(_Server(plan, log, started, leave).run())
     finally:
-        sys.setswitchinterval(before)
+        sys.setswitchinterval(before[0])
+        Image.MAX_IMAGE_PIXELS = before[1]
 
 
 class _Server:
     """One run of the server."""
 
-    def __init__(self, plan: Plan, log: EventLog, started: Callable[[dict[str, Any]], None]) -> None:
-        self.plan, self.options, self.log, self.started = plan, plan.options, log, started
-        self.pool = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
+    def __init__(
+        self,
+        plan: Plan,
+        log: EventLog,
+        started: Callable[[dict[str, Any]], None],
+        leave: Callable[[ServeError | None], None],
+    ) -> None:
+        self.plan, self.options, self.log, self.started, self.leave = plan, plan.options, log, started, leave
+        self.loading = False
+        self.decoders = Decoders()
         self.batcher: Batcher | None = None
+        images = self.options.queue * 4 * plan.preprocessing.crop[0] * plan.preprocessing.crop[1] * 3
+        self.budget = Budget(BODIES * self.options.max_body + images)
 
     async def run(self) -> None:
         """Serve until a signal comes."""
@@ -108,9 +125,10 @@ class _Server:
         self.signalled = asyncio.Event()
         self.insistent = asyncio.Event()
         begin = time.monotonic()
+        error: ServeError | None = None
         with self._signals():
             async with contextlib.AsyncExitStack() as stack:
-                stack.callback(self.pool.shutdown, wait=False, cancel_futures=True)
+                stack.callback(self.decoders.close)
                 http_port = await self._listen_http(stack)
                 grpc_port = await self._listen_grpc(stack)
                 addresses = {
@@ -123,12 +141,23 @@ class _Server:
                     self.log.info("ready", seconds=round(time.monotonic() - begin, 3))
                     self.started({**addresses, "models": list(self.state.models)})
                     await self.signalled.wait()
-                left = await self._drain()
-        if left:
-            raise ServeError(
-                f"{left} requests were still open when the time for stopping was over; give them longer with "
-                "--shutdown-timeout, and do not send a second signal"
-            )
+                if left := await self._drain():
+                    error = ServeError(
+                        f"{left} requests were still open when the time for stopping was over; give them longer with "
+                        "--shutdown-timeout, and do not send a second signal"
+                    )
+                    self.leave(error)
+            # Only now, as the last answers were on their way.
+            if self._busy:
+                self.leave(error)
+        if error is not None:
+            raise error
+
+    @property
+    def _busy(self) -> bool:
+        """Whether a thread does what nobody can end."""
+        running = self.batcher is not None and self.batcher.busy
+        return self.loading or running or self.decoders.busy
 
     async def _load(self) -> bool:
         """Open and check the sessions, and take requests; return whether no signal came before."""
@@ -138,8 +167,8 @@ class _Server:
         await asyncio.wait({loading, waiting}, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
         if self.signalled.is_set():
-            # A process that ends in the middle of it would be aborted by the runtime whose model it loads.
-            await asyncio.wait({loading}, timeout=self.options.shutdown_timeout)
+            # Nobody was promised anything yet, and what it comes to does not matter any more.
+            loading.add_done_callback(lambda done: done.cancelled() or done.exception())
             return False
         sessions = loading.result()
         statistics = ModelStatistics(plan.model.name, VERSION)
@@ -152,12 +181,19 @@ class _Server:
             on_error=lambda error: self.log.error("session_failed", error=repr(error)[:1000]),
         )
         model = TensorModel(plan.model, self.batcher, statistics)
-        image_model = ImageModel(plan.image_model, model, plan.preprocessing, self.pool)
+        image_model = ImageModel(plan.image_model, model, plan.preprocessing, self.decoders)
         models: dict[str, ServedModel] = {plan.model.name: model, plan.image_model.name: image_model}
         self.state.become_ready(models)
         return True
 
     def _sessions(self) -> list[Session]:
+        self.loading = True
+        try:
+            return self._checked()
+        finally:
+            self.loading = False
+
+    def _checked(self) -> list[Session]:
         sessions = open_sessions(self.plan)
         self.log.info(
             "loaded",
@@ -178,44 +214,41 @@ class _Server:
         self.state.stop()
         deadline = time.monotonic() + self.options.shutdown_timeout
         self.log.info("stopping", open_requests=self.state.open)
-        idle = asyncio.ensure_future(self.state.idle(self.options.shutdown_timeout))
+        ending = asyncio.ensure_future(self._end(deadline))
         hurry = asyncio.ensure_future(self.insistent.wait())
-        await asyncio.wait({idle, hurry}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({ending, hurry}, return_when=asyncio.FIRST_COMPLETED)
         hurry.cancel()
-        idle.cancel()
+        ending.cancel()
         left = self.state.open
-        if self.batcher is not None:
-            await self.batcher.stop(0.0 if left else max(0.1, deadline - time.monotonic()))
         self.log.info("stopped", requests=self.state.taken_on, answered=self.state.answered, still_open=left)
         return left
 
-    async def _listen_http(self, stack: contextlib.AsyncExitStack) -> int:
-        from aiohttp import web
+    async def _end(self, deadline: float) -> None:
+        """Wait until all is answered and the workers have ended, or until a time of the monotonic clock."""
+        await self.state.idle(deadline - time.monotonic())
+        if self.batcher is not None:
+            await self.batcher.stop(deadline - time.monotonic())
 
-        page = Page(self.plan)
+    async def _listen_http(self, stack: contextlib.AsyncExitStack) -> int:
+        from quartermap_deploy.serving.http_listener import Listener
+
         api = HttpApi(
             self.state,
             self.log,
-            page,
+            Page(self.plan),
+            self.budget,
             max_body=self.options.max_body,
             receive_timeout=self.options.receive_timeout,
         )
-        runner = web.AppRunner(
-            api.application(),
-            access_log=None,
-            # The answer of a client that has gone is not worth running the model for.
-            handler_cancellation=True,
-            keepalive_timeout=KEEPALIVE,
-            shutdown_timeout=1.0,
-        )
-        await runner.setup()
-        stack.push_async_callback(runner.cleanup)
+        listener = Listener(api.application(), self._malformed)
+        stack.push_async_callback(listener.close)
         try:
-            await web.TCPSite(runner, self.options.host, self.options.port).start()
+            return await listener.start(self.options.host, self.options.port)
         except OSError as error:
             raise self._cannot_listen(self.options.port, error) from error
-        port: int = runner.addresses[0][1]
-        return port
+
+    def _malformed(self, status: int, reason: str) -> None:
+        self.log.seldom("malformed", "warning", "refused", status=status, reason=reason)
 
     async def _listen_grpc(self, stack: contextlib.AsyncExitStack) -> int:
         import grpc
@@ -227,9 +260,12 @@ class _Server:
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", self.options.max_body),
                 ("grpc.max_send_message_length", -1),
+                # Windows that grow with the speed of the network would hold what nobody has asked for yet.
+                ("grpc.http2.bdp_probe", 0),
             ],
         )
-        server.add_generic_rpc_handlers(GrpcApi(self.state, self.log).handlers())
+        api = GrpcApi(self.state, self.log, self.budget, receive_timeout=self.options.receive_timeout)
+        server.add_generic_rpc_handlers(api.handlers())
         try:
             port: int = server.add_insecure_port(f"{_host(self.options.host)}:{self.options.grpc_port}")
         except RuntimeError as error:
@@ -247,6 +283,14 @@ class _Server:
         )
 
     def _warn(self) -> None:
+        cores = default_threads()
+        if self.options.workers > cores:
+            self.log.warning(
+                "more_workers_than_cores",
+                workers=self.options.workers,
+                cores=cores,
+                reason="each worker loads the model anew and gets one thread; they only take turns",
+            )
         host = self.options.host
         if host not in ("localhost", "::1") and not host.startswith("127."):
             self.log.warning(

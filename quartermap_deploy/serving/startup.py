@@ -20,6 +20,9 @@ from quartermap_deploy.serving.tensors import TensorSpec, datatype_of
 from quartermap_deploy.targets import DEFAULT, Session, load_target
 from quartermap_deploy.targets.onnxruntime_cpu import OnnxRuntimeSession, default_threads
 
+RESERVED = (".", "..", "config", "infer", "ready", "stats", "versions")
+"""What stands in the place of a model's name, or behind it, in the paths of the protocol."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -60,9 +63,13 @@ def make_plan(bundle: Bundle, options: ServeOptions) -> Plan:
     sides = [size for size in manifest["input"]["shape"][2:] if isinstance(size, int)]
     # A graph with open sizes takes every size; files are prepared for the one that the card, or the recipe, names.
     size = sides if len(sides) == 2 else bundle.manifest["recipe"]["input_size"] or card.preprocessing.crop
-    name = options.name or card.name
-    if not name or not name.isprintable() or set(name) & set('/\\"'):
+    name = card.name if options.name is None else options.name
+    if not name.strip() or not name.isprintable() or set(name) & set('/\\"'):
         raise ServeError(f"{name!r} is no name that clients could use; choose one without quotes or slashes")
+    if name in RESERVED:
+        raise ServeError(
+            f"{name!r} is a word in the paths of the protocol, so no model can have it for a name"
+        )
     batch = max_batch(bundle, target, options.max_batch)
     if options.queue < batch:
         raise ServeError(f"a queue of {options.queue} images holds no batch of {batch}; make it longer")

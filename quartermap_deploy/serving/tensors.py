@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quartermap_deploy.serving.refusal import invalid
+from quartermap_deploy.serving.refusal import Refusal, invalid
 
 BYTES = "BYTES"
 _NUMBERS: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "FP16": np.dtype("<f2")}
@@ -102,7 +102,7 @@ def from_raw(spec: TensorSpec, shape: tuple[int, ...], data: memoryview) -> NDAr
 
 
 def from_json(spec: TensorSpec, shape: tuple[int, ...], data: object) -> NDArray[Any]:
-    """Read values as JSON has them, in one list or in nested ones; strings are base64.
+    """Read values as JSON has them, in one list or in lists that are nested as the shape; strings are base64.
 
     Raises:
         Refusal: if they are no such values, their number does not fit the shape, or a number is NaN or infinite.
@@ -110,11 +110,9 @@ def from_json(spec: TensorSpec, shape: tuple[int, ...], data: object) -> NDArray
     if not isinstance(data, list):
         raise invalid(f"the data of input {spec.name!r} is no list")
     if spec.datatype == BYTES:
-        try:
-            strings = [_base64(spec.name, item) for item in _flat(data)]
-        except RecursionError:
-            raise invalid(f"the data of input {spec.name!r} is nested too deeply") from None
-        return from_strings(spec, shape, strings)
+        nested = any(isinstance(item, list) for item in data)
+        items = _rows(spec.name, data, shape) if nested else data
+        return from_strings(spec, shape, [_base64(spec.name, item) for item in items])
     try:
         # Without an element type, so that text does not become numbers.
         values = np.asarray(data)
@@ -124,6 +122,8 @@ def from_json(spec: TensorSpec, shape: tuple[int, ...], data: object) -> NDArray
         raise invalid(
             f"the data of input {spec.name!r} has something other than numbers, or rows of unequal length"
         )
+    if values.ndim > 1 and values.shape != shape:
+        raise _other_nesting(spec.name, values.shape, shape)
     return from_values(spec, shape, values)
 
 
@@ -216,12 +216,25 @@ def _split(name: str, data: memoryview, count: int) -> Iterator[bytes]:
         raise invalid(f"input {name!r} goes on for {len(data) - position} bytes behind its {count} strings")
 
 
-def _flat(data: list[Any]) -> Iterator[Any]:
-    for item in data:
-        if isinstance(item, list):
-            yield from _flat(item)
-        else:
-            yield item
+def _rows(name: str, data: list[Any], shape: tuple[int, ...]) -> list[Any]:
+    """Return what is in lists that are nested as a shape."""
+    items, sizes = data, [len(data)]
+    for _ in shape[1:]:
+        lengths = {len(item) if isinstance(item, list) else -1 for item in items}
+        if len(lengths) != 1 or -1 in lengths:
+            raise invalid(f"the data of input {name!r} has rows of unequal length")
+        sizes.append(lengths.pop())
+        items = [value for item in items for value in item]
+    if tuple(sizes) != shape:
+        raise _other_nesting(name, sizes, shape)
+    return items
+
+
+def _other_nesting(name: str, found: Sequence[int], shape: tuple[int, ...]) -> Refusal:
+    return invalid(
+        f"the data of input {name!r} is nested as {_short(list(found))}, and its shape is {list(shape)}; nest it as "
+        "the shape, or send one flat list"
+    )
 
 
 def _base64(name: str, item: object) -> bytes:

@@ -8,7 +8,7 @@ Pillow, which it has not: pip install pillow. The parameter `preprocessing` in c
     interpolation          "nearest", "bilinear" or "bicubic"
     mean, std              for each channel, of values from 0 to 1
     type                   of the output, "float32" or "float16"
-    largest                the most pixels that an image may have
+    largest                the most pixels that an image may have, itself or resized
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+
+from quartermap_deploy.data.pixels import UnfitImageError, check_size, cropped, rgb
 
 FORMATS = ("JPEG", "PNG")
 
@@ -45,9 +47,12 @@ class TritonPythonModel:
         Image.MAX_IMAGE_PIXELS = None
         self.input, self.output = config["input"][0]["name"], config["output"][0]["name"]
         self.resize, self.crop = tuple(settings["resize"]), tuple(settings["crop"])
-        self.stretch = settings["fit"] == "stretch"
-        self.filter = Image.Resampling[settings["interpolation"].upper()]
         self.largest: int = settings["largest"]
+        self.settings = {
+            "stretch": settings["fit"] == "stretch",
+            "interpolation": settings["interpolation"],
+            "largest": self.largest,
+        }
         mean, std = (np.asarray(settings[name], dtype=np.float32)[:, None] for name in ("mean", "std"))
         # What each value of a pixel becomes, (3, 256): looking it up is exact, and quicker than computing it.
         values = np.arange(256, dtype=np.float32) / np.float32(255)
@@ -72,30 +77,10 @@ class TritonPythonModel:
         """Return one image as (3, height, width); `place` is for the message."""
         try:
             image = self.pillow.open(io.BytesIO(data), formats=FORMATS)
-            if image.width * image.height > self.largest:
-                raise NoImageError(
-                    f"image {place} has {image.width} x {image.height} pixels, at most {self.largest} are taken"
-                )
-            pixels = np.asarray(self.cropped(image.convert("RGB")))
-        except NoImageError:
-            raise
+            check_size(image.width, image.height, self.largest)
+            centre = np.asarray(cropped(rgb(image), self.resize, self.crop, **self.settings))
+        except UnfitImageError as error:
+            raise NoImageError(f"image {place} {error}") from error
         except Exception as error:  # Pillow's readers raise errors of many kinds on damaged files
             raise NoImageError(f"image {place} cannot be read as JPEG or PNG: {error}") from error
-        return np.stack([self.levels[channel][pixels[..., channel]] for channel in range(3)])
-
-    def cropped(self, image: Any) -> Any:
-        """Resize an image, and cut out its centre."""
-        width, height = self.resized(image.width, image.height)
-        crop_height, crop_width = self.crop
-        top, left = round((height - crop_height) / 2), round((width - crop_width) / 2)
-        resized = image.resize((width, height), self.filter)
-        return resized.crop((left, top, left + crop_width, top + crop_height))
-
-    def resized(self, width: int, height: int) -> tuple[int, int]:
-        """Return width and height after the resize."""
-        target_height, target_width = self.resize
-        if self.stretch:
-            return target_width, target_height
-        if target_height * width >= target_width * height:
-            return max(target_width, target_height * width // height), target_height
-        return target_width, max(target_height, target_width * height // width)
+        return np.stack([self.levels[channel][centre[..., channel]] for channel in range(3)])

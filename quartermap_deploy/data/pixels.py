@@ -1,0 +1,119 @@
+"""Pixels of images that are being decoded: their colours, and the part that a model sees.
+
+`quartermap deploy triton` puts the text of this file into a model of its repositories, which are served where this
+package is not installed. So it imports NumPy and Pillow alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+LARGEST = 50_000_000
+"""Most pixels of an image, and of what a resize makes of it. As RGB they take 200 MB in Pillow."""
+
+
+class UnfitImageError(ValueError):
+    """An image that can be read, and is none that a model could be given; the message ends a sentence about it."""
+
+
+def check_size(width: int, height: int, largest: int = LARGEST) -> None:
+    """Check that an image has no more than `largest` pixels.
+
+    Raises:
+        UnfitImageError: if it has.
+    """
+    if width * height > largest:
+        raise UnfitImageError(
+            f"has {width} x {height} pixels, at most {largest:,} are taken; send a smaller one"
+        )
+
+
+def rgb(image: Any) -> Any:
+    """Return a Pillow image in RGB: the image itself if it is in RGB already.
+
+    Of 16 bits the upper 8 are taken, as Pillow does when it reads colours of 16 bits; its conversion of greys would cut
+    off what is above 255 instead.
+
+    Raises:
+        UnfitImageError: if values are NaN, infinite, negative or above what their type is for.
+    """
+    from PIL import Image
+
+    if image.mode == "RGB":
+        image.load()
+        return image
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not np.isfinite(values).all():
+            raise UnfitImageError("has NaN or infinite values")
+        if values.min() < 0 or values.max() > 255:
+            raise UnfitImageError(
+                f"has values from {values.min():g} to {values.max():g}, and does not say which is white; expected "
+                "0 to 255 in images of floating-point numbers"
+            )
+    elif image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise UnfitImageError(
+                f"has values from {values.min()} to {values.max()}; expected 0 to 65535 in images of more than 8 bits"
+            )
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def resized(
+    width: int, height: int, target: tuple[int, int], *, stretch: bool, largest: int = LARGEST
+) -> tuple[int, int]:
+    """Return width and height after the resize to `target`, (height, width).
+
+    Raises:
+        UnfitImageError: if that is more than `largest` pixels: a narrow strip grows with the ratio of its sides.
+    """
+    target_height, target_width = target
+    if stretch:
+        return target_width, target_height
+    if target_height * width >= target_width * height:
+        new = max(target_width, target_height * width // height), target_height
+    else:
+        new = target_width, max(target_height, target_width * height // width)
+    if new[0] * new[1] > largest:
+        raise UnfitImageError(
+            f"has {width} x {height} pixels, which the resize of its shorter side to {min(target)} makes "
+            f"{new[0]} x {new[1]}, at most {largest:,} are taken; cut it first"
+        )
+    return new
+
+
+def cropped(
+    image: Any,
+    target: tuple[int, int],
+    crop: tuple[int, int],
+    *,
+    stretch: bool,
+    interpolation: str,
+    largest: int = LARGEST,
+) -> Any:
+    """Resize an image, and cut out its centre.
+
+    Args:
+        image: a Pillow image.
+        target: (height, width) that the resized image has at least.
+        crop: (height, width) of the centre.
+        stretch: whether the resized image has exactly the size of `target`, instead of the ratio of its sides.
+        interpolation: "nearest", "bilinear" or "bicubic".
+        largest: most pixels of the resized image.
+
+    Raises:
+        UnfitImageError: if the resized image would be too large.
+    """
+    from PIL import Image
+
+    width, height = image.size
+    width, height = resized(width, height, target, stretch=stretch, largest=largest)
+    # Not Pillow's resize of a box, which computes the centre alone: its box is in single precision, and pixels differ.
+    image = image.resize((width, height), Image.Resampling[interpolation.upper()])
+    crop_height, crop_width = crop
+    top, left = round((height - crop_height) / 2), round((width - crop_width) / 2)
+    return image.crop((left, top, left + crop_width, top + crop_height))
