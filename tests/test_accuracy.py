@@ -389,7 +389,7 @@ def test_what_cannot_be_run_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     refusals: list[tuple[type[Exception], str, Callable[[], object]]] = [
         (UnknownNameError, "Did you mean onnxruntime", lambda: runner_for("vmamba_digits", "onnxruntim")),
         (UnknownNameError, "Did you mean vmamba_digits", lambda: runner_for("vmamba_digit")),
-        (UnknownNameError, "target of digits_k3", lambda: runner_for(bundle, "tensorrt")),
+        (UnknownNameError, "has no engine for tensorrt", lambda: runner_for(bundle, "tensorrt")),
         (BundleError, "there is no bundle", lambda: runner_for(tmp_path / "absent")),
         (RecipeError, "there is no recipe", lambda: runner_for("absent.toml")),
         (

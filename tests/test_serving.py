@@ -478,7 +478,7 @@ def test_labels_and_sizes_that_do_not_fit_are_refused(bundle: qm.Bundle, tmp_pat
     for settings, message in (
         ({"labels": tmp_path / "two"}, "each of 10 classes"),
         ({"labels": tmp_path / "none"}, "cannot be read"),
-        ({"target": "tensorrt"}, "unknown target"),
+        ({"target": "tensorrt"}, "has no engine for tensorrt"),
         ({"queue": 4}, "holds no batch of 8"),
         ({"name": 'a"b'}, "no name"),
     ):

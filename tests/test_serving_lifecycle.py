@@ -112,7 +112,7 @@ def test_ports_that_are_taken_are_refused(copy: Path) -> None:
 
 def test_bad_options_are_refused(copy: Path) -> None:
     for arguments, message in (
-        (["--target", "tensorrt"], "unknown target of bundle 'tensorrt'"),
+        (["--target", "tensorrt"], "has no engine for tensorrt"),
         (["--port", "70000"], "expected 0 to 65535"),
         (["--queue", "4"], "holds no batch of 8"),
         (["--max-delay-ms", "-1"], "no number of milliseconds"),

@@ -12,7 +12,7 @@ import numpy as np
 from quartermap_deploy.architectures.cards import Preprocessing, load_card
 from quartermap_deploy.bundle import MANIFEST, Bundle
 from quartermap_deploy.data.labels import read_labels
-from quartermap_deploy.errors import ParityError, ServeError, UnknownNameError
+from quartermap_deploy.errors import ParityError, ServeError
 from quartermap_deploy.files import file_hash
 from quartermap_deploy.serving.models import PROBABILITIES, Description, image_input
 from quartermap_deploy.serving.options import DEFAULT_BATCH, ServeOptions
@@ -56,9 +56,7 @@ def make_plan(bundle: Bundle, options: ServeOptions) -> Plan:
         ServeError: if the options ask for what the bundle cannot do.
     """
     manifest = bundle.manifest
-    target = options.target or bundle.default_target
-    if target not in manifest["targets"]:
-        raise UnknownNameError.for_choice(f"target of {bundle.path.name}", target, manifest["targets"])
+    target = bundle.target(options.target)
     card = load_card(manifest["model"]["name"])
     sides = [size for size in manifest["input"]["shape"][2:] if isinstance(size, int)]
     # A graph with open sizes takes every size; files are prepared for the one that the card, or the recipe, names.
