@@ -18,7 +18,7 @@ from quartermap_deploy.architectures import load_card
 from quartermap_deploy.complexity import measure
 from quartermap_deploy.errors import InputError, ParityError, RecipeError, UnknownNameError
 from quartermap_deploy.evaluation import workbench
-from quartermap_deploy.evaluation.compare import CompareOptions, compare, variants_of
+from quartermap_deploy.evaluation.compare import CompareOptions, _merged_otherwise, compare, variants_of
 from quartermap_deploy.evaluation.datasets import open_dataset
 from quartermap_deploy.evaluation.sessions import torch_run
 from quartermap_deploy.evaluation.variants import UNPRUNED, Builder, Variant
@@ -254,6 +254,36 @@ class TestCorrectnessFirst:
                 bench.prepare()
             assert bench.checked[0]["parity"]["relative_error"] < 1e-5
         assert not folder.exists()
+
+    def test_tome_that_decides_otherwise_on_single_images_is_told_of(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Equal similarities are decided by rounding: planted for one image, then for half of them."""
+        builder = Builder(Recipe(MODEL), digits()[0], load_card(MODEL))
+        merged = Variant("ToMe k = 3", "tome", QuarterMap())
+        with Workbench(builder, [merged], "onnxruntime", 1, SILENT) as bench:
+            bench.prepare()
+            parity = bench.checked[0]["parity"]
+            assert (parity["images"], parity["otherwise"]) == (8, 0)
+            run = bench._runs[merged.name]
+
+            def other(count: int, value: float) -> None:
+                def changed(images: Any) -> Any:
+                    found = run(images)
+                    found[:count] += value
+                    return found
+
+                bench._runs[merged.name] = changed
+
+            other(1, 0.1)
+            parity = bench._parity(merged)
+            assert parity is not None and parity["otherwise"] == 1 and parity["relative_error"] < 1e-5
+            (note,) = _merged_otherwise({"name": merged.name, "parity": parity})
+            assert "ToMe k = 3 merges other tokens than in PyTorch on 1 of 8 images" in note
+            for count, value in ((4, 0.1), (8, 0.1), (1, np.nan)):
+                other(count, value)
+                with pytest.raises(ParityError, match="ToMe k = 3 on onnxruntime departs"):
+                    bench._parity(merged)
 
 
 class TestVariants:

@@ -31,7 +31,8 @@ The results, plain values for JSON:
         tokens      positions that all scans walk, for one image
         flops       multiply-accumulates for one image, as `complexity` counts them; of ToMe with its similarities
         nodes       of the main graph; null in PyTorch
-        parity      relative_error and tolerance of the logits; null where PyTorch on the CPU is what is timed
+        parity      relative_error and tolerance of the logits, on how many images, and of how many of them ToMe merged
+                    other tokens, because similarities are equal up to rounding; null where PyTorch on the CPU is timed
         accuracy    top1, top5, images, per_class, broken, …, as `quartermap eval` has them; null without data
     timings       a list, one entry for each batch size; each
         batch       images per call
@@ -244,6 +245,7 @@ class _Comparison:
             bench.prepare()
             for entry, checked in zip(values["variants"], bench.checked, strict=True):
                 entry |= checked
+                values["notes"] += _merged_otherwise(entry)
             results.save()
             for batch in untimed:
                 timings = bench.time(batch, options.repeats)
@@ -262,6 +264,16 @@ class _Comparison:
                 for entry in timing["variants"]:
                     entry |= recorded[entry["name"]]
                 results.save()
+
+
+def _merged_otherwise(entry: Mapping[str, Any]) -> list[str]:
+    parity = entry["parity"]
+    if parity is None or not parity["otherwise"]:
+        return []
+    return [
+        f"{entry['name']} merges other tokens than in PyTorch on {parity['otherwise']} of {parity['images']} images, where "
+        "similarities are equal up to rounding; its time is the same"
+    ]
 
 
 def _timing_entry(
