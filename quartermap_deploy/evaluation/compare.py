@@ -271,8 +271,8 @@ def _merged_otherwise(entry: Mapping[str, Any]) -> list[str]:
     if parity is None or not parity["otherwise"]:
         return []
     return [
-        f"{entry['name']} merges other tokens than in PyTorch on {parity['otherwise']} of {parity['images']} images, where "
-        "similarities are equal up to rounding; its time is the same"
+        f"{entry['name']} merges other tokens than in PyTorch on {parity['otherwise']} of {parity['images']} images, "
+        "where similarities are equal up to rounding; its time is the same"
     ]
 
 

@@ -27,8 +27,8 @@ TARGETS = (ONNXRUNTIME, TORCH)
 CHECKED_IMAGES = 2
 """Real images on which every variant is compared with PyTorch before it is timed."""
 MERGED_IMAGES = 8
-"""The same for ToMe. Where similarities are equal up to rounding it merges other tokens, and PyTorch itself does so when
-the image changes by 1e-6; that takes single images, while a fault of the export takes all."""
+"""The same for ToMe. Where similarities are equal up to rounding it merges other tokens, and PyTorch itself does so
+when the image changes by 1e-6; that takes single images, while a fault of the export takes all."""
 
 
 def describe(
