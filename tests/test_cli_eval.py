@@ -209,6 +209,8 @@ def test_what_was_stopped_goes_on(
         text=True,
         cwd=workplace,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A shell without a terminal lets what it runs in the background ignore Ctrl-C, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     state, deadline = workplace / "state.json", time.monotonic() + 100
     while not (state.exists() and json.loads(state.read_text())["position"]) and time.monotonic() < deadline:
