@@ -375,8 +375,11 @@ class TestBadInput:
         assert call(*TORCH, "--no-tome", "-o", path, "--force").code == 0
         assert json.loads(path.read_text())["complete"]
 
-    def test_a_folder_that_is_not_there(self, tmp_path: Path) -> None:
-        assert "No such file or directory" in refused(*TORCH, "-o", tmp_path / "absent" / "results.json")
+    def test_a_folder_that_is_not_there_is_made(self, tmp_path: Path) -> None:
+        out = tmp_path / "absent" / "results.json"
+        assert call(*TORCH, "-o", out, "--quiet").code == 0
+        assert json.loads(out.read_text())["complete"]
+        assert "cannot be written" in refused(*TORCH, "-o", out / "below" / "results.json")
 
     def test_options_are_checked(self) -> None:
         with pytest.raises(UnknownNameError, match="Did you mean torch"):
