@@ -15,6 +15,7 @@ import functools
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,6 +201,16 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
     if not isinstance(report, dict) or not isinstance(report.get("cases"), list) or "passed" not in report:
         raise BundleError(f"{folder / REPORT} is not the report of a bundle; compile it again")
     return Bundle(folder, manifest, report)
+
+
+def bundle_labels(paths: Sequence[Path]) -> list[str]:
+    """Return a name for each bundle: its folder's, with a number where that name came before."""
+    found: list[str] = []
+    for path in paths:
+        name = path.resolve().name
+        count = sum(label == name or label.startswith(f"{name} (") for label in found)
+        found.append(f"{name} ({count + 1})" if count else name)
+    return found
 
 
 def require_folder(folder: Path) -> None:

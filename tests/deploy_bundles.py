@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
+from made_once import made_once
+
 import quartermap_deploy as qm
-from quartermap_deploy import cli
 from quartermap_deploy.bundle import describe_file, write_json
 from quartermap_deploy.targets.tensorrt_options import EngineOptions, Profile
 
@@ -21,45 +18,16 @@ PLUGIN = b"\x7fELF, in the place of a plugin library, which deploying never open
 ENGINE = b"in the place of an engine, which deploying never opens"
 
 
-def call(*arguments: object) -> tuple[int, str, str]:
-    """Run the command line; returns its exit code and what it wrote to the two streams."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = cli.main([str(argument) for argument in arguments])
-        except SystemExit as leaving:
-            code = int(leaving.code or 0)
-    return code, out.getvalue(), err.getvalue()
-
-
 def dynamic_bundle() -> Path:
     """The digits model, float32 and of any batch; compiled once in a test run, and not to be changed."""
-    return _compiled_once("dynamic", qm.Recipe(MODEL, quartermap=qm.QuarterMap(every=3)))
+    recipe = qm.Recipe(MODEL, quartermap=qm.QuarterMap(every=3))
+    return made_once("deploy_dynamic", lambda path: qm.compile(recipe, path))
 
 
 def static_bundle() -> Path:
     """The digits model for one image at a time, with input and output in float16; likewise."""
-    return _compiled_once("static", qm.Recipe(MODEL, dynamic_batch=False, precision="float16", io="same"))
-
-
-def _compiled_once(name: str, recipe: qm.Recipe) -> Path:
-    """Return a bundle that whichever process of the test run asks first compiles."""
-    folder = Path(os.environ["QUARTERMAP_TEST_FOLDER"])
-    path, lock = folder / f"deploy_{name}", folder / f"deploy_{name}.lock"
-    deadline = time.monotonic() + 600
-    while not path.exists():
-        try:
-            lock.touch(exist_ok=False)
-        except FileExistsError:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"another process was to compile {path}, and did not") from None
-            time.sleep(0.5)
-            continue
-        try:
-            qm.compile(recipe, path)
-        finally:
-            lock.unlink()
-    return path
+    recipe = qm.Recipe(MODEL, dynamic_batch=False, precision="float16", io="same")
+    return made_once("deploy_static", lambda path: qm.compile(recipe, path))
 
 
 def change_manifest(bundle: Path, **changes: Any) -> None:

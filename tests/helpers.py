@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from made_once import made_once
 from onnx import helper, numpy_helper
 from reference_models import CONFIGS, DIMS, Reference, load
 from torch import Tensor
@@ -22,6 +21,7 @@ from torch import Tensor
 from quartermap_deploy.architectures.base import VisualStateSpaceModel
 from quartermap_deploy.architectures.medmamba import MedMamba, MedMambaConfig
 from quartermap_deploy.architectures.vmamba import VMamba
+from quartermap_deploy.files import write_whole
 from quartermap_deploy.frontend.definition import DIRECTIONS, selective_scan_2d_definition
 from quartermap_deploy.frontend.exporter import INPUT, OUTPUT, trace
 from quartermap_deploy.frontend.node_names import block_output
@@ -431,24 +431,8 @@ def shortened(name: str) -> VisualStateSpaceModel:
 
 def _made_once(name: str, make: Callable[[], onnx.ModelProto]) -> bytes:
     """Return a model that takes long to make, made by whichever process of the test run asks first."""
-    folder = Path(os.environ["QUARTERMAP_TEST_FOLDER"])
-    stored, lock = folder / f"{name}.onnx", folder / f"{name}.lock"
-    deadline = time.monotonic() + 300
-    while not stored.exists():
-        try:
-            lock.touch(exist_ok=False)
-        except FileExistsError:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"another process was to make {stored}, and did not") from None
-            time.sleep(0.2)
-            continue
-        try:
-            unfinished = folder / f"{name}.unfinished"
-            unfinished.write_bytes(make().SerializeToString())
-            unfinished.rename(stored)
-        finally:
-            lock.unlink()
-    return stored.read_bytes()
+    path = made_once(f"{name}.onnx", lambda path: write_whole(path, make().SerializeToString()), 300)
+    return path.read_bytes()
 
 
 def traced(name: str) -> onnx.ModelProto:

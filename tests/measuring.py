@@ -2,54 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import io
-import json
 import os
-import re
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
+import command_line
 import pytest
+from command_line import Outcome
 from helpers import traced_digits
 
-from quartermap_deploy import cli
 from quartermap_deploy.evaluation import resumable
 
 MODEL = "vmamba_digits"
 
 
-class Outcome:
-    """What one call of the command line did."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-    @property
-    def messages(self) -> list[str]:
-        """What was said on standard error, without the progress."""
-        return [line for line in self.err.splitlines() if not re.match(r"\[ *\d+\.\d s\] ", line)]
-
-
 def call(*arguments: object) -> Outcome:
-    """Run the command line in this process; argparse leaves by SystemExit, which is its exit code."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.ExitStack() as stack:
-        # Where tests run side by side, COLUMNS is 80, and long names would be broken.
-        stack.enter_context(mock.patch.dict(os.environ, COLUMNS="160"))
-        stack.enter_context(contextlib.redirect_stdout(out))
-        stack.enter_context(contextlib.redirect_stderr(err))
-        try:
-            code = cli.main([str(argument) for argument in arguments])
-        except SystemExit as leaving:
-            code = int(leaving.code or 0)
-    return Outcome(code, out.getvalue(), err.getvalue())
+    """Run the command line as into a wide pipe: where tests run side by side COLUMNS is 80, which breaks names."""
+    with mock.patch.dict(os.environ, COLUMNS="160"):
+        return command_line.call(*arguments)
 
 
 def refused(*arguments: object) -> str:

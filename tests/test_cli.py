@@ -22,13 +22,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from command_line import Outcome, call
 from onnx import numpy_helper
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 
 from quartermap_deploy import bundle as bundles
-from quartermap_deploy import cli, compiler, demo
+from quartermap_deploy import compiler, demo
 from quartermap_deploy.architectures import create_model, list_models, load_card
 from quartermap_deploy.architectures.cards import models_directory
 from quartermap_deploy.cli import common, program
@@ -42,30 +43,8 @@ from quartermap_deploy.recipe import Recipe
 COMMANDS = ("models", "compile", "inspect", "validate", "bench", "eval", "tune")
 MODEL = "vmamba_digits"
 
-Run = Callable[..., "Outcome"]
+Run = Callable[..., Outcome]
 Refuse = Callable[..., str]
-
-
-class Outcome:
-    """What one call of the command line did."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-def call(*arguments: object) -> Outcome:
-    """Run the command line in this process; argparse leaves by SystemExit, which is its exit code."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = cli.main([str(argument) for argument in arguments])
-        except SystemExit as leaving:
-            code = int(leaving.code or 0)
-    return Outcome(code, out.getvalue(), err.getvalue())
 
 
 def process(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
@@ -110,7 +89,7 @@ def refused(workplace: Path) -> Refuse:
     def refuse(*arguments: object) -> str:
         before = contents(workplace)
         outcome = call(*arguments)
-        messages = [line for line in outcome.err.splitlines() if not re.match(r"\[ *\d+\.\d s\] ", line)]
+        messages = outcome.messages
         assert outcome.code == 2, outcome.err
         assert outcome.out == ""
         assert len(messages) == 1 and messages[0].startswith("quartermap: error: "), outcome.err

@@ -285,6 +285,17 @@ class TestCorrectnessFirst:
                 with pytest.raises(ParityError, match="ToMe k = 3 on onnxruntime departs"):
                     bench._parity(merged)
 
+    def test_a_run_that_goes_on_says_it_once(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        parity = {"relative_error": 1e-7, "tolerance": 1e-4, "images": 8, "otherwise": 1}
+        monkeypatch.setattr(Workbench, "_parity", lambda bench, variant: parity)
+        for batches in ((1,), (1, 2)):
+            options = CompareOptions(
+                batches=batches, target="torch", tome=False, every=(3,), repeats=1, profile_repeats=0
+            )
+            results = compare(Recipe(MODEL), options, out=tmp_path / "results.json")
+            said = [note for note in results.values["notes"] if "merges other tokens" in note]
+            assert len(said) == len(results.values["variants"]) == 2
+
 
 class TestVariants:
     def test_plans_that_prune_nothing_are_left_out_by_name(self) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from deploy_bundles import MODEL, call, contents, dynamic_bundle, static_bundle, with_engine, write_plugin
+from command_line import call
+from deploy_bundles import MODEL, contents, dynamic_bundle, static_bundle, with_engine, write_plugin
 from helpers import REPOSITORY
 from triton_stand_in import models, read_config
 

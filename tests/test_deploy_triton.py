@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+from command_line import call
 from deploy_bundles import (
     ENGINE,
     MODEL,
-    call,
     change_manifest,
     contents,
     dynamic_bundle,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
-import io
 import itertools
 import json
 import re
@@ -22,11 +20,11 @@ import browser
 import numpy as np
 import pytest
 import torch
+from command_line import call
 from quick_results import quick_results
 from safetensors.torch import save_file
 
 import quartermap_deploy as qm
-from quartermap_deploy import cli
 from quartermap_deploy.bundle import describe_file, load_bundle
 from quartermap_deploy.cli.common import ranges
 from quartermap_deploy.errors import BundleError, CheckpointError, InputError, ReportError
@@ -108,17 +106,6 @@ def quick(bundles: list[Path], tmp_path: Path) -> Callable[..., str]:
         return out.read_text(encoding="utf-8")
 
     return write
-
-
-def call(*arguments: object) -> tuple[int, str, str]:
-    """Run the command line in this process: exit code, output, messages."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = cli.main([str(argument) for argument in arguments])
-        except SystemExit as leaving:
-            code = int(leaving.code or 0)
-    return code, out.getvalue(), err.getvalue()
 
 
 # The file -------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ flipped copy is made.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -146,8 +147,11 @@ class SS2D(nn.Module):
         return restore_positions(y, (height, width), self.subsample)
 
     def _scan_map(self, x: Tensor) -> Tensor:
-        constants = self.scan_constants()
-        groups = len(self.directions)
+        return self._project_and_scan(x, self.scan_constants(), self.directions)
+
+    def _project_and_scan(self, x: Tensor, constants: ScanConstants, directions: Sequence[str]) -> Tensor:
+        """Project and scan a map in some directions, whose constants these are."""
+        groups = len(directions)
         dt, B, C = torch.split(
             functional.conv2d(x, constants.projection_weight),
             [groups * self.dt_rank, groups * self.d_state, groups * self.d_state],
@@ -162,7 +166,7 @@ class SS2D(nn.Module):
             constants.D,
             constants.dt_bias,
             dt_weight=constants.dt_weight,
-            directions=self.directions,
+            directions=directions,
         )
 
     def scan_constants(self) -> ScanConstants:

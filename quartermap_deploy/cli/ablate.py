@@ -23,8 +23,10 @@ from quartermap_deploy.cli.measuring import (
     add_measuring_options,
     add_model_argument,
     add_result_options,
+    how_measured,
     kept_on_interruption,
     labelled_images,
+    measuring_settings,
     print_results,
     rate_text,
     recipe_of,
@@ -113,11 +115,7 @@ def run(options: argparse.Namespace) -> None:
         groups=tuple(options.groups),
         every=options.every,
         batch=options.batch,
-        target=options.target,
-        repeats=options.repeats,
-        threads=options.threads,
-        eval_batch=options.eval_batch,
-        workers=options.workers,
+        **measuring_settings(options),
     )
     if options.plots and options.out is not None:
         require_matplotlib()
@@ -141,15 +139,7 @@ def tables(values: Mapping[str, Any]) -> list[object]:
     parts: list[object] = []
     for group in values["groups"]:
         parts += [_table(values, group), ""]
-    data = values["data"]
-    where = f"{values['target']} on the {values['device'].upper()}, {values['threads']} threads"
-    parts.append(
-        f"Speed: {where}, batch {values['batch']}, {values['repeats']} rounds in turns; in brackets the quartiles of "
-        "the rounds."
-    )
-    if data is not None:
-        parts.append(f"Accuracy: {data['images']:,} images of {data['name']}.")
-    return parts
+    return [*parts, *how_measured(values, f", batch {values['batch']}")]
 
 
 def _table(values: Mapping[str, Any], group: Mapping[str, Any]) -> Table:

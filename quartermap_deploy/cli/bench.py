@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quartermap_deploy.bench import Timing, interleave
+from quartermap_deploy.bench import Timing, interleave, measured
+from quartermap_deploy.bundle import bundle_labels
 from quartermap_deploy.cli.common import (
     add_command,
     add_output_options,
@@ -91,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
     """Time the bundles and print the table."""
     from quartermap_deploy.targets.onnxruntime_cpu import default_threads
 
-    paths = dict(zip(labels(options.bundles), options.bundles, strict=True))
+    paths = dict(zip(bundle_labels(options.bundles), options.bundles, strict=True))
     threads = options.threads or default_threads()
     with results_only():
         timings = time_bundles(paths, options, make_progress(options))
@@ -176,30 +177,6 @@ def thread_count(threads: int | None) -> Iterator[None]:
             os.environ[THREADS_VARIABLE] = before
         elif threads is not None:
             del os.environ[THREADS_VARIABLE]
-
-
-def labels(paths: Sequence[Path]) -> list[str]:
-    """Return a name for each bundle: its folder's, with a number where that name came before."""
-    found: list[str] = []
-    for path in paths:
-        name = path.resolve().name
-        count = sum(label == name or label.startswith(f"{name} (") for label in found)
-        found.append(f"{name} ({count + 1})" if count else name)
-    return found
-
-
-def measured(timing: Timing, first: Timing, batch: int) -> dict[str, Any]:
-    """Return the numbers of one bundle; speed is relative to the first."""
-    # The ratio of speeds is the ratio of times the other way round, and so are its quartiles.
-    low, high = first.ratio_spread(timing)
-    return {
-        "median_ms": timing.median * 1e3,
-        "minimum_ms": timing.minimum * 1e3,
-        "maximum_ms": timing.maximum * 1e3,
-        "images_per_second": batch / timing.median,
-        "speed": first.ratio(timing),
-        "speed_quartiles": [low, high],
-    }
 
 
 def row(result: dict[str, Any]) -> list[object]:

@@ -187,6 +187,17 @@ def at_least_one(text: str) -> int:
 # Messages -------------------------------------------------------------------------------------------------------
 
 
+def delay_ms(text: str) -> float:
+    """Read a delay in milliseconds, from 0 to a minute, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 60_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of milliseconds from 0 to 60000")
+    return value
+
+
 def message(kind: str, text: str) -> None:
     """Write an error or a warning to standard error, as one message."""
     print(f"quartermap: {kind}: {text}", file=sys.stderr, flush=True)

@@ -22,8 +22,10 @@ from quartermap_deploy.cli.measuring import (
     add_measuring_options,
     add_model_argument,
     add_result_options,
+    how_measured,
     kept_on_interruption,
     labelled_images,
+    measuring_settings,
     milliseconds,
     print_results,
     rate_text,
@@ -113,13 +115,9 @@ def run(options: argparse.Namespace) -> None:
     settings = CompareOptions(
         every=tuple(options.every),
         batches=tuple(options.batch),
-        target=options.target,
         tome=options.tome,
         canonical=options.canonical,
-        repeats=options.repeats,
-        threads=options.threads,
-        eval_batch=options.eval_batch,
-        workers=options.workers,
+        **measuring_settings(options),
     )
     with results_only(), kept_on_interruption(options.out):
         results = compare(
@@ -135,21 +133,15 @@ def run(options: argparse.Namespace) -> None:
 
 def tables(values: Mapping[str, Any]) -> list[object]:
     """Return the tables of a comparison, one for each batch, and what they show."""
-    model, data = values["model"], values["data"]
     parts: list[object] = []
     for timing in values["timings"]:
         parts += [_table(values, timing), ""]
-    where = f"{values['target']} on the {values['device'].upper()}, {values['threads']} threads"
-    parts.append(
-        f"Speed: {where}, {values['repeats']} rounds in turns; in brackets the quartiles of the rounds."
-    )
-    if data is not None:
-        parts.append(f"Accuracy: {data['images']:,} images of {data['name']}.")
+    parts += how_measured(values)
     parts.append(
         "Scan and added: the time in the scans, and in what pruning or merging puts around them, by their shares of "
         "recorded calls."
     )
-    if model["weights"] == "new":
+    if values["model"]["weights"] == "new":
         parts.append("The weights are new: they decide no time.")
     return parts
 

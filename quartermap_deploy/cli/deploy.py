@@ -11,6 +11,7 @@ from quartermap_deploy.cli.common import (
     add_command,
     add_output_options,
     at_least_one,
+    delay_ms,
     facts,
     file_or_folder,
     make_progress,
@@ -204,7 +205,7 @@ def _add_model_options(parser: CommandParser) -> None:
     )
     model.add_argument(
         "--max-delay-ms",
-        type=_milliseconds,
+        type=delay_ms,
         default=1.0,
         metavar="MS",
         help="how long a request may wait for others to be batched with, in milliseconds (default: 1)",
@@ -247,16 +248,6 @@ def _zero_or_more(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 0")
     return int(text)
-
-
-def _milliseconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 60_000:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of milliseconds from 0 to 60000")
-    return value
 
 
 def _triton_options(options: argparse.Namespace, **more: Any) -> TritonOptions:

@@ -180,6 +180,24 @@ def _holds_something(path: Path) -> bool:
     return isinstance(values, dict) and any(values.get(name) for name in KEPT)
 
 
+def measuring_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that `add_measuring_options` and `add_evaluation_options` read."""
+    names = ("target", "repeats", "threads", "eval_batch", "workers")
+    return {name: getattr(options, name) for name in names}
+
+
+def how_measured(values: Mapping[str, Any], more: str = "") -> list[object]:
+    """Return what is said below tables of speeds and accuracies; `more` goes between the threads and the rounds."""
+    where = f"{values['target']} on the {values['device'].upper()}, {values['threads']} threads{more}"
+    said: list[object] = [
+        f"Speed: {where}, {values['repeats']} rounds in turns; in brackets the quartiles of the rounds."
+    ]
+    data = values["data"]
+    if data is not None:
+        said.append(f"Accuracy: {data['images']:,} images of {data['name']}.")
+    return said
+
+
 def print_results(
     results: ResultFile, options: argparse.Namespace, shown: Sequence[object], dataset: Dataset | None
 ) -> None:

@@ -16,6 +16,7 @@ from quartermap_deploy.cli.common import (
     add_bundle_argument,
     add_command,
     at_least_one,
+    delay_ms,
     facts,
     file_or_folder,
     message,
@@ -104,7 +105,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--max-delay-ms",
-        type=_milliseconds,
+        type=delay_ms,
         default=1.0,
         metavar="MS",
         help="how long an image may wait for others while a worker is free (default: %(default)g)",
@@ -242,16 +243,6 @@ def _port(text: str) -> int:
     if not (text.isascii() and text.isdigit()) or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is no port; expected 0 to 65535")
     return int(text)
-
-
-def _milliseconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 60_000:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of milliseconds from 0 to 60000")
-    return value
 
 
 def _seconds(text: str) -> float:

@@ -39,11 +39,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quartermap_deploy.bench import measured
 from quartermap_deploy.errors import InputError, PlanError, UnknownNameError
 from quartermap_deploy.evaluation.resumable import ResultFile, Rows, key_of
 from quartermap_deploy.evaluation.sessions import TORCH, weights_hash
 from quartermap_deploy.evaluation.variants import FORMS, UNPRUNED, Builder, Variant
-from quartermap_deploy.evaluation.workbench import TARGETS, Workbench, describe, variant_entry
+from quartermap_deploy.evaluation.workbench import TARGETS, Workbench, load_subject, variant_entry
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.pruning.plan import UPSAMPLE_MODES, QuarterMap
 from quartermap_deploy.recipe import Recipe
@@ -147,14 +148,8 @@ def ablate(
         RecipeError: if the recipe asks for another precision than float32, or open sizes.
         QuartermapError: of the kind that fits, if the model cannot be loaded or exported.
     """
-    from quartermap_deploy.compiler import load_model
-
     options = options or AblateOptions()
-    with progress.step(f"loading {recipe.model}"):
-        model, card, weights = load_model(recipe)
-    if dataset is not None:
-        dataset.check_classes(model.num_classes)
-    builder = Builder(recipe, model, card)
+    builder, description = load_subject(recipe, options.target, options.threads, dataset, progress)
     base = recipe.quartermap or QuarterMap()
     if options.every is not None:
         base = dataclasses.replace(base, every=options.every, blocks=None)
@@ -163,12 +158,11 @@ def ablate(
         "batch": options.batch,
         "repeats": options.repeats,
     }
-    description = describe(recipe, builder, weights, options.target, options.threads, dataset)
     key = key_of(
         {
             **{name: description[name] for name in ("model", "target", "device", "threads", "data")},
             **settings,
-            "weights": weights_hash(model),
+            "weights": weights_hash(builder.model),
             "plan": base.to_dict(),
             "eval_batch": options.eval_batch,
         }
@@ -274,8 +268,6 @@ def _measure(
 
 
 def _timing(timing: Any, unpruned: Any, batch: int) -> dict[str, Any]:
-    from quartermap_deploy.cli.bench import measured
-
     return {**measured(timing, unpruned, batch), "time_ratio": timing.ratio(unpruned)}
 
 

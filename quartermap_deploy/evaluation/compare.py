@@ -59,12 +59,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quartermap_deploy.bench import Timing
+from quartermap_deploy.bench import Timing, measured
 from quartermap_deploy.errors import InputError, PlanError, UnknownNameError
 from quartermap_deploy.evaluation.resumable import ResultFile, Rows, key_of
 from quartermap_deploy.evaluation.sessions import TORCH, weights_hash
-from quartermap_deploy.evaluation.variants import UNPRUNED, Builder, Variant
-from quartermap_deploy.evaluation.workbench import ONNXRUNTIME, TARGETS, Workbench, describe, variant_entry
+from quartermap_deploy.evaluation.variants import UNPRUNED, Variant
+from quartermap_deploy.evaluation.workbench import (
+    ONNXRUNTIME,
+    TARGETS,
+    Workbench,
+    load_subject,
+    variant_entry,
+)
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.pruning.plan import QuarterMap
 from quartermap_deploy.recipe import Recipe
@@ -188,17 +194,11 @@ class _Comparison:
     def __init__(
         self, recipe: Recipe, options: CompareOptions, dataset: Dataset | None, progress: Progress
     ) -> None:
-        from quartermap_deploy.compiler import load_model
-
-        self.recipe, self.options, self.dataset, self.progress = recipe, options, dataset, progress
-        with progress.step(f"loading {recipe.model}"):
-            model, card, weights = load_model(recipe)
-        if dataset is not None:
-            dataset.check_classes(model.num_classes)
-        self.builder = Builder(recipe, model, card)
-        self.variants, skipped = variants_of(recipe.quartermap, model.depths, options)
+        self.options, self.dataset, self.progress = options, dataset, progress
+        self.builder, description = load_subject(recipe, options.target, options.threads, dataset, progress)
+        self.variants, skipped = variants_of(recipe.quartermap, self.builder.model.depths, options)
         self.description = {
-            **describe(recipe, self.builder, weights, options.target, options.threads, dataset),
+            **description,
             "repeats": options.repeats,
             "skipped": skipped,
         }
@@ -245,7 +245,9 @@ class _Comparison:
             bench.prepare()
             for entry, checked in zip(values["variants"], bench.checked, strict=True):
                 entry |= checked
-                values["notes"] += _merged_otherwise(entry)
+            # Made anew, as an interrupted run that goes on checks its variants again.
+            merged = [note for entry in values["variants"] for note in _merged_otherwise(entry)]
+            values["notes"] = [*self.description["notes"], *merged]
             results.save()
             for batch in untimed:
                 timings = bench.time(batch, options.repeats)
@@ -282,8 +284,6 @@ def _timing_entry(
     variants: list[Variant],
     entries: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    from quartermap_deploy.cli.bench import measured
-
     blocks = {entry["name"]: entry["blocks"] for entry in entries}
     tome = next((variant.name for variant in variants if variant.method == "tome"), None)
     unmeasured = {"profiled_ms": None, "scan_ms": None, "scan_share": None, "added_ms": None}

@@ -273,7 +273,6 @@ class Recorder:
 
         watched = [
             (ss2d, "selective_scan_2d", "scan"),
-            (tome, "selective_scan_2d", "scan"),
             (ss2d, "keep_positions", "added"),
             (ss2d, "restore_positions", "added"),
             (tome.Merge, "forward", "added"),

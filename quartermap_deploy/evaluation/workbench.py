@@ -31,7 +31,37 @@ MERGED_IMAGES = 8
 when the image changes by 1e-6; that takes single images, while a fault of the export takes all."""
 
 
-def describe(
+def load_subject(
+    recipe: Recipe, target: str, threads: int | None, dataset: Dataset | None, progress: Progress
+) -> tuple[Builder, dict[str, Any]]:
+    """Load the model that is to be measured.
+
+    Args:
+        recipe: of the model.
+        target: what is to run it.
+        threads: of ONNX Runtime; None takes the environment's, or all cores.
+        dataset: images with labels, or None.
+        progress: told about it.
+
+    Returns:
+        What makes the variants, and what results say about where they come from.
+
+    Raises:
+        InputError: if the data's classes are not the model's.
+        RecipeError: if the recipe asks for another precision than float32, or open sizes.
+        QuartermapError: of the kind that fits, if the model cannot be loaded.
+    """
+    from quartermap_deploy.compiler import load_model
+
+    with progress.step(f"loading {recipe.model}"):
+        model, card, weights = load_model(recipe)
+    if dataset is not None:
+        dataset.check_classes(model.num_classes)
+    builder = Builder(recipe, model, card)
+    return builder, _describe(recipe, builder, weights, target, threads, dataset)
+
+
+def _describe(
     recipe: Recipe,
     builder: Builder,
     weights: Weights,
@@ -39,7 +69,6 @@ def describe(
     threads: int | None,
     dataset: Dataset | None,
 ) -> dict[str, Any]:
-    """Return what results of any measurement say about where they come from."""
     from quartermap_deploy.compiler import versions
     from quartermap_deploy.machine import describe_machine
     from quartermap_deploy.targets.onnxruntime_cpu import default_threads

@@ -37,7 +37,6 @@ from torch.nn import functional
 from quartermap_deploy.architectures.base import VisualStateSpaceModel
 from quartermap_deploy.architectures.ss2d import SS2D, ScanConstants
 from quartermap_deploy.errors import PlanError
-from quartermap_deploy.frontend.operators import selective_scan_2d
 from quartermap_deploy.lowering.operator import ORIENTATIONS, Direction
 from quartermap_deploy.pruning.plan import QuarterMap, Subsample
 
@@ -268,25 +267,9 @@ class MergingSS2D(SS2D):
 
     def _scan_along(self, tokens: Tensor, orientation: str) -> Tensor:
         """Scan tokens (batch, d_inner, h, w), laid out in the order of an orientation, in its directions."""
-        constants = self._constants_along(orientation)
-        directions = [direction for _, direction in self._along(orientation)]
-        count = len(directions)
-        dt, B, C = torch.split(
-            functional.conv2d(tokens, constants.projection_weight),
-            [count * self.dt_rank, count * self.d_state, count * self.d_state],
-            dim=1,
-        )
-        return selective_scan_2d(
-            tokens,
-            dt,
-            B,
-            C,
-            constants.A,
-            constants.D,
-            constants.dt_bias,
-            dt_weight=constants.dt_weight,
-            directions=["row_reverse" if direction.reverse else "row" for direction in directions],
-        )
+        # The tokens lie in that order already, so that every direction is that of rows.
+        directions = ["row_reverse" if own.reverse else "row" for _, own in self._along(orientation)]
+        return self._project_and_scan(tokens, self._constants_along(orientation), directions)
 
     def _along(self, orientation: str) -> list[tuple[int, Direction]]:
         """The directions of an orientation, with their numbers."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quartermap_deploy.cli.bench import labels
+from quartermap_deploy.bundle import bundle_labels
 from quartermap_deploy.errors import ReportError
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.report.bundles import (
@@ -41,7 +41,7 @@ def page_sections(
     found = read_results(results)
     bundles: dict[str, Bundle] = {}
     with progress.step("reading the bundles", total=len(paths)) as advance:
-        for name, path in zip(labels(paths), paths, strict=True):
+        for name, path in zip(bundle_labels(paths), paths, strict=True):
             bundles[name] = load_bundle(path)
             bundles[name].check_graph()
             advance(1)
