@@ -184,9 +184,6 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
-# Messages -------------------------------------------------------------------------------------------------------
-
-
 def delay_ms(text: str) -> float:
     """Read a delay in milliseconds, from 0 to a minute, for argparse."""
     try:
@@ -196,6 +193,9 @@ def delay_ms(text: str) -> float:
     if not 0 <= value <= 60_000:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of milliseconds from 0 to 60000")
     return value
+
+
+# Messages -------------------------------------------------------------------------------------------------------
 
 
 def message(kind: str, text: str) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 ImageLike: TypeAlias = "str | PathLike[str] | NDArray[np.uint8] | Image"
 """A file, an array (H, W) or (H, W, 3) of uint8, or a Pillow image."""
 
-_UNREADABLE = (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, struct.error, zlib.error)
+UNREADABLE = (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, struct.error, zlib.error)
 """What Pillow's readers raise on damaged files, beside its own errors."""
 
 
@@ -73,7 +73,7 @@ def open_image(image: ImageLike) -> Image:
         try:
             with pillow.open(image) as opened:
                 return _rgb(opened, f"the image {image}")
-        except (*_UNREADABLE, UnidentifiedImageError, pillow.DecompressionBombError) as error:
+        except (*UNREADABLE, UnidentifiedImageError, pillow.DecompressionBombError) as error:
             raise InputError(f"the image {image} cannot be read: {error}") from error
     if isinstance(image, np.ndarray):
         grey_or_colour = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from quartermap_deploy.architectures.cards import Preprocessing
 from quartermap_deploy.data import pixels
-from quartermap_deploy.data.images import open_image, prepare
+from quartermap_deploy.data.images import UNREADABLE, open_image, prepare
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.serving.refusal import invalid
 
@@ -91,7 +91,6 @@ class ImageFile:
             raise invalid(
                 f"image {self._place} has too many pixels, at most {LARGEST:,} are taken; send a smaller one"
             ) from None
-        except (OSError, SyntaxError, ValueError, MemoryError, EOFError, IndexError, TypeError) as error:
-            # Pillow's readers raise all of these on damaged files.
+        except (*UNREADABLE, MemoryError) as error:
             what = f"of {self._size} bytes cannot be read as JPEG or PNG" if self._size else "is empty"
             raise invalid(f"image {self._place} {what}") from error

@@ -184,9 +184,12 @@ def rebuild_torch(
         BundleError: if the bundle was compiled from a checkpoint and there is none here, or the other way round.
         CheckpointError: if the checkpoint is another file than that of the bundle.
     """
+    return _built(_recipe_with(bundle, checkpoint), progress)
+
+
+def _built(recipe: Recipe, progress: Progress) -> VisualStateSpaceModel:
     from quartermap_deploy.compiler import load_model
 
-    recipe = _recipe_with(bundle, checkpoint)
     with progress.step("building the PyTorch model"):
         return load_model(recipe)[0]
 
@@ -222,7 +225,7 @@ def _against_torch(
     if DEFAULT in bundle.manifest["targets"]:
         bundle.session(DEFAULT)  # refuses a damaged model before the work begins
     cases, _ = read_golden(bundle.path)
-    model = rebuild_torch(bundle, checkpoint, progress)
+    model = _built(recipe, progress)
     report = parity_of(recipe, model, parity_cases(cases["images"]), bundle.model_path.read_bytes(), progress)
     return report.to_dict()
 
