@@ -327,6 +327,53 @@ def test_slow_senders_get_an_answer_in_time_and_hold_up_nobody(server: Served, b
         assert time.monotonic() - start < 20
 
 
+def test_slow_senders_give_way_to_others() -> None:
+    """More of them than there is room for, and with all the time of the world."""
+    noise = np.random.default_rng(0).integers(0, 256, (1400, 1400, 3), np.uint8)
+    large = file_of(noise)
+    assert len(large) > 5 << 20
+    with (
+        serving(dynamic_bundle(), "--max-body-mb", 64, "--receive-timeout", 600) as server,
+        Bystander(server) as bystander,
+        contextlib.ExitStack() as stack,
+    ):
+        stop = threading.Event()
+        stack.callback(stop.set)
+
+        def nothing() -> Iterator[bytes]:
+            stop.wait(600)
+            yield b""
+
+        channel = stack.enter_context(grpc.insecure_channel(server.grpc))
+        call = channel.stream_unary("/inference.GRPCInferenceService/ModelInfer")
+        pending = [call.future(nothing()) for _ in range(24)]
+        head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
+        senders = []
+        for _ in range(3):
+            sender = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=60))
+            sender.sendall(head % (60 << 20) + bytes(60 << 20)[:-1])
+            senders.append(sender)
+        client = stack.enter_context(tritongrpc.InferenceServerClient(server.grpc))
+        begin = time.monotonic()
+        for _ in range(5):
+            answer = client.infer(MODEL, [tensor(tritongrpc, "images", bystander.images)], client_timeout=60)
+            assert close(answer.as_numpy("logits"), bystander.expected)
+        for _ in range(5):
+            status, _, body = ask(server, "POST", "/classify", large, Content_Type="image/png")
+            if status != 503:
+                break
+            time.sleep(1)
+        assert status == 200 and json.loads(body)["images"]
+        # Slow senders have ten minutes.
+        assert time.monotonic() - begin < 60
+        over = [found for found in pending if found.done()]
+        assert over and {found.code() for found in over} == {grpc.StatusCode.UNAVAILABLE}
+        assert all("still on its way" in found.details() for found in over)
+        stop.set()
+        for found in pending:
+            found.cancel()
+
+
 def test_half_sent_bodies_and_clients_that_go_away(server: Served, bystander: Bystander) -> None:
     body, length = infer_body(np.repeat(bystander.images, 8, axis=0))
     head = (

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from quartermap_deploy.serving.arrivals import Arrival, arriving
 from quartermap_deploy.serving.refusal import Refusal, busy, invalid
 
 ENCODINGS = ("gzip", "deflate")
@@ -14,11 +15,40 @@ PIECE = 1 << 20
 """Bytes that are unpacked at once: some milliseconds, after which other requests have their turn."""
 
 
-class Budget:
-    """How many bytes of requests are held, from when they arrive until they are answered."""
+BODIES = 4
+"""How many bodies of the largest size are held beside the prepared images that the queue has room for."""
+SMALL = 4 << 20
+"""Bytes of a small request at most: an image file, or a batch of prepared images."""
+
+
+class Pot:
+    """Some of the memory, for some of the requests."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.held = limit, 0
+        self.receiving: set[Share] = set()
+
+
+class Budget:
+    """How many bytes of requests are held, from when they arrive until they are answered.
+
+    Small ones have a part for themselves, so that a few large ones do not keep them out.
+    """
+
+    def __init__(self, max_body: int, images: int) -> None:
+        """Plan.
+
+        Args:
+            max_body: bytes of the largest request. `BODIES` of them are held at most, one of them being for small ones.
+            images: bytes of prepared images that the queue has room for; they are held beside these.
+        """
+        self.most_small = min(SMALL, max_body // BODIES)
+        self.small, self.large = Pot(max_body + images), Pot((BODIES - 1) * max_body)
+
+    @property
+    def held(self) -> int:
+        """Bytes that are held."""
+        return self.small.held + self.large.held
 
     @contextmanager
     def share(self) -> Iterator[Share]:
@@ -27,25 +57,69 @@ class Budget:
         try:
             yield share
         finally:
-            self.held -= share.held
+            share.leave()
 
 
 class Share:
     """What one request holds."""
 
     def __init__(self, budget: Budget) -> None:
-        self.held, self._budget = 0, budget
+        self.held, self._budget, self._pot = 0, budget, budget.small
+        self._arrival: Arrival | None = None
+
+    @contextmanager
+    def arriving(self) -> Iterator[None]:
+        """While open, the request is received, and gives way to others if it is slow.
+
+        Raises:
+            Refusal: if it had to.
+        """
+        try:
+            with arriving() as self._arrival:
+                self._pot.receiving.add(self)
+                yield
+        finally:
+            self._arrival = None
+            self._pot.receiving.discard(self)
 
     def add(self, size: int) -> None:
         """Hold some more bytes.
 
+        Where too many would be held, requests that have been on their way for long give way, those with the most bytes
+        first: who sends much of a body and not the rest must not hold up the others.
+
         Raises:
-            Refusal: if all requests together hold too many.
+            Refusal: if that is not enough.
         """
-        self.held += size
-        self._budget.held += size
-        if self._budget.held > self._budget.limit:
-            raise busy("too many large requests are open; try again later")
+        held = self.held + size
+        self.leave()
+        pot = self._budget.small if held <= self._budget.most_small else self._budget.large
+        self._pot, self.held = pot, held
+        pot.held += held
+        if self._arrival is not None:
+            pot.receiving.add(self)
+        while pot.held > pot.limit:
+            slow = [share for share in pot.receiving if share is not self and share.slow]
+            if not slow:
+                raise busy("too many large requests are open; try again later")
+            max(slow, key=lambda share: share.held).give_way()
+
+    @property
+    def slow(self) -> bool:
+        """Whether the request has been on its way for longer than others have to put up with."""
+        return self._arrival is not None and self._arrival.slow
+
+    def give_way(self) -> None:
+        """Break off the request, which must be on its way."""
+        assert self._arrival is not None
+        self._arrival.give_way()
+        self.leave()
+
+    def leave(self) -> None:
+        """Hold nothing any more."""
+        self._pot.receiving.discard(self)
+        self._pot.held -= self.held
+        self.held = 0
 
 
 class Unpacker:

@@ -10,11 +10,12 @@ from typing import Any
 
 from quartermap_deploy import __version__
 from quartermap_deploy.serving import grpc_codec
+from quartermap_deploy.serving.arrivals import Turns
 from quartermap_deploy.serving.bodies import Budget
 from quartermap_deploy.serving.grpc_messages import HEALTH, INFERENCE, SERVICES, messages
 from quartermap_deploy.serving.logs import EventLog
 from quartermap_deploy.serving.models import VERSION, infer
-from quartermap_deploy.serving.refusal import NOT_LOGGED, Refusal, busy, invalid
+from quartermap_deploy.serving.refusal import NOT_LOGGED, Refusal, invalid
 from quartermap_deploy.serving.state import State
 
 if sys.version_info >= (3, 11):
@@ -27,26 +28,35 @@ SERVER_NAME = "quartermap-deploy"
 SERVING, NOT_SERVING, UNKNOWN_SERVICE = 1, 2, 3
 CONCURRENT = 1024
 """Calls that are open at once; every further one is refused."""
-RECEIVING = 16
-"""Calls whose message is being received, while others wait: gRPC tells how long one is only once it has all of it."""
+RECEIVED = 1 << 30
+"""Bytes of messages that are being received at most: gRPC tells how long one is only once it has all of it."""
+LEAST_TURNS, MOST_TURNS = 4, 256
+
+
+def turns(max_body: int) -> int:
+    """How many messages are received at a time, where the largest has so many bytes."""
+    return min(MOST_TURNS, max(LEAST_TURNS, RECEIVED // max_body))
 
 
 class GrpcApi:
     """The calls of both services."""
 
-    def __init__(self, state: State, log: EventLog, budget: Budget, *, receive_timeout: float) -> None:
+    def __init__(
+        self, state: State, log: EventLog, budget: Budget, *, max_body: int, receive_timeout: float
+    ) -> None:
         """Describe the server.
 
         Args:
             state: what it is about.
             log: gets what goes wrong.
             budget: how much of requests may be held.
+            max_body: bytes of the largest message.
             receive_timeout: seconds that the message of a call may take to come.
         """
         self._state, self._log, self._budget = state, log, budget
         self._receive_timeout = receive_timeout
         # Slow senders of requests must not hold up those who ask for the server's health.
-        self._receiving = {True: asyncio.Semaphore(RECEIVING), False: asyncio.Semaphore(RECEIVING)}
+        self._turns = {infers: Turns(turns(max_body)) for infers in (True, False)}
         self._messages, self._health = messages(INFERENCE), messages(HEALTH)
 
     def handlers(self) -> list[Any]:
@@ -95,7 +105,7 @@ class GrpcApi:
             """The answer; or what is wrong, as a value."""
             try:
                 with self._budget.share() as share:
-                    data = await self._message(context, self._receiving[call == self.model_infer])
+                    data = await self._message(context, self._turns[call == self.model_infer])
                     share.add(len(data))
                     try:
                         request = parse(data)
@@ -133,27 +143,19 @@ class GrpcApi:
 
         return answer
 
-    async def _message(self, context: Any, slots: asyncio.Semaphore) -> bytes:
+    async def _message(self, context: Any, turns: Turns) -> bytes:
         """Receive the message of a call.
 
         Raises:
-            Refusal: if it does not come in time, or there is none.
+            Refusal: if it does not come in time, has to give way to others, or there is none.
         """
         import grpc
 
-        begin = time.monotonic()
         try:
-            async with timeout(self._receive_timeout):
-                await slots.acquire()
-        except asyncio.TimeoutError:
-            raise busy("too many messages are being received; try again later") from None
-        try:
-            async with timeout(max(0.1, self._receive_timeout - (time.monotonic() - begin))):
+            async with turns.turn(self._receive_timeout), timeout(self._receive_timeout):
                 data = await context.read()
         except asyncio.TimeoutError:
             raise Refusal(408, f"the message did not come within {self._receive_timeout:g} s") from None
-        finally:
-            slots.release()
         if data is grpc.aio.EOF:
             raise invalid("the call has no message")
         message: bytes = data

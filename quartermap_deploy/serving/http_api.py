@@ -338,7 +338,8 @@ class HttpApi:
         """While open, a body is received; every part of it has to be counted.
 
         Raises:
-            Refusal: if it is too large, does not come in time, is broken, or too much is held at the moment.
+            Refusal: if it is too large, does not come in time, is broken, too much is held at the moment, or it is slow
+                and others need the memory.
         """
         from aiohttp import web
         from aiohttp.http_exceptions import HttpProcessingError
@@ -353,8 +354,9 @@ class HttpApi:
                 raise self._too_large("is larger", limit)
 
         try:
-            async with timeout(self._receive_timeout):
-                yield count
+            with share.arriving():
+                async with timeout(self._receive_timeout):
+                    yield count
         except asyncio.TimeoutError:
             raise Refusal(408, f"the body did not come within {self._receive_timeout:g} s") from None
         except (

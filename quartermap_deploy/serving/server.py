@@ -39,8 +39,6 @@ from quartermap_deploy.targets.onnxruntime_cpu import default_threads
 
 Result = TypeVar("Result")
 
-BODIES = 4
-"""How many bodies of the largest size are held beside the prepared images that the queue has room for."""
 SWITCH_INTERVAL = 0.001
 """Seconds after which a thread hands Python on: a worker that has its result would wait five times as long."""
 
@@ -117,7 +115,7 @@ class _Server:
         self.decoders = Decoders()
         self.batcher: Batcher | None = None
         images = self.options.queue * 4 * plan.preprocessing.crop[0] * plan.preprocessing.crop[1] * 3
-        self.budget = Budget(BODIES * self.options.max_body + images)
+        self.budget = Budget(self.options.max_body, images)
 
     async def run(self) -> None:
         """Serve until a signal comes."""
@@ -264,7 +262,13 @@ class _Server:
                 ("grpc.http2.bdp_probe", 0),
             ],
         )
-        api = GrpcApi(self.state, self.log, self.budget, receive_timeout=self.options.receive_timeout)
+        api = GrpcApi(
+            self.state,
+            self.log,
+            self.budget,
+            max_body=self.options.max_body,
+            receive_timeout=self.options.receive_timeout,
+        )
         server.add_generic_rpc_handlers(api.handlers())
         try:
             port: int = server.add_insecure_port(f"{_host(self.options.host)}:{self.options.grpc_port}")
