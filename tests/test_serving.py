@@ -455,6 +455,26 @@ def test_several_workers_answer_alike(bundle: qm.Bundle) -> None:
     assert close(found, bundle.run(images)) and sizes <= {1, 2}
 
 
+def test_sessions_fit_the_cores(bundle: qm.Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    from quartermap_deploy.serving.options import ServeOptions
+    from quartermap_deploy.serving.startup import make_plan, open_sessions
+
+    images = prepared(digits(2)[0])
+    for cores, workers, expected, different in (
+        (1, None, (1, 1, False), 1),
+        (4, None, (4, 1, True), 2),
+        (4, 1, (1, 4, False), 1),
+        (4, 2, (2, 2, False), 2),
+        (4, 3, (3, 1, False), 3),
+    ):
+        monkeypatch.setenv("QUARTERMAP_THREADS", str(cores))
+        plan = make_plan(bundle, ServeOptions(workers=workers))
+        assert (plan.workers, plan.threads, plan.wide) == expected
+        sessions = open_sessions(plan)
+        assert len(sessions.workers) == plan.workers and len(sessions.different()) == different
+        assert all(close(session.run(images), bundle.run(images)) for session in sessions.different())
+
+
 def test_an_engine_serves_float32_up_to_its_profile(bundle: qm.Bundle, tmp_path: Path) -> None:
     """As far as that goes without a GPU: the plan, and that such an engine is refused before there is a port."""
     from deploy_bundles import with_engine
@@ -465,6 +485,7 @@ def test_an_engine_serves_float32_up_to_its_profile(bundle: qm.Bundle, tmp_path:
     engine = qm.load_bundle(with_engine(bundle.path, tmp_path / "engine"))
     plan = make_plan(engine, ServeOptions(target="tensorrt"))
     assert (plan.model.max_batch, plan.model.platform) == (32, "tensorrt_plan")
+    assert (plan.workers, plan.wide) == (1, False)
     static = qm.load_bundle(with_engine(static_bundle(), tmp_path / "static"))
     assert make_plan(static, ServeOptions(target="tensorrt")).model.inputs[0].datatype == "FP32"
 

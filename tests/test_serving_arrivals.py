@@ -204,7 +204,9 @@ def test_large_bodies_that_do_not_come_to_their_end_make_room() -> None:
             await asyncio.sleep(0)
             outcomes = senders.outcomes()
             # The one with the most bytes.
-            assert outcomes[:2] == ["waits"] * 2 and outcomes[2].startswith("the request was still on its way")
+            assert outcomes[:2] == ["waits"] * 2 and outcomes[2].startswith(
+                "the request was still on its way"
+            )
         assert (await senders.finish())[:2] == ["arrived"] * 2
         assert budget.held == 0 and not budget.large.receiving and not budget.small.receiving
 

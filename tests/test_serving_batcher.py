@@ -54,8 +54,9 @@ def run(work: Callable[[Batcher], Coroutine[Any, Any, Any]], *sessions: Session,
         try:
             return await asyncio.wait_for(work(batcher), 30)
         finally:
-            for session in sessions:
-                session.free.set()
+            for session in (*sessions, settings.get("wide")):
+                if session is not None:
+                    session.free.set()
             assert await batcher.stop(10)
 
     return asyncio.run(inside())
@@ -235,14 +236,83 @@ def test_a_session_that_never_returns_does_not_hold_up_the_end_for_ever() -> Non
     run(work, session)
 
 
-@settings(max_examples=15)
+def test_a_batch_that_comes_alone_is_run_by_the_wide_session_and_many_side_by_side() -> None:
+    """From one client to a crowd, and back."""
+    wide, narrow = Session(), Session()
+    together, most = 0, []
+
+    def enter(batch: Array) -> None:
+        nonlocal together
+        together += 1
+        most.append(together)
+        time.sleep(0.01)
+        together -= 1
+
+    wide.fails = narrow.fails = enter  # type: ignore[assignment]
+
+    async def work(batcher: Batcher) -> None:
+        for value in range(3):
+            assert (await batcher.run(images(value, value)))[0][0, 0] == value
+        assert (wide.sizes, narrow.sizes) == ([2, 2, 2], [])
+        # While a batch has all cores, none is run beside it, whoever waits.
+        calls = [await held(batcher, wide)]
+        calls += [asyncio.ensure_future(batcher.run(images(value, value))) for value in range(1, 9)]
+        await asyncio.sleep(0.05)
+        assert batcher.waiting == 16 and len(wide.sizes) == 3 and not narrow.sizes
+        wide.free.set()
+        found = await asyncio.gather(*calls)
+        assert [logits[0, 0] for logits, _ in found] == list(range(9))
+        assert (wide.sizes[3:], narrow.sizes) == ([1], [4, 4, 4, 4]) and max(most) == 2
+        narrow.sizes.clear()
+        await batcher.run(images(1))
+        assert (wide.sizes[-1], narrow.sizes) == (1, [])
+
+    # One session for both workers, as ONNX Runtime's of one thread.
+    run(work, narrow, narrow, wide=wide)
+
+
+def test_less_than_a_batch_for_each_worker_goes_to_the_wide_session() -> None:
+    wide, narrow = Session(), Session()
+
+    async def work(batcher: Batcher) -> None:
+        first = await held(batcher, wide)
+        calls = [asyncio.ensure_future(batcher.run(images(value))) for value in range(7)]
+        await asyncio.sleep(0.02)
+        wide.free.set()
+        await asyncio.gather(first, *calls)
+        assert (wide.sizes, narrow.sizes) == ([1, 4, 3], [])
+
+    run(work, narrow, narrow, narrow, wide=wide)
+
+
+def test_stopping_while_the_wide_session_runs_ends_all_workers() -> None:
+    wide, narrow = Session(), Session()
+
+    async def work(batcher: Batcher) -> None:
+        calls = [await held(batcher, wide)]
+        calls += [asyncio.ensure_future(batcher.run(images(value))) for value in range(1, 6)]
+        await asyncio.sleep(0.02)
+        stopped = asyncio.ensure_future(batcher.stop(10))
+        await asyncio.sleep(0.02)
+        wide.free.set()
+        assert await stopped and not batcher.busy
+        assert [float((await call)[0][0, 0]) for call in calls] == list(range(6))
+
+    run(work, narrow, narrow, narrow, wide=wide)
+
+
+@settings(max_examples=25)
 @given(
     st.lists(st.integers(1, 4), min_size=1, max_size=40),
     st.integers(1, 3),
     st.sampled_from([0.0, 0.002]),
+    st.booleans(),
 )
-def test_every_request_gets_its_own_answer_once(sizes: list[int], workers: int, delay: float) -> None:
+def test_every_request_gets_its_own_answer_once(
+    sizes: list[int], workers: int, delay: float, beside: bool
+) -> None:
     sessions = [Session(seconds=0.0005) for _ in range(workers)]
+    wide = Session(seconds=0.0005) if beside else None
     statistics = ModelStatistics("m", "1")
 
     async def work(batcher: Batcher) -> None:
@@ -256,8 +326,8 @@ def test_every_request_gets_its_own_answer_once(sizes: list[int], workers: int, 
         await asyncio.gather(*(one(place, size) for place, size in enumerate(sizes)))
         assert batcher.waiting == 0 and statistics.pending == 0
 
-    run(work, *sessions, max_delay=delay, queue=1000, statistics=statistics)
-    ran = [size for session in sessions for size in session.sizes]
+    run(work, *sessions, max_delay=delay, queue=1000, statistics=statistics, wide=wide)
+    ran = [size for session in [*sessions, *([wide] if wide else [])] for size in session.sizes]
     assert sum(ran) == sum(sizes) and max(ran) <= 4 and len(ran) == statistics.executions
     assert sum(size * batch.infer.count for size, batch in statistics.batches.items()) == sum(sizes)
 

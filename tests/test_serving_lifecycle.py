@@ -235,7 +235,9 @@ def count_of_answers(server: Served) -> dict[str, int]:
 
 def test_mixed_requests_each_get_their_own_answer() -> None:
     """A small run of what benchmarks/serving.py does with 10,000 requests from 32 clients."""
-    with serving(dynamic_bundle(), "--queue", 512) as server:
+    with serving(dynamic_bundle(), "--queue", 512, threads=2) as server:
+        loaded = server.until("loaded")
+        assert (loaded["workers"], loaded["threads"], loaded["wide"]) == (2, 1, True)
         crowd = Crowd(server, qm.load_bundle(dynamic_bundle()), clients=8)
         crowd.run(240)
         assert crowd.wrong == [] and crowd.outcomes == {"answered": 240}
@@ -246,7 +248,7 @@ def test_mixed_requests_each_get_their_own_answer() -> None:
 
 
 def test_a_signal_under_load_loses_nothing_that_was_accepted() -> None:
-    server = Served(dynamic_bundle(), "--queue", 512, "--shutdown-timeout", 60)
+    server = Served(dynamic_bundle(), "--queue", 512, "--shutdown-timeout", 60, threads=2)
     try:
         server.until("ready")
         crowd = Crowd(server, qm.load_bundle(dynamic_bundle()), clients=12, seed=1)

@@ -93,9 +93,9 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--workers",
         type=at_least_one,
-        default=1,
         metavar="N",
-        help="sessions that run side by side, sharing the cores; no more than there are cores (default: %(default)s)",
+        help="batches that run side by side, each with its share of the cores (default: with ONNX Runtime one for each "
+        "core under load, while a batch that comes alone gets all cores; with engines 1)",
     )
     parser.add_argument(
         "--max-batch",

@@ -3,6 +3,10 @@
 Requests wait in one queue for all workers. A worker that is free takes the oldest one and those behind it, as many as
 go into a batch, once the batch is full or its oldest request has waited for long enough. While all workers are busy
 the queue fills up by itself, so that under load batches become large without any waiting for the sake of it.
+
+On a CPU one batch is fastest with all the cores, and many batches are with a core for each: operators of these models
+are short, and cores that share them wait for each other. So there may be a wide session beside those of the workers. It
+runs a batch that has the machine to itself, and as soon as there are batches for all workers these run side by side.
 """
 
 from __future__ import annotations
@@ -60,12 +64,14 @@ class Batcher:
         max_batch: int,
         max_delay: float,
         queue: int,
+        wide: Session | None = None,
         on_error: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         """Start the workers.
 
         Args:
-            sessions: one for each worker.
+            sessions: one for each worker; they may be one and the same, if it can be run by several threads at a time.
+            wide: what runs a batch when there is no other.
             statistics: where batches are counted.
             max_batch: most images of a batch.
             max_delay: seconds that an image may wait for others while a worker is free.
@@ -73,12 +79,14 @@ class Batcher:
             on_error: told, in the thread of the event loop, of what a session raises.
         """
         self.max_batch, self.limit = max_batch, queue
-        self._statistics, self._on_error = statistics, on_error
+        self._wide, self._statistics, self._on_error = wide, statistics, on_error
         self._delay = int(max_delay * 1e9)
         self._loop = asyncio.get_running_loop()
         self._ready = threading.Condition()
         self._jobs: deque[_Job] = deque()
         self._waiting = 0
+        self._running = 0
+        self._runs_wide = self._crowded = False
         self._stopping = False
         # Daemons: a session that never returns must not keep the process from ending.
         self._workers = [
@@ -149,29 +157,49 @@ class Batcher:
     # In the threads of the workers.
 
     def _work(self, session: Session) -> None:
-        while jobs := self._take():
-            outcomes = self._outcomes(session, jobs)
+        while (batch := self._take(session)) is not None:
+            chosen, jobs = batch
+            outcomes = self._outcomes(chosen, jobs)
+            self._leave()
             if not self._deliver(outcomes):
                 return
 
-    def _take(self) -> list[_Job]:
-        """Wait for a batch; empty when the workers are to end."""
+    def _take(self, session: Session) -> tuple[Session, list[_Job]] | None:
+        """Wait for a batch; returns what is to run it, and None when the worker is to end."""
         with self._ready:
             while True:
                 if not self._jobs:
                     if self._stopping:
-                        return []
+                        return None
+                    self._ready.wait()
+                    continue
+                if self._runs_wide:
                     self._ready.wait()
                     continue
                 count, full = self._front()
                 wait = self._jobs[0].since + self._delay - time.monotonic_ns()
-                if full or self._stopping or wait <= 0:
-                    taken = [self._jobs.popleft() for _ in range(count)]
-                    self._waiting -= sum(map(len, taken))
-                    if self._jobs:
-                        self._ready.notify()
-                    return taken
-                self._ready.wait(wait / 1e9)
+                if not (full or self._stopping or wait <= 0):
+                    self._ready.wait(wait / 1e9)
+                    continue
+                taken = [self._jobs.popleft() for _ in range(count)]
+                self._waiting -= sum(map(len, taken))
+                if self._wide is not None and not self._running and not self._crowded:
+                    session, self._runs_wide = self._wide, True
+                self._running += 1
+                if self._jobs:
+                    self._ready.notify()
+                return session, taken
+
+    def _leave(self) -> None:
+        """A batch has been run."""
+        with self._ready:
+            self._running -= 1
+            # What waits now arrived while something ran: if it is a batch for every other worker, more will come.
+            self._crowded = self._waiting >= self.max_batch * (len(self._workers) - 1)
+            if self._runs_wide:
+                self._runs_wide = False
+                # Those who were told of jobs while nobody else could run any.
+                self._ready.notify_all()
 
     def _front(self) -> tuple[int, bool]:
         """How many jobs at the front of the queue go into one batch, and whether no other could still join them."""

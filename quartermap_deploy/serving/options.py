@@ -23,7 +23,8 @@ class ServeOptions:
         host: address to listen at.
         port: for HTTP; 0 takes a free one.
         grpc_port: for gRPC; 0 takes a free one.
-        workers: sessions that run side by side, each in a thread of its own.
+        workers: batches that run side by side, each with its share of the cores. None, with ONNX Runtime: under load as
+            many as there are cores, and a batch that comes alone gets all of them; with engines: 1.
         max_batch: most images that are run at once; None takes the engine's largest batch, or `DEFAULT_BATCH`.
         max_delay: seconds that an image may wait for others while a worker is free.
         queue: most images that may wait for a worker.
@@ -38,7 +39,7 @@ class ServeOptions:
     host: str = "127.0.0.1"
     port: int = 8000
     grpc_port: int = 8001
-    workers: int = 1
+    workers: int | None = None
     max_batch: int | None = None
     max_delay: float = 0.001
     queue: int = 256

@@ -66,7 +66,7 @@ def page_values(plan: Plan) -> dict[str, object]:
             ],
         },
         "max_batch": plan.model.max_batch,
-        "workers": plan.options.workers,
+        "workers": plan.workers,
         "target": plan.target,
     }
 

@@ -31,10 +31,9 @@ from quartermap_deploy.serving.logs import EventLog
 from quartermap_deploy.serving.models import VERSION, ImageModel, ServedModel, TensorModel
 from quartermap_deploy.serving.options import ServeOptions
 from quartermap_deploy.serving.page import Page
-from quartermap_deploy.serving.startup import Plan, check_golden, make_plan, open_sessions
+from quartermap_deploy.serving.startup import Plan, Sessions, check_golden, make_plan, open_sessions
 from quartermap_deploy.serving.state import State
 from quartermap_deploy.serving.statistics import ModelStatistics
-from quartermap_deploy.targets import Session
 from quartermap_deploy.targets.onnxruntime_cpu import default_threads
 
 Result = TypeVar("Result")
@@ -171,11 +170,12 @@ class _Server:
         sessions = loading.result()
         statistics = ModelStatistics(plan.model.name, VERSION)
         self.batcher = Batcher(
-            sessions,
+            sessions.workers,
             statistics,
             max_batch=plan.model.max_batch,
             max_delay=self.options.max_delay,
             queue=self.options.queue,
+            wide=sessions.wide,
             on_error=lambda error: self.log.error("session_failed", error=repr(error)[:1000]),
         )
         model = TensorModel(plan.model, self.batcher, statistics)
@@ -184,26 +184,27 @@ class _Server:
         self.state.become_ready(models)
         return True
 
-    def _sessions(self) -> list[Session]:
+    def _sessions(self) -> Sessions:
         self.loading = True
         try:
             return self._checked()
         finally:
             self.loading = False
 
-    def _checked(self) -> list[Session]:
+    def _checked(self) -> Sessions:
         sessions = open_sessions(self.plan)
         self.log.info(
             "loaded",
             bundle=str(self.plan.bundle.path),
             target=self.plan.target,
-            workers=len(sessions),
+            workers=len(sessions.workers),
             threads=self.plan.threads,
+            wide=self.plan.wide,
             max_batch=self.plan.model.max_batch,
         )
         if self.signalled.is_set():
             return sessions
-        worst = check_golden(self.plan, sessions)
+        worst = check_golden(self.plan, sessions.different())
         self.log.info("golden_inputs_passed", worst_relative_error=float(f"{worst:.3g}"))
         return sessions
 
@@ -288,7 +289,7 @@ class _Server:
 
     def _warn(self) -> None:
         cores = default_threads()
-        if self.options.workers > cores:
+        if (self.options.workers or 0) > cores:
             self.log.warning(
                 "more_workers_than_cores",
                 workers=self.options.workers,

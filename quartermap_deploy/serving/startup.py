@@ -35,7 +35,9 @@ class Plan:
         model: what clients are told about the model.
         image_model: what they are told about the one that takes image files.
         preprocessing: how images are prepared.
-        threads: of each session on the CPU.
+        workers: batches that run side by side.
+        threads: of a batch on the CPU.
+        wide: whether a batch that runs by itself gets all the cores.
     """
 
     bundle: Bundle
@@ -44,7 +46,9 @@ class Plan:
     model: Description
     image_model: Description
     preprocessing: Preprocessing
+    workers: int
     threads: int
+    wide: bool
 
 
 def make_plan(bundle: Bundle, options: ServeOptions) -> Plan:
@@ -75,6 +79,8 @@ def make_plan(bundle: Bundle, options: ServeOptions) -> Plan:
     labels = read_labels(options.labels, manifest["output"]["shape"][1])
     inputs, outputs = _specs(manifest["input"], target), _specs(manifest["output"], target)
     delay = options.max_delay
+    cores = default_threads()
+    workers = options.workers or (cores if target == DEFAULT else 1)
     probabilities = TensorSpec(PROBABILITIES, "FP32", (-1, len(labels)))
     return Plan(
         bundle,
@@ -85,7 +91,9 @@ def make_plan(bundle: Bundle, options: ServeOptions) -> Plan:
             f"{name}_image", "ensemble", (image_input(),), (probabilities,), batch, delay, labels, properties
         ),
         card.preprocessing.with_size(*size),
-        max(1, default_threads() // options.workers),
+        workers,
+        max(1, cores // workers),
+        wide=target == DEFAULT and options.workers is None and cores > 1,
     )
 
 
@@ -137,18 +145,40 @@ def provenance(bundle: Bundle, target: str) -> dict[str, str]:
     }
 
 
-def open_sessions(plan: Plan) -> list[Session]:
-    """Open one session for each worker.
+@dataclass(frozen=True)
+class Sessions:
+    """What runs the batches.
+
+    Attributes:
+        workers: one for each worker; they may be one and the same.
+        wide: for a batch that runs by itself.
+    """
+
+    workers: Sequence[Session]
+    wide: Session | None
+
+    def different(self) -> list[Session]:
+        """Each of them once."""
+        every = [*self.workers, *([] if self.wide is None else [self.wide])]
+        return list({id(session): session for session in every}.values())
+
+
+def open_sessions(plan: Plan) -> Sessions:
+    """Open the sessions.
 
     Raises:
         BundleError: if the target's runtime refuses the bundle.
     """
     bundle, entry = plan.bundle, plan.bundle.manifest["targets"][plan.target]
-    if plan.target == DEFAULT:
-        # Side by side, sessions with a thread for each core would only be in each other's way.
-        path = bundle.path / entry["file"]
-        return [OnnxRuntimeSession(path, plan.threads) for _ in range(plan.options.workers)]
-    return [load_target(plan.target).open(bundle.path, entry) for _ in range(plan.options.workers)]
+    if plan.target != DEFAULT:
+        opened = [load_target(plan.target).open(bundle.path, entry) for _ in range(plan.workers)]
+        return Sessions(opened, None)
+    path = bundle.path / entry["file"]
+    if plan.wide:
+        # A session of one thread is run in the thread that calls it, by as many as like, and has the weights once.
+        return Sessions([OnnxRuntimeSession(path, 1)] * plan.workers, OnnxRuntimeSession(path, plan.workers))
+    # Side by side, sessions with a thread for each core would only be in each other's way.
+    return Sessions([OnnxRuntimeSession(path, plan.threads) for _ in range(plan.workers)], None)
 
 
 def check_golden(plan: Plan, sessions: Sequence[Session]) -> float:
