@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -96,6 +97,10 @@ class Served:
     def grpc(self) -> str:
         """Host and port of gRPC."""
         return str(self.until("listening")["grpc"])
+
+    def connect(self) -> socket.socket:
+        """A connection to HTTP, for what no client would send."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = 60) -> int:
         """Send a signal, wait for the end, and return the exit code."""

@@ -154,7 +154,7 @@ def test_paths_that_lead_nowhere(server: Served, method: str, path: str, status:
 
 
 def test_a_body_over_the_limit_is_refused_before_it_is_read(server: Served, bystander: Bystander) -> None:
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+    with server.connect() as connection:
         head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {10**12}\r\n\r\n"
         connection.sendall(head.encode())
         answer = connection.recv(65536)
@@ -210,7 +210,7 @@ def test_a_bomb_is_not_unpacked_beyond_the_limit(server: Served) -> None:
     """4 GiB in 4 MB, on the connection of a client that sends on and on: everybody else is answered meanwhile."""
     bomb = gzip.compress(bytes(64 << 20)) * 64
     head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+    with server.connect() as connection:
         connection.sendall(head.encode())
 
         def send() -> None:
@@ -235,7 +235,7 @@ def test_a_bomb_is_not_unpacked_beyond_the_limit(server: Served) -> None:
 
 
 def test_broken_chunks_are_refused(server: Served) -> None:
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+    with server.connect() as connection:
         head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nnot a length\r\n"
         connection.sendall(head.encode())
         assert b" 400 " in connection.recv(65536)
@@ -246,12 +246,12 @@ def test_broken_chunks_do_not_fill_the_log(server: Served) -> None:
     before, begin = len(server.events), time.monotonic()
     head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
     for _ in range(60):
-        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        with server.connect() as connection:
             connection.sendall(head + b"not a length\r\n")
             connection.recv(65536)
     seconds = time.monotonic() - begin
     time.sleep(1.2)
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+    with server.connect() as connection:
         connection.sendall(head + b"not a length\r\n")
         connection.recv(65536)
     time.sleep(0.3)
@@ -272,7 +272,7 @@ def test_broken_chunks_do_not_fill_the_log(server: Served) -> None:
     ],
 )
 def test_what_the_library_below_refuses_is_json_too(server: Served, request_line: str, status: int) -> None:
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+    with server.connect() as connection:
         connection.sendall(f"{request_line}\r\nHost: x\r\n\r\n".encode())
         received = b""
         while part := connection.recv(65536):
@@ -294,7 +294,7 @@ def test_what_is_no_http_is_refused(server: Served, bystander: Bystander) -> Non
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 9,
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     ):
-        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        with server.connect() as connection:
             connection.sendall(junk)
             connection.shutdown(socket.SHUT_WR)
             answer = connection.recv(65536)
@@ -304,10 +304,7 @@ def test_what_is_no_http_is_refused(server: Served, bystander: Bystander) -> Non
 def test_slow_senders_get_an_answer_in_time_and_hold_up_nobody(server: Served, bystander: Bystander) -> None:
     body, length = infer_body(bystander.images)
     with contextlib.ExitStack() as stack:
-        connections = [
-            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=30))
-            for _ in range(20)
-        ]
+        connections = [stack.enter_context(server.connect()) for _ in range(20)]
         head = (
             f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
             f"Inference-Header-Content-Length: {length}\r\n\r\n"
@@ -350,7 +347,7 @@ def test_slow_senders_give_way_to_others() -> None:
         head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
         senders = []
         for _ in range(3):
-            sender = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=60))
+            sender = stack.enter_context(server.connect())
             sender.sendall(head % (60 << 20) + bytes(60 << 20)[:-1])
             senders.append(sender)
         client = stack.enter_context(tritongrpc.InferenceServerClient(server.grpc))
@@ -383,7 +380,7 @@ def test_half_sent_bodies_and_clients_that_go_away(server: Served, bystander: By
     whole = head + body
     order = random.Random(0)
     for _ in range(40):
-        connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+        connection = server.connect()
         if order.random() < 0.5:
             # Without this the system says goodbye politely; with it, the connection is simply gone.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -284,7 +284,7 @@ def test_while_it_stops_it_is_alive_not_ready_and_refuses() -> None:
         entry: dict[str, Any] = {"name": "images", "shape": list(images.shape), "datatype": "FP32"}
         entry["data"] = images.reshape(-1).tolist()
         body = json.dumps({"inputs": [entry]}).encode()
-        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as slow:
+        with server.connect() as slow:
             head = f"POST /v2/models/{MODEL}/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
             slow.sendall(head.encode() + body[:1000])
             with grpc.insecure_channel(server.grpc) as channel:
@@ -316,7 +316,7 @@ def test_the_time_for_stopping_is_bounded_and_a_second_signal_does_not_wait() ->
     for arguments, second in ((["--shutdown-timeout", 1], False), (["--shutdown-timeout", 1000], True)):
         server = Served(dynamic_bundle(), *arguments)
         server.until("ready")
-        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as slow:
+        with server.connect() as slow:
             slow.sendall(
                 b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 99\r\n\r\n"
             )
@@ -356,6 +356,14 @@ startup.OnnxRuntimeSession = Slow
 """
 
 
+def upload(client: socket.socket) -> None:
+    """Send an image to be classified, and wait until the server is at it."""
+    file = file_of(digits(1)[0][0])
+    head = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(file)}\r\n\r\n"
+    client.sendall(head.encode() + file)
+    time.sleep(1)
+
+
 @pytest.mark.parametrize("slow", [SLOW_IMAGES, SLOW_MODEL], ids=["decoding", "running"])
 @pytest.mark.parametrize("second", [False, True], ids=["time is up", "second signal"])
 def test_threads_that_are_busy_do_not_hold_up_the_end(slow: str, second: bool) -> None:
@@ -364,11 +372,8 @@ def test_threads_that_are_busy_do_not_hold_up_the_end(slow: str, second: bool) -
     server = Served(dynamic_bundle(), "--shutdown-timeout", 1000 if second else 1, start=start)
     try:
         server.until("ready")
-        file = file_of(digits(1)[0][0])
-        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as client:
-            head = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(file)}\r\n"
-            client.sendall(head.encode() + b"\r\n" + file)
-            time.sleep(1)
+        with server.connect() as client:
+            upload(client)
             server.process.send_signal(signal.SIGTERM)
             server.until("stopping")
             begin = time.monotonic()
@@ -389,11 +394,8 @@ def test_an_image_of_a_client_that_has_gone_does_not_hold_up_the_end() -> None:
     server = Served(dynamic_bundle(), start=SLOW_START + SLOW_IMAGES + "sys.exit(main(sys.argv[1:]))")
     try:
         server.until("ready")
-        file = file_of(digits(1)[0][0])
-        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as client:
-            head = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(file)}\r\n"
-            client.sendall(head.encode() + b"\r\n" + file)
-            time.sleep(1)
+        with server.connect() as client:
+            upload(client)
         time.sleep(0.5)
         assert server.stop(seconds=15) == 0
         (stopped,) = server.said("stopped")
