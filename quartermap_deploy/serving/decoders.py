@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -12,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quartermap_deploy.architectures.cards import Preprocessing
+from quartermap_deploy.machine import usable_cores
 from quartermap_deploy.serving.images import ImageFile
 
 Result = TypeVar("Result")
 
-THREADS = min(4, os.cpu_count() or 1)
+THREADS = min(4, usable_cores())
 """Images that are decoded at the same time, beside a large one; each needs up to 32 MB."""
 LARGE = 4_000_000
 """Pixels above which an image is a large one. These are decoded one by one, as each may need 400 MB and a second."""

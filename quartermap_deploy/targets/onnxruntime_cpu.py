@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quartermap_deploy.errors import BundleError, InputError
+from quartermap_deploy.machine import all_cores, usable_cores
 from quartermap_deploy.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def inference_session(model: Path | bytes, threads: int | None = None, *, profil
 
     Args:
         model: its file, or its serialised bytes.
-        threads: threads for one operator; None takes the environment variable QUARTERMAP_THREADS, or else all cores.
+        threads: threads for one operator; None takes the environment variable QUARTERMAP_THREADS, or else all cores
+            that the process may use.
         profile: record the time of every node; `end_profiling` writes it into a file whose name starts so.
 
     Raises:
@@ -117,7 +119,7 @@ def inference_session(model: Path | bytes, threads: int | None = None, *, profil
 
 
 def _threads_wanted() -> int:
-    """The number in the environment, or 0 for all cores.
+    """The number in the environment, or that of a process that may not use all cores, or else 0 for all of them.
 
     Raises:
         InputError: if it is no number.
@@ -127,7 +129,8 @@ def _threads_wanted() -> int:
         raise InputError(
             f"the environment variable {THREADS_VARIABLE} is {text!r}; expected a number of threads"
         )
-    return int(text)
+    # By itself ONNX Runtime takes as many threads as the machine has cores, in a container with two of 64 as well.
+    return int(text) or (usable_cores() if usable_cores() < all_cores() else 0)
 
 
 def default_threads() -> int:
@@ -136,9 +139,7 @@ def default_threads() -> int:
     Raises:
         InputError: if the environment holds no number.
     """
-    # As ONNX Runtime counts them: two threads of one physical core are one. Only Linux tells.
-    topology = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings_list")
-    return _threads_wanted() or len({path.read_text() for path in topology}) or os.cpu_count() or 1
+    return _threads_wanted() or usable_cores()
 
 
 def check(recipe: Any = None) -> None:
