@@ -215,8 +215,12 @@ def test_options_that_do_not_fit_each_other_are_refused(tmp_path: Path) -> None:
         assert "begins with gs://" in wrong("--storage-uri", uri)
     for name in ("Digits", "digits_k3", "3d", "a" * 54, "digits-", ""):
         assert "cannot be named" in wrong("--service-name", name)
+    for folder in ("service.yaml", ".", "service.yaml/in/it"):
+        assert "need places beside each other" in wrong("--repository", folder)
+    assert "there is no folder" in refused(bundle, "-o", "nowhere/service.yaml")
     assert "leave it out" in wrong("--container", "image", "--runtime-version", "26.01-py3")
     assert "--max-replicas" in wrong("--max-replicas", 0)
+    assert "below 2^31" in wrong("--max-replicas", 99999999999)
     engine = with_engine(bundle, tmp_path / "engine")
     message = refused(engine, "-o", "service.yaml")
     assert "TensorRT 10.13.3.9" in message and "--runtime-version" in message
@@ -275,7 +279,7 @@ def test_only_files_of_ours_are_replaced(place: Path) -> None:
     Path("theirs.yaml").write_text("kind: InferenceService\n")
     assert "choose another file" in refused(bundle, "-o", "theirs.yaml")
     assert "--force does not replace it" in refused(bundle, "-o", "theirs.yaml", "--force")
-    assert "no folder that you may write to" in refused(bundle, "-o", "missing/service.yaml")
+    assert "there is no folder" in refused(bundle, "-o", "missing/service.yaml")
     (place / "precious").mkdir()
     (place / "precious" / "data").write_text("data")
     message = refused(bundle, "-o", "service.yaml", "--repository", "precious", "--force")

@@ -722,6 +722,9 @@ def test_options_that_do_not_fit_the_bundle_are_refused(dynamic: Path, static: P
         ("--max-delay-ms", "-1"),
         ("--threads", "x"),
         ("--instances", "0"),
+        ("--instances", "99999999999"),
+        ("--threads", "99999999999"),
+        ("--model-version", "99999999999999999999"),
     ):
         assert option in refused(place, dynamic, "-o", "r", option, value)
     assert "-o/--out" in refused(place, dynamic)

@@ -131,8 +131,34 @@ def test_many_slow_senders_are_got_rid_of_faster_and_faster() -> None:
         await senders.finish()
         return loop.time() - begin
 
-    # One after the other they would take 85 times the patience.
-    assert asyncio.run(run()) < 40 * SOON
+    # One after the other they would take 85 times the patience; the latest is let in before the others who wait.
+    assert asyncio.run(run()) < 20 * SOON
+
+
+def test_of_too_many_who_wait_the_longest_are_refused_and_the_latest_gets_through(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(arrivals, "MOST_WAITING", 50)
+
+    async def run() -> None:
+        turns, senders = Turns(4), Senders()
+        senders.add(300, sending(turns))
+        await asyncio.sleep(0.01)
+        outcomes = senders.outcomes()
+        assert outcomes.count("waits") == 54 and outcomes[:4] == ["waits"] * 4
+        assert "too many requests are being received" in outcomes[4]
+        senders.add(1, sending(turns))
+        senders.ends[300].set()
+        assert await asyncio.wait_for(senders.tasks[300], 20 * SOON) == "arrived"
+        await senders.finish()
+        # Nothing is lost on the way: as many turns as at the beginning.
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(4):
+                await stack.enter_async_context(turns.turn(0.1))
+            with pytest.raises(Refusal):
+                await stack.enter_async_context(turns.turn(SOON / 10))
+
+    asyncio.run(run())
 
 
 def test_who_waits_for_a_turn_in_vain_is_told_so() -> None:
@@ -192,7 +218,7 @@ def test_large_bodies_that_do_not_come_to_their_end_make_room() -> None:
         senders.add(1, lambda end: _hold(budget, 64 * MIB, end))
         await asyncio.sleep(0)
         # They are not slow yet, so the next one has to come later.
-        with pytest.raises(Refusal, match="too many large requests are open"), budget.share() as share:
+        with pytest.raises(Refusal, match="have too many bytes together"), budget.share() as share:
             share.add(30 * MIB)
         # Small ones are not concerned.
         with budget.share() as share:
@@ -213,6 +239,21 @@ def test_large_bodies_that_do_not_come_to_their_end_make_room() -> None:
     asyncio.run(run())
 
 
+def test_much_larger_bodies_give_way_at_once() -> None:
+    async def run() -> None:
+        budget, senders = Budget(4 * MIB, 0), Senders()
+        senders.add(4, lambda end: _hold(budget, MIB, end))
+        await asyncio.sleep(0)
+        with budget.share() as share:
+            share.add(MIB // 8)
+            await asyncio.sleep(0)
+            assert senders.outcomes().count("waits") == 3
+        await senders.finish()
+        assert budget.held == 0
+
+    asyncio.run(run())
+
+
 def test_requests_that_have_arrived_do_not_give_way() -> None:
     async def run() -> None:
         budget = Budget(4 * MIB, 0)
@@ -223,7 +264,7 @@ def test_requests_that_have_arrived_do_not_give_way() -> None:
                     share.add(4 * MIB)
             await asyncio.sleep(2 * SOON)
             late = stack.enter_context(budget.share())
-            with pytest.raises(Refusal, match="too many large requests"):
+            with pytest.raises(Refusal, match="have too many bytes together"):
                 late.add(2 * MIB)
         assert budget.held == 0
 

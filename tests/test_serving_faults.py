@@ -25,6 +25,7 @@ from PIL import Image
 from served import (
     IMAGE_MODEL,
     MODEL,
+    START,
     Array,
     Served,
     ask,
@@ -343,7 +344,7 @@ def test_slow_senders_give_way_to_others() -> None:
 
         channel = stack.enter_context(grpc.insecure_channel(server.grpc))
         call = channel.stream_unary("/inference.GRPCInferenceService/ModelInfer")
-        pending = [call.future(nothing()) for _ in range(24)]
+        pending = [call.future(nothing()) for _ in range(90)]
         head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
         senders = []
         for _ in range(3):
@@ -369,6 +370,29 @@ def test_slow_senders_give_way_to_others() -> None:
         stop.set()
         for found in pending:
             found.cancel()
+
+
+def test_idle_connections_give_way_when_there_are_no_files_left_for_more() -> None:
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (160, 160)); "
+    server = Served(dynamic_bundle(), start=limit + START)
+    try:
+        server.until("ready")
+        images = prepared(digits(1)[0])
+        with contextlib.ExitStack() as stack:
+            kept = stack.enter_context(tritonhttp.InferenceServerClient(server.http))
+            for place in range(300):
+                idle = stack.enter_context(server.connect())
+                if place % 2:
+                    idle.sendall(b"POST /classify HTTP/1.1\r\nHo")
+                if place % 50 == 49:
+                    assert ask(server, "GET", "/v2/health/ready")[0] == 200
+            expected = qm.load_bundle(dynamic_bundle()).run(images)
+            answer = kept.infer(MODEL, [tensor(tritonhttp, "images", images)])
+            assert close(answer.as_numpy("logits"), expected)
+        assert server.stop() == 0 and not server.other
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
 
 
 def test_half_sent_bodies_and_clients_that_go_away(server: Served, bystander: Bystander) -> None:

@@ -117,6 +117,9 @@ def test_bad_options_are_refused(copy: Path) -> None:
         (["--queue", "4"], "holds no batch of 8"),
         (["--max-delay-ms", "-1"], "no number of milliseconds"),
         (["--workers", "0"], "at least 1"),
+        (["--workers", "100000"], "at most 256"),
+        (["--queue", "99999999999999999999"], "below 2^31"),
+        (["--max-body-mb", "2048"], "less than 2,048 MiB"),
         (["--host", "256.0.0.1"], "cannot listen"),
         (["--host", ""], "the address to listen at is empty"),
         (["--name", ""], "no name that clients could use"),
@@ -125,6 +128,18 @@ def test_bad_options_are_refused(copy: Path) -> None:
     ):
         assert message in refused(copy, *arguments), arguments
     assert "there is no bundle" in refused(copy / "nowhere")
+
+
+def test_a_closed_standard_error_is_no_defect(copy: Path) -> None:
+    script = (
+        "import os, signal, sys, threading\n"
+        "sys.stderr = None\n"
+        "from quartermap_deploy.cli import main\n"
+        "threading.Timer(3, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", script, "serve", str(copy), "--port", "0", "--grpc-port", "0"]
+    assert subprocess.run(command, capture_output=True, timeout=120, check=False).returncode == 0
 
 
 def test_an_engine_without_a_gpu_is_refused(copy: Path, tmp_path: Path) -> None:

@@ -178,9 +178,10 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def at_least_one(text: str) -> int:
-    """Read a whole number from 1, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    """Read a whole number from 1 to what 32 bits hold, for argparse."""
+    # Longer texts are not even converted.
+    if not text.isdecimal() or len(text) > 10 or not 1 <= int(text) < 1 << 31:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1, and below 2^31")
     return int(text)
 
 

@@ -245,8 +245,8 @@ def _add_model_options(parser: CommandParser) -> None:
 
 
 def _zero_or_more(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 0")
+    if not text.isdecimal() or len(text) > 10 or int(text) >= 1 << 31:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 0, and below 2^31")
     return int(text)
 
 

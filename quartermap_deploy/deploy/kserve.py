@@ -200,6 +200,11 @@ def deploy_kserve(
     folder = out.with_name(f"{out.stem}-repository") if repository_folder is None else Path(repository_folder)
     for path in (out, folder):
         check_outside(path, bundle, *triton.engines_from)
+    whole, file = folder.resolve(), out.resolve()
+    if whole == file or whole in file.parents or file in whole.parents:
+        raise DeployError(
+            f"the InferenceService {out} and the repository {folder} need places beside each other"
+        )
     _check_file(out, force)
     REPOSITORY.check_destination(folder, force)
     with progress.step("checking the bundle"):
@@ -356,6 +361,8 @@ def to_yaml(values: Mapping[str, Any]) -> str:
 
 def _check_file(path: Path, force: bool) -> None:
     """Check, before any work, that an InferenceService may be written to `path`."""
+    if not path.parent.exists():
+        raise DeployError(f"cannot write to {path}: there is no folder {path.parent}; make it first")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
         raise DeployError(f"cannot write to {path}: {path.parent} is no folder that you may write to")
     if not path.exists() and not path.is_symlink():

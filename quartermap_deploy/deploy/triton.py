@@ -97,12 +97,16 @@ class TritonOptions:
             ("image_workers", 1),
             ("max_delay_us", 0),
             ("threads", 0),
+            ("max_batch", 1),
         ):
             value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise DeployError(f"{name} = {value!r}; expected a whole number of at least {least}")
-        if self.max_batch is not None and (type(self.max_batch) is not int or self.max_batch < 1):
-            raise DeployError(f"max_batch = {self.max_batch!r}; expected a whole number of at least 1")
+            if value is None and name == "max_batch":
+                continue
+            # Triton's configuration has 32 bits for them.
+            if type(value) is not int or not least <= value < 1 << 31:
+                raise DeployError(
+                    f"{name} = {value!r}; expected a whole number of at least {least}, and below 2^31"
+                )
         if self.device not in (None, *DEVICES):
             raise DeployError(f"unknown device {self.device!r}; expected {' or '.join(DEVICES)}")
         # Triton takes a folder's name as the model's, and users put it into addresses.

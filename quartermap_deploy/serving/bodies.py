@@ -19,6 +19,8 @@ BODIES = 4
 """How many bodies of the largest size are held beside the prepared images that the queue has room for."""
 SMALL = 4 << 20
 """Bytes of a small request at most: an image file, or a batch of prepared images."""
+MUCH = 4
+"""How many times as large a request is that gives way to another one even if it is not slow."""
 
 
 class Pot:
@@ -85,8 +87,8 @@ class Share:
     def add(self, size: int) -> None:
         """Hold some more bytes.
 
-        Where too many would be held, requests that have been on their way for long give way, those with the most bytes
-        first: who sends much of a body and not the rest must not hold up the others.
+        Where too many would be held, requests that are on their way give way if they have been so for long, or are much
+        larger; those with the most bytes first. Who sends much of a body and not the rest must not hold up the others.
 
         Raises:
             Refusal: if that is not enough.
@@ -99,10 +101,14 @@ class Share:
         if self._arrival is not None:
             pot.receiving.add(self)
         while pot.held > pot.limit:
-            slow = [share for share in pot.receiving if share is not self and share.slow]
-            if not slow:
-                raise busy("too many large requests are open; try again later")
-            max(slow, key=lambda share: share.held).give_way()
+            yielding = [
+                share
+                for share in pot.receiving
+                if share is not self and (share.slow or share.held >= MUCH * self.held)
+            ]
+            if not yielding:
+                raise busy("the requests that are open have too many bytes together; try again later")
+            max(yielding, key=lambda share: share.held).give_way()
 
     @property
     def slow(self) -> bool:

@@ -171,9 +171,11 @@ class GrpcApi:
 
     async def model_ready(self, request: Any) -> Any:
         """Whether a model takes requests."""
-        # Before the models are there, a name is neither right nor wrong.
-        if self._state.models:
+        # As in Triton, a name that is not there is no error here: those who poll for a model expect an answer.
+        try:
             self._state.model(request.name, request.version)
+        except Refusal:
+            return self._messages["ModelReadyResponse"](ready=False)
         return self._messages["ModelReadyResponse"](ready=self._state.ready)
 
     async def server_metadata(self, request: Any) -> Any:

@@ -14,6 +14,8 @@ KEEPALIVE = 75.0
 """Seconds after which a connection that sends no request, or not all of its head, is closed."""
 LINGERING = 2.0
 """Seconds in which the rest of a refused body is read and thrown away, as a client may send first and read then."""
+OTHER_FILES, LEAST_CONNECTIONS = 64, 8
+"""Files that the process needs beside its connections over HTTP, and connections that it takes in any case."""
 Told = Callable[[int, str], None]
 
 
@@ -22,9 +24,18 @@ class _Connection(web.RequestHandler):
 
     __slots__ = ("_told",)
 
-    def __init__(self, told: Told, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
+    def __init__(self, told: Told, manager: web.Server, **settings: Any) -> None:
+        super().__init__(manager, **settings)
         self._told = told
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin; where there are too many connections, the oldest that is not in use gives way."""
+        assert self._manager is not None
+        others = self._manager.connections
+        super().connection_made(transport)
+        if len(others) >= _most_connections():
+            idle = next((other for other in others if other._current_request is None), self)
+            idle.force_close()
 
     def handle_error(
         self,
@@ -62,6 +73,16 @@ class _Connection(web.RequestHandler):
             self._told(400, f"the body cannot be read: {' '.join(str(error).split())[:200]}")
             return
         super().log_exception(*arguments, **settings)
+
+
+def _most_connections() -> int:
+    """How many connections there may be: a process that has no file left takes none at all."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return 1 << 20
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(LEAST_CONNECTIONS, files - OTHER_FILES) if files != resource.RLIM_INFINITY else 1 << 20
 
 
 class Listener:

@@ -11,6 +11,7 @@ import datetime
 import json
 import logging
 import math
+import os
 import queue
 import sys
 import threading
@@ -37,7 +38,8 @@ class EventLog:
             style: "json", "text", or "auto" for text in a terminal and JSON elsewhere.
             stream: where to write; None for standard error.
         """
-        self._stream = sys.stderr if stream is None else stream
+        # There is no standard error in a process that was started without one.
+        self._stream = stream or sys.stderr or open(os.devnull, "w")  # noqa: SIM115
         self._json = style == "json" or (style == "auto" and not self._stream.isatty())
         self._lines: queue.Queue[str | None] = queue.Queue(_WAITING)
         self._dropped = 0

@@ -8,6 +8,8 @@ from pathlib import Path
 from quartermap_deploy.errors import ServeError
 
 MIB = 1 << 20
+MOST_BODY = 2048 * MIB
+MOST_WORKERS = 256
 DEFAULT_BATCH = 8
 """Largest batch where no engine says: on a CPU larger ones gain little and make the first image wait."""
 
@@ -63,5 +65,11 @@ class ServeOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ServeError(f"{name} = {value}; expected at least 1")
+        if self.max_body >= MOST_BODY:
+            raise ServeError(
+                f"requests of {self.max_body // MIB:,} MiB; gRPC takes less than {MOST_BODY // MIB:,} MiB"
+            )
+        if (self.workers or 0) > MOST_WORKERS:
+            raise ServeError(f"workers = {self.workers}; expected at most {MOST_WORKERS}")
         if self.max_delay < 0 or self.receive_timeout <= 0 or self.shutdown_timeout <= 0:
             raise ServeError("a delay must not be negative, and a timeout must be positive")

@@ -172,7 +172,9 @@ def to_json(values: NDArray[Any]) -> list[Any]:
 def _sizes(name: str, shape: object) -> tuple[int, ...]:
     whole = isinstance(shape, Sequence) and not isinstance(shape, (str, bytes))
     if not whole or not all(type(size) is int and 0 <= size < 1 << 31 for size in shape):  # type: ignore[attr-defined]
-        raise invalid(f"the shape of input {name!r} is {_short(shape)}; expected a list of whole numbers")
+        raise invalid(
+            f"the shape of input {name!r} is {_short(shape)}; expected a list of whole numbers from 0 to 2^31 - 1"
+        )
     return tuple(shape)  # type: ignore[arg-type]
 
 
