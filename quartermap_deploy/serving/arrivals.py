@@ -10,11 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 from quartermap_deploy.serving.refusal import Refusal, busy
-
-if sys.version_info >= (3, 11):
-    from asyncio import timeout
-else:
-    from async_timeout import timeout
+from quartermap_deploy.serving.timeouts import timeout
 
 PATIENCE = 1.0
 """Seconds that a request may take to arrive whatever others want."""

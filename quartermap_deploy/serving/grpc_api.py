@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -17,11 +16,7 @@ from quartermap_deploy.serving.logs import EventLog
 from quartermap_deploy.serving.models import VERSION, infer
 from quartermap_deploy.serving.refusal import NOT_LOGGED, Refusal, invalid
 from quartermap_deploy.serving.state import State
-
-if sys.version_info >= (3, 11):
-    from asyncio import timeout
-else:
-    from async_timeout import timeout
+from quartermap_deploy.serving.timeouts import timeout
 
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics"]
 SERVER_NAME = "quartermap-deploy"

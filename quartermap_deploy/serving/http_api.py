@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import http
 import json
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -25,11 +24,7 @@ from quartermap_deploy.serving.requests import InferRequest, RequestedOutput
 from quartermap_deploy.serving.state import State
 from quartermap_deploy.serving.statistics import RECENT, prometheus
 from quartermap_deploy.serving.tensors import from_strings
-
-if sys.version_info >= (3, 11):
-    from asyncio import timeout
-else:
-    from async_timeout import timeout
+from quartermap_deploy.serving.timeouts import timeout
 
 if TYPE_CHECKING:
     from aiohttp import web

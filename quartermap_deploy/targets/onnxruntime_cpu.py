@@ -129,8 +129,9 @@ def _threads_wanted() -> int:
         raise InputError(
             f"the environment variable {THREADS_VARIABLE} is {text!r}; expected a number of threads"
         )
+    usable = usable_cores()
     # By itself ONNX Runtime takes as many threads as the machine has cores, in a container with two of 64 as well.
-    return int(text) or (usable_cores() if usable_cores() < all_cores() else 0)
+    return int(text) or (usable if usable < all_cores() else 0)
 
 
 def default_threads() -> int:
