@@ -32,7 +32,7 @@ from quartermap_deploy.frontend.export import PRECISIONS
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.recipe import Recipe
 from quartermap_deploy.targets import Target, load_target
-from quartermap_deploy.targets.tensorrt_options import EngineOptions
+from quartermap_deploy.targets.tensorrt.options import EngineOptions
 
 if TYPE_CHECKING:
     import onnx
@@ -178,7 +178,7 @@ def check_settings(
     if ENGINES.isdisjoint(recipe.targets):
         return
     from quartermap_deploy.frontend.exporter import INPUT
-    from quartermap_deploy.targets.tensorrt_builder import check_examples
+    from quartermap_deploy.targets.tensorrt.builder import check_examples
 
     shape = input_shape(recipe, model, card)
     check_examples(recipe.engine, {INPUT: shape}, [images.shape for images in cases.values()])

@@ -15,6 +15,7 @@ import pytest
 
 from quartermap_deploy.cli import main
 from quartermap_deploy.errors import MissingDependencyError
+from quartermap_deploy.gpu import find_gpu
 from quartermap_deploy.plugin import build
 from quartermap_deploy.plugin.build import BuildOptions, build_plugin, plugin_sources
 from quartermap_deploy.plugin.check import check_plugin
@@ -22,7 +23,6 @@ from quartermap_deploy.plugin.contract import CONTRACT
 from quartermap_deploy.plugin.cuda import Kernels, enable_cuda_kernels
 from quartermap_deploy.plugin.errors import PluginError
 from quartermap_deploy.plugin.library import load
-from quartermap_deploy.targets.gpu import find_gpu
 
 GOLDEN = plugin_sources() / "test_host" / "write_golden.py"
 

@@ -19,8 +19,8 @@ from quartermap_deploy import compiler
 from quartermap_deploy.data.digits import load_digits
 from quartermap_deploy.data.images import prepare
 from quartermap_deploy.errors import BundleError, RecipeError
-from quartermap_deploy.targets.gpu import find_gpu
-from quartermap_deploy.targets.tensorrt_options import EngineOptions, Profile
+from quartermap_deploy.gpu import find_gpu
+from quartermap_deploy.targets.tensorrt.options import EngineOptions, Profile
 from quartermap_deploy.validation import localise_bundle, validate_bundle
 
 MODEL = "vmamba_digits"

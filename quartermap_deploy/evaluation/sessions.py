@@ -170,7 +170,7 @@ def _recipe_runner(recipe: Recipe, name: str, target: str, progress: Progress) -
 def _built_run(recipe: Recipe, model: VisualStateSpaceModel, card: ModelCard, progress: Progress) -> Run:
     """Export a model and open it on the recipe's only target."""
     from quartermap_deploy.compiler import ENGINES, export_model, load_targets
-    from quartermap_deploy.targets.tensorrt_options import EngineOptions
+    from quartermap_deploy.targets.tensorrt.options import EngineOptions
 
     if ENGINES.isdisjoint(recipe.targets):
         recipe = dataclasses.replace(recipe, engine=EngineOptions())

@@ -20,11 +20,11 @@ from quartermap_deploy.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from quartermap_deploy.recipe import Recipe
-    from quartermap_deploy.targets.tensorrt_options import EngineOptions
+    from quartermap_deploy.targets.tensorrt.options import EngineOptions
 
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
 """Targets that need an engine of their own beside the portable model."""
-_MODULES = {"onnxruntime": "onnxruntime_cpu", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_MODULES = {"onnxruntime": "onnxruntime_cpu", "tensorrt": "tensorrt.target", "tensorrt-rtx": "tensorrt.rtx"}
 DEFAULT = "onnxruntime"
 
 

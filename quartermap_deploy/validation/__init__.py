@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from quartermap_deploy.errors import BundleError, CheckpointError
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.targets import DEFAULT
-from quartermap_deploy.targets.tensorrt_options import EngineOptions
+from quartermap_deploy.targets.tensorrt.options import EngineOptions
 
 if TYPE_CHECKING:
     from quartermap_deploy.architectures.base import VisualStateSpaceModel
@@ -139,7 +139,7 @@ def _for_engine(bundle: Bundle, recipe: Recipe, target: str, plugin: Path | None
         BundleError: if there is no GPU.
         QuartermapError: of the target, if engines cannot be built here.
     """
-    from quartermap_deploy.targets import gpu as devices
+    from quartermap_deploy import gpu as devices
     from quartermap_deploy.targets import load_target
 
     module, gpu = load_target(target), devices.find_gpu()

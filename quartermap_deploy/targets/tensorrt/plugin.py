@@ -12,8 +12,8 @@ from typing import Any
 from quartermap_deploy.errors import EngineError
 from quartermap_deploy.files import file_hash
 from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D
-from quartermap_deploy.targets.tensorrt_flavour import version_numbers
-from quartermap_deploy.targets.tensorrt_objects import last_error
+from quartermap_deploy.targets.tensorrt.flavour import version_numbers
+from quartermap_deploy.targets.tensorrt.objects import last_error
 
 PLUGIN_VARIABLE = "QUARTERMAP_PLUGIN"
 _BUILD = "build it with `quartermap plugin build`"
