@@ -30,10 +30,10 @@ import quartermap_deploy as qm
 from quartermap_deploy import gpu
 from quartermap_deploy.errors import BundleError, EngineError, InputError, MissingDependencyError
 from quartermap_deploy.gpu import Gpu
+from quartermap_deploy.native.contract import CONTRACT
+from quartermap_deploy.native.errors import PluginError
 from quartermap_deploy.passes.lower import lower
 from quartermap_deploy.passes.shapes import infer_shapes
-from quartermap_deploy.plugin.contract import CONTRACT
-from quartermap_deploy.plugin.errors import PluginError
 from quartermap_deploy.targets.tensorrt import builder as tensorrt_builder
 from quartermap_deploy.targets.tensorrt import cuda_runtime
 from quartermap_deploy.targets.tensorrt import flavour as tensorrt_flavour

@@ -62,7 +62,7 @@ def find_library(named: Path | None = None, expected: Mapping[str, Any] | None =
     Raises:
         EngineError: if there is none.
     """
-    from quartermap_deploy.plugin.build import DEFAULT_OUTPUT, PLUGIN_LIBRARY
+    from quartermap_deploy.native.build import DEFAULT_OUTPUT, PLUGIN_LIBRARY
 
     if named is not None:
         candidates = [Path(named)]
@@ -114,9 +114,9 @@ def check_library(trt: Any, path: Path) -> PluginLibrary:
         PluginError: if it is missing, damaged, no library of ours, or of another release.
         EngineError: if it is ours but no plugin for a GPU, or for another TensorRT.
     """
-    from quartermap_deploy.plugin import library as libraries
-    from quartermap_deploy.plugin.contract import differences
-    from quartermap_deploy.plugin.errors import PluginError
+    from quartermap_deploy.native import library as libraries
+    from quartermap_deploy.native.contract import differences
+    from quartermap_deploy.native.errors import PluginError
 
     found = libraries.describe(libraries.load(path), path)
     build = found.pop("build", None) or {}

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quartermap_deploy.plugin.contract import CONTRACT, ELEMENT_TYPES, KERNELS
-from quartermap_deploy.plugin.errors import PluginError
-from quartermap_deploy.plugin.library import describe, load
+from quartermap_deploy.native.contract import CONTRACT, ELEMENT_TYPES, KERNELS
+from quartermap_deploy.native.errors import PluginError
+from quartermap_deploy.native.library import describe, load
 
 if TYPE_CHECKING:
     from torch import Tensor
