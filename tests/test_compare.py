@@ -19,7 +19,7 @@ from quartermap_deploy.complexity import measure
 from quartermap_deploy.errors import InputError, ParityError, RecipeError, UnknownNameError
 from quartermap_deploy.evaluation import workbench
 from quartermap_deploy.evaluation.compare import CompareOptions, _merged_otherwise, compare, variants_of
-from quartermap_deploy.evaluation.datasets import open_dataset
+from quartermap_deploy.evaluation.formats import open_dataset
 from quartermap_deploy.evaluation.sessions import torch_run
 from quartermap_deploy.evaluation.variants import UNPRUNED, Builder, Variant
 from quartermap_deploy.evaluation.workbench import Workbench
