@@ -30,7 +30,7 @@ def exported(name: str, pruned: bool, precision: str, path: Path) -> None:
     import torch
 
     import quartermap_deploy as qm
-    from quartermap_deploy.frontend.export import export_onnx
+    from quartermap_deploy.exporting.export import export_onnx
     from quartermap_deploy.passes import lower
 
     torch.manual_seed(0)

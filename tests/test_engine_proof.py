@@ -25,10 +25,11 @@ from quartermap_deploy import compiler, gpu
 from quartermap_deploy.errors import BundleError, EngineError, ParityError, UnknownNameError
 from quartermap_deploy.progress import SILENT
 from quartermap_deploy.rebuild import rebuild_bundle
+from quartermap_deploy.revalidate import localise_bundle, validate_bundle
 from quartermap_deploy.targets.tensorrt import plugin as tensorrt_plugin
 from quartermap_deploy.targets.tensorrt import target as tensorrt
 from quartermap_deploy.targets.tensorrt.options import EngineOptions, Profile
-from quartermap_deploy.validation import localise, localise_bundle, validate_bundle
+from quartermap_deploy.validation import localise
 
 MODEL, RELEASE = "vmamba_digits", "10.7.0"
 FAULTY = 7

@@ -380,7 +380,7 @@ def test_vmamba_tiny_is_built_within_a_minute(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     from quartermap_deploy.architectures import create_model
-    from quartermap_deploy.frontend.export import export_onnx
+    from quartermap_deploy.exporting.export import export_onnx
     from quartermap_deploy.pruning.plan import QuarterMap
 
     model = export_onnx(

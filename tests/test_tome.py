@@ -16,7 +16,7 @@ from torch import Tensor
 from quartermap_deploy.architectures.base import VisualStateSpaceModel
 from quartermap_deploy.complexity import measure
 from quartermap_deploy.errors import InputError, PlanError
-from quartermap_deploy.frontend.merging import export_merging
+from quartermap_deploy.exporting.merging import export_merging
 from quartermap_deploy.pruning import QuarterMap, Subsample, prune
 from quartermap_deploy.pruning.tome import (
     Merge,

@@ -132,7 +132,7 @@ class Builder:
             QuartermapError: of the kind that fits, if it cannot be exported.
         """
         if variant.method == "tome":
-            from quartermap_deploy.frontend.merging import export_merging
+            from quartermap_deploy.exporting.merging import export_merging
 
             with progress.step(f"exporting {variant.name}"):
                 return export_merging(self.pytorch(variant), (1, self.model.in_channels, *self.size))
