@@ -8,15 +8,47 @@ The ONNX passes are written without this file, so that comparing the two means s
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
 
 from quartermap_deploy.errors import PlanError
-from quartermap_deploy.pruning.plan import QuarterMap
+from quartermap_deploy.pruning.plan import QuarterMap, Subsample
 
-if TYPE_CHECKING:
-    from quartermap_deploy.architectures.base import VisualStateSpaceModel
 
-Model = TypeVar("Model", bound="VisualStateSpaceModel")
+class Mixer(Protocol):
+    """A token mixer that scans a map.
+
+    Attributes:
+        subsample: how it subsamples the map; None scans it whole.
+    """
+
+    subsample: Subsample | None
+
+
+class Block(Protocol):
+    """A block of a model."""
+
+    @property
+    def index(self) -> int:
+        """Its number, from 1 over the whole network."""
+
+    @property
+    def mixer(self) -> Mixer:
+        """Its mixer."""
+
+
+class Prunable(Protocol):
+    """What `prune` asks of a model."""
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Blocks per stage."""
+
+    def blocks(self) -> Sequence[Block]:
+        """Return every block, in order."""
+
+
+Model = TypeVar("Model", bound=Prunable)
 
 
 def prune(model: Model, plan: QuarterMap) -> Model:

@@ -19,7 +19,6 @@ from quartermap_deploy.errors import UnknownNameError
 from quartermap_deploy.progress import SILENT, Progress
 
 if TYPE_CHECKING:
-    from quartermap_deploy.recipe import Recipe
     from quartermap_deploy.targets.tensorrt.options import EngineOptions
 
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
@@ -36,12 +35,24 @@ class Session(Protocol):
         ...
 
 
+class Wanted(Protocol):
+    """What a target asks of a recipe."""
+
+    @property
+    def engine(self) -> EngineOptions:
+        """How engines are built."""
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """All that are built."""
+
+
 class Target(Protocol):
     """The functions of a target module."""
 
     PRECISIONS: tuple[str, ...]
 
-    def check(self, recipe: Recipe) -> None:
+    def check(self, recipe: Wanted) -> None:
         """Refuse, before any work, what cannot be built here."""
         ...
 
