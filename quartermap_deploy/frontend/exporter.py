@@ -168,7 +168,7 @@ def to_onnx(
 ) -> onnx.ModelProto:
     """Export a module of your own, one- or two-dimensional, without the bodies of its scans.
 
-    Its scans must be `selective_scan` or `selective_scan_2d` of `frontend.operators`; `passes.lower` attaches the
+    Its scans must be `selective_scan` or `selective_scan_2d` of `scan.operators`; `passes.lower` attaches the
     bodies.
 
     Args:
@@ -278,7 +278,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     import onnxscript
     import torch
 
-    import quartermap_deploy.frontend.operators as operators  # noqa: F401  (registers the torch operators)
+    import quartermap_deploy.scan.operators as operators  # noqa: F401  (registers the torch operators)
 
     _define_mark()
     ours = onnxscript.values.Opset(DOMAIN, VERSION)
