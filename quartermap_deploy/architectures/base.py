@@ -9,10 +9,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from quartermap_deploy.architectures.ss2d import SS2D
+from quartermap_deploy.data.preprocessing import LARGEST_SIDE
 from quartermap_deploy.errors import InputError
-
-LARGEST_SIDE = 8192
-"""Pixels; beyond it a feature map of the first stage alone takes tens of gigabytes, and a size is a typing error."""
 
 
 @dataclass(frozen=True)
