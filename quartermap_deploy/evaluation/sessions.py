@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quartermap_deploy.architectures.cards import ModelCard, Preprocessing, load_card
+from quartermap_deploy.architectures.cards import ModelCard, load_card
 from quartermap_deploy.bundle import MODEL, Bundle, load_bundle
+from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.errors import BundleError, UnknownNameError
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.pruning.plan import QuarterMap
