@@ -56,7 +56,7 @@ from quartermap_deploy.deploy.textproto import textproto
 from quartermap_deploy.deploy.triton import TritonOptions, deploy_triton
 from quartermap_deploy.deploy.triton_source import batch_limit
 from quartermap_deploy.errors import DeployError
-from quartermap_deploy.targets.tensorrt_options import Profile
+from quartermap_deploy.targets.tensorrt.options import Profile
 from quartermap_deploy.validation.golden import read_golden
 
 Array = np.ndarray[Any, Any]

@@ -59,6 +59,8 @@ class VisualStateSpaceModel(nn.Module):
     """Module path of the last linear layer."""
     mixer_name: ClassVar[str]
     """Attribute of a block that holds its SS2D."""
+    output_names: tuple[str, ...] = ("logits",)
+    """Names of what `forward` returns."""
 
     layers: nn.ModuleList
     num_classes: int
