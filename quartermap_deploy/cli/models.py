@@ -125,6 +125,8 @@ def describe(card: ModelCard) -> list[Any]:
                 "shape": size_text(("N", *card.input_shape)),
                 "resize": f"{size_text(prepared.resize)}, {prepared.fit}, {prepared.interpolation}",
                 "crop": size_text(prepared.crop),
+                "color": prepared.color,
+                "scale": f"{prepared.scale:.6g}",
                 "mean": _value(prepared.mean),
                 "std": _value(prepared.std),
             },
