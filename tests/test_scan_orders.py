@@ -1,0 +1,78 @@
+"""The order of a scan: what it holds, the directions it names, and the order at another size."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quartermap_deploy.errors import PlanError
+from quartermap_deploy.lowering.operator import DIRECTIONS
+from quartermap_deploy.pruning.orders import OUTSIDE, ScanOrder, direction_named, steps_of
+
+sides = st.integers(2, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("row", [0, 1, 2, 3, 4, 5]),
+        ("column", [0, 3, 1, 4, 2, 5]),
+        ("row_reverse", [5, 4, 3, 2, 1, 0]),
+        ("column_reverse", [5, 2, 4, 1, 3, 0]),
+    ],
+)
+def test_directions_of_a_map_of_two_rows_and_three_columns(name: str, steps: list[int]) -> None:
+    assert steps_of(name, 2, 3).tolist() == steps
+    assert direction_named(steps, 2, 3) == name
+
+
+@given(height=sides, width=sides, names=st.lists(st.sampled_from(DIRECTIONS), min_size=1, max_size=4))
+def test_an_order_names_its_directions_and_gives_them_at_another_size(
+    height: int, width: int, names: list[str]
+) -> None:
+    read = ScanOrder(height, width, ScanOrder.of_directions(height, width, names).order, merged=True)
+    assert read.directions == tuple(names)
+    assert read.covers_map
+    other = read.at(width + 1, height)
+    assert (other.height, other.width) == (width + 1, height)
+    assert other.order.tolist() == [steps_of(name, width + 1, height).tolist() for name in names]
+    assert read.at(height, width) == read
+
+
+def test_an_order_without_names_is_known_at_its_own_size_alone() -> None:
+    with_class_token = ScanOrder(2, 2, np.array([[0, 1, OUTSIDE, 2, 3]]), merged=False)
+    assert with_class_token.directions is None
+    assert with_class_token.covers_map
+    assert with_class_token.at(2, 2) is with_class_token
+    with pytest.raises(PlanError, match=r"2×2 map.*its order on a 3×4 map is unknown"):
+        with_class_token.at(3, 4)
+
+
+def test_a_part_of_a_map_is_no_whole_map() -> None:
+    assert not ScanOrder(2, 2, np.array([[0, 1, 2, 3], [0, 1, OUTSIDE, OUTSIDE]]), merged=True).covers_map
+
+
+def test_orders_are_equal_by_what_they_hold() -> None:
+    first = ScanOrder.of_directions(2, 3, ("row",))
+    assert first == ScanOrder(2, 3, np.arange(6)[None], merged=True)
+    assert hash(first) == hash(ScanOrder(2, 3, np.arange(6)[None], merged=True))
+    assert first != ScanOrder.of_directions(3, 2, ("row",))
+    assert first != ScanOrder.of_directions(2, 3, ("row",), merged=False)
+    with pytest.raises(ValueError, match="read-only"):
+        first.order[0, 0] = 1
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ([0, 1, 2, 3], r"shape \(directions, steps\)"),
+        ([[0, 1, 2, 4]], "0 to 4"),
+        ([[0, 1, 2, -2]], "-2 to 2"),
+        ([[0, 1, 2, 3], [0, 1, 1, 3]], "direction 2 .* visits a position twice"),
+    ],
+)
+def test_what_is_no_order_of_the_map_is_refused(order: list[object], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        ScanOrder(2, 2, np.array(order), merged=True)
