@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quartermap_deploy.architectures.base import VisualStateSpaceModel
+from quartermap_deploy.data.labels import class_names
 from quartermap_deploy.errors import ExportError
 from quartermap_deploy.frontend.exporter import INPUT, trace
 from quartermap_deploy.pruning.plan import QuarterMap
@@ -39,6 +40,11 @@ class ArchitectureSource(SourceModel):
     module: VisualStateSpaceModel
     size: tuple[int, int] = field(kw_only=True)
     card: ModelCard | None = field(kw_only=True, default=None)
+
+    @property
+    def kind(self) -> str:
+        """Where it comes from."""
+        return "architecture" if self.card is None else "card"
 
     @property
     def blocks(self) -> tuple[SourceBlock, ...]:
@@ -148,7 +154,7 @@ def card_source(
     dynamic_batch: bool = True,
     dynamic_size: bool = False,
     preprocessing: Mapping[str, Any] | None = None,
-    labels: Sequence[str] | None = None,
+    labels: str | Path | Sequence[str] | None = None,
     seed: int = 0,
 ) -> ArchitectureSource:
     """A source model from a card.
@@ -187,8 +193,7 @@ def card_source(
     prepared = card.preprocessing.with_size(*size)
     if preprocessing:
         prepared = prepared.replace(preprocessing)
-    if labels is None:
-        labels = card.labels if len(card.labels) == model.num_classes and not weights.new_head else ()
+    names = () if labels is None and weights.new_head else card.labels
     return ArchitectureSource(
         name=card.name,
         title=card.title,
@@ -196,7 +201,7 @@ def card_source(
         inputs=(_image_input(model.in_channels, size, 1, dynamic_batch, dynamic_size),),
         task=model.task,
         preprocessing=prepared.with_channels(model.in_channels),
-        labels=tuple(labels),
+        labels=class_names(labels, model.num_classes, names),
         weights=WeightsOrigin(
             weights.source,
             weights.new_head,

@@ -28,12 +28,16 @@ class ScanSite:
         block: number of its block.
         length: steps L of the sequence.
         groups: directions K, or groups of channels with a B and C of their own.
+        channels: of all groups, K·d.
+        d_state: size N of the state of each channel.
     """
 
     name: str
     block: int
     length: int
     groups: int
+    channels: int
+    d_state: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +123,9 @@ def _described(
         count = sum(call.path == path for call in calls) + 1
         calls.append(ModuleCall(index, path, modules[path], count, len(own)))
         sites += [
-            ScanSite(scan_name(index, count, place), index, scan.length, scan.groups)
+            ScanSite(
+                scan_name(index, count, place), index, scan.length, scan.groups, scan.channels, scan.d_state
+            )
             for place, scan in enumerate(own, start=1)
         ]
     blocks = tuple(
@@ -151,6 +157,8 @@ class _Found:
     call: int
     length: int
     groups: int
+    channels: int
+    d_state: int
 
 
 class _Watch(TorchDispatchMode):
@@ -192,7 +200,8 @@ class _Watch(TorchDispatchMode):
     ) -> Any:
         if function is torch.ops.quartermap.selective_scan.default:
             path, call = self._running[-1]
-            self.found.append(_Found(path, call, args[0].shape[-1], args[3].shape[1]))
+            _, channels, length = args[0].shape
+            self.found.append(_Found(path, call, length, args[3].shape[1], channels, args[2].shape[1]))
         elif torch.Tag.nondeterministic_seeded in getattr(function, "tags", ()):
             self.random = self.random or str(function)
         return function(*args, **(kwargs or {}))

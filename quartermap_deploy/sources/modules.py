@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -50,6 +51,11 @@ class ModuleSource(SourceModel):
     scans: Scans | None = field(kw_only=True, default=None)
 
     @property
+    def kind(self) -> str:
+        """Where it comes from."""
+        return "module"
+
+    @property
     def blocks(self) -> tuple[SourceBlock, ...]:
         """The modules that call scans, in the order of the run."""
         return self.discovery.blocks
@@ -58,6 +64,15 @@ class ModuleSource(SourceModel):
     def example_shapes(self) -> dict[str, tuple[int, ...]]:
         """Sizes of the example inputs."""
         return {name: array.shape for name, array in self.example.items()}
+
+    def with_labels(self, labels: Sequence[str]) -> ModuleSource:
+        """The same model with names of its classes.
+
+        Raises:
+            InputError: if they do not fit its first output.
+        """
+        _check_labels(self.task, labels, self.discovery.outputs)
+        return dataclasses.replace(self, labels=tuple(labels))
 
     def running(self) -> AbstractContextManager[Any]:
         """A context in which the module's code runs here, with its scans as our operator."""
@@ -365,8 +380,6 @@ def _renamed(outputs: Mapping[str, Tensor], signature: Signature) -> list[str]:
 
 
 def _with_outputs(found: Discovery, outputs: Mapping[str, Tensor]) -> Discovery:
-    import dataclasses
-
     return dataclasses.replace(found, outputs=outputs)
 
 

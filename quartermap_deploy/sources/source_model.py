@@ -70,6 +70,11 @@ class SourceModel(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def kind(self) -> str:
+        """Where it comes from: "card", "architecture" or "module"."""
+
+    @property
+    @abc.abstractmethod
     def blocks(self) -> tuple[SourceBlock, ...]:
         """Its blocks, in the order of the network."""
 
