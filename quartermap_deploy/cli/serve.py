@@ -68,7 +68,8 @@ def add_parser(subparsers: Subparsers) -> None:
         "--labels",
         type=file_or_folder,
         metavar="FILE",
-        help="the name of a class on each line (default: numbers from 0)",
+        help="the name of a class on each line, or a set that comes with this package: imagenet, digits, or one of "
+        "MedMNIST, as bloodmnist (default: the card's, or numbers from 0)",
     )
     parser.add_argument(
         "--host",
