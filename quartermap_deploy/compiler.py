@@ -185,7 +185,7 @@ def _compile(
     force: bool,
     progress: Progress,
 ) -> Bundle:
-    """source → export → recover → passes → lower per target → build → validate → bundle."""
+    """Source → export → recover → passes → lower per target → build → validate → bundle."""
     from quartermap_deploy.validation.golden import golden_cases
 
     cases = validation_cases(recipe, source)
@@ -431,9 +431,7 @@ def validate(
     return report
 
 
-def check_given(
-    given: GivenReference | None, exported: Export, progress: Progress
-) -> dict[str, Any] | None:
+def check_given(given: GivenReference | None, exported: Export, progress: Progress) -> dict[str, Any] | None:
     """Compare the unpruned graph with what the user saved; returns what the report says about it.
 
     Raises:

@@ -220,7 +220,9 @@ class Recipe:
                 fields[_TABLES[table][key]] = value
         if "model" not in fields:
             if "module" not in fields:
-                raise RecipeError('it names no model; expected [model] with name = "…", or [module] with factory = "…"')
+                raise RecipeError(
+                    'it names no model; expected [model] with name = "…", or [module] with factory = "…"'
+                )
             fields["model"] = fields["module"].name
         return cls(**{name: _checked(name, value, folder) for name, value in fields.items()})
 
@@ -284,7 +286,8 @@ class Recipe:
         values["module"] = None if self.module is None else self.module.to_dict()
         values["preprocessing"] = None if self.preprocessing is None else dict(self.preprocessing)
         if self.labels is not None:
-            values["labels"] = list(self.labels) if _is_list(self.labels) else Path(str(self.labels)).name
+            names = self.labels
+            values["labels"] = list(names) if isinstance(names, tuple) else Path(names).name
         values["quartermap"] = None if self.quartermap is None else self.quartermap.to_dict()
         values["engine"] = self.engine.to_dict()
         values["keep_float32"], values["blocks_float32"] = list(self.keep_float32), list(self.blocks_float32)

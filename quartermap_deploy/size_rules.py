@@ -1,7 +1,7 @@
 """What the sizes of a model's inputs must fulfil, so that its graph is right.
 
-A module may decide by a size: `if x.shape[2] % 7 == 0`. In a graph one of the two ways is left, and nothing in ONNX says
-for which sizes it is the right one. torch notes what it took for granted; here that is kept as text, such as
+A module may decide by a size: `if x.shape[2] % 7 == 0`. In a graph one of the two ways is left, and nothing in ONNX
+says for which sizes it is the right one. torch notes what it took for granted; here that is kept as text, such as
 `images[2] % 7 == 0`, and looked up at every run.
 """
 

@@ -96,9 +96,7 @@ def export_onnx(
     """
     from quartermap_deploy.sources.architectures import architecture_source
 
-    source = architecture_source(
-        model, input_shape, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size
-    )
+    source = architecture_source(model, input_shape, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
     return export(
         source,
         quartermap,

@@ -6,7 +6,7 @@ images may bring it over. bfloat16 reaches as far as float32, so that its limit 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 

@@ -3,8 +3,8 @@
 A foreign module knows nothing of plans. But every scan that it makes is one call of the torch operator, and where the
 order is known in which that call visits the positions of its map, the call can be pruned by itself: the steps on the
 plan's rows and columns are kept, in their order, and scanned alone; then each direction's output is laid out on the
-smaller map, brought back to the size of the map, and read in the direction's order again. No class is known by its name,
-and nothing here is shared with the passes that prune the graph.
+smaller map, brought back to the size of the map, and read in the direction's order again. No class is known by its
+name, and nothing here is shared with the passes that prune the graph.
 """
 
 from __future__ import annotations
@@ -142,7 +142,8 @@ def on_map(y: Tensor, steps: NDArray[np.int64], height: int, width: int) -> Tens
     inside = np.flatnonzero(steps != OUTSIDE)
     map_ = y.new_zeros(*y.shape[:2], height * width)
     map_[..., torch.from_numpy(steps[inside].copy())] = y[..., torch.from_numpy(inside)]
-    return map_.unflatten(-1, (height, width))
+    laid_out: Tensor = map_.unflatten(-1, (height, width))
+    return laid_out
 
 
 def _parts(

@@ -16,11 +16,11 @@ from quartermap_deploy.pruning.plan import QuarterMap
 from quartermap_deploy.pruning.reference import prune
 from quartermap_deploy.sources.cases import image_cases
 from quartermap_deploy.sources.description import Feeds, Pictures, SourceBlock, WeightsOrigin
-from quartermap_deploy.tensor_info import TensorInfo
 from quartermap_deploy.sources.outputs import output_infos
 from quartermap_deploy.sources.reference import Reference
 from quartermap_deploy.sources.signature import Signature
 from quartermap_deploy.sources.source_model import SourceModel, Traced
+from quartermap_deploy.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -90,7 +90,8 @@ def architecture_reference(model: VisualStateSpaceModel) -> Reference:
     blocks = tuple(
         SourceBlock(block.index, block.stage, block.path, block.mixer_path) for block in model.blocks()
     )
-    return Reference(model, blocks, _Signature((INPUT,), False, "", model.output_names))
+    image = TensorInfo(INPUT, ("batch", model.in_channels, "height", "width"))
+    return Reference(model, (image,), blocks, _Signature((INPUT,), False, "", outputs=model.output_names))
 
 
 @dataclass(frozen=True)
@@ -185,9 +186,7 @@ def card_source(
     card = load_card(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, weights = create_with_weights(
-            name, num_classes=num_classes, in_chans=in_chans, checkpoint=checkpoint
-        )
+        model, weights = create_with_weights(name, num_classes=num_classes, checkpoint=checkpoint)
     size = input_size or card.preprocessing.crop
     model.check_input_shape((1, model.in_channels, *size))
     prepared = card.preprocessing.with_size(*size)

@@ -115,7 +115,8 @@ def _described(
     lengths = [next(scan.length for scan in watch.found if scan.path == path) for path in paths]
     stage_of = _given_stages(stages, len(paths)) if stages is not None else _stages(lengths)
     modules = dict(module.named_modules(remove_duplicate=False))
-    calls, sites = [], []
+    calls: list[ModuleCall] = []
+    sites: list[ScanSite] = []
     for path, number in dict.fromkeys((scan.path, scan.call) for scan in watch.found):
         own = [scan for scan in watch.found if (scan.path, scan.call) == (path, number)]
         index = paths.index(path) + 1

@@ -65,7 +65,9 @@ class UserModule:
         if self.stages is not None:
             stages = tuple(self.stages)
             if not stages or not all(type(count) is int and count > 0 for count in stages):
-                raise RecipeError(f"stages = {self.stages!r} is no list of numbers of blocks, such as [2, 2, 8, 2]")
+                raise RecipeError(
+                    f"stages = {self.stages!r} is no list of numbers of blocks, such as [2, 2, 8, 2]"
+                )
             object.__setattr__(self, "stages", stages)
 
     @property
@@ -115,7 +117,9 @@ def check_shape(name: str, shape: object) -> None:
         RecipeError: if it is none, or of more numbers than any model takes.
     """
     if not isinstance(shape, (list, tuple)) or not shape or not all(type(s) is int and s > 0 for s in shape):
-        raise RecipeError(f"the example input {name!r} has the shape {shape!r}; expected sizes such as 1x3x224x224")
+        raise RecipeError(
+            f"the example input {name!r} has the shape {shape!r}; expected sizes such as 1x3x224x224"
+        )
     count = 1
     for size in shape:
         count *= size
@@ -132,7 +136,7 @@ def parse_example(text: str) -> tuple[str, tuple[int, ...]]:
     name, equals, sizes = text.rpartition("=")
     if not re.fullmatch(r"\d{1,9}([x×,]\d{1,9})*", sizes) or (equals and not name.isidentifier()):
         raise RecipeError(
-            f"{text!r} is no example input; expected sizes such as 1x3x224x224, or name=1x3x224x224 for an input by name"
+            f"{text!r} is no example input; expected sizes such as 1x3x224x224, or name=1x3x224x224 for one by name"
         )
     shape = tuple(int(size) for size in re.split("[x×,]", sizes))
     check_shape(name or INPUT, shape)
@@ -154,7 +158,11 @@ def build_module(wanted: UserModule) -> nn.Module:
     with public_code():
         factory = _find(wanted.factory)
         try:
-            made = factory(**wanted.arguments) if callable(factory) and not isinstance(factory, nn.Module) else factory
+            made = (
+                factory(**wanted.arguments)
+                if callable(factory) and not isinstance(factory, nn.Module)
+                else factory
+            )
         except QuartermapError:
             raise
         except Exception as error:
@@ -196,8 +204,8 @@ def _imported(where: str) -> ModuleType:
             missing = error.name or ""
             if where == missing or where.startswith(f"{missing}."):
                 raise InputError(
-                    f"there is no module {missing!r} to import; name a package that is installed or lies in the current "
-                    "folder, or a file as path/to/model.py:Net"
+                    f"there is no module {missing!r} to import; name a package that is installed or lies in the "
+                    "current folder, or a file as path/to/model.py:Net"
                 ) from error
             raise InputError(f"{where} needs the package {missing!r}, which is not installed here") from error
         except Exception as error:

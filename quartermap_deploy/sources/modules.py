@@ -21,17 +21,17 @@ from quartermap_deploy.pruning.plan import QuarterMap
 from quartermap_deploy.pruning.scan_call import PrunedScans
 from quartermap_deploy.sources.cases import module_cases
 from quartermap_deploy.sources.description import TASKS, Feeds, Pictures, SourceBlock, WeightsOrigin
-from quartermap_deploy.tensor_info import TensorInfo
 from quartermap_deploy.sources.discovery import Discovery, discover
 from quartermap_deploy.sources.outputs import output_infos
 from quartermap_deploy.sources.public_code import public_code
 from quartermap_deploy.sources.reference import Reference
 from quartermap_deploy.sources.signature import BASE_NAMES, OTHER, Signature, input_names
 from quartermap_deploy.sources.source_model import SourceModel, Traced
+from quartermap_deploy.tensor_info import TensorInfo
 
 Scans = Mapping[str, Callable[..., Any]]
 SPREAD = 1e-5
-"""Largest difference of two runs of a module on the same inputs, as a share of the largest value, that may be rounding."""
+"""Largest difference of two runs on the same inputs, as a share of the largest value, that may be rounding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +113,13 @@ class ModuleSource(SourceModel):
         orders = {} if traced is None else traced.orders
         scans = PrunedScans(orders) if plan is None else PrunedScans(orders, pruned, plan.subsample)
         return Reference(
-            self.module, self.blocks, self.signature, running=self.running, scans=scans, float64=False
+            self.module,
+            self.inputs,
+            self.blocks,
+            self.signature,
+            running=self.running,
+            scans=scans,
+            float64=False,
         )
 
     def cases(self, pictures: Pictures | None) -> dict[str, Feeds]:
@@ -234,7 +240,7 @@ def module_source(
     _require_deterministic(prepared, tensors, signature, running, found)
     if task is None:
         task = guessed_task(example, found.outputs)
-        renamed = Signature(tuple(example), by_keyword, BASE_NAMES.get(task, OTHER))
+        renamed = dataclasses.replace(signature, base=BASE_NAMES.get(task, OTHER))
         outputs = dict(zip(_renamed(found.outputs, renamed), found.outputs.values(), strict=True))
         signature, found = renamed, _with_outputs(found, outputs)
     _check_labels(task, labels, found.outputs)

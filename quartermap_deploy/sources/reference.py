@@ -24,6 +24,7 @@ from quartermap_deploy.frontend.node_names import block_output, scan_name
 from quartermap_deploy.pruning.scan_call import PrunedScans
 from quartermap_deploy.sources.description import SourceBlock
 from quartermap_deploy.sources.signature import Signature, as_tensors
+from quartermap_deploy.tensor_info import TensorInfo
 
 Keep = Callable[[str, Tensor], None]
 """Takes the name of a part and what it returned."""
@@ -35,6 +36,7 @@ class Reference:
 
     Attributes:
         module: the module, in eval mode. Modules whose scans know plans are pruned themselves.
+        inputs: what it takes.
         blocks: its blocks.
         signature: how it is called.
         running: a context in which its forward runs.
@@ -43,6 +45,7 @@ class Reference:
     """
 
     module: nn.Module
+    inputs: tuple[TensorInfo, ...]
     blocks: tuple[SourceBlock, ...]
     signature: Signature
     running: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext

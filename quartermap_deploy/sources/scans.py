@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quartermap_deploy.errors import UnsupportedScanError
-from quartermap_deploy.frontend import operators
+from quartermap_deploy.scan import operators
 
 
 def selective_scan(

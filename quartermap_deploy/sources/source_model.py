@@ -15,8 +15,8 @@ from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.pruning.orders import ScanOrder
 from quartermap_deploy.pruning.plan import QuarterMap
 from quartermap_deploy.sources.description import Feeds, Pictures, SourceBlock, WeightsOrigin
-from quartermap_deploy.tensor_info import TensorInfo
 from quartermap_deploy.sources.reference import Reference
+from quartermap_deploy.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
     import onnx

@@ -18,7 +18,7 @@ from quartermap_deploy.sources.description import WeightsOrigin
 from quartermap_deploy.sources.factories import UserModule, build_module
 from quartermap_deploy.sources.modules import ModuleSource, module_source
 from quartermap_deploy.sources.signature import input_names
-from quartermap_deploy.weights import load_weights
+from quartermap_deploy.weights import LoadedWeights, load_weights
 
 UNNAMED = "images"
 """The name of an example input that was given without one."""
@@ -61,7 +61,7 @@ def user_module_source(
     if weights is not None:
         loaded = load_weights(module, weights, strict=wanted.strict_weights)
         origin = WeightsOrigin(
-            "checkpoint", file=weights.name, sha256=file_hash(weights), notes=tuple(loaded.notes())
+            "checkpoint", file=weights.name, sha256=file_hash(weights), notes=_notes(loaded)
         )
     source = module_source(
         module,
@@ -97,3 +97,16 @@ def example_inputs(module: nn.Module, shapes: Mapping[str, Sequence[int]], seed:
             f"the module's forward has no input {absent[0]!r}; its first inputs are {', '.join(known)}"
         )
     return arrays
+
+
+def _notes(loaded: LoadedWeights) -> tuple[str, ...]:
+    """What has to be said about weights that do not fit exactly."""
+    found = []
+    for keys, what in (
+        (loaded.missing, "stay newly initialised"),
+        (loaded.unexpected, "of the file are left out"),
+    ):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            found.append(f"{', '.join(keys[:3])}{more} {what}")
+    return tuple(found)

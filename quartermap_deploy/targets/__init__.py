@@ -19,10 +19,24 @@ from quartermap_deploy.targets.session import Session
 if TYPE_CHECKING:
     from quartermap_deploy.targets.tensorrt.options import EngineOptions
 
+__all__ = ["DEFAULT", "ENGINE_TARGETS", "Session", "Target", "Wanted", "list_targets", "load_target"]
+
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
 """Targets that need an engine of their own beside the portable model."""
 _MODULES = {"onnxruntime": "onnxruntime_cpu", "tensorrt": "tensorrt.target", "tensorrt-rtx": "tensorrt.rtx"}
 DEFAULT = "onnxruntime"
+
+
+class Wanted(Protocol):
+    """What a target asks of a recipe."""
+
+    @property
+    def engine(self) -> EngineOptions:
+        """How engines are built."""
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """All that are built."""
 
 
 class Target(Protocol):
@@ -40,7 +54,7 @@ class Target(Protocol):
         directory: Path,
         options: EngineOptions | None = None,
         *,
-        examples: Sequence[Sequence[int]] = (),
+        examples: Sequence[Mapping[str, Sequence[int]]] = (),
         progress: Progress = SILENT,
     ) -> dict[str, Any]:
         """Write what the target needs into `directory` and return its entry for the manifest."""

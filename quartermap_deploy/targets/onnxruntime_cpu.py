@@ -133,7 +133,7 @@ def build(
     directory: Path,
     options: EngineOptions | None = None,
     *,
-    examples: Sequence[Sequence[int]] = (),
+    examples: Sequence[Mapping[str, Sequence[int]]] = (),
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Nothing has to be written: the portable model is loaded as it is. Returns the manifest entry."""

@@ -46,8 +46,8 @@ class Session(abc.ABC):
         """
         if len(self.inputs) != 1 or len(self.outputs) != 1:
             raise InputError(
-                f"the model has the inputs {_names(self.inputs)} and the outputs {_names(self.outputs)}; give arrays by "
-                "name, and get them by name, with infer({...})"
+                f"the model has the inputs {_names(self.inputs)} and the outputs {_names(self.outputs)}; give arrays "
+                "by name, and get them by name, with infer({...})"
             )
         return self.infer({self.inputs[0].name: images})[self.outputs[0].name]
 

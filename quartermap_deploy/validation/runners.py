@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class TorchRunner(BaseRunner):  # type: ignore[misc]
-    """The PyTorch reference: its outputs, and before them those of every scan and block, in the order of the network."""
+    """The PyTorch reference: the outputs of every scan and block, in the order of the network, then its own."""
 
     def __init__(self, reference: Reference, *, blocks: bool = True, double: bool = False) -> None:
         """Wrap a reference.
@@ -57,8 +57,8 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
     def get_input_metadata_impl(self) -> Any:
         """Names of the inputs."""
         metadata = TensorMetadata()
-        for name in self._reference.signature.inputs:
-            metadata.add(name, None, None)
+        for item in self._reference.inputs:
+            metadata.add(item.name, np.dtype(item.type), [None] * len(item.shape))
         return metadata
 
     def infer_impl(self, feed_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
@@ -152,7 +152,9 @@ def with_block_outputs(model: onnx.ModelProto) -> onnx.ModelProto:
     outputs = list(marked.graph.output)
     del marked.graph.output[:]
     marked.graph.output.extend(
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in made if name not in own
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        for name in made
+        if name not in own
     )
     marked.graph.output.extend(outputs)
     return marked

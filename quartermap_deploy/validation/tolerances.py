@@ -63,7 +63,7 @@ _TABLE = (
 GIVEN = Tolerance(
     "float32",
     2e-3,
-    "a reference that the user saved was computed by other kernels, mostly on a GPU: exponentials in reduced precision, "
+    "a reference that the user saved was computed by other kernels, mostly on a GPU: exponentials in less precision, "
     "products in TF32 (10 bits) if PyTorch was told so; a wrong reading of a scan moves an output by far more",
 )
 """For the tensors that a user gives as a reference."""
