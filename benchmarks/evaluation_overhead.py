@@ -18,7 +18,7 @@ from quartermap_deploy.bench import interleave
 from quartermap_deploy.cli.common import LineProgress
 from quartermap_deploy.evaluation.accuracy import evaluate
 from quartermap_deploy.evaluation.batches import batches
-from quartermap_deploy.evaluation.datasets import open_dataset
+from quartermap_deploy.evaluation.formats import open_dataset
 from quartermap_deploy.evaluation.sessions import runner_for
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from quartermap_deploy.architectures import ss2d
-from quartermap_deploy.frontend.definition import selective_scan_2d_definition
 from quartermap_deploy.lowering.operator import INPUTS_2D, SELECTIVE_SCAN_2D
 from quartermap_deploy.lowering.writer import Writer, ints, scan_function
+from quartermap_deploy.scan.definition import selective_scan_2d_definition
 
 DIRECTIONS = 4
 

@@ -38,9 +38,9 @@ from floor import FLOOR, STEP_BY_STEP, floor_onnx, with_scan
 
 import quartermap_deploy as qm
 from quartermap_deploy.bench import Timing, interleave
-from quartermap_deploy.frontend.export import export
-from quartermap_deploy.frontend.operators import selective_scan_2d
+from quartermap_deploy.exporting.export import export
 from quartermap_deploy.passes import CANONICAL, OPTIMIZED, Selection, lower, run_passes
+from quartermap_deploy.scan.operators import selective_scan_2d
 from quartermap_deploy.targets.onnxruntime_cpu import OnnxRuntimeSession
 from quartermap_deploy.validation.inputs import real_images
 from quartermap_deploy.validation.tolerances import tolerance_for

@@ -30,7 +30,7 @@ def exported(name: str, pruned: bool, precision: str, path: Path) -> None:
     import torch
 
     import quartermap_deploy as qm
-    from quartermap_deploy.frontend.export import export_onnx
+    from quartermap_deploy.exporting.export import export_onnx
     from quartermap_deploy.passes import lower
 
     torch.manual_seed(0)
@@ -47,10 +47,10 @@ def exported(name: str, pruned: bool, precision: str, path: Path) -> None:
 
 def built(path: Path, folder: Path, batch: tuple[int, int, int]) -> dict[str, Any]:
     """Build an engine and return what it took."""
-    from quartermap_deploy.targets import tensorrt_rtx
-    from quartermap_deploy.targets.tensorrt_options import EngineOptions, Profile
+    from quartermap_deploy.targets.tensorrt import rtx
+    from quartermap_deploy.targets.tensorrt.options import EngineOptions, Profile
 
-    entry = tensorrt_rtx.build(path, folder, EngineOptions(profiles=(Profile(batch),)))
+    entry = rtx.build(path, folder, EngineOptions(profiles=(Profile(batch),)))
     return {"version": entry["version"], **entry["build"]}
 
 

@@ -17,7 +17,7 @@ _PUBLIC = {
     "Recipe": "recipe",
     "compile": "compiler",
     "create_model": "architectures",
-    "export_onnx": "frontend.export",
+    "export_onnx": "exporting.export",
     "list_models": "architectures",
     "load_bundle": "bundle",
     "load_card": "architectures",
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from quartermap_deploy.bundle import Bundle, load_bundle
     from quartermap_deploy.compiler import compile
     from quartermap_deploy.errors import QuartermapError
-    from quartermap_deploy.frontend.export import export_onnx
+    from quartermap_deploy.exporting.export import export_onnx
     from quartermap_deploy.pruning.plan import QuarterMap
     from quartermap_deploy.pruning.reference import prune
     from quartermap_deploy.recipe import Recipe

@@ -150,7 +150,7 @@ class Bundle:
         """The recipe that the bundle was compiled from; its paths are file names only."""
         from quartermap_deploy.pruning.plan import QuarterMap
         from quartermap_deploy.recipe import Recipe
-        from quartermap_deploy.targets.tensorrt_options import EngineOptions
+        from quartermap_deploy.targets.tensorrt.options import EngineOptions
 
         values = dict(self.manifest["recipe"])
         plan = values["quartermap"]

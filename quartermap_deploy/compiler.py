@@ -28,11 +28,11 @@ from quartermap_deploy.bundle import (
     write_json,
 )
 from quartermap_deploy.errors import ParityError, RecipeError
-from quartermap_deploy.frontend.export import PRECISIONS
+from quartermap_deploy.exporting.export import PRECISIONS
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.recipe import Recipe
 from quartermap_deploy.targets import Target, load_target
-from quartermap_deploy.targets.tensorrt_options import EngineOptions
+from quartermap_deploy.targets.tensorrt.options import EngineOptions
 
 if TYPE_CHECKING:
     import onnx
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from quartermap_deploy.architectures.cards import ModelCard
     from quartermap_deploy.architectures.factory import Weights
     from quartermap_deploy.complexity import Complexity
-    from quartermap_deploy.frontend.export import Export
+    from quartermap_deploy.exporting.export import Export
     from quartermap_deploy.validation.localise import LocaliseReport
     from quartermap_deploy.validation.parity import ParityReport
 
@@ -178,7 +178,7 @@ def check_settings(
     if ENGINES.isdisjoint(recipe.targets):
         return
     from quartermap_deploy.frontend.exporter import INPUT
-    from quartermap_deploy.targets.tensorrt_builder import check_examples
+    from quartermap_deploy.targets.tensorrt.builder import check_examples
 
     shape = input_shape(recipe, model, card)
     check_examples(recipe.engine, {INPUT: shape}, [images.shape for images in cases.values()])
@@ -245,7 +245,7 @@ def export_model(
 
     `traced` is that of an earlier export of the same model, or None.
     """
-    from quartermap_deploy.frontend.export import export
+    from quartermap_deploy.exporting.export import export
     from quartermap_deploy.validation.inputs import real_images
 
     calibration = (

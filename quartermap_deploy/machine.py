@@ -12,7 +12,7 @@ from typing import Any
 
 def describe_machine() -> dict[str, Any]:
     """Return system, processor, cores and GPU; None for what the system does not tell, or what is not there."""
-    from quartermap_deploy.targets.gpu import find_gpu
+    from quartermap_deploy.gpu import find_gpu
 
     gpu = find_gpu()
     return {

@@ -25,7 +25,7 @@ from quartermap_deploy.errors import BundleError, QuartermapError, UnknownNameEr
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.recipe import Recipe
 from quartermap_deploy.targets import load_target
-from quartermap_deploy.targets.tensorrt_options import EngineOptions
+from quartermap_deploy.targets.tensorrt.options import EngineOptions
 from quartermap_deploy.validation.engines import prove_engine
 
 

@@ -44,7 +44,7 @@ from typing import Any, Literal
 
 from quartermap_deploy.errors import InputError, PlanError, RecipeError
 from quartermap_deploy.pruning.plan import QuarterMap
-from quartermap_deploy.targets.tensorrt_options import EngineOptions
+from quartermap_deploy.targets.tensorrt.options import EngineOptions
 
 if sys.version_info >= (3, 11):
     import tomllib

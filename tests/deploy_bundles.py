@@ -11,7 +11,7 @@ from made_once import made_once
 
 import quartermap_deploy as qm
 from quartermap_deploy.bundle import describe_file, write_json
-from quartermap_deploy.targets.tensorrt_options import EngineOptions, Profile
+from quartermap_deploy.targets.tensorrt.options import EngineOptions, Profile
 
 MODEL = "vmamba_digits"
 PLUGIN = b"\x7fELF, in the place of a plugin library, which deploying never opens"

@@ -22,11 +22,11 @@ from quartermap_deploy.architectures.base import VisualStateSpaceModel
 from quartermap_deploy.architectures.medmamba import MedMamba, MedMambaConfig
 from quartermap_deploy.architectures.vmamba import VMamba
 from quartermap_deploy.files import write_whole
-from quartermap_deploy.frontend.definition import DIRECTIONS, selective_scan_2d_definition
 from quartermap_deploy.frontend.exporter import INPUT, OUTPUT, trace
 from quartermap_deploy.frontend.node_names import block_output
 from quartermap_deploy.lowering.operator import DOMAIN, INPUTS_2D, SELECTIVE_SCAN_2D, VERSION, ScanVariant
 from quartermap_deploy.lowering.scan_body import scan_body
+from quartermap_deploy.scan.definition import DIRECTIONS, selective_scan_2d_definition
 
 Array = np.ndarray[Any, Any]
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from quartermap_deploy.plugin.build import BuildOptions, build_plugin, plugin_sources
+from quartermap_deploy.native.build import BuildOptions, build_plugin, plugin_sources
 
 HEADERS_VARIABLE = "QUARTERMAP_TENSORRT_HEADERS"
 """Include folders of TensorRT releases to compile against, separated as in PATH."""

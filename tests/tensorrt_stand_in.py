@@ -835,7 +835,8 @@ def installed(version: str, api: Mapping[str, Any], name: str = "tensorrt") -> I
     import polygraphy.datatype.tensorrt as datatype
 
     from quartermap_deploy import bundle
-    from quartermap_deploy.targets import cuda_runtime, tensorrt_plugin
+    from quartermap_deploy.targets.tensorrt import cuda_runtime
+    from quartermap_deploy.targets.tensorrt import plugin as tensorrt_plugin
 
     with pytest.MonkeyPatch.context() as patch:
         host = HostCuda()

@@ -26,7 +26,8 @@ from quartermap_deploy.errors import BundleError, CheckpointError, InputError, R
 from quartermap_deploy.evaluation import accuracy as accuracy_module
 from quartermap_deploy.evaluation import tally as tally_module
 from quartermap_deploy.evaluation.accuracy import Accuracy, Run, evaluate, logits_of
-from quartermap_deploy.evaluation.datasets import Dataset, open_dataset
+from quartermap_deploy.evaluation.datasets import Dataset
+from quartermap_deploy.evaluation.formats import open_dataset
 from quartermap_deploy.evaluation.sessions import runner_for, session_run
 from quartermap_deploy.evaluation.tally import Tally, ranks
 from quartermap_deploy.pruning import QuarterMap, prune

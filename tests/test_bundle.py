@@ -27,7 +27,7 @@ from quartermap_deploy.errors import (
     QuartermapError,
     UnknownNameError,
 )
-from quartermap_deploy.validation import validate_bundle
+from quartermap_deploy.revalidate import validate_bundle
 from quartermap_deploy.validation.inputs import real_images
 
 PLAN = qm.QuarterMap(every=3)

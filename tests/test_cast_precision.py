@@ -44,7 +44,7 @@ from quartermap_deploy.architectures import load_card
 from quartermap_deploy.data.digits import load_digits
 from quartermap_deploy.data.images import prepare
 from quartermap_deploy.errors import ExportError, PassError, UnknownNameError
-from quartermap_deploy.frontend.export import export, export_onnx
+from quartermap_deploy.exporting.export import export, export_onnx
 from quartermap_deploy.frontend.exporter import INPUT
 from quartermap_deploy.lowering.element_types import SIXTEEN_BIT, types_of_values
 from quartermap_deploy.lowering.operator import DOMAIN, INPUTS_2D

@@ -646,7 +646,7 @@ def exported_before(
     change: Callable[[onnx.ModelProto], onnx.ModelProto] = lambda model: model,
 ) -> None:
     """Spare the export: take the model of a bundle, unpruned or not, and change it."""
-    from quartermap_deploy.frontend.export import Export
+    from quartermap_deploy.exporting.export import Export
 
     model = change(onnx.load(bundle / "model.onnx"))
     monkeypatch.setattr(compiler, "export_model", lambda *arguments: Export(model, model, model, (), ()))

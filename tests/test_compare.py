@@ -19,13 +19,13 @@ from quartermap_deploy.complexity import measure
 from quartermap_deploy.errors import InputError, ParityError, RecipeError, UnknownNameError
 from quartermap_deploy.evaluation import workbench
 from quartermap_deploy.evaluation.compare import CompareOptions, _merged_otherwise, compare, variants_of
-from quartermap_deploy.evaluation.datasets import open_dataset
+from quartermap_deploy.evaluation.formats import open_dataset
 from quartermap_deploy.evaluation.sessions import torch_run
+from quartermap_deploy.evaluation.tome import merge_tokens
 from quartermap_deploy.evaluation.variants import UNPRUNED, Builder, Variant
 from quartermap_deploy.evaluation.workbench import Workbench
 from quartermap_deploy.progress import SILENT
 from quartermap_deploy.pruning import QuarterMap, prune
-from quartermap_deploy.pruning.tome import merge_tokens
 from quartermap_deploy.recipe import Recipe
 
 NAMES = ["unpruned", "QuarterMap k = 3", "QuarterMap k = 3, canonical", "ToMe k = 3"]

@@ -17,7 +17,8 @@ from quartermap_deploy.data.digits import load_digits
 from quartermap_deploy.data.images import prepare
 from quartermap_deploy.errors import InputError, UnknownNameError
 from quartermap_deploy.evaluation.batches import Batch, batches, prepare_all
-from quartermap_deploy.evaluation.datasets import Dataset, open_dataset
+from quartermap_deploy.evaluation.datasets import Dataset
+from quartermap_deploy.evaluation.formats import open_dataset
 
 DIGITS = load_card("vmamba_digits").preprocessing
 

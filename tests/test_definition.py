@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference_models import DATA
 
-from quartermap_deploy.frontend.definition import (
+from quartermap_deploy.scan.definition import (
     DIRECTIONS,
     cross_merge,
     cross_scan,

@@ -47,16 +47,16 @@ from triton_stand_in import (
 from tritonclient.grpc import model_config_pb2
 
 import quartermap_deploy as qm
-from quartermap_deploy.architectures.cards import Preprocessing
 from quartermap_deploy.bundle import describe_file
 from quartermap_deploy.data.digits import load_digits
 from quartermap_deploy.data.images import prepare, sample_photographs
+from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.deploy import triton
 from quartermap_deploy.deploy.textproto import textproto
 from quartermap_deploy.deploy.triton import TritonOptions, deploy_triton
 from quartermap_deploy.deploy.triton_source import batch_limit
 from quartermap_deploy.errors import DeployError
-from quartermap_deploy.targets.tensorrt_options import Profile
+from quartermap_deploy.targets.tensorrt.options import Profile
 from quartermap_deploy.validation.golden import read_golden
 
 Array = np.ndarray[Any, Any]
@@ -468,7 +468,7 @@ def test_the_model_stands_alone(repositories: dict[str, Path]) -> None:
     """What it shares with this package is in its own text, as the package is not there where it runs."""
     text = (repositories["dynamic"] / f"{MODEL}_preprocess" / "1" / "model.py").read_text()
     assert "import quartermap_deploy" not in text and "from quartermap_deploy" not in text
-    assert "def cropped(" in text and "def rgb(" in text
+    assert "def cropped(" in text and "def with_mode(" in text
 
 
 def test_without_pillow_the_model_says_what_is_missing(

@@ -21,13 +21,15 @@ from test_cli import call
 from test_tensorrt_calls import ADA, VERSIONS, library  # noqa: F401  (fixture)
 
 import quartermap_deploy as qm
-from quartermap_deploy import compiler
+from quartermap_deploy import compiler, gpu
 from quartermap_deploy.errors import BundleError, EngineError, ParityError, UnknownNameError
 from quartermap_deploy.progress import SILENT
 from quartermap_deploy.rebuild import rebuild_bundle
-from quartermap_deploy.targets import gpu, tensorrt, tensorrt_plugin
-from quartermap_deploy.targets.tensorrt_options import EngineOptions, Profile
-from quartermap_deploy.validation import localise, localise_bundle, validate_bundle
+from quartermap_deploy.revalidate import localise_bundle, validate_bundle
+from quartermap_deploy.targets.tensorrt import plugin as tensorrt_plugin
+from quartermap_deploy.targets.tensorrt import target as tensorrt
+from quartermap_deploy.targets.tensorrt.options import EngineOptions, Profile
+from quartermap_deploy.validation import localise
 
 MODEL, RELEASE = "vmamba_digits", "10.7.0"
 FAULTY = 7

@@ -33,8 +33,8 @@ from torch import nn
 
 from quartermap_deploy.architectures.vmamba import VMamba, VMambaConfig
 from quartermap_deploy.errors import ExportError, InputError, PlanError
+from quartermap_deploy.exporting.export import export, export_onnx
 from quartermap_deploy.frontend import exporter
-from quartermap_deploy.frontend.export import export, export_onnx
 from quartermap_deploy.frontend.exporter import INPUT, OUTPUT, trace
 from quartermap_deploy.frontend.node_names import block_output, scan_name
 from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from quartermap_deploy.architectures.cards import Preprocessing, load_card
+from quartermap_deploy.architectures.cards import load_card
 from quartermap_deploy.data.images import open_image, prepare, sample_photographs
+from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.evaluation.batches import batches
 

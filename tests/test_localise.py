@@ -15,13 +15,13 @@ from polygraphy.backend.onnxrt import OnnxrtRunner
 from reference_models import tiny
 
 from quartermap_deploy.errors import PassError
-from quartermap_deploy.frontend.export import export
+from quartermap_deploy.exporting.export import export
+from quartermap_deploy.exporting.ranges import scan_ranges
 from quartermap_deploy.passes import infer_shapes, lower
 from quartermap_deploy.passes.cast_precision import cast_precision
 from quartermap_deploy.validation.golden import golden_runner
 from quartermap_deploy.validation.localise import LocaliseReport, localise
 from quartermap_deploy.validation.parity import check_parity
-from quartermap_deploy.validation.ranges import scan_ranges
 from quartermap_deploy.validation.rounding import rounded_in_float32
 from quartermap_deploy.validation.runners import TorchRunner, onnxruntime_runner, with_block_outputs
 from quartermap_deploy.validation.tolerances import Tolerance

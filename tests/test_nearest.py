@@ -18,7 +18,7 @@ from torch.nn import functional
 from quartermap_deploy.passes.base import GraphWriter
 from quartermap_deploy.passes.subsampling import write_keep, write_restore
 from quartermap_deploy.pruning.plan import Subsample
-from quartermap_deploy.pruning.reference import keep_positions, restore_positions
+from quartermap_deploy.pruning.positions import keep_positions, restore_positions
 
 LARGEST = 512
 SIZES = range(1, LARGEST + 1)

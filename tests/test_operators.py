@@ -13,8 +13,8 @@ from test_definition import CASES, public_case
 from torch import Tensor, nn
 from torch.export import Dim
 
-from quartermap_deploy.frontend.definition import DIRECTIONS, selective_scan_definition
-from quartermap_deploy.frontend.operators import selective_scan, selective_scan_2d
+from quartermap_deploy.scan.definition import DIRECTIONS, selective_scan_definition
+from quartermap_deploy.scan.operators import selective_scan, selective_scan_2d
 
 TOLERANCE = 1e-6
 STEPS = [(0.01, 20.0), (0.01, 0.0101), (1.0, 1.01), (4.0, 4.01), (20.0, 20.1)]

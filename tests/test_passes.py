@@ -38,7 +38,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from quartermap_deploy.errors import PassError
-from quartermap_deploy.frontend.definition import selective_scan_2d_definition
 from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D
 from quartermap_deploy.passes import (
     CANONICAL,
@@ -54,6 +53,7 @@ from quartermap_deploy.passes import (
     sink_resize,
 )
 from quartermap_deploy.pruning.plan import Subsample
+from quartermap_deploy.scan.definition import selective_scan_2d_definition
 
 FORMS = {"channel_first": CHANNEL_FIRST, "channel_last": CHANNEL_LAST, "gated": GATED}
 NEAREST = [Subsample(stride, keep) for stride, keep in ((2, 1), (3, 1), (3, 2), (4, 1), (5, 3))]

@@ -15,14 +15,14 @@ import pytest
 
 from quartermap_deploy.cli import main
 from quartermap_deploy.errors import MissingDependencyError
-from quartermap_deploy.plugin import build
-from quartermap_deploy.plugin.build import BuildOptions, build_plugin, plugin_sources
-from quartermap_deploy.plugin.check import check_plugin
-from quartermap_deploy.plugin.contract import CONTRACT
-from quartermap_deploy.plugin.cuda import Kernels, enable_cuda_kernels
-from quartermap_deploy.plugin.errors import PluginError
-from quartermap_deploy.plugin.library import load
-from quartermap_deploy.targets.gpu import find_gpu
+from quartermap_deploy.gpu import find_gpu
+from quartermap_deploy.native import build
+from quartermap_deploy.native.build import BuildOptions, build_plugin, plugin_sources
+from quartermap_deploy.native.check import check_plugin
+from quartermap_deploy.native.contract import CONTRACT
+from quartermap_deploy.native.cuda import Kernels, enable_cuda_kernels
+from quartermap_deploy.native.errors import PluginError
+from quartermap_deploy.native.library import load
 
 GOLDEN = plugin_sources() / "test_host" / "write_golden.py"
 
@@ -150,7 +150,7 @@ print([c.name for c in trt.get_plugin_registry().all_creators if c.plugin_namesp
 
 def test_checking_a_library_needs_no_torch() -> None:
     """A bundle with a TensorRT engine is run without torch, and its plugin is checked before it is loaded."""
-    script = "import sys; from quartermap_deploy.plugin import check, cuda; print('torch' in sys.modules)"
+    script = "import sys; from quartermap_deploy.native import check, cuda; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -266,7 +266,7 @@ def test_build_that_fails_leaves_the_old_library(tmp_path: Path, monkeypatch: py
     plugin_builds.require_compiler()
     sources = tmp_path / "plugins"
     shutil.copytree(plugin_sources(), sources)
-    (sources / "src" / "contract.cpp").write_text("#error planted\n")
+    (sources / "contract" / "contract.cpp").write_text("#error planted\n")
     monkeypatch.setattr(build, "plugin_sources", lambda: sources)
     output = tmp_path / "out"
     output.mkdir()

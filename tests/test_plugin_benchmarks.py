@@ -16,8 +16,8 @@ from reference_models import tiny
 from torch import Tensor
 
 import quartermap_deploy as qm
-from quartermap_deploy.frontend.definition import DIRECTIONS, selective_scan_2d_definition
-from quartermap_deploy.frontend.operators import selective_scan
+from quartermap_deploy.scan.definition import DIRECTIONS, selective_scan_2d_definition
+from quartermap_deploy.scan.operators import selective_scan
 
 FOLDER = REPOSITORY / "benchmarks" / "gpu"
 

@@ -17,11 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from quartermap_deploy.frontend.definition import DIRECTIONS, selective_scan_2d_definition
-from quartermap_deploy.frontend.vectorized import selective_scan_2d_vectorized
-from quartermap_deploy.plugin.contract import differences
-from quartermap_deploy.plugin.cuda import Kernels, enable_cuda_kernels, make_scan
-from quartermap_deploy.plugin.errors import PluginError
+from quartermap_deploy.native.contract import differences
+from quartermap_deploy.native.cuda import Kernels, enable_cuda_kernels, make_scan
+from quartermap_deploy.native.errors import PluginError
+from quartermap_deploy.scan.definition import DIRECTIONS, selective_scan_2d_definition
+from quartermap_deploy.scan.vectorized import selective_scan_2d_vectorized
 
 TOLERANCES = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 6e-3}
 """Of the largest value: what float32 arithmetic leaves, and half a step of the 16-bit types, with room."""

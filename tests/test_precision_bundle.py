@@ -19,9 +19,9 @@ from quartermap_deploy import compiler
 from quartermap_deploy.data.digits import load_digits
 from quartermap_deploy.data.images import prepare
 from quartermap_deploy.errors import BundleError, RecipeError
-from quartermap_deploy.targets.gpu import find_gpu
-from quartermap_deploy.targets.tensorrt_options import EngineOptions, Profile
-from quartermap_deploy.validation import localise_bundle, validate_bundle
+from quartermap_deploy.gpu import find_gpu
+from quartermap_deploy.revalidate import localise_bundle, validate_bundle
+from quartermap_deploy.targets.tensorrt.options import EngineOptions, Profile
 
 MODEL = "vmamba_digits"
 
@@ -87,7 +87,7 @@ def test_a_fault_of_precision_is_localised_when_compiling_fails(
     monkeypatch.setattr(compiler, "load_model", with_large_values)
     # Without the range scan, which would have kept these values in float32.
     monkeypatch.setattr(compiler, "CALIBRATION_IMAGES", 1)
-    monkeypatch.setattr("quartermap_deploy.validation.ranges.RangeReport.keep_float32", ())
+    monkeypatch.setattr("quartermap_deploy.exporting.ranges.RangeReport.keep_float32", ())
     text = refused("compile", MODEL, "--precision", "float16", "--out", "new")
     assert "block_4 in float32 restores parity" in text and "--float32-blocks 4" in text
 

@@ -18,9 +18,9 @@ from torch.nn import functional
 
 from quartermap_deploy.architectures.ss2d import SS2D
 from quartermap_deploy.errors import PlanError
-from quartermap_deploy.frontend.definition import selective_scan_2d_definition
 from quartermap_deploy.pruning import UPSAMPLE_MODES, QuarterMap, Subsample, prune
-from quartermap_deploy.pruning.reference import keep_positions, restore_positions
+from quartermap_deploy.pruning.positions import keep_positions, restore_positions
+from quartermap_deploy.scan.definition import selective_scan_2d_definition
 
 STRIDES = [(stride, keep) for stride in range(2, 9) for keep in range(1, stride)]
 subsamples = st.sampled_from(STRIDES).map(lambda pair: Subsample(*pair))

@@ -20,11 +20,11 @@ from helpers import (
 )
 
 from quartermap_deploy.errors import InputError, UnknownNameError
+from quartermap_deploy.exporting import ranges as module
+from quartermap_deploy.exporting.ranges import RangeReport, scan_ranges
 from quartermap_deploy.lowering.element_types import FLOAT, types_of_values
 from quartermap_deploy.passes import infer_shapes, lower
 from quartermap_deploy.passes.cast_precision import cast_precision
-from quartermap_deploy.validation import ranges as module
-from quartermap_deploy.validation.ranges import RangeReport, scan_ranges
 from quartermap_deploy.validation.rounding import rounded_in_float32
 
 VALUES = ["projected", "convolved", "gate", "features", "narrow", "dt", "B", "C", "scanned", "last", "normal"]

@@ -15,8 +15,8 @@ from quartermap_deploy.cli.program import run as run_command
 from quartermap_deploy.errors import BundleError, InputError, RecipeError, UnknownNameError
 from quartermap_deploy.rebuild import rebuild_bundle
 from quartermap_deploy.recipe import Recipe
-from quartermap_deploy.targets import tensorrt_rtx
-from quartermap_deploy.targets.tensorrt_options import EngineOptions, Profile
+from quartermap_deploy.targets.tensorrt import rtx
+from quartermap_deploy.targets.tensorrt.options import EngineOptions, Profile
 
 OPTIONS = EngineOptions(profiles=(Profile((1, 2, 4)),), compute_capabilities=("8.9",))
 
@@ -32,7 +32,7 @@ def write_bundle(folder: Path, engine: bool = True, recipe: Recipe | None = None
     write_json(folder / "report.json", {"cases": [], "passed": True})
     targets: dict[str, Any] = {"onnxruntime": {"file": "model.onnx"}}
     if engine:
-        targets["tensorrt-rtx"] = tensorrt_rtx.build(folder / "model.onnx", folder, OPTIONS)
+        targets["tensorrt-rtx"] = rtx.build(folder / "model.onnx", folder, OPTIONS)
     files = {path.name: describe_file(path) for path in sorted(folder.iterdir())}
     sections: dict[str, Any] = {
         name: {} for name in ("model", "input", "output", "totals", "graph", "versions")

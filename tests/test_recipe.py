@@ -8,7 +8,7 @@ import pytest
 
 import quartermap_deploy as qm
 from quartermap_deploy.errors import RecipeError
-from quartermap_deploy.targets.tensorrt_options import EngineOptions, Profile
+from quartermap_deploy.targets.tensorrt.options import EngineOptions, Profile
 
 REPOSITORY = Path(__file__).parent.parent
 

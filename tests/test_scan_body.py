@@ -26,11 +26,11 @@ from onnx import helper
 from test_operators import STEPS
 
 from quartermap_deploy.errors import PassError
-from quartermap_deploy.frontend.definition import DIRECTIONS
 from quartermap_deploy.lowering import scan_body as scan_body_module
 from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D, ScanVariant
 from quartermap_deploy.lowering.scan_body import scan_body
 from quartermap_deploy.lowering.writer import Value, Writer
+from quartermap_deploy.scan.definition import DIRECTIONS
 
 TOLERANCE = 1e-6
 

@@ -23,9 +23,9 @@ from quartermap_deploy.evaluation.scan_time import (
     profile_torch,
     read_profile,
 )
+from quartermap_deploy.evaluation.tome import merge_tokens
 from quartermap_deploy.passes import CANONICAL, OPTIMIZED, Selection, lower, run_passes
 from quartermap_deploy.pruning import QuarterMap, Subsample, prune
-from quartermap_deploy.pruning.tome import merge_tokens
 
 SIZE = 24
 

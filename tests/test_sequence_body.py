@@ -14,11 +14,11 @@ from test_operators import STEPS
 from torch import Tensor, nn
 
 from quartermap_deploy.errors import ExportError
-from quartermap_deploy.frontend.definition import selective_scan_definition
 from quartermap_deploy.frontend.exporter import to_onnx
-from quartermap_deploy.frontend.operators import selective_scan
 from quartermap_deploy.lowering.operator import DOMAIN, INPUTS_1D, SELECTIVE_SCAN, VERSION
 from quartermap_deploy.passes import infer_shapes, lower
+from quartermap_deploy.scan.definition import selective_scan_definition
+from quartermap_deploy.scan.operators import selective_scan
 
 TOLERANCE = 1e-6
 

@@ -27,26 +27,24 @@ from tensorrt_stand_in import RELEASES, Engines
 from test_tensorrt_rtx import WHY_NOT, needs_rtx, save, small_model
 
 import quartermap_deploy as qm
+from quartermap_deploy import gpu
 from quartermap_deploy.errors import BundleError, EngineError, InputError, MissingDependencyError
+from quartermap_deploy.gpu import Gpu
+from quartermap_deploy.native.contract import CONTRACT
+from quartermap_deploy.native.errors import PluginError
 from quartermap_deploy.passes.lower import lower
 from quartermap_deploy.passes.shapes import infer_shapes
-from quartermap_deploy.plugin.contract import CONTRACT
-from quartermap_deploy.plugin.errors import PluginError
-from quartermap_deploy.targets import (
-    cuda_runtime,
-    gpu,
-    tensorrt,
-    tensorrt_builder,
-    tensorrt_flavour,
-    tensorrt_plugin,
-    tensorrt_rtx,
-    tensorrt_session,
-)
-from quartermap_deploy.targets.gpu import Gpu
-from quartermap_deploy.targets.tensorrt_caches import TimingCache
-from quartermap_deploy.targets.tensorrt_flavour import TENSORRT, TENSORRT_RTX
-from quartermap_deploy.targets.tensorrt_monitor import make_logger
-from quartermap_deploy.targets.tensorrt_options import EngineOptions, Profile
+from quartermap_deploy.targets.tensorrt import builder as tensorrt_builder
+from quartermap_deploy.targets.tensorrt import cuda_runtime
+from quartermap_deploy.targets.tensorrt import flavour as tensorrt_flavour
+from quartermap_deploy.targets.tensorrt import plugin as tensorrt_plugin
+from quartermap_deploy.targets.tensorrt import rtx as tensorrt_rtx
+from quartermap_deploy.targets.tensorrt import session as tensorrt_session
+from quartermap_deploy.targets.tensorrt import target as tensorrt
+from quartermap_deploy.targets.tensorrt.caches import TimingCache
+from quartermap_deploy.targets.tensorrt.flavour import TENSORRT, TENSORRT_RTX
+from quartermap_deploy.targets.tensorrt.monitor import make_logger
+from quartermap_deploy.targets.tensorrt.options import EngineOptions, Profile
 
 ADA = Gpu("NVIDIA L4", "8.9")
 VERSIONS = {"10.7.0": "10.7.0.23", "11.1": "11.1.0.2"}
@@ -559,9 +557,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from quartermap_deploy.errors import EngineError
-from quartermap_deploy.targets import tensorrt_plugin
-from quartermap_deploy.targets.tensorrt_flavour import TENSORRT_RTX
-from quartermap_deploy.targets.tensorrt_monitor import make_logger
+from quartermap_deploy.targets.tensorrt import plugin as tensorrt_plugin
+from quartermap_deploy.targets.tensorrt.flavour import TENSORRT_RTX
+from quartermap_deploy.targets.tensorrt.monitor import make_logger
 
 real = TENSORRT_RTX.load()
 logger = make_logger(real)

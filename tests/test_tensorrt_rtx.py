@@ -28,12 +28,15 @@ from quartermap_deploy.errors import (
     MissingDependencyError,
     QuartermapError,
 )
+from quartermap_deploy.gpu import Gpu, find_gpu
 from quartermap_deploy.passes.lower import lower
 from quartermap_deploy.passes.shapes import infer_shapes
-from quartermap_deploy.targets import load_target, tensorrt, tensorrt_builder, tensorrt_rtx
-from quartermap_deploy.targets.gpu import Gpu, find_gpu
-from quartermap_deploy.targets.tensorrt_caches import TimingCache, cache_key
-from quartermap_deploy.targets.tensorrt_checks import (
+from quartermap_deploy.targets import load_target
+from quartermap_deploy.targets.tensorrt import builder as tensorrt_builder
+from quartermap_deploy.targets.tensorrt import rtx as tensorrt_rtx
+from quartermap_deploy.targets.tensorrt import target as tensorrt
+from quartermap_deploy.targets.tensorrt.caches import TimingCache, cache_key
+from quartermap_deploy.targets.tensorrt.checks import (
     INSPECTOR,
     PLAN,
     check_file,
@@ -42,12 +45,12 @@ from quartermap_deploy.targets.tensorrt_checks import (
     inspected,
     rtx_header,
 )
-from quartermap_deploy.targets.tensorrt_flavour import TENSORRT, TENSORRT_RTX, Flavour, version_numbers
-from quartermap_deploy.targets.tensorrt_monitor import Phases, interruptible, make_logger
-from quartermap_deploy.targets.tensorrt_objects import make_runtime
-from quartermap_deploy.targets.tensorrt_options import EngineOptions, Profile
-from quartermap_deploy.targets.tensorrt_products import check_products, plan_products
-from quartermap_deploy.targets.tensorrt_session import profile_for, refusal
+from quartermap_deploy.targets.tensorrt.flavour import TENSORRT, TENSORRT_RTX, Flavour, version_numbers
+from quartermap_deploy.targets.tensorrt.monitor import Phases, interruptible, make_logger
+from quartermap_deploy.targets.tensorrt.objects import make_runtime
+from quartermap_deploy.targets.tensorrt.options import EngineOptions, Profile
+from quartermap_deploy.targets.tensorrt.products import check_products, plan_products
+from quartermap_deploy.targets.tensorrt.session import profile_for, refusal
 
 try:
     TENSORRT_RTX.load()
@@ -292,7 +295,7 @@ def test_a_refused_node_is_named_with_its_module(tmp_path: Path) -> None:
 INTERRUPTED = """
 import os, signal, sys
 from quartermap_deploy.cli import main
-from quartermap_deploy.targets import tensorrt_monitor
+from quartermap_deploy.targets.tensorrt import monitor as tensorrt_monitor
 
 start = tensorrt_monitor.Phases.start
 
@@ -377,7 +380,7 @@ def test_vmamba_tiny_is_built_within_a_minute(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     from quartermap_deploy.architectures import create_model
-    from quartermap_deploy.frontend.export import export_onnx
+    from quartermap_deploy.exporting.export import export_onnx
     from quartermap_deploy.pruning.plan import QuarterMap
 
     model = export_onnx(

@@ -16,9 +16,7 @@ from torch import Tensor
 from quartermap_deploy.architectures.base import VisualStateSpaceModel
 from quartermap_deploy.complexity import measure
 from quartermap_deploy.errors import InputError, PlanError
-from quartermap_deploy.frontend.merging import export_merging
-from quartermap_deploy.pruning import QuarterMap, Subsample, prune
-from quartermap_deploy.pruning.tome import (
+from quartermap_deploy.evaluation.tome import (
     Merge,
     MergingSS2D,
     Unmerge,
@@ -29,6 +27,8 @@ from quartermap_deploy.pruning.tome import (
     rounds,
     unmerge,
 )
+from quartermap_deploy.exporting.merging import export_merging
+from quartermap_deploy.pruning import QuarterMap, Subsample, prune
 from quartermap_deploy.validation.tolerances import tolerance_for
 
 TOLERANCE = 1e-5

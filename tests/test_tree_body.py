@@ -33,13 +33,13 @@ from test_operators import STEPS
 from test_scan_body import DIRECTION_LISTS
 
 from quartermap_deploy.errors import PassError
-from quartermap_deploy.frontend.definition import DIRECTIONS
 from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D, ScanVariant
 from quartermap_deploy.lowering.softplus_series import write_softplus_series
 from quartermap_deploy.lowering.tree_body import LONG, TreeVariant, lines, tree_body
 from quartermap_deploy.lowering.writer import Writer
 from quartermap_deploy.passes.inline_scans import inline_scans
 from quartermap_deploy.passes.lower import lower
+from quartermap_deploy.scan.definition import DIRECTIONS
 
 TOLERANCE = 1e-6
 Size = tuple[int, int]

@@ -19,12 +19,14 @@ from quartermap_deploy.errors import GoalError, InputError, PlanError, RecipeErr
 from quartermap_deploy.evaluation import tried, tune_report
 from quartermap_deploy.evaluation import tune as tune_module
 from quartermap_deploy.evaluation.choice import Chooser
-from quartermap_deploy.evaluation.datasets import Dataset, open_dataset
+from quartermap_deploy.evaluation.datasets import Dataset
 from quartermap_deploy.evaluation.fidelity import Fidelity
+from quartermap_deploy.evaluation.formats import open_dataset
 from quartermap_deploy.evaluation.savings import PlanTimer, Savings
 from quartermap_deploy.evaluation.search import Candidate, Goal, Judge
 from quartermap_deploy.evaluation.trial import Trial
-from quartermap_deploy.evaluation.tune import Tuned, TuneOptions, divide, time_warning, tune
+from quartermap_deploy.evaluation.tune import Tuned, divide, time_warning, tune
+from quartermap_deploy.evaluation.tune_options import TuneOptions
 from quartermap_deploy.pruning import QuarterMap
 from quartermap_deploy.recipe import Recipe
 

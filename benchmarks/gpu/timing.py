@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 
 from quartermap_deploy.errors import QuartermapError
-from quartermap_deploy.plugin.build import BuildOptions, build_plugin
+from quartermap_deploy.native.build import BuildOptions, build_plugin
 
 USER_ERROR = 2
 """Exit code for what the user can mend, as on the command line of the package."""

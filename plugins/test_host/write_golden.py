@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quartermap_deploy.frontend.definition import DIRECTIONS, selective_scan_2d_definition
+from quartermap_deploy.scan.definition import DIRECTIONS, selective_scan_2d_definition
 
 # Of the largest value, at block level. Inputs are rounded before the definition sees them, so these are the errors of
 # the arithmetic (float32 inside) and of rounding y.

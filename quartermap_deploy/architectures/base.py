@@ -9,10 +9,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from quartermap_deploy.architectures.ss2d import SS2D
+from quartermap_deploy.data.preprocessing import LARGEST_SIDE
 from quartermap_deploy.errors import InputError
-
-LARGEST_SIDE = 8192
-"""Pixels; beyond it a feature map of the first stage alone takes tens of gigabytes, and a size is a typing error."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,8 @@ class VisualStateSpaceModel(nn.Module):
     """Module path of the last linear layer."""
     mixer_name: ClassVar[str]
     """Attribute of a block that holds its SS2D."""
+    output_names: tuple[str, ...] = ("logits",)
+    """Names of what `forward` returns."""
 
     layers: nn.ModuleList
     num_classes: int

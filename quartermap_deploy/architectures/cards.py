@@ -6,53 +6,20 @@ installed wheel, beside the weights that come with the package. Reading a card n
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from quartermap_deploy.errors import QuartermapError, UnknownNameError
+from quartermap_deploy.data.preprocessing import Preprocessing
+from quartermap_deploy.errors import InputError, QuartermapError, UnknownNameError
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-Fit = Literal["cover", "stretch"]
-Interpolation = Literal["nearest", "bilinear", "bicubic"]
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How an image becomes the model's input; pixel values are scaled to 0…1 before mean and std.
-
-    Attributes:
-        resize: (height, width) to resize to.
-        fit: "stretch" resizes to exactly `resize`; "cover" keeps the proportions and covers `resize`, so that
-            for a square it sets the shorter side.
-        crop: (height, width) cut from the centre afterwards: the size of the model's input.
-        interpolation: filter of the resize.
-        mean: per channel.
-        std: per channel.
-    """
-
-    resize: tuple[int, int]
-    fit: Fit
-    crop: tuple[int, int]
-    interpolation: Interpolation
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def with_size(self, height: int, width: int) -> Preprocessing:
-        """Return the same preprocessing for another input size, with the cropped margin in proportion."""
-        resize = (
-            round(height * self.resize[0] / self.crop[0]),
-            round(width * self.resize[1] / self.crop[1]),
-        )
-        return dataclasses.replace(self, resize=resize, crop=(height, width))
 
 
 @dataclass(frozen=True)
@@ -180,13 +147,13 @@ def read_card(path: Path) -> ModelCard:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
         parts: dict[str, Any] = {
-            "preprocessing": Preprocessing(**freeze_lists(values.pop("preprocessing"))),
+            "preprocessing": Preprocessing.from_dict(values.pop("preprocessing")),
             "sizes": Sizes(**values.pop("sizes")),
             "source": Source(**values.pop("source")),
             "accuracy": tuple(Accuracy(**entry) for entry in values.pop("accuracy", [])),
         }
         card = ModelCard(**values, **parts)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, InputError) as error:
         raise QuartermapError(f"the model card {path} cannot be read: {error}") from error
     if card.name != path.stem:
         raise QuartermapError(

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quartermap_deploy.architectures.layers import layer_norm, linear
-from quartermap_deploy.frontend.definition import DIRECTIONS
-from quartermap_deploy.frontend.operators import selective_scan_2d
 from quartermap_deploy.pruning.plan import Subsample
-from quartermap_deploy.pruning.reference import keep_positions, restore_positions
+from quartermap_deploy.pruning.positions import keep_positions, restore_positions
+from quartermap_deploy.scan.definition import DIRECTIONS
+from quartermap_deploy.scan.operators import selective_scan_2d
 
 SMALLEST_STEP, LARGEST_STEP = 1e-3, 0.1
 """Range of the time step softplus(dt_bias) of a new model (Mamba, arXiv 2312.00752, 3.6)."""

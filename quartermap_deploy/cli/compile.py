@@ -30,10 +30,10 @@ from quartermap_deploy.cli.common import (
 )
 from quartermap_deploy.cli.rebuild import engine_facts, engine_warnings, engines_of
 from quartermap_deploy.errors import PlanError, RecipeError
-from quartermap_deploy.frontend.export import IO_TYPES, PRECISIONS
+from quartermap_deploy.exporting.export import IO_TYPES, PRECISIONS
 from quartermap_deploy.pruning.plan import UPSAMPLE_MODES, QuarterMap
 from quartermap_deploy.recipe import Recipe
-from quartermap_deploy.targets.tensorrt_options import EngineOptions, Profile
+from quartermap_deploy.targets.tensorrt.options import EngineOptions, Profile
 
 if TYPE_CHECKING:
     from quartermap_deploy.bundle import Bundle

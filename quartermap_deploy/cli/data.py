@@ -73,7 +73,7 @@ def dataset_of(options: argparse.Namespace) -> Dataset:
     Raises:
         QuartermapError: as `open_dataset` does.
     """
-    from quartermap_deploy.evaluation.datasets import open_dataset
+    from quartermap_deploy.evaluation.formats import open_dataset
 
     dataset = open_dataset(options.data, format_of(options), split=options.split)
     limit: int | None = getattr(options, "limit", None)

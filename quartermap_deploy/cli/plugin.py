@@ -17,11 +17,11 @@ from quartermap_deploy.cli.common import (
     table,
     words,
 )
-from quartermap_deploy.plugin.build import DEFAULT_OUTPUT
+from quartermap_deploy.native.build import DEFAULT_OUTPUT
 
 if TYPE_CHECKING:
     from quartermap_deploy.cli.common import Subparsers
-    from quartermap_deploy.plugin.check import PluginReport
+    from quartermap_deploy.native.check import PluginReport
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -111,8 +111,8 @@ def _add_check(subparsers: Subparsers) -> None:
 
 def run_build(options: argparse.Namespace) -> None:
     """Build the library and check it."""
-    from quartermap_deploy.plugin.build import BuildOptions, build_plugin
-    from quartermap_deploy.plugin.check import check_plugin
+    from quartermap_deploy.native.build import BuildOptions, build_plugin
+    from quartermap_deploy.native.check import check_plugin
 
     settings = BuildOptions(
         tensorrt_include=options.tensorrt_include,
@@ -128,7 +128,7 @@ def run_build(options: argparse.Namespace) -> None:
 
 def run_check(options: argparse.Namespace) -> None:
     """Check a library."""
-    from quartermap_deploy.plugin.check import check_plugin
+    from quartermap_deploy.native.check import check_plugin
 
     with results_only():
         report = check_plugin(options.library)

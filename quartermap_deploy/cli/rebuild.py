@@ -21,7 +21,7 @@ from quartermap_deploy.cli.common import (
     terminable,
     with_verdict,
 )
-from quartermap_deploy.targets.tensorrt_checks import SIXTEEN_BITS
+from quartermap_deploy.targets.tensorrt.checks import SIXTEEN_BITS
 
 if TYPE_CHECKING:
     from quartermap_deploy.bundle import Bundle

@@ -219,7 +219,8 @@ def factor(text: str) -> float:
 def run(options: argparse.Namespace) -> None:
     """Search and print what was found."""
     from quartermap_deploy.evaluation.search import Goal
-    from quartermap_deploy.evaluation.tune import TuneOptions, tune
+    from quartermap_deploy.evaluation.tune import tune
+    from quartermap_deploy.evaluation.tune_options import TuneOptions
 
     recipe = recipe_of(options)
     goal = Goal(budget=options.budget, speedup=options.speedup)
@@ -251,7 +252,7 @@ def run(options: argparse.Namespace) -> None:
 
 def image_sets(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
     """Return the images to calibrate on and those to verify on."""
-    from quartermap_deploy.evaluation.datasets import open_dataset
+    from quartermap_deploy.evaluation.formats import open_dataset
     from quartermap_deploy.evaluation.tune import divide
 
     format, split, other = format_of(options), options.split, options.verify_split

@@ -23,7 +23,7 @@ from quartermap_deploy.cli.common import (
     worst_error,
 )
 from quartermap_deploy.errors import ParityError
-from quartermap_deploy.validation import REFERENCES
+from quartermap_deploy.revalidate import REFERENCES
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -100,7 +100,7 @@ def run(options: argparse.Namespace) -> None:
         ParityError: if the bundle departs from the reference.
     """
     from quartermap_deploy.bundle import load_bundle
-    from quartermap_deploy.validation import validate_bundle
+    from quartermap_deploy.revalidate import validate_bundle
 
     bundle = load_bundle(options.bundle)
     if options.localise:
@@ -138,7 +138,7 @@ def run_localise(bundle: Bundle, options: argparse.Namespace) -> None:
     Raises:
         ParityError: if the bundle departs, with the block's name.
     """
-    from quartermap_deploy.validation import localise_bundle
+    from quartermap_deploy.revalidate import localise_bundle
     from quartermap_deploy.validation.localise import part_name
 
     with results_only():

@@ -12,28 +12,29 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from quartermap_deploy.architectures.cards import Preprocessing
 from quartermap_deploy.data import pixels
+from quartermap_deploy.data.preprocessing import Color, Preprocessing
 from quartermap_deploy.errors import InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 ImageLike: TypeAlias = "str | PathLike[str] | NDArray[np.uint8] | Image"
-"""A file, an array (H, W) or (H, W, 3) of uint8, or a Pillow image."""
+"""A file, an array (H, W), (H, W, 3) or (H, W, 4) of uint8, or a Pillow image."""
 
 UNREADABLE = (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, struct.error, zlib.error)
 """What Pillow's readers raise on damaged files, beside its own errors."""
 
 
 def prepare(images: Iterable[ImageLike], preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """Turn images into one input batch: RGB, resized, cropped at the centre and normalised.
+    """Turn images into one input batch: in the model's colours, resized, cropped at the centre and normalised.
 
-    Greyscale images are repeated over the three channels, and of 16 bits the upper 8 are taken. Sizes and rounding are
-    those of torchvision's Resize and CenterCrop on Pillow images, with which the public models were evaluated.
+    Greyscale images are repeated over the channels of a colour, colours become luminance for a grey model, alpha is
+    dropped unless the model takes it, and of 16 bits the upper 8 are taken. Sizes and rounding are those of
+    torchvision's Resize and CenterCrop on Pillow images, with which the public models were evaluated.
 
     Returns:
-        The batch, (N, 3, height, width) with the height and width of `preprocessing.crop`.
+        The batch, (N, channels, height, width) with the channels and the crop of `preprocessing`.
 
     Raises:
         InputError: if an image cannot be read, is no image, has values of no known meaning, or is a strip that the
@@ -42,26 +43,50 @@ def prepare(images: Iterable[ImageLike], preprocessing: Preprocessing) -> NDArra
     given = list(images)
     if not given:
         raise InputError("there is no image to prepare")
-    batch = np.empty((len(given), 3, *preprocessing.crop), dtype=np.float32)
+    batch = np.empty((len(given), *preprocessing.input_shape), dtype=np.float32)
     for image, place in zip(given, batch, strict=True):
         prepare_into(place, image, preprocessing)
     return batch
 
 
 def prepare_into(place: NDArray[np.float32], image: ImageLike, preprocessing: Preprocessing) -> None:
-    """Prepare one image as `prepare` does, into an array (3, height, width) that is there already.
+    """Prepare one image as `prepare` does, into an array (channels, height, width) that is there already.
 
     Raises:
         InputError: if the image cannot be read, is no image, has values of no known meaning, or is too narrow a strip.
     """
-    centre = np.asarray(_cropped(open_image(image), preprocessing))
-    for channel, values in enumerate(_levels(preprocessing.mean, preprocessing.std)):
-        # An 8-bit pixel has 256 values, so looking each up is exact; it takes a quarter of the time of computing it.
-        np.take(values, centre[..., channel], out=place[channel], mode="clip")
+    centre = _cropped(open_image(image, preprocessing.color), preprocessing)
+    levels = _levels(preprocessing.mean, preprocessing.std, preprocessing.scale)
+    planes = pixels.planes(centre, preprocessing.color)
+    for plane, values, prepared in zip(planes, levels, place, strict=True):
+        np.take(values, plane, out=prepared, mode="clip")
 
 
-def open_image(image: ImageLike) -> Image:
-    """Return an image as a Pillow image in RGB; one that is in RGB already comes back itself.
+def restored(prepared: NDArray[np.float32], preprocessing: Preprocessing) -> Image:
+    """Return the picture that a model sees; resizing and cropping are not taken back.
+
+    Args:
+        prepared: (channels, height, width), as `prepare` makes it.
+        preprocessing: as it was prepared.
+    """
+    from PIL import Image as pillow
+
+    mean, std = (
+        np.asarray(part, dtype=np.float32)[:, None, None] for part in (preprocessing.mean, preprocessing.std)
+    )
+    values = np.rint((prepared * std + mean) / np.float32(preprocessing.scale))
+    channels = list(np.clip(values, 0, 255).astype(np.uint8))
+    if preprocessing.color == "bgr":
+        channels.reverse()
+    return pillow.fromarray(channels[0] if len(channels) == 1 else np.stack(channels, axis=-1))
+
+
+def open_image(image: ImageLike, color: Color = "rgb") -> Image:
+    """Return an image as a Pillow image of a model's colours; one that is so already comes back itself.
+
+    Args:
+        image: the image; an array of four channels has alpha in the last.
+        color: the model's colours. Their order is Pillow's: also for "bgr" the image is in RGB.
 
     Raises:
         InputError: if it cannot be read, is no image, or has values of no known meaning, such as NaN.
@@ -72,36 +97,35 @@ def open_image(image: ImageLike) -> Image:
     if isinstance(image, (str, PathLike)):
         try:
             with pillow.open(image) as opened:
-                return _rgb(opened, f"the image {image}")
+                return _with_color(opened, color, f"the image {image}")
         except (*UNREADABLE, UnidentifiedImageError, pillow.DecompressionBombError) as error:
             raise InputError(f"the image {image} cannot be read: {error}") from error
     if isinstance(image, np.ndarray):
-        grey_or_colour = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
+        grey_or_colour = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
         if image.dtype != np.uint8 or not grey_or_colour or 0 in image.shape:
             raise InputError(
                 f"an array of shape {image.shape} and type {image.dtype} is no image; expected (H, W) or "
-                "(H, W, 3) of uint8"
+                "(H, W, 3) of uint8, or (H, W, 4) with alpha"
             )
-        return pillow.fromarray(image).convert("RGB")
+        return _with_color(pillow.fromarray(image), color, "the image")
     if not isinstance(image, pillow.Image):
         raise InputError(f"a {type(image).__name__} is no image; expected a file, an array or a Pillow image")
-    return _rgb(image, "the image")
+    return _with_color(image, color, "the image")
 
 
-def _rgb(image: Image, name: str) -> Image:
+def _with_color(image: Image, color: Color, name: str) -> Image:
     try:
-        converted: Image = pixels.rgb(image)
+        converted: Image = pixels.with_mode(image, pixels.MODES[color])
     except pixels.UnfitImageError as error:
         raise InputError(f"{name} {error}") from error
     return converted
 
 
 @functools.lru_cache(maxsize=16)
-def _levels(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
-    """What each of the 256 values of a pixel becomes in each channel, (3, 256)."""
-    values = np.arange(256, dtype=np.float32) / np.float32(255)
-    means, stds = (np.asarray(part, dtype=np.float32)[:, None] for part in (mean, std))
-    return np.broadcast_to((values - means) / stds, (3, 256))
+def _levels(mean: tuple[float, ...], std: tuple[float, ...], scale: float) -> NDArray[np.float32]:
+    """`pixels.levels`, computed once for all images of a model."""
+    levels: NDArray[np.float32] = pixels.levels(mean, std, scale)
+    return levels
 
 
 def _cropped(image: Image, preprocessing: Preprocessing) -> Image:

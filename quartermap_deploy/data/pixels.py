@@ -13,6 +13,9 @@ import numpy as np
 LARGEST = 50_000_000
 """Most pixels of an image, and of what a resize makes of it. As RGB they take 200 MB in Pillow."""
 
+MODES = {"rgb": "RGB", "bgr": "RGB", "grey": "L", "rgba": "RGBA"}
+"""Pillow's name for an image that has the colours of a model."""
+
 
 class UnfitImageError(ValueError):
     """An image that can be read, and is none that a model could be given; the message ends a sentence about it."""
@@ -30,9 +33,10 @@ def check_size(width: int, height: int, largest: int = LARGEST) -> None:
         )
 
 
-def rgb(image: Any) -> Any:
-    """Return a Pillow image in RGB: the image itself if it is in RGB already.
+def with_mode(image: Any, mode: str) -> Any:
+    """Return a Pillow image in a mode, one of the values of `MODES`: the image itself if it is in that already.
 
+    Colours become the luminance of ITU-R BT.601, as Pillow computes it, and what says nothing of its alpha is opaque.
     Of 16 bits the upper 8 are taken, as Pillow does when it reads colours of 16 bits; its conversion of greys would cut
     off what is above 255 instead.
 
@@ -41,7 +45,7 @@ def rgb(image: Any) -> Any:
     """
     from PIL import Image
 
-    if image.mode == "RGB":
+    if image.mode == mode:
         image.load()
         return image
     if image.mode == "F":
@@ -53,6 +57,7 @@ def rgb(image: Any) -> Any:
                 f"has values from {values.min():g} to {values.max():g}, and does not say which is white; expected "
                 "0 to 255 in images of floating-point numbers"
             )
+        image = image.convert("L")
     elif image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
@@ -60,7 +65,27 @@ def rgb(image: Any) -> Any:
                 f"has values from {values.min()} to {values.max()}; expected 0 to 65535 in images of more than 8 bits"
             )
         image = Image.fromarray((values >> 8).astype(np.uint8))
-    return image.convert("RGB")
+    return image if image.mode == mode else image.convert(mode)
+
+
+def planes(image: Any, color: str) -> list[Any]:
+    """Return the channels of an image as arrays (H, W) of uint8, in the order of `color`, a key of `MODES`."""
+    values = np.asarray(image)
+    if values.ndim == 2:
+        return [values]
+    order = range(values.shape[2])
+    return [values[..., channel] for channel in (reversed(order) if color == "bgr" else order)]
+
+
+def levels(mean: Any, std: Any, scale: float) -> Any:
+    """Return what each of the 256 values of a pixel becomes in each channel, (channels, 256) of float32.
+
+    An 8-bit pixel has 256 values, so looking each up is exact; it takes a quarter of the time of computing it.
+    """
+    # The product is rounded once: for 1/255 these are the values that a division by 255 in float32 gives.
+    values = (np.arange(256) * scale).astype(np.float32)
+    means, stds = (np.asarray(part, dtype=np.float32)[:, None] for part in (mean, std))
+    return (values - means) / stds
 
 
 def resized(
@@ -73,6 +98,7 @@ def resized(
     """
     target_height, target_width = target
     if stretch:
+        check_size(target_width, target_height, largest)
         return target_width, target_height
     if target_height * width >= target_width * height:
         new = max(target_width, target_height * width // height), target_height
@@ -102,7 +128,7 @@ def cropped(
         target: (height, width) that the resized image has at least.
         crop: (height, width) of the centre.
         stretch: whether the resized image has exactly the size of `target`, instead of the ratio of its sides.
-        interpolation: "nearest", "bilinear" or "bicubic".
+        interpolation: Pillow's name of a filter, in small letters.
         largest: most pixels of the resized image.
 
     Raises:

@@ -24,10 +24,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quartermap_deploy.architectures.cards import Preprocessing, load_card
+from quartermap_deploy.architectures.cards import load_card
 from quartermap_deploy.bundle import Bundle, describe_file, load_bundle, write_json
 from quartermap_deploy.data import pixels
 from quartermap_deploy.data.labels import read_labels
+from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.deploy.textproto import textproto
 from quartermap_deploy.deploy.triton_config import (
     LABELS_FILE,
@@ -404,7 +405,7 @@ def _write_model(plan: TritonPlan, folder: Path) -> None:
 def _write_image_models(plan: TritonPlan, preprocessing: Preprocessing, folder: Path) -> None:
     """Write the three models that images go through besides the model itself."""
     interface, version = plan.interface, str(plan.options.version)
-    settings = {**asdict(preprocessing), "type": interface.type, "largest": pixels.LARGEST}
+    settings = {**preprocessing.to_dict(), "type": interface.type, "largest": pixels.LARGEST}
     warmup = {"image_1": string_bytes([encoded_image(plan.golden[0], preprocessing)])}
     config = preprocess_config(
         interface,
@@ -434,7 +435,7 @@ def _script(name: str) -> str:
     text = (_MODELS / name).read_text(encoding="utf-8")
     source = Path(pixels.__file__).read_text(encoding="utf-8")
     code = source.partition("import annotations\n")[2].strip()
-    return re.sub(r"(?m)^from quartermap_deploy\.data\.pixels import .*$", lambda _: code, text)
+    return re.sub(r"(?m)^from quartermap_deploy\.data\.pixels import (\([^)]*\)|.*)$", lambda _: code, text)
 
 
 def _write(

@@ -10,7 +10,7 @@ from typing import Any
 from quartermap_deploy.bundle import MODEL, Bundle, load_bundle
 from quartermap_deploy.errors import DeployError, QuartermapError
 from quartermap_deploy.files import file_hash
-from quartermap_deploy.targets.tensorrt_options import EngineOptions, Profile
+from quartermap_deploy.targets.tensorrt.options import EngineOptions, Profile
 
 BACKENDS = ("onnxruntime", "tensorrt")
 """Of Triton, each with the target of the same name; TensorRT for RTX has none."""
@@ -225,7 +225,7 @@ def batch_limit(profiles: Sequence[Profile], bundle: Path) -> int:
 
 def _plugin(bundle: Bundle, entry: dict[str, Any], named: Path | None) -> Path | None:
     """The plugin library that an engine was built with."""
-    from quartermap_deploy.targets.tensorrt_plugin import find_library
+    from quartermap_deploy.targets.tensorrt.plugin import find_library
 
     expected = entry.get("plugin")
     if expected is None:

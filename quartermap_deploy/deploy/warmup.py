@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from quartermap_deploy.architectures.cards import Preprocessing
+from quartermap_deploy.data.images import restored
+from quartermap_deploy.data.preprocessing import Preprocessing
 
 
 def tensor_bytes(images: NDArray[np.float32], kind: str) -> bytes:
@@ -29,15 +30,9 @@ def encoded_image(image: NDArray[np.float32], preprocessing: Preprocessing) -> b
     """Return a prepared image as a PNG file again.
 
     Args:
-        image: (3, height, width), prepared.
+        image: (channels, height, width), prepared.
         preprocessing: as it was prepared; resizing is not taken back.
     """
-    from PIL import Image
-
-    mean, std = (
-        np.asarray(part, dtype=np.float32)[:, None, None] for part in (preprocessing.mean, preprocessing.std)
-    )
-    pixels = np.clip(np.rint((image * std + mean) * 255), 0, 255).astype(np.uint8)
     file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(file, "PNG")
+    restored(image, preprocessing).save(file, "PNG")
     return file.getvalue()

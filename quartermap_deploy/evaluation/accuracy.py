@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from quartermap_deploy.architectures.cards import Preprocessing
+from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.evaluation.batches import Batch, batches
 from quartermap_deploy.evaluation.datasets import Dataset

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from quartermap_deploy.architectures.cards import Preprocessing
 from quartermap_deploy.data.images import prepare_into
+from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.evaluation.datasets import Dataset
 from quartermap_deploy.progress import SILENT, Progress
@@ -86,7 +86,7 @@ def prepare_all(
 
 
 def _batch(dataset: Dataset, preprocessing: Preprocessing, positions: range) -> Batch:
-    images = np.empty((len(positions), 3, *preprocessing.crop), dtype=np.float32)
+    images = np.empty((len(positions), *preprocessing.input_shape), dtype=np.float32)
     indices: list[int] = []
     broken: list[tuple[str, str]] = []
     for index in positions:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quartermap_deploy.architectures.cards import ModelCard, Preprocessing, load_card
+from quartermap_deploy.architectures.cards import ModelCard, load_card
 from quartermap_deploy.bundle import MODEL, Bundle, load_bundle
+from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.errors import BundleError, UnknownNameError
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.pruning.plan import QuarterMap
@@ -26,7 +27,7 @@ from quartermap_deploy.targets import DEFAULT, Session, list_targets, load_targe
 if TYPE_CHECKING:
     from quartermap_deploy.architectures.base import VisualStateSpaceModel
     from quartermap_deploy.evaluation.accuracy import Run
-    from quartermap_deploy.frontend.export import Export
+    from quartermap_deploy.exporting.export import Export
 
 TORCH = "torch"
 
@@ -109,7 +110,7 @@ def _bundle_runner(bundle: Bundle, target: str, checkpoint: Path | None, progres
     identity: dict[str, Any] = {"model": manifest["files"][MODEL], "target": target}
     if target == TORCH:
         from quartermap_deploy.compiler import reference_model
-        from quartermap_deploy.validation import rebuild_torch
+        from quartermap_deploy.revalidate import rebuild_torch
 
         model = reference_model(recipe, rebuild_torch(bundle, checkpoint, progress))
         run = torch_run(model)
@@ -170,7 +171,7 @@ def _recipe_runner(recipe: Recipe, name: str, target: str, progress: Progress) -
 def _built_run(recipe: Recipe, model: VisualStateSpaceModel, card: ModelCard, progress: Progress) -> Run:
     """Export a model and open it on the recipe's only target."""
     from quartermap_deploy.compiler import ENGINES, export_model, load_targets
-    from quartermap_deploy.targets.tensorrt_options import EngineOptions
+    from quartermap_deploy.targets.tensorrt.options import EngineOptions
 
     if ENGINES.isdisjoint(recipe.targets):
         recipe = dataclasses.replace(recipe, engine=EngineOptions())

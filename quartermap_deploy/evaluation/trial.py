@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from quartermap_deploy.architectures.cards import Preprocessing
+from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.evaluation.batches import prepare_all
 from quartermap_deploy.evaluation.datasets import Dataset

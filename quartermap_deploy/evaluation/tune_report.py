@@ -13,7 +13,7 @@ from quartermap_deploy.recipe import Recipe
 
 if TYPE_CHECKING:
     from quartermap_deploy.architectures.base import VisualStateSpaceModel
-    from quartermap_deploy.evaluation.tune import TuneOptions
+    from quartermap_deploy.evaluation.tune_options import TuneOptions
 
 
 def report(

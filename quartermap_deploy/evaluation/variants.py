@@ -117,8 +117,8 @@ class Builder:
 
     def pytorch(self, variant: Variant) -> VisualStateSpaceModel:
         """Return a variant in PyTorch: what its ONNX form is compared with."""
+        from quartermap_deploy.evaluation.tome import merge_tokens
         from quartermap_deploy.pruning.reference import prune
-        from quartermap_deploy.pruning.tome import merge_tokens
 
         if variant.plan is None:
             return self.model
@@ -132,7 +132,7 @@ class Builder:
             QuartermapError: of the kind that fits, if it cannot be exported.
         """
         if variant.method == "tome":
-            from quartermap_deploy.frontend.merging import export_merging
+            from quartermap_deploy.exporting.merging import export_merging
 
             with progress.step(f"exporting {variant.name}"):
                 return export_merging(self.pytorch(variant), (1, self.model.in_channels, *self.size))
@@ -162,7 +162,7 @@ class Builder:
     def cost(self, variant: Variant) -> Cost:
         """Count what a variant computes."""
         from quartermap_deploy.complexity import measure
-        from quartermap_deploy.pruning.tome import matching_flops
+        from quartermap_deploy.evaluation.tome import matching_flops
 
         counted = measure(self.pytorch(variant), self.size)
         flops = counted.flops

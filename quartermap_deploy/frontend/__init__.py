@@ -1,1 +1,1 @@
-"""torch → ONNX: the torch operators, their definition, and the exporter."""
+"""torch → ONNX: the exporter, and the names that it gives to nodes."""

@@ -11,12 +11,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.errors import ExportError
-from quartermap_deploy.frontend.node_names import SCOPES, block_output, place, read_scopes, scan_name
+from quartermap_deploy.frontend.node_names import (
+    SCOPES,
+    block_output,
+    place,
+    read_name,
+    read_scopes,
+    scan_name,
+)
 from quartermap_deploy.lowering.operator import (
     DOMAIN,
     INPUTS_1D,
@@ -30,12 +39,44 @@ if TYPE_CHECKING:
     import onnx
     import torch
 
-    from quartermap_deploy.architectures.base import Block, VisualStateSpaceModel
+    from quartermap_deploy.architectures.base import VisualStateSpaceModel
 
 OPSET = 20
 IR_VERSION = 10
 INPUT, OUTPUT = "images", "logits"
 _MARK = "BlockOutput"
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """One call of a block's module in a run of a model, in the order of the run.
+
+    Attributes:
+        index: number of the block, from 1.
+        path: path of its module; empty for the model itself, whose output keeps its own name.
+        module: the module.
+        call: which call of it this is, from 1.
+        scans: how many scans it makes.
+    """
+
+    index: int
+    path: str
+    module: torch.nn.Module
+    call: int = 1
+    scans: int = 1
+
+
+@dataclass(frozen=True)
+class TracedGraph:
+    """A model as torch exports it.
+
+    Attributes:
+        model: opset 20, float32, with named scans and block outputs, without bodies.
+        rules: what the exporter took for granted about the sizes of the inputs, as expressions over `name[axis]`.
+    """
+
+    model: onnx.ModelProto
+    rules: tuple[str, ...]
 
 
 def trace(
@@ -45,7 +86,7 @@ def trace(
     dynamic_batch: bool = True,
     dynamic_size: bool = False,
 ) -> onnx.ModelProto:
-    """Export a model in float32, opset 20, without the bodies of its scans.
+    """Export a model of `architectures` in float32, opset 20, without the bodies of its scans.
 
     Args:
         model: any model of `architectures`; it is not changed.
@@ -69,13 +110,52 @@ def trace(
     if dynamic_size:
         # So would be any side of a map that is one position long; with these, every stage has two at least.
         height, width = max(96, height), max(128, width)
-    example = torch.zeros(batch, channels, height, width)
-    axes: dict[int, Any] = {0: torch.export.Dim("batch")} if dynamic_batch else {}
+    names: dict[int, str] = {0: "batch"} if dynamic_batch else {}
     if dynamic_size:
-        axes |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-    with _marked_blocks(prepared):
-        exported = _exported(prepared, (example,), (axes,) if axes else None, [INPUT], [OUTPUT])
-    return _tidy(exported, prepared.blocks(), dynamic_size)
+        names |= {2: "height", 3: "width"}
+    calls = [ModuleCall(block.index, block.path, block.module) for block in prepared.blocks()]
+    example = {INPUT: torch.zeros(batch, channels, height, width)}
+    return trace_module(prepared, example, {INPUT: names}, prepared.output_names, calls).model
+
+
+def trace_module(
+    module: torch.nn.Module,
+    example: Mapping[str, torch.Tensor],
+    open_axes: Mapping[str, Mapping[int, str]],
+    output_names: Sequence[str],
+    calls: Sequence[ModuleCall],
+    *,
+    by_keyword: bool = False,
+) -> TracedGraph:
+    """Export any module whose scans are the torch operators of this package, and name its nodes after its blocks.
+
+    Args:
+        module: in eval mode, in float32, on the CPU; its forward is run with hooks on the modules of its blocks.
+        example: the inputs to trace with, by name, in the order of its forward.
+        open_axes: for each input, the names of the axes that are left open.
+        output_names: names of its outputs, in the order in which they are flattened.
+        calls: the calls of its blocks' modules, in the order of a run.
+        by_keyword: whether the inputs are given by keyword.
+
+    Raises:
+        ExportError: if torch cannot export the module, fixes a size that was to be open, or exports another number of
+            scans than the calls say; the cause is chained.
+    """
+    import torch
+
+    batch = torch.export.Dim("batch")
+    axes: dict[str, dict[int, Any]] = {
+        name: {axis: batch if axis == 0 else torch.export.Dim.DYNAMIC for axis in open_axes.get(name, {})}
+        for name in example
+    }
+    args = () if by_keyword else tuple(example.values())
+    kwargs = dict(example) if by_keyword else {}
+    shapes: Any = axes if by_keyword else tuple(axes.values())
+    with _operators(), _quiet(), _marked_blocks(module, calls):
+        program = _program(module, args, kwargs, shapes if any(axes.values()) else None)
+        rules = _rules(program, list(example))
+        exported = _exported(program, module, list(example), list(output_names))
+    return TracedGraph(_tidy(exported, calls, open_axes), rules)
 
 
 def to_onnx(
@@ -88,7 +168,7 @@ def to_onnx(
 ) -> onnx.ModelProto:
     """Export a module of your own, one- or two-dimensional, without the bodies of its scans.
 
-    Its scans must be `selective_scan` or `selective_scan_2d` of `frontend.operators`; `passes.lower` attaches the
+    Its scans must be `selective_scan` or `selective_scan_2d` of `scan.operators`; `passes.lower` attaches the
     bodies.
 
     Args:
@@ -106,44 +186,85 @@ def to_onnx(
     """
     import onnx_ir
 
-    exported = _exported(module, arguments, dynamic_shapes, input_names, output_names)
+    with _operators(), _quiet():
+        program = _program(module, arguments, {}, dynamic_shapes)
+        exported = _exported(program, module, input_names, output_names)
     _fold(exported)
     exported.ir_version = IR_VERSION
     model: onnx.ModelProto = onnx_ir.to_proto(exported)
     return model
 
 
+def _program(
+    module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor], shapes: Any
+) -> Any:
+    """The module as `torch.export` gives it: every call of an operator, without Python's control flow."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        sizes = ", ".join(str(tuple(item.shape)) for item in (*args, *kwargs.values()))
+        raise ExportError(
+            f"torch.export failed on {type(module).__name__}, traced with input {sizes}: {_innermost(error)}"
+        ) from error
+
+
 def _exported(
+    program: Any,
     module: torch.nn.Module,
-    arguments: tuple[torch.Tensor, ...],
-    dynamic_shapes: Any,
     input_names: Sequence[str] | None,
     output_names: Sequence[str] | None,
 ) -> Any:
-    """The module as `torch.onnx.export` gives it, an onnx_ir.Model."""
+    """A program as `torch.onnx.export` gives it, an onnx_ir.Model."""
     import torch
 
-    with _operators(), _quiet():
-        try:
-            program = torch.onnx.export(
-                module,
-                arguments,
-                dynamo=True,
-                opset_version=OPSET,
-                dynamic_shapes=dynamic_shapes,
-                custom_translation_table=_translations(),
-                input_names=input_names,
-                output_names=output_names,
-                verbose=False,
-            )
-        except Exception as error:
-            sizes = ", ".join(str(tuple(item.shape)) for item in arguments)
-            raise ExportError(
-                f"torch.onnx.export failed on {type(module).__name__}, traced with input {sizes}: {_innermost(error)}. "
-                "This is a defect of the exporter or of the model; please report it with the traceback."
-            ) from error
-    assert program is not None
-    return program.model
+    try:
+        found = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            custom_translation_table=_translations(),
+            input_names=input_names,
+            output_names=output_names,
+            verbose=False,
+        )
+    except Exception as error:
+        raise ExportError(
+            f"torch.onnx.export failed on {type(module).__name__}{_where(program, error)}: {_innermost(error)}"
+        ) from error
+    assert found is not None
+    return found.model
+
+
+def _where(program: Any, error: BaseException) -> str:
+    """The module that holds an operator which ONNX lacks, in words, where the message names the operator's node."""
+    text = " ".join(str(item) for item in _chain(error))
+    for node in program.graph.nodes:
+        if node.op == "call_function" and (f"node '{node.name}'" in text or f"%{node.name} " in text):
+            stack = list(node.meta.get("nn_module_stack", {}).values())
+            if stack and stack[-1][0]:
+                return f", at {node.target} in the module {stack[-1][0]}"
+            return f", at {node.target}"
+    return ""
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _rules(program: Any, names: Sequence[str]) -> tuple[str, ...]:
+    """What the program takes for granted about sizes; torch keeps it as Python over `L['x'].size()[2]`."""
+    found = []
+    for code in getattr(program, "_guards_code", None) or ():
+        # A container of arguments comes before the name where the inputs are given by keyword.
+        rule = re.sub(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]", r"\1[\2]", code)
+        if "L[" not in rule and rule not in found:
+            found.append(rule)
+    return tuple(found)
 
 
 def _innermost(error: BaseException) -> str:
@@ -157,7 +278,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     import onnxscript
     import torch
 
-    import quartermap_deploy.frontend.operators as operators  # noqa: F401  (registers the torch operators)
+    import quartermap_deploy.scan.operators as operators  # noqa: F401  (registers the torch operators)
 
     _define_mark()
     ours = onnxscript.values.Opset(DOMAIN, VERSION)
@@ -239,16 +360,26 @@ def _schema(name: str, inputs: Sequence[str], required: int, attributes: dict[st
 
 
 @contextlib.contextmanager
-def _marked_blocks(model: VisualStateSpaceModel) -> Iterator[None]:
-    """Mark the output of every block with an operator that survives the export, by forward hooks."""
+def _marked_blocks(model: torch.nn.Module, calls: Sequence[ModuleCall]) -> Iterator[None]:
+    """Mark the output of every call of a block with an operator that survives the export, by forward hooks."""
     import torch
 
     _define_mark()
+    numbers = {(id(call.module), call.call): place for place, call in enumerate(calls) if call.path}
+    seen: dict[int, int] = {}
 
-    def hook(index: int) -> Callable[..., Any]:
-        return lambda module, inputs, output: torch.ops.quartermap.block_output(output, index)
+    def hook(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+        seen[id(module)] = seen.get(id(module), 0) + 1
+        place = numbers.get((id(module), seen[id(module)]))
+        if place is None or not isinstance(output, torch.Tensor) or not output.is_floating_point():
+            return None
+        return torch.ops.quartermap.block_output(output, place)
 
-    handles = [block.module.register_forward_hook(hook(block.index)) for block in model.blocks()]
+    # A run begins anew: torch may run a module more than once.
+    handles = [model.register_forward_pre_hook(lambda module, inputs: seen.clear())]
+    handles += [
+        module.register_forward_hook(hook) for module in {id(c.module): c.module for c in calls}.values()
+    ]
     try:
         yield
     finally:
@@ -295,66 +426,84 @@ def _fold(model: Any) -> None:
     onnxscript.optimizer.remove_unused_nodes(model)
 
 
-def _tidy(model: Any, blocks: Sequence[Block], dynamic_size: bool) -> onnx.ModelProto:
+def _tidy(
+    model: Any, calls: Sequence[ModuleCall], open_axes: Mapping[str, Mapping[int, str]]
+) -> onnx.ModelProto:
     """Fold constants, name nodes and block outputs, and drop what tells about the build machine."""
     import onnx_ir
 
     _fold(model)
 
     taken = {value.name for node in model.graph for value in node.outputs} | set(model.graph.initializers)
-    for name in taken & {block_output(index) for index in range(1, len(blocks) + 1)}:
+    for name in sorted(name for name in taken if read_name(str(name)) is not None):
         raise ExportError(
             f"the graph already has a value named {name!r}, which block outputs are named after"
         )
-    scans = 0
+    scans = [scan_name(call.index, call.call, place) for call in calls for place in range(1, call.scans + 1)]
+    names, found = iter(scans), 0
+    outputs = {id(value) for value in model.graph.outputs}
     for node in list(model.graph):
-        node.name = f"{_place(node, blocks)}{node.name}"
+        node.name = f"{_place(node, calls)}{node.name}"
         node.metadata_props.clear()
         for value in node.outputs:
             value.metadata_props.clear()
         if node.domain != DOMAIN:
             continue
         if node.op_type == _MARK:
-            source = node.inputs[0]
-            source.name = block_output(node.attributes["block"].as_int())
+            source, call = node.inputs[0], calls[node.attributes["block"].as_int()]
+            name = block_output(call.index, call.call)
+            if id(node.outputs[0]) in outputs or id(source) in outputs or read_name(source.name) is not None:
+                # The output of the model, or of a block within a block, keeps the name that it has.
+                node.op_type, node.domain = "Identity", ""
+                node.attributes.clear()
+                if id(node.outputs[0]) not in outputs:
+                    node.outputs[0].name = name
+                continue
+            source.name = name
             node.outputs[0].replace_all_uses_with(source)
             model.graph.remove(node, safe=True)
         else:
-            scans += 1
-            node.name = scan_name(scans)
+            found += 1
+            node.name = next(names, node.name)
     for value in model.graph.initializers.values():
         value.metadata_props.clear()
-    if scans != len(blocks):
-        raise ExportError(f"the model has {len(blocks)} blocks, but {scans} scans were exported")
+    if found != len(scans):
+        raise ExportError(f"the model makes {len(scans)} scans, but {found} were exported")
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.producer_name, model.producer_version, model.doc_string = "quartermap-deploy", "", ""
     model.graph.name = "quartermap"
     model.ir_version = IR_VERSION
-    _name_axes(model, dynamic_size)
+    _name_axes(model, open_axes)
     exported: onnx.ModelProto = onnx_ir.to_proto(model)
     return exported
 
 
-def _place(node: Any, blocks: Sequence[Block]) -> str:
+def _place(node: Any, calls: Sequence[ModuleCall]) -> str:
     """How the node's name begins; folding leaves nodes that tell nothing, which belong to what they read."""
     scopes = node.metadata_props.get(SCOPES)
     if scopes is None:
         makers = [value.producer() for value in node.inputs if value is not None]
         named = next((maker.name for maker in makers if maker is not None), "")
         return str(named[: named.rfind("/") + 1])
-    return place(read_scopes(scopes), blocks)
+    return place(read_scopes(scopes), calls)
 
 
-def _name_axes(model: Any, dynamic_size: bool) -> None:
+def _name_axes(model: Any, open_axes: Mapping[str, Mapping[int, str]]) -> None:
     """Give the open axes of inputs and outputs their plain names; torch invents symbols such as s77."""
     import onnx_ir
 
+    asked = {label for axes in open_axes.values() for label in axes.values()}
     for value in (*model.graph.inputs, *model.graph.outputs):
-        names = ["batch", None, "height", "width"]
+        names = open_axes.get(value.name, {0: "batch", 2: "height", 3: "width"})
         value.shape = onnx_ir.Shape(
             [
-                size if isinstance(size, int) else names[axis] if axis < len(names) else None
+                size
+                if isinstance(size, int)
+                else names[axis]
+                if names.get(axis) in asked
+                and (axis == 0 or value.name in open_axes or len(value.shape) == 4)
+                else None
                 for axis, size in enumerate(value.shape or [])
             ]
         )

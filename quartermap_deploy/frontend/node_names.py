@@ -1,26 +1,70 @@
-"""Names of nodes that say where in the model a node comes from: its block, and its module by the checkpoint's name."""
+"""Names of nodes that say where in the model a node comes from: its block, and its module by the checkpoint's name.
+
+The output of block 3 is a value named `block_3`, its scan a node named `block_3/scan`. A module that one run calls
+twice is one block: what it makes the second time is `block_3/call_2`, and its scan `block_3/call_2/scan`. A block with
+several scans has `block_3/scan`, `block_3/scan_2` and so on. A scan that a pass took apart by directions has their
+numbers behind its name, as `block_3/scan/1`.
+"""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from quartermap_deploy.architectures.base import Block
+from dataclasses import dataclass
+from typing import Protocol
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 """Where torch's exporter writes a node's modules, from the outermost to the innermost, and then the node's own name."""
 
-
-def block_output(index: int) -> str:
-    """Name of the value that leaves block `index`."""
-    return f"block_{index}"
+_NAME = re.compile(r"block_(?P<block>[1-9]\d*)(/call_(?P<call>\d+))?(?P<scan>/scan(_\d+)?(/\d+)?)?")
 
 
-def scan_name(index: int) -> str:
-    """Name of the scan node of block `index`."""
-    return f"{block_output(index)}/scan"
+class Located(Protocol):
+    """What has a number and a module path: a block."""
+
+    @property
+    def index(self) -> int:
+        """Number of the block, from 1."""
+        ...
+
+    @property
+    def path(self) -> str:
+        """Path of its module."""
+        ...
+
+
+@dataclass(frozen=True)
+class BlockName:
+    """What the name of a block's output, or of its scan, says.
+
+    Attributes:
+        block: number of the block.
+        call: which call of the block's module in one run of the model, from 1.
+        scan: whether it is a scan.
+    """
+
+    block: int
+    call: int
+    scan: bool
+
+
+def block_output(index: int, call: int = 1) -> str:
+    """Name of the value that leaves block `index` when its module is called for the `call`-th time."""
+    return f"block_{index}" if call == 1 else f"block_{index}/call_{call}"
+
+
+def scan_name(index: int, call: int = 1, place: int = 1) -> str:
+    """Name of the `place`-th scan in one call of block `index`."""
+    return f"{block_output(index, call)}/scan" + ("" if place == 1 else f"_{place}")
+
+
+def read_name(name: str) -> BlockName | None:
+    """What a name says that `block_output` or `scan_name` made; None for every other name."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    return BlockName(int(match["block"]), int(match["call"] or 1), match["scan"] is not None)
 
 
 def read_scopes(text: str | None) -> tuple[str, ...]:
@@ -29,7 +73,7 @@ def read_scopes(text: str | None) -> tuple[str, ...]:
     return tuple(scope for scope in scopes[:-1] if scope)
 
 
-def place(scopes: Sequence[str], blocks: Iterable[Block]) -> str:
+def place(scopes: Sequence[str], blocks: Iterable[Located]) -> str:
     """Where a node is, as its name begins: `block_3/op.in_proj/`, `patch_embed.0/`, or nothing for the model itself.
 
     Args:
@@ -42,6 +86,6 @@ def place(scopes: Sequence[str], blocks: Iterable[Block]) -> str:
     for block in blocks:
         if innermost == block.path:
             return f"{block_output(block.index)}/"
-        if innermost.startswith(f"{block.path}."):
+        if block.path and innermost.startswith(f"{block.path}."):
             return f"{block_output(block.index)}/{innermost[len(block.path) + 1 :]}/"
     return f"{innermost}/"

@@ -3,7 +3,7 @@
     y = SelectiveScan2D(x, dt, B, C, A, D, dt_bias, dt_weight)      directions, softplus
     y = SelectiveScan(u, delta, A, B, C, D, delta_bias)             delta_softplus
 
-`dt_weight` is optional: without it, dt is the full time-step map. So are `D` and `delta_bias`. `frontend.operators`
+`dt_weight` is optional: without it, dt is the full time-step map. So are `D` and `delta_bias`. `scan.operators`
 defines the values.
 """
 

@@ -8,19 +8,47 @@ The ONNX passes are written without this file, so that comparing the two means s
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, TypeVar
-
-import torch
-from torch import Tensor
-from torch.nn import functional
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
 
 from quartermap_deploy.errors import PlanError
 from quartermap_deploy.pruning.plan import QuarterMap, Subsample
 
-if TYPE_CHECKING:
-    from quartermap_deploy.architectures.base import VisualStateSpaceModel
 
-Model = TypeVar("Model", bound="VisualStateSpaceModel")
+class Mixer(Protocol):
+    """A token mixer that scans a map.
+
+    Attributes:
+        subsample: how it subsamples the map; None scans it whole.
+    """
+
+    subsample: Subsample | None
+
+
+class Block(Protocol):
+    """A block of a model."""
+
+    @property
+    def index(self) -> int:
+        """Its number, from 1 over the whole network."""
+
+    @property
+    def mixer(self) -> Mixer:
+        """Its mixer."""
+
+
+class Prunable(Protocol):
+    """What `prune` asks of a model."""
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Blocks per stage."""
+
+    def blocks(self) -> Sequence[Block]:
+        """Return every block, in order."""
+
+
+Model = TypeVar("Model", bound=Prunable)
 
 
 def prune(model: Model, plan: QuarterMap) -> Model:
@@ -39,28 +67,3 @@ def prune(model: Model, plan: QuarterMap) -> Model:
     for block in pruned.blocks():
         block.mixer.subsample = plan.subsample if block.index in selected else None
     return pruned
-
-
-def keep_positions(x: Tensor, subsample: Subsample) -> Tensor:
-    """Keep the plan's rows and columns of x, (batch, channels, H, W) → (batch, channels, H', W')."""
-    for axis in (2, 3):
-        kept = torch.arange(subsample.kept_size(x.shape[axis]), device=x.device)
-        # The j-th kept position is number j mod keep of group j // keep.
-        indices = kept // subsample.keep * subsample.stride + kept % subsample.keep
-        x = x.index_select(axis, indices)
-    return x
-
-
-def restore_positions(y: Tensor, size: tuple[int, int], subsample: Subsample) -> Tensor:
-    """Fill y up to `size` (H, W), (batch, channels, H', W') → (batch, channels, H, W).
-
-    Nearest takes source position floor(i·H'/H) in integers: `torch.nn.functional.interpolate` means the same
-    but multiplies by a float32 ratio, and rounding puts it one position off at some sizes (H = 94 with stride
-    3 is the first). Bilinear and bicubic are those of `interpolate` with align_corners=False.
-    """
-    if subsample.upsample != "nearest":
-        return functional.interpolate(y, size=size, mode=subsample.upsample, align_corners=False)
-    for axis, length in zip((2, 3), size, strict=True):
-        source = torch.arange(length, device=y.device) * y.shape[axis] // length
-        y = y.index_select(axis, source)
-    return y

@@ -94,7 +94,7 @@ def _inputs_of_scans(model: VisualStateSpaceModel) -> Iterator[dict[int, Tensor]
 
 
 def _of_block(block: Block, x: Tensor) -> BlockActivations:
-    from quartermap_deploy.pruning.reference import keep_positions, restore_positions
+    from quartermap_deploy.pruning.positions import keep_positions, restore_positions
 
     mixer, subsample = block.mixer, block.mixer.subsample
     assert subsample is not None

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quartermap_deploy.bundle import describe_file
+from quartermap_deploy.data.images import restored
 from quartermap_deploy.errors import CheckpointError, QuartermapError
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.report.markup import Html, element
@@ -21,8 +22,9 @@ from quartermap_deploy.report.receptive import SHARES
 
 if TYPE_CHECKING:
     from quartermap_deploy.architectures.base import VisualStateSpaceModel
-    from quartermap_deploy.architectures.cards import ModelCard, Preprocessing
+    from quartermap_deploy.architectures.cards import ModelCard
     from quartermap_deploy.bundle import Bundle
+    from quartermap_deploy.data.preprocessing import Preprocessing
     from quartermap_deploy.report.activations import BlockActivations
     from quartermap_deploy.report.receptive import ReceptiveField
 
@@ -242,10 +244,8 @@ def _range(*maps: NDArray[Any]) -> tuple[float, float]:
 
 
 def _image_row(image: NDArray[np.float32], preprocessing: Preprocessing) -> Html:
-    shape = (-1, 1, 1)
-    mean, std = (np.asarray(values).reshape(shape) for values in (preprocessing.mean, preprocessing.std))
-    pixels = np.rint(np.clip(image * std + mean, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
-    drawn = picture(np.ascontiguousarray(pixels), "the image as the model sees it", sharp=False)
+    pixels = np.asarray(restored(image, preprocessing).convert("RGB"))
+    drawn = picture(pixels, "the image as the model sees it", sharp=False)
     title = element("p", {"class": "row-title"}, "Image")
     cell = _cell(drawn, "as the model sees it", _size(pixels))
     return element("div", {"class": "row"}, title, element("div", {"class": "cells"}, cell))

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from quartermap_deploy.architectures.cards import Preprocessing
+from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.machine import usable_cores
 from quartermap_deploy.serving.images import ImageFile
 
@@ -44,7 +44,7 @@ class Decoders:
             place: which image of the request this is, from 1, for messages.
 
         Returns:
-            (3, height, width).
+            (channels, height, width).
 
         Raises:
             Refusal: if it cannot be taken.

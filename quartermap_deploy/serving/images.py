@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from quartermap_deploy.architectures.cards import Preprocessing
 from quartermap_deploy.data import pixels
 from quartermap_deploy.data.images import UNREADABLE, open_image, prepare
+from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.serving.refusal import invalid
 
@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 FORMATS = ("JPEG", "PNG")
 LARGEST = pixels.LARGEST
 """Most pixels of an image. RGBA of that size takes 400 MB while it is decoded: Pillow has four bytes for each pixel,
-and holds the file's colours and RGB at once."""
+and holds the file's colours and the model's at once."""
 
 
 class ImageFile:
@@ -53,7 +53,7 @@ class ImageFile:
         """Decode the file, and prepare it as the model's card says; can be called once.
 
         Returns:
-            (3, height, width).
+            (channels, height, width).
 
         Raises:
             Refusal: if it is damaged, or its values have no known meaning.
@@ -72,7 +72,7 @@ class ImageFile:
 
     def _prepare(self) -> NDArray[np.float32]:
         with self._image as image:
-            decoded = open_image(image)
+            decoded = open_image(image, self._preprocessing.color)
             if decoded is not image:
                 image.close()
             prepared: NDArray[np.float32] = prepare([decoded], self._preprocessing)[0]

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from quartermap_deploy.architectures.cards import Preprocessing
+from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.serving.batcher import Batcher
 from quartermap_deploy.serving.decoders import Decoders
 from quartermap_deploy.serving.refusal import Refusal, busy

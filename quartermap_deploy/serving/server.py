@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import math
 import os
 import platform
 import signal
@@ -113,7 +114,7 @@ class _Server:
         self.loading = False
         self.decoders = Decoders()
         self.batcher: Batcher | None = None
-        images = self.options.queue * 4 * plan.preprocessing.crop[0] * plan.preprocessing.crop[1] * 3
+        images = self.options.queue * 4 * math.prod(plan.preprocessing.input_shape)
         self.budget = Budget(self.options.max_body, images)
 
     async def run(self) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from quartermap_deploy.architectures.cards import Preprocessing, load_card
+from quartermap_deploy.architectures.cards import load_card
 from quartermap_deploy.bundle import MANIFEST, Bundle
 from quartermap_deploy.data.labels import read_labels
+from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.errors import ParityError, ServeError
 from quartermap_deploy.files import file_hash
 from quartermap_deploy.serving.models import PROBABILITIES, Description, image_input

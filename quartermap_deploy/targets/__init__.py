@@ -19,12 +19,11 @@ from quartermap_deploy.errors import UnknownNameError
 from quartermap_deploy.progress import SILENT, Progress
 
 if TYPE_CHECKING:
-    from quartermap_deploy.recipe import Recipe
-    from quartermap_deploy.targets.tensorrt_options import EngineOptions
+    from quartermap_deploy.targets.tensorrt.options import EngineOptions
 
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
 """Targets that need an engine of their own beside the portable model."""
-_MODULES = {"onnxruntime": "onnxruntime_cpu", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_MODULES = {"onnxruntime": "onnxruntime_cpu", "tensorrt": "tensorrt.target", "tensorrt-rtx": "tensorrt.rtx"}
 DEFAULT = "onnxruntime"
 
 
@@ -36,12 +35,24 @@ class Session(Protocol):
         ...
 
 
+class Wanted(Protocol):
+    """What a target asks of a recipe."""
+
+    @property
+    def engine(self) -> EngineOptions:
+        """How engines are built."""
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """All that are built."""
+
+
 class Target(Protocol):
     """The functions of a target module."""
 
     PRECISIONS: tuple[str, ...]
 
-    def check(self, recipe: Recipe) -> None:
+    def check(self, recipe: Wanted) -> None:
         """Refuse, before any work, what cannot be built here."""
         ...
 

@@ -15,7 +15,7 @@ from quartermap_deploy.machine import all_cores, usable_cores
 from quartermap_deploy.progress import SILENT, Progress
 
 if TYPE_CHECKING:
-    from quartermap_deploy.targets.tensorrt_options import EngineOptions
+    from quartermap_deploy.targets.tensorrt.options import EngineOptions
 
 MODEL_FILE = "model.onnx"
 PRECISIONS = ("float32", "float16")

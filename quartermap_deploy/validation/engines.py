@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from polygraphy.backend.base import BaseRunner
 
     from quartermap_deploy.targets import Session, Target
-    from quartermap_deploy.targets.tensorrt_options import EngineOptions
+    from quartermap_deploy.targets.tensorrt.options import EngineOptions
     from quartermap_deploy.validation.parity import ParityReport
 
 NO_GOLDEN = "the bundle has no golden inputs that a profile of the engine takes"
@@ -109,7 +109,7 @@ def _not_run(reason: str) -> dict[str, Any]:
 
 def _taken(folder: Path, entry: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The golden cases that a profile of the engine takes, and their outputs; none where there are no golden files."""
-    from quartermap_deploy.targets.tensorrt_options import EngineOptions
+    from quartermap_deploy.targets.tensorrt.options import EngineOptions
     from quartermap_deploy.validation.golden import INPUTS_FILE, read_golden
 
     if not (folder / INPUTS_FILE).is_file():

@@ -5,8 +5,10 @@ Pillow, which it has not: pip install pillow. The parameter `preprocessing` in c
 
     resize, crop           [height, width]
     fit                    "cover" or "stretch"
-    interpolation          "nearest", "bilinear" or "bicubic"
-    mean, std              for each channel, of values from 0 to 1
+    interpolation          a filter of Pillow's: "nearest", "box", "bilinear", "hamming", "bicubic" or "lanczos"
+    color                  the channels and their order: "rgb", "bgr", "grey" or "rgba"
+    scale                  what a pixel, 0 to 255, is multiplied by
+    mean, std              for each channel, of what that makes
     type                   of the output, "float32" or "float16"
     largest                the most pixels that an image may have, itself or resized
 """
@@ -20,7 +22,15 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from quartermap_deploy.data.pixels import UnfitImageError, check_size, cropped, rgb
+from quartermap_deploy.data.pixels import (
+    MODES,
+    UnfitImageError,
+    check_size,
+    cropped,
+    levels,
+    planes,
+    with_mode,
+)
 
 FORMATS = ("JPEG", "PNG")
 
@@ -53,10 +63,8 @@ class TritonPythonModel:
             "interpolation": settings["interpolation"],
             "largest": self.largest,
         }
-        mean, std = (np.asarray(settings[name], dtype=np.float32)[:, None] for name in ("mean", "std"))
-        # What each value of a pixel becomes, (3, 256): looking it up is exact, and quicker than computing it.
-        values = np.arange(256, dtype=np.float32) / np.float32(255)
-        self.levels = ((values - mean) / std).astype(settings["type"])
+        self.color: str = settings["color"]
+        self.levels = levels(settings["mean"], settings["std"], settings["scale"]).astype(settings["type"])
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer each request with its prepared images, or with what is wrong with one of them."""
@@ -74,13 +82,15 @@ class TritonPythonModel:
         return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor(self.output, batch)])
 
     def prepare(self, data: bytes, place: int) -> Any:
-        """Return one image as (3, height, width); `place` is for the message."""
+        """Return one image as (channels, height, width); `place` is for the message."""
         try:
             image = self.pillow.open(io.BytesIO(data), formats=FORMATS)
             check_size(image.width, image.height, self.largest)
-            centre = np.asarray(cropped(rgb(image), self.resize, self.crop, **self.settings))
+            centre = cropped(with_mode(image, MODES[self.color]), self.resize, self.crop, **self.settings)
         except UnfitImageError as error:
             raise NoImageError(f"image {place} {error}") from error
         except Exception as error:  # Pillow's readers raise errors of many kinds on damaged files
             raise NoImageError(f"image {place} cannot be read as JPEG or PNG: {error}") from error
-        return np.stack([self.levels[channel][centre[..., channel]] for channel in range(3)])
+        return np.stack(
+            [values[plane] for values, plane in zip(self.levels, planes(centre, self.color), strict=True)]
+        )

@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from quartermap_deploy.plugin.errors import PluginError
+from quartermap_deploy.native.errors import PluginError
 
 CONTRACT_FUNCTION = "quartermap_plugin_contract"
 

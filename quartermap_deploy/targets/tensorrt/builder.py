@@ -16,14 +16,14 @@ from typing import Any
 
 import onnx
 
+from quartermap_deploy import gpu as devices
 from quartermap_deploy.errors import EngineError, InputError
 from quartermap_deploy.files import write_whole
+from quartermap_deploy.gpu import Gpu
 from quartermap_deploy.lowering.operator import SELECTIVE_SCAN_2D
 from quartermap_deploy.progress import SILENT, Progress
-from quartermap_deploy.targets import gpu as devices
-from quartermap_deploy.targets.gpu import Gpu
-from quartermap_deploy.targets.tensorrt_caches import TimingCache, cache_key
-from quartermap_deploy.targets.tensorrt_checks import (
+from quartermap_deploy.targets.tensorrt.caches import TimingCache, cache_key
+from quartermap_deploy.targets.tensorrt.checks import (
     INSPECTOR,
     PLAN,
     check_plugins,
@@ -33,8 +33,8 @@ from quartermap_deploy.targets.tensorrt_checks import (
     plan_kernels,
     plan_types,
 )
-from quartermap_deploy.targets.tensorrt_flavour import Flavour
-from quartermap_deploy.targets.tensorrt_monitor import (
+from quartermap_deploy.targets.tensorrt.flavour import Flavour
+from quartermap_deploy.targets.tensorrt.monitor import (
     PeakMemory,
     Phases,
     interruptible,
@@ -42,16 +42,16 @@ from quartermap_deploy.targets.tensorrt_monitor import (
     make_monitor,
     seconds_since,
 )
-from quartermap_deploy.targets.tensorrt_objects import (
+from quartermap_deploy.targets.tensorrt.objects import (
     NO_GPU,
     last_error,
     make_builder,
     make_runtime,
     require_gpu,
 )
-from quartermap_deploy.targets.tensorrt_options import CACHE_FOLDER, EngineOptions
-from quartermap_deploy.targets.tensorrt_plugin import load_plugin
-from quartermap_deploy.targets.tensorrt_products import (
+from quartermap_deploy.targets.tensorrt.options import CACHE_FOLDER, EngineOptions
+from quartermap_deploy.targets.tensorrt.plugin import load_plugin
+from quartermap_deploy.targets.tensorrt.products import (
     check_products,
     inspected_products,
     network_products,

@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quartermap_deploy import gpu as devices
 from quartermap_deploy.errors import BundleError, EngineError, InputError
 from quartermap_deploy.files import write_whole
-from quartermap_deploy.targets import gpu as devices
-from quartermap_deploy.targets.cuda_runtime import require_runtime
-from quartermap_deploy.targets.gpu import Gpu
-from quartermap_deploy.targets.tensorrt_checks import check_file
-from quartermap_deploy.targets.tensorrt_flavour import Flavour, version_numbers
-from quartermap_deploy.targets.tensorrt_monitor import make_logger
-from quartermap_deploy.targets.tensorrt_objects import last_error, make_runtime
-from quartermap_deploy.targets.tensorrt_options import CACHE_FOLDER, EngineOptions
-from quartermap_deploy.targets.tensorrt_plugin import find_library, load_plugin, wrong_library
+from quartermap_deploy.gpu import Gpu
+from quartermap_deploy.targets.tensorrt.checks import check_file
+from quartermap_deploy.targets.tensorrt.cuda_runtime import require_runtime
+from quartermap_deploy.targets.tensorrt.flavour import Flavour, version_numbers
+from quartermap_deploy.targets.tensorrt.monitor import make_logger
+from quartermap_deploy.targets.tensorrt.objects import last_error, make_runtime
+from quartermap_deploy.targets.tensorrt.options import CACHE_FOLDER, EngineOptions
+from quartermap_deploy.targets.tensorrt.plugin import find_library, load_plugin, wrong_library
 
 TRUST_VARIABLE = "QUARTERMAP_TRUST_ENGINE_CODE"
 """Set to 1, lets an engine that carries code of its own run it in this process."""
@@ -43,7 +43,7 @@ def open_engine(
         flavour: which TensorRT.
         bundle_path: the bundle.
         entry: its manifest entry.
-        plugin: the plugin library; None looks where `tensorrt_plugin.find_library` does.
+        plugin: the plugin library; None looks where `plugin.find_library` does.
         built_here: this process has just built the engine, so that code which it carries is known.
 
     Raises:

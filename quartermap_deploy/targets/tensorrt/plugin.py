@@ -12,8 +12,8 @@ from typing import Any
 from quartermap_deploy.errors import EngineError
 from quartermap_deploy.files import file_hash
 from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D
-from quartermap_deploy.targets.tensorrt_flavour import version_numbers
-from quartermap_deploy.targets.tensorrt_objects import last_error
+from quartermap_deploy.targets.tensorrt.flavour import version_numbers
+from quartermap_deploy.targets.tensorrt.objects import last_error
 
 PLUGIN_VARIABLE = "QUARTERMAP_PLUGIN"
 _BUILD = "build it with `quartermap plugin build`"
@@ -62,7 +62,7 @@ def find_library(named: Path | None = None, expected: Mapping[str, Any] | None =
     Raises:
         EngineError: if there is none.
     """
-    from quartermap_deploy.plugin.build import DEFAULT_OUTPUT, PLUGIN_LIBRARY
+    from quartermap_deploy.native.build import DEFAULT_OUTPUT, PLUGIN_LIBRARY
 
     if named is not None:
         candidates = [Path(named)]
@@ -114,9 +114,9 @@ def check_library(trt: Any, path: Path) -> PluginLibrary:
         PluginError: if it is missing, damaged, no library of ours, or of another release.
         EngineError: if it is ours but no plugin for a GPU, or for another TensorRT.
     """
-    from quartermap_deploy.plugin import library as libraries
-    from quartermap_deploy.plugin.contract import differences
-    from quartermap_deploy.plugin.errors import PluginError
+    from quartermap_deploy.native import library as libraries
+    from quartermap_deploy.native.contract import differences
+    from quartermap_deploy.native.errors import PluginError
 
     found = libraries.describe(libraries.load(path), path)
     build = found.pop("build", None) or {}

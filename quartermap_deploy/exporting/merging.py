@@ -27,7 +27,7 @@ STEPS = ("merge", "unmerge")
 
 
 def export_merging(model: VisualStateSpaceModel, input_shape: Sequence[int]) -> onnx.ModelProto:
-    """Export a model of `pruning.tome.merge_tokens` to ONNX: opset 20, runs in plain ONNX Runtime.
+    """Export a model of `evaluation.tome.merge_tokens` to ONNX: opset 20, runs in plain ONNX Runtime.
 
     Args:
         model: it is not changed.

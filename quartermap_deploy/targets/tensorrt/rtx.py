@@ -9,17 +9,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quartermap_deploy import gpu as devices
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.progress import SILENT, Progress
-from quartermap_deploy.targets import gpu as devices
-from quartermap_deploy.targets.cuda_runtime import require_runtime
-from quartermap_deploy.targets.tensorrt_flavour import TENSORRT_RTX
-from quartermap_deploy.targets.tensorrt_options import EngineOptions
+from quartermap_deploy.targets.tensorrt.cuda_runtime import require_runtime
+from quartermap_deploy.targets.tensorrt.flavour import TENSORRT_RTX
+from quartermap_deploy.targets.tensorrt.options import EngineOptions
 
 if TYPE_CHECKING:
     import onnx
 
-    from quartermap_deploy.targets.tensorrt_session import EngineSession
+    from quartermap_deploy.targets.tensorrt.session import EngineSession
 
 TURING = "7.5"
 PRECISIONS = ("float32", "float16", "bfloat16")
@@ -34,7 +34,7 @@ def check(recipe: Any = None) -> None:
         InputError: if it does not know a compute capability or cannot build for it, or the recipe has an option that it
             has not.
     """
-    from quartermap_deploy.targets.tensorrt_builder import known_capabilities
+    from quartermap_deploy.targets.tensorrt.builder import known_capabilities
 
     trt = TENSORRT_RTX.load()
     options = getattr(recipe, "engine", None) or EngineOptions()
@@ -69,8 +69,8 @@ def build(
     examples: Sequence[Sequence[int]] = (),
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Build an engine; see `tensorrt_builder.build_engine`."""
-    from quartermap_deploy.targets.tensorrt_builder import build_engine
+    """Build an engine; see `builder.build_engine`."""
+    from quartermap_deploy.targets.tensorrt.builder import build_engine
 
     return build_engine(
         TENSORRT_RTX,
@@ -84,16 +84,16 @@ def build(
 
 
 def cannot_run(entry: Mapping[str, Any]) -> str | None:
-    """Why no engine of this entry can be run here, or None; see `tensorrt_session.cannot_run`."""
-    from quartermap_deploy.targets import tensorrt_session
+    """Why no engine of this entry can be run here, or None; see `session.cannot_run`."""
+    from quartermap_deploy.targets.tensorrt import session
 
-    return tensorrt_session.cannot_run(TENSORRT_RTX, entry)
+    return session.cannot_run(TENSORRT_RTX, entry)
 
 
 def open(
     bundle_path: Path, entry: Mapping[str, Any], *, plugin: Path | None = None, built_here: bool = False
 ) -> EngineSession:
-    """Return a session; see `tensorrt_session.open_engine`. These engines have no plugin."""
-    from quartermap_deploy.targets.tensorrt_session import open_engine
+    """Return a session; see `session.open_engine`. These engines have no plugin."""
+    from quartermap_deploy.targets.tensorrt.session import open_engine
 
     return open_engine(TENSORRT_RTX, Path(bundle_path), entry, built_here=built_here)

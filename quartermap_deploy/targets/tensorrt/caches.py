@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from quartermap_deploy.files import file_hash, write_whole
-from quartermap_deploy.targets.gpu import Gpu
-from quartermap_deploy.targets.tensorrt_flavour import Flavour
-from quartermap_deploy.targets.tensorrt_options import EngineOptions
+from quartermap_deploy.gpu import Gpu
+from quartermap_deploy.targets.tensorrt.flavour import Flavour
+from quartermap_deploy.targets.tensorrt.options import EngineOptions
 
 
 def cache_key(

@@ -1,8 +1,8 @@
 """What the ONNX side and the plugin agree on, as data.
 
-`plugins/src/contract.h` holds the same in C++. A built library prints its own as JSON (`quartermap_plugin_contract`),
-and `quartermap plugin check` compares the two, so that a library of another release is found out before an engine is
-built with it.
+`plugins/contract/contract.h` holds the same in C++. A built library prints its own as JSON
+(`quartermap_plugin_contract`), and `quartermap plugin check` compares the two, so that a library of another release is
+found out before an engine is built with it.
 
 How attributes arrive: TensorRT's ONNX parser passes those attributes of a node that the plugin's creator names. STRINGS
 become one CHAR field, each string with a NUL behind it; INT becomes INT32. So the node of `lowering.operator` needs no
@@ -25,7 +25,7 @@ from quartermap_deploy.lowering.operator import (
 )
 
 KERNELS = 2
-"""QUARTERMAP_SELECTIVE_SCAN_VERSION of plugins/include/quartermap/selective_scan.h: of its functions and structures."""
+"""QUARTERMAP_SELECTIVE_SCAN_VERSION of `quartermap/selective_scan.h`: of its functions and structures."""
 
 ELEMENT_TYPES = ("float32", "float16", "bfloat16")
 """In the order of `QuartermapElementType`."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quartermap_deploy.errors import MissingDependencyError
-from quartermap_deploy.targets.cuda_runtime import runtime_version
+from quartermap_deploy.targets.tensorrt.cuda_runtime import runtime_version
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def selective_scan_2d_definition(
 ) -> Tensor:
     """Selective scan of a feature map in several directions, by `cross_scan`, the scan and `cross_merge`.
 
-    The arguments are those of `quartermap_deploy.frontend.operators.selective_scan_2d`.
+    The arguments are those of `quartermap_deploy.scan.operators.selective_scan_2d`.
     """
     batch, d_inner, height, width = x.shape
     count = len(directions)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quartermap_deploy.errors import EngineError
-from quartermap_deploy.targets.tensorrt_products import inspector_type, network_type, plan_lines, plan_type
+from quartermap_deploy.targets.tensorrt.products import inspector_type, network_type, plan_lines, plan_type
 
 SIXTEEN_BITS = ("float16", "bfloat16")
 INSPECTOR, PLAN = "engine inspector", "plan"

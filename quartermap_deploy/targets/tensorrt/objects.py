@@ -6,8 +6,8 @@ import re
 from typing import Any
 
 from quartermap_deploy.errors import EngineError
-from quartermap_deploy.targets.gpu import Gpu
-from quartermap_deploy.targets.tensorrt_flavour import Flavour
+from quartermap_deploy.gpu import Gpu
+from quartermap_deploy.targets.tensorrt.flavour import Flavour
 
 NO_GPU = re.compile(
     r"cudaError 35|cudaError 100|driver version is insufficient|no CUDA-capable", re.IGNORECASE

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from quartermap_deploy.plugin.contract import CONTRACT, differences
-from quartermap_deploy.plugin.errors import PluginError
-from quartermap_deploy.plugin.library import describe, load
+from quartermap_deploy.native.contract import CONTRACT, differences
+from quartermap_deploy.native.errors import PluginError
+from quartermap_deploy.native.library import describe, load
 
 MODULES = ("tensorrt", "tensorrt_rtx")
 """Python modules whose plugin registry can load the library, in the order in which they are tried."""

@@ -1,4 +1,4 @@
-// What the ONNX side and the plugin agree on: the operator's name, its fields and its inputs. quartermap_deploy/plugin/
+// What the ONNX side and the plugin agree on: the operator's name, its fields and its inputs. quartermap_deploy/native/
 // contract.py holds the same in Python, and `quartermap plugin check` compares the two.
 #pragma once
 

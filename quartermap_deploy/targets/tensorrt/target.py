@@ -6,19 +6,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quartermap_deploy import gpu as devices
 from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D, VERSION
 from quartermap_deploy.progress import SILENT, Progress
-from quartermap_deploy.targets import gpu as devices
-from quartermap_deploy.targets.cuda_runtime import require_runtime
-from quartermap_deploy.targets.tensorrt_flavour import TENSORRT
-from quartermap_deploy.targets.tensorrt_objects import require_gpu
-from quartermap_deploy.targets.tensorrt_options import EngineOptions
-from quartermap_deploy.targets.tensorrt_plugin import check_library, find_library
+from quartermap_deploy.targets.tensorrt.cuda_runtime import require_runtime
+from quartermap_deploy.targets.tensorrt.flavour import TENSORRT
+from quartermap_deploy.targets.tensorrt.objects import require_gpu
+from quartermap_deploy.targets.tensorrt.options import EngineOptions
+from quartermap_deploy.targets.tensorrt.plugin import check_library, find_library
 
 if TYPE_CHECKING:
     import onnx
 
-    from quartermap_deploy.targets.tensorrt_session import EngineSession
+    from quartermap_deploy.targets.tensorrt.session import EngineSession
 
 PRECISIONS = ("float32", "float16", "bfloat16")
 
@@ -32,7 +32,7 @@ def check(recipe: Any = None) -> None:
         InputError: if this TensorRT has not the hardware compatibility that is asked for.
         PluginError: if the plugin library is damaged, not ours, or of another release.
     """
-    from quartermap_deploy.targets.tensorrt_builder import hardware_level
+    from quartermap_deploy.targets.tensorrt.builder import hardware_level
 
     trt = TENSORRT.load()
     require_gpu(TENSORRT, devices.find_gpu())
@@ -81,8 +81,8 @@ def build(
     examples: Sequence[Sequence[int]] = (),
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Build an engine; see `tensorrt_builder.build_engine`."""
-    from quartermap_deploy.targets.tensorrt_builder import build_engine
+    """Build an engine; see `builder.build_engine`."""
+    from quartermap_deploy.targets.tensorrt.builder import build_engine
 
     TENSORRT.load()
     require_gpu(TENSORRT, devices.find_gpu())
@@ -100,16 +100,16 @@ def build(
 
 
 def cannot_run(entry: Mapping[str, Any]) -> str | None:
-    """Why no engine of this entry can be run here, or None; see `tensorrt_session.cannot_run`."""
-    from quartermap_deploy.targets import tensorrt_session
+    """Why no engine of this entry can be run here, or None; see `session.cannot_run`."""
+    from quartermap_deploy.targets.tensorrt import session
 
-    return tensorrt_session.cannot_run(TENSORRT, entry)
+    return session.cannot_run(TENSORRT, entry)
 
 
 def open(
     bundle_path: Path, entry: Mapping[str, Any], *, plugin: Path | None = None, built_here: bool = False
 ) -> EngineSession:
-    """Return a session; see `tensorrt_session.open_engine`."""
-    from quartermap_deploy.targets.tensorrt_session import open_engine
+    """Return a session; see `session.open_engine`."""
+    from quartermap_deploy.targets.tensorrt.session import open_engine
 
     return open_engine(TENSORRT, Path(bundle_path), entry, plugin=plugin, built_here=built_here)

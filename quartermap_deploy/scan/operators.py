@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quartermap_deploy.frontend.definition import DIRECTIONS
-from quartermap_deploy.frontend.vectorized import (
+from quartermap_deploy.scan.definition import DIRECTIONS
+from quartermap_deploy.scan.vectorized import (
     selective_scan_2d_gradients,
     selective_scan_2d_vectorized,
     selective_scan_gradients,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from quartermap_deploy.errors import MissingDependencyError
 from quartermap_deploy.files import write_whole
-from quartermap_deploy.plugin.errors import PluginError
+from quartermap_deploy.native.errors import PluginError
 from quartermap_deploy.progress import SILENT, Progress
 
 DEFAULT_OUTPUT = Path("plugin")

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from quartermap_deploy.architectures.base import VisualStateSpaceModel
+    from quartermap_deploy.exporting.ranges import RangeReport
     from quartermap_deploy.passes.base import PassReport
     from quartermap_deploy.passes.cast_precision import CastReport
-    from quartermap_deploy.validation.ranges import RangeReport
 
 PRECISIONS = ("float32", "float16", "bfloat16")
 IO_TYPES = ("float32", "same")
@@ -155,7 +155,7 @@ def export(
         shaped, reports = run_passes(traced, selection, OPTIMIZED if optimize else CANONICAL)
     typed, kept, ranges = shaped, tuple(keep_float32), None
     if precision == "float16" and calibration is not None:
-        from quartermap_deploy.validation.ranges import scan_ranges
+        from quartermap_deploy.exporting.ranges import scan_ranges
 
         ranges = scan_ranges(lower(shaped), calibration, precision)
         kept += ranges.keep_float32

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quartermap_deploy.plugin.contract import CONTRACT, ELEMENT_TYPES, KERNELS
-from quartermap_deploy.plugin.errors import PluginError
-from quartermap_deploy.plugin.library import describe, load
+from quartermap_deploy.native.contract import CONTRACT, ELEMENT_TYPES, KERNELS
+from quartermap_deploy.native.errors import PluginError
+from quartermap_deploy.native.library import describe, load
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -198,7 +198,7 @@ class Kernels:
         softplus: bool,
         plan: Plan | None = None,
     ) -> Tensor:
-        """Compute `frontend.operators.selective_scan_2d` with the kernel, on the current stream of x's device.
+        """Compute `scan.operators.selective_scan_2d` with the kernel, on the current stream of x's device.
 
         Args:
             x: (batch, d_inner, H, W), and the others as there.
@@ -323,8 +323,8 @@ def enable_cuda_kernels(path: str | Path) -> Kernels:
             f"PyTorch {torch.__version__} finds no GPU, and the kernels run on nothing else; install a build for CUDA, "
             "and see whether `nvidia-smi` answers"
         )
-    from quartermap_deploy.frontend import operators
-    from quartermap_deploy.frontend.vectorized import selective_scan_2d_vectorized
+    from quartermap_deploy.scan import operators
+    from quartermap_deploy.scan.vectorized import selective_scan_2d_vectorized
 
     def cuda(
         x: Tensor,

@@ -1,0 +1,258 @@
+"""A finished bundle, proved anew: against its golden files, or against PyTorch; and where 16 bits are too few in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quartermap_deploy.errors import BundleError, CheckpointError
+from quartermap_deploy.progress import SILENT, Progress
+from quartermap_deploy.targets import DEFAULT
+from quartermap_deploy.targets.tensorrt.options import EngineOptions
+
+if TYPE_CHECKING:
+    from quartermap_deploy.architectures.base import VisualStateSpaceModel
+    from quartermap_deploy.bundle import Bundle
+    from quartermap_deploy.recipe import Recipe
+    from quartermap_deploy.validation.localise import LocaliseReport
+
+REFERENCES = ("golden", "torch")
+
+
+def validate_bundle(
+    bundle: Bundle,
+    target: str | None = None,
+    *,
+    reference: str = "golden",
+    checkpoint: str | os.PathLike[str] | None = None,
+    plugin: Path | None = None,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Check a bundle on this machine.
+
+    Args:
+        bundle: the bundle; its files were checked against its manifest when it was loaded.
+        target: the target to check; None for the default.
+        reference: "golden" compares with the outputs kept in the bundle and needs no torch; "torch" builds the
+            PyTorch model from the bundle's recipe again and compares every block. Both run the images that are kept in
+            the bundle: those that it was compiled with.
+        checkpoint: for "torch", the file that the bundle was compiled from; None if it was compiled from none.
+        plugin: the plugin library, for an engine that needs it; None looks for it.
+        progress: told about the steps.
+
+    Returns:
+        The report in the form of the bundle's report.json.
+
+    Raises:
+        BundleError: if the reference is not available for this bundle, or the checkpoint does not belong to it.
+        CheckpointError: if there is no checkpoint, or it is another file than that of the bundle.
+        UnknownNameError: if the bundle was not built for the target.
+    """
+    if reference not in REFERENCES:
+        raise BundleError(f"unknown reference {reference!r}; expected one of {', '.join(REFERENCES)}")
+    path = None if checkpoint is None else Path(checkpoint)
+    if reference == "torch":
+        return _against_torch(bundle, target, path, progress)
+    if path is not None:
+        raise BundleError("the golden outputs need no checkpoint; leave it out, or take the reference torch")
+    return _against_golden(bundle, target, plugin, progress)
+
+
+def localise_bundle(
+    bundle: Bundle,
+    target: str | None = None,
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    plugin: Path | None = None,
+    progress: Progress = SILENT,
+) -> LocaliseReport:
+    """Find the blocks whose return to float32 brings a 16-bit bundle back within its tolerance.
+
+    The PyTorch model is built and exported again, and its graph is typed anew with single blocks in float32. What the
+    bundle keeps in float32 stays so.
+
+    Args:
+        bundle: a bundle in float16 or bfloat16.
+        target: where to look. None, or "onnxruntime", takes the portable model with every 16-bit value rounded. For a
+            target with engines one is built for every try and run on the golden inputs, which needs a GPU, and its
+            logits are compared; the bundle need not have an engine for it.
+        checkpoint: the file that the bundle was compiled from; None if it was compiled from none.
+        plugin: the plugin library, for a target that needs it; None looks for it.
+        progress: told about the steps.
+
+    Raises:
+        BundleError: if the bundle is in float32, the checkpoint does not belong to it, or a GPU is needed and there is
+            none.
+        CheckpointError: if there is no checkpoint, or it is another file than that of the bundle.
+        UnknownNameError: if there is no such target.
+        QuartermapError: of the target, if it lacks something on this machine.
+    """
+    from quartermap_deploy.compiler import (
+        export_model,
+        load_model,
+        localise_engine,
+        localise_precision,
+        parity_of,
+    )
+    from quartermap_deploy.validation.golden import read_golden
+    from quartermap_deploy.validation.inputs import parity_cases
+
+    path = None if checkpoint is None else Path(checkpoint)
+    _check_checkpoint(bundle, path)
+    recipe = dataclasses.replace(bundle.recipe(), checkpoint=path, images=None)
+    if recipe.precision == "float32":
+        raise BundleError(f"the bundle {bundle.path} is in float32 everywhere; there is nothing to localise")
+    engine = None if target in (None, DEFAULT) else target
+    if engine is not None:
+        recipe = _for_engine(bundle, recipe, engine, plugin)
+    golden, _ = read_golden(bundle.path)
+    cases = parity_cases(golden["images"])
+    with progress.step("building the PyTorch model"):
+        model, card, _ = load_model(recipe)
+    # What the range scan found when the bundle was compiled, on images that may not be here.
+    ranges = bundle.report.get("precision", {}).get("ranges") or {}
+    kept = (*recipe.keep_float32, *ranges.get("kept_float32", {}))
+    recipe = dataclasses.replace(recipe, keep_float32=kept)
+    exported = export_model(recipe, model, card, progress)
+    if engine is not None:
+        report = localise_engine(recipe, exported, engine, bundle.path, progress)
+        if report.passed and engine in bundle.manifest["targets"]:
+            _require_own_engine(bundle, engine, plugin, progress)
+        return report
+    report = localise_precision(recipe, model, cases, exported, progress)
+    if report.passed:
+        own = parity_of(recipe, model, cases, bundle.model_path.read_bytes(), progress)
+        if not own.passed:
+            raise BundleError(
+                f"{own.describe_failure()}, though a model exported anew is right: the fault of {bundle.path} is none "
+                "of precision; compile it again"
+            )
+    return report
+
+
+def _for_engine(bundle: Bundle, recipe: Recipe, target: str, plugin: Path | None) -> Recipe:
+    """The recipe for engines of a target that are built for the GPU at hand alone.
+
+    Raises:
+        BundleError: if there is no GPU.
+        QuartermapError: of the target, if engines cannot be built here.
+    """
+    from quartermap_deploy import gpu as devices
+    from quartermap_deploy.targets import load_target
+
+    module, gpu = load_target(target), devices.find_gpu()
+    if gpu is None:
+        raise BundleError(
+            f"localising in {target} builds engines and runs them, and there is no NVIDIA GPU (no NVIDIA driver "
+            "answers); do it on the machine that is to run them, or leave --target out for the portable model"
+        )
+    entry = bundle.manifest["targets"].get(target, {})
+    options = EngineOptions.from_dict(entry.get("options", recipe.engine.to_dict()))
+    options = dataclasses.replace(options, plugin=plugin, compute_capabilities=(gpu.compute_capability,))
+    recipe = dataclasses.replace(recipe, targets=(target,), engine=options)
+    module.check(recipe)
+    return recipe
+
+
+def _require_own_engine(bundle: Bundle, target: str, plugin: Path | None, progress: Progress) -> None:
+    """Check that the bundle's own engine is as right as one that was built anew.
+
+    Raises:
+        BundleError: if it departs.
+    """
+    own = _against_golden(bundle, target, plugin, progress)
+    if not own["passed"]:
+        raise BundleError(
+            f"the {target} engine of {bundle.path} departs, though one that is built anew is right: the fault is none "
+            f"of precision; make it again with `quartermap rebuild {bundle.path} --target {target}`"
+        )
+
+
+def rebuild_torch(
+    bundle: Bundle, checkpoint: Path | None = None, progress: Progress = SILENT
+) -> VisualStateSpaceModel:
+    """Build the PyTorch model that a bundle was compiled from, unpruned.
+
+    Args:
+        bundle: the bundle.
+        checkpoint: the file that it was compiled from; None if it was compiled from none.
+        progress: told about the step.
+
+    Raises:
+        BundleError: if the bundle was compiled from a checkpoint and there is none here, or the other way round.
+        CheckpointError: if the checkpoint is another file than that of the bundle.
+    """
+    return _built(_recipe_with(bundle, checkpoint), progress)
+
+
+def _built(recipe: Recipe, progress: Progress) -> VisualStateSpaceModel:
+    from quartermap_deploy.compiler import load_model
+
+    with progress.step("building the PyTorch model"):
+        return load_model(recipe)[0]
+
+
+def _recipe_with(bundle: Bundle, checkpoint: Path | None) -> Recipe:
+    """The recipe of a bundle with the checkpoint that is here, after a check that it is the bundle's."""
+    _check_checkpoint(bundle, checkpoint)
+    return dataclasses.replace(bundle.recipe(), checkpoint=checkpoint)
+
+
+def _against_golden(
+    bundle: Bundle, target: str | None, plugin: Path | None, progress: Progress
+) -> dict[str, Any]:
+    from quartermap_deploy.validation.engines import golden_parity
+
+    with progress.step("loading the model"):
+        session = bundle.session(target, plugin=plugin)
+    name, precision = target or bundle.default_target, bundle.manifest["recipe"]["precision"]
+    with progress.step("comparing with the golden outputs"):
+        return golden_parity(bundle.path, session, name, precision).to_dict()
+
+
+def _against_torch(
+    bundle: Bundle, target: str | None, checkpoint: Path | None, progress: Progress
+) -> dict[str, Any]:
+    from quartermap_deploy.compiler import parity_of
+    from quartermap_deploy.validation.golden import read_golden
+    from quartermap_deploy.validation.inputs import parity_cases
+
+    recipe = _recipe_with(bundle, checkpoint)
+    if target not in (None, DEFAULT):
+        raise BundleError(f"blocks can be compared in ONNX Runtime only, not in {target}")
+    if DEFAULT in bundle.manifest["targets"]:
+        bundle.session(DEFAULT)  # refuses a damaged model before the work begins
+    cases, _ = read_golden(bundle.path)
+    model = _built(recipe, progress)
+    report = parity_of(recipe, model, parity_cases(cases["images"]), bundle.model_path.read_bytes(), progress)
+    return report.to_dict()
+
+
+def _check_checkpoint(bundle: Bundle, checkpoint: Path | None) -> None:
+    """Check that the checkpoint is the file that the bundle was compiled from, or that neither is there."""
+    from quartermap_deploy.architectures.checkpoint import require_file
+    from quartermap_deploy.bundle import describe_file
+
+    compiled_from = bundle.recipe().checkpoint
+    if compiled_from is None:
+        if checkpoint is not None:
+            raise BundleError(
+                f"the bundle {bundle.path} was not compiled from a checkpoint; leave {checkpoint} out"
+            )
+        return
+    if checkpoint is None:
+        raise BundleError(
+            f"the bundle was compiled from the checkpoint {compiled_from.name}, which is not in it; give the file with "
+            "--checkpoint (in Python: checkpoint=), or validate against the golden outputs"
+        )
+    require_file(checkpoint)
+    # A bundle without the hash has another one than any file.
+    expected = bundle.manifest["model"].get("weights_sha256")
+    found = describe_file(checkpoint)["sha256"]
+    if found != expected:
+        raise CheckpointError(
+            f"{checkpoint} is not the file that the bundle was compiled from, {compiled_from.name} (sha256 "
+            f"{found[:12]}…, expected {str(expected)[:12]}…); give that file"
+        )
