@@ -27,9 +27,7 @@ def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
-def infer_shapes_at(
-    model: onnx.ModelProto, sizes: Mapping[str, Sequence[int]]
-) -> dict[str, onnx.TypeProto]:
+def infer_shapes_at(model: onnx.ModelProto, sizes: Mapping[str, Sequence[int]]) -> dict[str, onnx.TypeProto]:
     """Return the type and shape of every value, as far as they are known, at given sizes of the graph's inputs.
 
     Args:

@@ -107,7 +107,9 @@ class Concrete:
             if node.domain not in ("", "ai.onnx") or has_subgraph(node):
                 continue
             types = {name: found for name in node.input if (found := self._type(name)) is not None}
-            data = {name: numpy_helper.from_array(self.array(name)) for name in node.input if self._is_data(name)}
+            data = {
+                name: numpy_helper.from_array(self.array(name)) for name in node.input if self._is_data(name)
+            }
             try:
                 self._types.update(
                     onnx.shape_inference.infer_node_outputs(

@@ -48,11 +48,11 @@ class MapForm:
     def write(self, flat: Array) -> Array:
         """(batch, channels, positions) → an array of this form."""
         if self.layout.endswith("C"):
-            return flat.transpose(0, 2, 1).reshape(self.batch, *self.sides, self.channels)
-        return flat.reshape(self.batch, self.channels, *self.sides)
+            return np.asarray(flat.transpose(0, 2, 1).reshape(self.batch, *self.sides, self.channels))
+        return np.asarray(flat.reshape(self.batch, self.channels, *self.sides))
 
     def read(self, array: Array) -> Array:
         """An array of this form → (batch, channels, positions)."""
         if self.layout.endswith("C"):
-            return array.reshape(self.batch, self.positions, self.channels).transpose(0, 2, 1)
-        return array.reshape(self.batch, self.channels, self.positions)
+            return np.asarray(array.reshape(self.batch, self.positions, self.channels).transpose(0, 2, 1))
+        return np.asarray(array.reshape(self.batch, self.channels, self.positions))

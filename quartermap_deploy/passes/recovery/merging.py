@@ -62,7 +62,9 @@ def read_merge(group: ScanGroup, unrolling: Unrolling, concrete: Concrete) -> Me
     merged = _reached(group, concrete)
     targets = [value for value in merged if not _leaks(group, value, set(merged), concrete)]
     if not targets:
-        raise Refused(f"its directions are not merged by a sum: {_leaving(group, set(merged), concrete.index)}")
+        raise Refused(
+            f"its directions are not merged by a sum: {_leaving(group, set(merged), concrete.index)}"
+        )
     refusals = []
     # The last one first: behind it stands what reads the map, in the layout in which it reads it.
     for value in reversed(targets):

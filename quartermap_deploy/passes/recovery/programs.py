@@ -28,7 +28,9 @@ _INLINE = 1 << 16
 """Elements of a fixed value that is written into a program as it is; larger ones are computed where they can be."""
 
 
-def nodes_between(concrete: Concrete, inputs: Iterable[str], outputs: Iterable[str], most: int = 400) -> list[int]:
+def nodes_between(
+    concrete: Concrete, inputs: Iterable[str], outputs: Iterable[str], most: int = 400
+) -> list[int]:
     """The places of the nodes that make `outputs` out of `inputs` and fixed values, in graph order.
 
     Raises:
@@ -69,15 +71,23 @@ def program(concrete: Concrete, inputs: Sequence[str], outputs: Sequence[str]) -
     part = _Part(concrete)
     for place in nodes:
         part.add(concrete.index.nodes[place])
-    kinds = {name: helper.make_tensor_value_info(name, TensorProto.DOUBLE, concrete.shape(name)) for name in inputs}
+    kinds = {
+        name: helper.make_tensor_value_info(name, TensorProto.DOUBLE, concrete.shape(name)) for name in inputs
+    }
     graph = helper.make_graph(
         part.nodes,
         "part",
         list(kinds.values()),
-        [helper.make_tensor_value_info(name, TensorProto.DOUBLE, None) for name in outputs if name not in kinds],
+        [
+            helper.make_tensor_value_info(name, TensorProto.DOUBLE, None)
+            for name in outputs
+            if name not in kinds
+        ],
         part.initializers,
     )
-    session = _session(helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", OPSET)]))
+    session = _session(
+        helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", OPSET)])
+    )
 
     def run(*arrays: Array) -> list[NDArray[np.float64]]:
         feeds = {name: np.ascontiguousarray(a, np.float64) for name, a in zip(inputs, arrays, strict=True)}
@@ -86,6 +96,15 @@ def program(concrete: Concrete, inputs: Sequence[str], outputs: Sequence[str]) -
         return [np.asarray(found[name]) for name in outputs]
 
     return run
+
+
+def run_once(model: onnx.ModelProto, feeds: dict[str, Array], outputs: Sequence[str]) -> list[Array]:
+    """Run a whole small model.
+
+    Raises:
+        Refused: if ONNX Runtime cannot.
+    """
+    return _run(_session(model), list(outputs), feeds)
 
 
 def _session(model: onnx.ModelProto) -> Any:
@@ -100,7 +119,7 @@ def _session(model: onnx.ModelProto) -> Any:
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:
-        raise Refused(f"ONNX Runtime cannot run this part of the graph in float64: {_line(error)}") from error
+        raise Refused(f"ONNX Runtime cannot load this part of the graph: {_line(error)}") from error
 
 
 def _run(session: Any, outputs: list[str], feeds: dict[str, Array]) -> list[Array]:

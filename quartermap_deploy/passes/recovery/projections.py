@@ -210,9 +210,7 @@ def _matrices(
     sizes, order = run.sizes, run.unrolling.order
     rows = {name: np.arange(len(found[0])) for name, found in offset.items() if name != "delta"}
     by_direction = [{"delta": found, **rows} for found in chosen]
-    matrices = {
-        name: np.zeros((sizes.count, len(by_direction[0][name]), sizes.d_inner)) for name in offset
-    }
+    matrices = {name: np.zeros((sizes.count, len(by_direction[0][name]), sizes.d_inner)) for name in offset}
     for members in _same_positions(order):
         positions = np.unique(order[members[0]][order[members[0]] != OUTSIDE])
         slots = sizes.batch * len(positions)
@@ -236,5 +234,3 @@ def _same_positions(order: NDArray[Any]) -> list[list[int]]:
     for k, steps in enumerate(order):
         groups.setdefault(np.sort(steps).tobytes(), []).append(k)
     return list(groups.values())
-
-

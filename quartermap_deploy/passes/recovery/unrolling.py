@@ -52,13 +52,13 @@ def read_unrolling(group: ScanGroup, concrete: Concrete) -> Unrolling:
         Refused: if u is not a map of which each direction takes each position at most once.
     """
     sizes = GroupSizes.of(group, concrete)
-    reached, why = _reached_by_moves(group, concrete)
-    refusals = []
+    reached = _reached_by_moves(group, concrete)
+    # A map that tells its sides is preferred: where sizes are open, nothing else in the graph may tell them.
+    reached.sort(key=lambda value: len(concrete.shape(value)) != 4)
+    refusals: list[str] = []
     for value in reached:
         forms = [
-            form
-            for form in MapForm.all_of(concrete.shape(value), sizes.d_inner)
-            if form.batch == sizes.batch
+            form for form in MapForm.all_of(concrete.shape(value), sizes.d_inner) if form.batch == sizes.batch
         ]
         if not forms or not _makes_all(value, group, concrete, refusals):
             continue
@@ -67,7 +67,7 @@ def read_unrolling(group: ScanGroup, concrete: Concrete) -> Unrolling:
                 return read_unrolling_from(value, form, group, concrete)
             except Refused as refusal:
                 refusals.append(str(refusal))
-    raise Refused(refusals[0] if refusals else why)
+    raise Refused(refusals[0] if refusals else _why_no_map(group, concrete))
 
 
 def read_unrolling_from(value: str, form: MapForm, group: ScanGroup, concrete: Concrete) -> Unrolling:
@@ -123,10 +123,17 @@ def position_of(
     return position[0, :, 0]
 
 
-def _reached_by_moves(group: ScanGroup, concrete: Concrete) -> tuple[list[str], str]:
-    """The values above u that only moves stand below, topmost first, and what stops there, in words."""
+def sources_of(group: ScanGroup, concrete: Concrete) -> list[str]:
+    """The values that u is moved from: where going up from it through moves ends."""
     index = concrete.index
-    pending, found, stops, by_data = list(group.inputs("u")), set(), [], False
+    reached = _reached_by_moves(group, concrete)
+    return [value for value in reached if (node := index.maker(value)) is None or not moves(node, concrete)]
+
+
+def _reached_by_moves(group: ScanGroup, concrete: Concrete) -> list[str]:
+    """The values above u that only moves stand below, and u, in graph order."""
+    index = concrete.index
+    pending, found = list(group.inputs("u")), set()
     while pending:
         value = pending.pop()
         if value in found or not value or concrete.is_fixed(value):
@@ -135,17 +142,19 @@ def _reached_by_moves(group: ScanGroup, concrete: Concrete) -> tuple[list[str], 
         node = index.maker(value)
         if node is not None and moves(node, concrete):
             pending += node.input
-        else:
-            stops.append(value)
-            by_data = by_data or (node is not None and depends_on_data(node, concrete))
-    if by_data:
-        why = "the order of its steps depends on the data"
-    elif len(stops) != 1:
-        why = f"u is put together from {len(stops)} values: {', '.join(sorted(stops)[:4])}"
-    else:
-        shapes = " × ".join(map(str, concrete.shape(stops[0])))
-        why = f"u is moved from {stops[0]} ({shapes}), which is no feature map of its channels"
-    return sorted(found, key=lambda value: index.made_by.get(value, -1)), why
+    return sorted(found, key=lambda value: index.made_by.get(value, -1))
+
+
+def _why_no_map(group: ScanGroup, concrete: Concrete) -> str:
+    """What stands above u instead of a map, in words."""
+    index, sources = concrete.index, sources_of(group, concrete)
+    makers = [index.maker(value) for value in sources]
+    if any(node is not None and depends_on_data(node, concrete) for node in makers):
+        return "the order of its steps depends on the data"
+    if len(sources) != 1:
+        return f"u is put together from {len(sources)} values: {', '.join(sorted(sources)[:4])}"
+    shape = " × ".join(map(str, concrete.shape(sources[0])))
+    return f"u is moved from {sources[0]} ({shape}), which is no feature map of its channels"
 
 
 def _makes_all(value: str, group: ScanGroup, concrete: Concrete, refusals: list[str]) -> bool:
