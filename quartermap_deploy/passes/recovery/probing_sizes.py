@@ -15,7 +15,7 @@ from quartermap_deploy.passes.recovery.concrete import Concrete, Shape, concrete
 from quartermap_deploy.passes.recovery.graph_index import GraphIndex
 from quartermap_deploy.passes.recovery.refusal import Refused
 
-BATCHES = (2, 3)
+BATCHES = (2, 1)
 _SIDES = (
     (64, 96),
     (96, 160),

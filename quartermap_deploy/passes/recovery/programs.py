@@ -112,6 +112,7 @@ def _session(model: onnx.ModelProto) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    options.intra_op_num_threads = 1
     # Parts are run a few times: optimising them takes longer than it saves.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
