@@ -61,6 +61,8 @@ class VisualStateSpaceModel(nn.Module):
     """Attribute of a block that holds its SS2D."""
     output_names: tuple[str, ...] = ("logits",)
     """Names of what `forward` returns."""
+    task: ClassVar[str] = "classification"
+    """What that is."""
 
     layers: nn.ModuleList
     num_classes: int
