@@ -287,8 +287,8 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     _define_mark()
     ours = onnxscript.values.Opset(DOMAIN, VERSION)
-    # Each scan gets a number, in the order of the program: it tells which scan it is, and keeps the exporter from making
-    # one of two that read the same values.
+    # Each scan gets a number, in the order of the program: it tells which scan it is, and keeps the exporter from
+    # making one of two that read the same values.
     numbers = itertools.count()
 
     def scan(
