@@ -217,7 +217,7 @@ class ModuleSource(SourceModel):
                         f"the output {name!r} has {one} entries on axis {axis} for a batch of 2 and {other} for one of "
                         f"3, but the graph always has {graph[name][axis]}: the module makes a number of its batch, as "
                         "int(x.shape[0] / 2) does. Write // instead, or fix the batch with dynamic_batch=False "
-                        "(--batch 1)"
+                        "(--static-batch)"
                     )
 
     def _output_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
@@ -228,7 +228,7 @@ class ModuleSource(SourceModel):
         except Exception as error:
             raise ExportError(
                 f"the module fails on a batch of {batch}, so its batch cannot be open: {type(error).__name__}: "
-                f"{' '.join(str(error).split())[:300]}; fix the batch with dynamic_batch=False (--batch 1)"
+                f"{' '.join(str(error).split())[:300]}; fix the batch with dynamic_batch=False (--static-batch)"
             ) from error
         return {name: tuple(value.shape) for name, value in outputs.items()}
 
