@@ -107,9 +107,10 @@ def read_reference(source: ModuleSource, path: Path) -> GivenReference:
     unknown = [name for name in arrays if name not in _wanted(source)]
     absent = [name for name in source.signature.inputs if name not in arrays]
     if unknown or absent or len(arrays) == len(source.signature.inputs):
+        outputs = ", ".join(source.discovery.outputs)
         raise InputError(
             f"the reference {path} holds {', '.join(sorted(arrays))}; expected the inputs "
-            f"{', '.join(source.signature.inputs)}, and of the outputs {', '.join(source.discovery.outputs)} one at least"
+            f"{', '.join(source.signature.inputs)}, and one at least of the outputs {outputs}"
         )
     inputs = {name: arrays.pop(name) for name in source.signature.inputs}
     return given_reference(source, inputs, arrays)
