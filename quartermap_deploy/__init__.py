@@ -22,6 +22,8 @@ _PUBLIC = {
     "load_bundle": "bundle",
     "load_card": "architectures",
     "prune": "pruning.reference",
+    "public_code": "sources.public_code",
+    "selective_scan": "sources.scans",
 }
 
 __all__ = [
@@ -37,6 +39,8 @@ __all__ = [
     "load_bundle",
     "load_card",
     "prune",
+    "public_code",
+    "selective_scan",
 ]
 
 # Nothing is imported here, not even typing: the command line begins with this file, and what comes before its own code
@@ -53,6 +57,8 @@ if TYPE_CHECKING:
     from quartermap_deploy.pruning.plan import QuarterMap
     from quartermap_deploy.pruning.reference import prune
     from quartermap_deploy.recipe import Recipe
+    from quartermap_deploy.sources.public_code import public_code
+    from quartermap_deploy.sources.scans import selective_scan
 
 
 def __getattr__(name: str) -> Any:

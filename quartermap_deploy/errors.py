@@ -62,6 +62,10 @@ class ExportError(QuartermapError):
     """A model that could not be turned into ONNX."""
 
 
+class UnsupportedScanError(ExportError):
+    """A selective scan, or a part of one, that the operator cannot express; the message names it."""
+
+
 class PassError(QuartermapError):
     """A graph pass that did not find what the plan names, or met a graph it must refuse."""
 

@@ -39,6 +39,7 @@ from quartermap_deploy.data.shipped import models_directory
 from quartermap_deploy.errors import ParityError
 from quartermap_deploy.pruning import QuarterMap
 from quartermap_deploy.recipe import Recipe
+from quartermap_deploy.tables.words import count_text
 
 COMMANDS = ("models", "compile", "inspect", "validate", "bench", "eval", "tune")
 MODEL = "vmamba_digits"
@@ -1113,7 +1114,7 @@ def test_progress_in_a_log_is_one_line_for_each_step() -> None:
     ],
 )
 def test_counts_have_three_digits(count: float, text: str) -> None:
-    assert common.count_text(count) == text
+    assert count_text(count) == text
 
 
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,14 +12,13 @@ from quartermap_deploy.cli.common import (
     add_output_options,
     at_least_one,
     delay_ms,
-    facts,
     file_or_folder,
     make_progress,
     print_json,
     results_only,
     show,
-    table,
 )
+from quartermap_deploy.tables.layout import facts, table
 
 if TYPE_CHECKING:
     from quartermap_deploy.cli.common import CommandParser, Subparsers

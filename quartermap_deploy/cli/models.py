@@ -8,16 +8,9 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.architectures.cards import ModelCard, list_models, load_card
-from quartermap_deploy.cli.common import (
-    add_command,
-    add_output_options,
-    count_text,
-    facts,
-    print_json,
-    show,
-    size_text,
-    table,
-)
+from quartermap_deploy.cli.common import add_command, add_output_options, print_json, show
+from quartermap_deploy.tables.layout import facts, table
+from quartermap_deploy.tables.words import count_text, size_text
 
 if TYPE_CHECKING:
     from quartermap_deploy.cli.common import Subparsers

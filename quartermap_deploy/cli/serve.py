@@ -17,12 +17,12 @@ from quartermap_deploy.cli.common import (
     add_command,
     at_least_one,
     delay_ms,
-    facts,
     file_or_folder,
     message,
     print_json,
     show,
 )
+from quartermap_deploy.tables.layout import facts
 
 if TYPE_CHECKING:
     from quartermap_deploy.cli.common import Subparsers

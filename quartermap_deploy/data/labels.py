@@ -95,3 +95,23 @@ def check_labels(names: object, classes: int, source: str, unit: str = "name") -
 
 def _folder() -> Path:
     return models_directory() / "labels"
+
+
+def class_names(
+    given: str | PathLike[str] | Sequence[str] | None, classes: int, default: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Return the names of a model's classes, or nothing where nobody knows them.
+
+    Args:
+        given: as for `read_labels`, or the names themselves.
+        classes: how many there are.
+        default: the names where none are given; they are taken if there is one for each class.
+
+    Raises:
+        InputError: as `read_labels` and `check_labels` say.
+    """
+    if given is None:
+        return tuple(default) if len(default) == classes else ()
+    if isinstance(given, (list, tuple)):
+        return check_labels(given, classes, "the labels")
+    return read_labels(given, classes)  # type: ignore[arg-type]

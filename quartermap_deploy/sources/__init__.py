@@ -1,0 +1,1 @@
+"""Where models come from: cards, and modules of the user's. Each becomes a `SourceModel`."""

@@ -1,0 +1,47 @@
+"""Code that asks for CUDA gets the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class OnCPU(TorchFunctionMode):
+    """`x.cuda()` is x, and a device named "cuda" is the CPU, in the thread that opened this.
+
+    Networks are written for one machine: `torch.empty(…).cuda()` stands in the middle of a forward pass.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call a function of torch with its devices changed."""
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], "cpu", *args[2:])
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.split(":")[0] == "cuda"
+
+
+def device_context(real: Any) -> Any:
+    """Return a `torch.cuda.device` that does nothing for what is on no GPU."""
+
+    def device(index: Any) -> Any:
+        wanted = index.type if isinstance(index, torch.device) else index
+        if wanted is None or wanted == "cpu" or not torch.cuda.is_available():
+            return contextlib.nullcontext()
+        return real(index)
+
+    return device
