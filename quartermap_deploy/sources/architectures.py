@@ -214,6 +214,7 @@ def card_source(
             weights.new_head,
             None if checkpoint is None else checkpoint.name,
             None if checkpoint is None else file_hash(checkpoint),
+            notes=weights.notes,
         ),
         size=size,
         card=card,
