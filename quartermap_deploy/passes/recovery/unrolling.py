@@ -7,7 +7,6 @@ the map. Its elements are numbered, the numbers are sent through the graph, and 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
