@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quartermap_deploy.errors import UnsupportedScanError
-from quartermap_deploy.frontend import operators
+from quartermap_deploy.scan import operators
 
 
 def selective_scan(
@@ -73,7 +73,7 @@ def selective_scan(
     )
     if z is not None:
         y = y * functional.silu(z.to(wide))
-    return y if float_output else y.to(u.dtype)
+    return y if bool(float_output) else y.to(u.dtype)
 
 
 def refuse(what: str, why: str) -> NoReturn:
