@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quartermap_deploy.cli import ablate, compare, tune
-from quartermap_deploy.cli.common import ranges
 from quartermap_deploy.errors import ReportError
 from quartermap_deploy.report.parts import Note, Part, Table, from_rich, markdown
 from quartermap_deploy.report.results import (
@@ -24,6 +22,8 @@ from quartermap_deploy.report.results import (
     search_text,
     shown,
 )
+from quartermap_deploy.tables import ablation, comparison, search
+from quartermap_deploy.tables.words import ranges
 
 Values = Mapping[str, Any]
 
@@ -158,7 +158,7 @@ As the paper's tables 1 and 2: QuarterMap at every k-th block outside the first 
 merging to as many tokens as QuarterMap keeps. Scan and added are milliseconds, by their shares of recorded
 calls.
 
-{_written(shown(compare.tables(values)))}"""
+{_written(shown(comparison.tables(values)))}"""
 
 
 def _speeds(entries: Sequence[Values]) -> str:
@@ -250,7 +250,7 @@ def _ablations(values: Values) -> str:
 
 As the paper's appendix, each setting beside the unpruned model in one run.
 
-{_written(shown(ablate.tables(values)))}"""
+{_written(shown(ablation.tables(values)))}"""
 
 
 # Choice of blocks ---------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def _choice(values: Values) -> str:
 
 {_against_fixed(values)}
 
-{_written([from_rich(tune.fixed_table(values)), from_rich(tune.front_table(values))])}"""
+{_written([from_rich(search.fixed_table(values)), from_rich(search.front_table(values))])}"""
 
 
 def _against_fixed(values: Values) -> str:

@@ -15,33 +15,36 @@ import functools
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
+from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.errors import BundleError, UnknownNameError
 from quartermap_deploy.files import FolderKind, file_hash
 from quartermap_deploy.targets import DEFAULT, ENGINE_TARGETS, Session, load_target
+from quartermap_deploy.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
     import onnx
 
     from quartermap_deploy.recipe import Recipe
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, MODEL, REPORT = "manifest.json", "model.onnx", "report.json"
 ENGINE_SUFFIX = ".engine"
 _FOLDER = FolderKind("bundle", MANIFEST, BundleError)
 _MEND = "the bundle was altered or damaged; compile it again"
 _KINDS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("recipe", "model", "input", "output", "totals", "graph", "versions", "targets"), dict),
-    **dict.fromkeys(("blocks", "passes"), list),
+    **dict.fromkeys(("recipe", "model", "totals", "graph", "versions", "targets"), dict),
+    **dict.fromkeys(("blocks", "passes", "inputs", "outputs", "labels", "size_rules", "golden"), list),
     "plan": (dict, type(None)),
+    "preprocessing": (dict, type(None)),
+    "task": str,
 }
 
 
@@ -100,22 +103,62 @@ class Bundle:
             )
         raise UnknownNameError.for_choice(f"target of {self.path.name}", name, entries)
 
-    def run(self, images: NDArray[np.float32], target: str | None = None) -> NDArray[np.float32]:
+    @property
+    def inputs(self) -> tuple[TensorInfo, ...]:
+        """What the model takes."""
+        return tuple(TensorInfo.from_dict(values) for values in self.manifest["inputs"])
+
+    @property
+    def outputs(self) -> tuple[TensorInfo, ...]:
+        """What the model gives."""
+        return tuple(TensorInfo.from_dict(values) for values in self.manifest["outputs"])
+
+    @property
+    def task(self) -> str:
+        """What its outputs are: "classification", "segmentation", "features", "image" or "other"."""
+        return str(self.manifest["task"])
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes; nothing where nobody gave any."""
+        return tuple(self.manifest["labels"])
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes the model tells apart; None where it tells none."""
+        count = self.manifest["model"].get("num_classes")
+        return None if count is None else int(count)
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """How an image becomes an input; None where nobody said."""
+        values = self.manifest["preprocessing"]
+        return None if values is None else Preprocessing.from_dict(values)
+
+    def run(
+        self, inputs: NDArray[Any] | Mapping[str, NDArray[Any]], target: str | None = None
+    ) -> NDArray[Any] | dict[str, NDArray[Any]]:
         """Run the model.
 
         Args:
-            images: (batch, channels, height, width), float32, prepared as the model's card says. Type and shape are
-                checked at every call, values are not, for speed: NaN or infinite ones give logits that mean nothing.
+            inputs: for a model of one input, an array, (batch, …), prepared as `preprocessing` says; else an array for
+                each input, by name. Types and shapes are checked at every call, values are not, for speed: NaN or
+                infinite ones give outputs that mean nothing.
             target: one of the targets the bundle was built for; None for the default.
 
         Returns:
-            Logits, (batch, num_classes), float32.
+            For one array, the only output, such as logits (batch, num_classes); otherwise every output by name.
 
         Raises:
-            InputError: if the images do not fit the model.
+            InputError: if the inputs do not fit the model.
             UnknownNameError: if the bundle was not built for the target.
         """
-        return self.session(target).run(images)
+        session = self.session(target)
+        if isinstance(inputs, Mapping):
+            return session.infer(inputs)
+        if len(session.outputs) > 1 and len(session.inputs) == 1:
+            return session.infer({session.inputs[0].name: inputs})
+        return session.run(inputs)
 
     def check_graph(self) -> None:
         """Check that the portable model is valid ONNX with the operators that the manifest lists; nothing is run.
@@ -150,6 +193,7 @@ class Bundle:
         """The recipe that the bundle was compiled from; its paths are file names only."""
         from quartermap_deploy.pruning.plan import QuarterMap
         from quartermap_deploy.recipe import Recipe
+        from quartermap_deploy.sources.factories import UserModule
         from quartermap_deploy.targets.tensorrt.options import EngineOptions
 
         values = dict(self.manifest["recipe"])
@@ -158,6 +202,9 @@ class Bundle:
         values["targets"] = tuple(values["targets"])
         for name in ("keep_float32", "blocks_float32"):
             values[name] = tuple(values.get(name, ()))
+        # The manifest has the names of the classes themselves.
+        values["labels"] = self.labels or None
+        values["module"] = None if values.get("module") is None else UserModule.from_dict(values["module"])
         values["engine"] = EngineOptions.from_dict(values.get("engine", {}))
         values["input_size"] = None if values["input_size"] is None else tuple(values["input_size"])
         for name in ("checkpoint", "images"):
@@ -170,7 +217,8 @@ class Bundle:
 
 @functools.lru_cache(maxsize=8)
 def _session(bundle: Bundle, target: str, plugin: Path | None) -> Session:
-    return load_target(target).open(bundle.path, bundle.manifest["targets"][target], plugin=plugin)
+    entry = {**bundle.manifest["targets"][target], "size_rules": bundle.manifest["size_rules"]}
+    return load_target(target).open(bundle.path, entry, plugin=plugin)
 
 
 def load_bundle(path: str | os.PathLike[str]) -> Bundle:
@@ -191,7 +239,7 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
     if manifest["format"] != FORMAT:
         raise BundleError(
             f"the bundle {folder} has format {manifest['format']!r}, this version of quartermap-deploy reads format "
-            f"{FORMAT}; compile it again, or install the version that wrote it"
+            f"{FORMAT}; compile it again from its recipe, or install the version that wrote it"
         )
     wrong = [key for key, kind in _KINDS.items() if not isinstance(manifest.get(key, ...), kind)]
     if wrong:

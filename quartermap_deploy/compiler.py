@@ -1,13 +1,10 @@
-"""The compiler, top to bottom: a recipe goes in, a verified bundle comes out."""
+"""The compiler, top to bottom: a recipe or a module goes in, a verified bundle comes out."""
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import importlib.metadata
 import os
-import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,33 +12,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quartermap_deploy.bundle import (
-    FORMAT,
     MANIFEST,
     MODEL,
     REPORT,
     Bundle,
     check_destination,
-    describe_file,
     load_bundle,
     new_bundle,
-    operators,
     write_json,
 )
+from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.errors import ParityError, RecipeError
 from quartermap_deploy.exporting.export import PRECISIONS
+from quartermap_deploy.manifest import make_manifest
 from quartermap_deploy.progress import SILENT, Progress
+from quartermap_deploy.pruning.plan import QuarterMap
 from quartermap_deploy.recipe import Recipe
 from quartermap_deploy.targets import Target, load_target
 from quartermap_deploy.targets.tensorrt.options import EngineOptions
 
 if TYPE_CHECKING:
-    import onnx
+    from torch import nn
 
-    from quartermap_deploy.architectures.base import VisualStateSpaceModel
-    from quartermap_deploy.architectures.cards import ModelCard
-    from quartermap_deploy.architectures.factory import Weights
-    from quartermap_deploy.complexity import Complexity
     from quartermap_deploy.exporting.export import Export
+    from quartermap_deploy.sources.description import Feeds
+    from quartermap_deploy.sources.source_model import SourceModel, Traced
+    from quartermap_deploy.validation.given import GivenReference
     from quartermap_deploy.validation.localise import LocaliseReport
     from quartermap_deploy.validation.parity import ParityReport
 
@@ -51,18 +47,7 @@ ENGINES = frozenset({"tensorrt", "tensorrt-rtx"})
 CALIBRATION_IMAGES = 8
 """How many images the range scan of float16 looks at."""
 
-_PACKAGES = (
-    "quartermap-deploy",
-    "torch",
-    "onnx",
-    "onnxscript",
-    "onnx-graphsurgeon",
-    "onnxruntime",
-    "tensorrt-rtx-cu13",
-    "tensorrt-cu13",
-    "polygraphy",
-    "numpy",
-)
+Cases = Mapping[str, "Feeds"]
 
 
 def compile(
@@ -91,11 +76,122 @@ def compile(
     targets = load_targets(recipe)
     check_destination(out, force)
     with progress.step(f"loading {recipe.model}"):
-        model, card, loaded = load_model(recipe)
-        cases = validation_cases(recipe, card)
-        weights = weights_entry(recipe, loaded)
-        check_settings(recipe, model, card, cases)
-    exported = export_model(recipe, model, card, progress)
+        source = load_source(recipe)
+    return _compile(recipe, source, targets, out, force=force, progress=progress)
+
+
+def compile_module(
+    model: nn.Module,
+    example_inputs: Any,
+    out: str | os.PathLike[str],
+    *,
+    quartermap: QuarterMap | None = None,
+    task: str | None = None,
+    preprocessing: Preprocessing | None = None,
+    labels: Sequence[str] | None = None,
+    dynamic_batch: bool = True,
+    dynamic_size: bool = False,
+    precision: str = "float32",
+    targets: Sequence[str] = ("onnxruntime",),
+    reference: tuple[Any, Any] | None = None,
+    scans: Mapping[str, Callable[..., Any]] | None = None,
+    name: str | None = None,
+    stages: Sequence[int] | None = None,
+    images: str | os.PathLike[str] | None = None,
+    engine: EngineOptions | None = None,
+    optimize: bool = True,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> Bundle:
+    """Compile any PyTorch module with selective scans in it, as it is, into a verified bundle.
+
+    The module may be public code that needs mamba-ssm or CUDA; see `public_code` for how it is imported without.
+
+    Args:
+        model: the module, which is not changed; it is taken in eval mode, in float32, on the CPU.
+        example_inputs: a tensor, a tuple of them, or a dictionary by the names of the keyword arguments of its forward.
+        out: folder of the bundle; it must not exist, unless `force` is given and it is a bundle.
+        quartermap: the plan, or None to prune nothing. Blocks are the modules that call scans, in the order of a run.
+        task: "classification", "segmentation", "features", "image" or "other"; None tells it from the outputs.
+        preprocessing: how an image becomes the input; without it the bundle takes arrays alone.
+        labels: names of the classes.
+        dynamic_batch: leave the batch open.
+        dynamic_size: leave height and width of inputs of four axes open.
+        precision: element type of weights and activations: "float32", "float16" or "bfloat16".
+        targets: what to build and validate.
+        reference: (inputs, outputs) that were saved where the module runs in its own environment, as on a GPU with
+            mamba-ssm: each a tensor, a sequence or a dictionary. The unpruned graph is compared with them, so that our
+            reading of the scan is proved too.
+        scans: for scans that we do not know, `{"package.module:function": adapter}`; see `public_code`.
+        name: what the model is called; None takes the name of its class.
+        stages: how many blocks each stage has; None tells stages apart by the length of their sequences.
+        images: folder of images to validate with; None takes those that come with scikit-learn.
+        engine: how engines are built, for the targets that have some.
+        optimize: run the passes that make pruned blocks cheaper without changing a number.
+        force: replace a bundle.
+        progress: told about the steps.
+
+    Returns:
+        The bundle, loaded from disk.
+
+    Raises:
+        InputError: if the inputs, the task, the labels or the preprocessing do not fit the module.
+        ExportError: if the module cannot be exported.
+        PlanError: if the plan does not fit its blocks.
+        PassError: if a block that the plan names cannot be pruned; the message says why.
+        ParityError: if the graph departs from PyTorch, or from the given reference; then nothing was written.
+    """
+    from quartermap_deploy.sources.modules import module_source
+    from quartermap_deploy.validation.given import given_reference
+
+    out = Path(out)
+    recipe = Recipe(
+        model=name or type(model).__name__,
+        quartermap=quartermap,
+        precision=precision,
+        targets=tuple(targets),
+        dynamic_batch=dynamic_batch,
+        dynamic_size=dynamic_size,
+        images=None if images is None else Path(images),
+        engine=engine or EngineOptions(),
+        optimize=optimize,
+    )
+    built = load_targets(recipe)
+    check_destination(out, force)
+    with progress.step(f"running {recipe.model} on its example inputs"):
+        source = module_source(
+            model,
+            example_inputs,
+            name=recipe.model,
+            task=task,
+            preprocessing=preprocessing,
+            labels=() if labels is None else labels,
+            dynamic_batch=dynamic_batch,
+            dynamic_size=dynamic_size,
+            stages=stages,
+            scans=scans,
+        )
+        given = None if reference is None else given_reference(source, *reference)
+    return _compile(recipe, source, built, out, given=given, force=force, progress=progress)
+
+
+def _compile(
+    recipe: Recipe,
+    source: SourceModel,
+    targets: Mapping[str, Target],
+    out: Path,
+    *,
+    given: GivenReference | None = None,
+    force: bool,
+    progress: Progress,
+) -> Bundle:
+    """Source → export → recover → passes → lower per target → build → validate → bundle."""
+    from quartermap_deploy.validation.golden import golden_cases
+
+    cases = validation_cases(recipe, source)
+    golden = list(golden_cases(cases))
+    check_settings(recipe, source, cases)
+    exported = export_model(recipe, source, progress)
     with new_bundle(out, force) as folder:
         (folder / MODEL).write_bytes(exported.model.SerializeToString())
         entries = {}
@@ -105,16 +201,18 @@ def compile(
                     folder / MODEL,
                     folder,
                     recipe.engine.with_cache_beside(out),
-                    examples=[images.shape for images in cases.values()],
+                    examples=[{key: array.shape for key, array in feeds.items()} for feeds in cases.values()],
                     progress=progress,
                 )
-        parity = validate(recipe, model, cases, exported, folder, progress)
+        parity = validate(recipe, source, cases, exported, folder, progress)
+        given_entry = check_given(given, exported, progress)
         for name in sorted(ENGINES.intersection(targets)):
             entries[name].update(
-                prove(recipe, exported, name, targets[name], folder, entries[name], progress)
+                prove(recipe, exported, name, targets[name], folder, entries[name], golden, progress)
             )
-        write_json(folder / REPORT, {**parity.to_dict(), **precision_entry(exported)})
-        write_json(folder / MANIFEST, manifest(recipe, model, card, weights, exported, folder, entries))
+        report = {**parity.to_dict(), "given_reference": given_entry, **precision_entry(exported)}
+        write_json(folder / REPORT, report)
+        write_json(folder / MANIFEST, make_manifest(recipe, source, exported, golden, folder, entries))
         # Checked before it takes its place, which moves the folder and touches no file in it.
         bundle = load_bundle(folder)
     return dataclasses.replace(bundle, path=out)
@@ -160,34 +258,27 @@ def check_target(recipe: Recipe, name: str, target: Target) -> None:
         raise RecipeError(f'the target {name} takes io = "float32" only; leave io out')
 
 
-def check_settings(
-    recipe: Recipe,
-    model: VisualStateSpaceModel,
-    card: ModelCard,
-    cases: Mapping[str, NDArray[np.float32]],
-) -> None:
+def check_settings(recipe: Recipe, source: SourceModel, cases: Cases) -> None:
     """Refuse, before the export, settings that would be refused after it.
 
     Raises:
+        PlanError: if the plan does not fit the model.
         RecipeError: if a block that is to stay float32 does not exist.
-        InputError: if the profiles of engines do not fit the model, or exclude an image that it is validated on.
+        InputError: if the profiles of engines do not fit the model, or exclude what it is validated on.
     """
-    blocks = sum(model.depths)
+    source.selected(recipe.quartermap)
+    blocks = len(source.blocks)
     if absent := [block for block in recipe.blocks_float32 if block > blocks]:
         raise RecipeError(f"blocks_float32 names block {absent[0]}, but {recipe.model} has {blocks} blocks")
     if ENGINES.isdisjoint(recipe.targets):
         return
-    from quartermap_deploy.frontend.exporter import INPUT
     from quartermap_deploy.targets.tensorrt.builder import check_examples
 
-    shape = input_shape(recipe, model, card)
-    check_examples(recipe.engine, {INPUT: shape}, [images.shape for images in cases.values()])
-
-
-def input_shape(recipe: Recipe, model: VisualStateSpaceModel, card: ModelCard) -> tuple[int | str, ...]:
-    """The shape of the exported model's input; an open size is a string."""
-    sides = ("height", "width") if recipe.dynamic_size else input_size(recipe, card)
-    return ("batch" if recipe.dynamic_batch else 1, model.in_channels, *sides)
+    check_examples(
+        recipe.engine,
+        {item.name: item.shape for item in source.inputs},
+        [{name: array.shape for name, array in feeds.items()} for feeds in cases.values()],
+    )
 
 
 def precision_entry(exported: Export) -> dict[str, Any]:
@@ -207,112 +298,117 @@ def precision_entry(exported: Export) -> dict[str, Any]:
     }
 
 
-def load_model(recipe: Recipe) -> tuple[VisualStateSpaceModel, ModelCard, Weights]:
-    """Build the recipe's model, unpruned, and return it with its card and where its weights come from.
+def load_source(recipe: Recipe) -> SourceModel:
+    """The model of a recipe, unpruned: from its card, or made by the user's factory.
 
-    New weights come from the recipe's seed, without touching torch's global generator.
+    Raises:
+        UnknownNameError: if there is no such card.
+        QuartermapError: of the kind that fits, if it cannot be made, or its weights or preprocessing do not fit.
     """
-    from quartermap_deploy.architectures import load_card
-    from quartermap_deploy.architectures.factory import create_with_weights
+    if recipe.module is not None:
+        from quartermap_deploy.sources.user_modules import user_module_source
 
-    card = load_card(recipe.model)
-    import torch
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        model, weights = create_with_weights(
-            recipe.model, num_classes=recipe.num_classes, checkpoint=recipe.checkpoint
+        source: SourceModel = user_module_source(
+            recipe.module,
+            name=recipe.model,
+            weights=recipe.checkpoint,
+            task=recipe.task,
+            preprocessing=recipe.preprocessing,
+            labels=recipe.labels,
+            dynamic_batch=recipe.dynamic_batch,
+            dynamic_size=recipe.dynamic_size,
+            seed=recipe.seed,
         )
-    model.check_input_shape((1, model.in_channels, *input_size(recipe, card)))
-    if recipe.quartermap is not None:
-        recipe.quartermap.select(model.depths)
-    return model, card, weights
+    else:
+        from quartermap_deploy.sources.architectures import card_source
 
-
-def input_size(recipe: Recipe, card: ModelCard) -> tuple[int, int]:
-    """(height, width) of the recipe's input."""
-    return recipe.input_size or card.preprocessing.crop
+        source = card_source(
+            recipe.model,
+            num_classes=recipe.num_classes,
+            in_chans=recipe.in_chans,
+            features_only=recipe.features_only,
+            checkpoint=recipe.checkpoint,
+            input_size=recipe.input_size,
+            dynamic_batch=recipe.dynamic_batch,
+            dynamic_size=recipe.dynamic_size,
+            preprocessing=recipe.preprocessing,
+            labels=recipe.labels,
+            seed=recipe.seed,
+        )
+    source.selected(recipe.quartermap)
+    return source
 
 
 def export_model(
-    recipe: Recipe,
-    model: VisualStateSpaceModel,
-    card: ModelCard,
-    progress: Progress,
-    traced: onnx.ModelProto | None = None,
+    recipe: Recipe, source: SourceModel, progress: Progress, traced: Traced | None = None
 ) -> Export:
     """Export the model and run the passes; in float16, images tell which values come near its limit.
 
     `traced` is that of an earlier export of the same model, or None.
     """
     from quartermap_deploy.exporting.export import export
-    from quartermap_deploy.validation.inputs import real_images
 
-    calibration = (
-        real_images(card, input_size(recipe, card), recipe.images, count=CALIBRATION_IMAGES)
-        if recipe.precision == "float16"
-        else None
-    )
-
-    with progress.step("exporting to ONNX"):
+    calibration: Mapping[str, NDArray[Any]] | None = None
+    if recipe.precision == "float16":
+        cases = validation_cases(recipe, source, CALIBRATION_IMAGES)
+        calibration = cases.get("images") or cases["example"]
+    if traced is None:
+        with progress.step("exporting to ONNX"):
+            traced = source.trace()
+    with progress.step("running the passes"):
         return export(
-            model,
-            (1, model.in_channels, *input_size(recipe, card)),
+            source,
             recipe.quartermap,
             precision=recipe.precision,
             io=recipe.io,
             keep_float32=recipe.keep_float32,
             blocks_float32=recipe.blocks_float32,
             calibration=calibration,
-            dynamic_batch=recipe.dynamic_batch,
-            dynamic_size=recipe.dynamic_size,
             optimize=recipe.optimize,
             traced=traced,
         )
 
 
-def reference_model(recipe: Recipe, model: VisualStateSpaceModel) -> VisualStateSpaceModel:
-    """The model as PyTorch prunes it: what the graph is compared with."""
-    from quartermap_deploy.pruning.reference import prune
+def validation_cases(recipe: Recipe, source: SourceModel, count: int | None = None) -> dict[str, Feeds]:
+    """The inputs that parity is checked on, by name; `count` images instead of the usual number."""
+    from quartermap_deploy.validation.inputs import COUNT, real_images
 
-    return model if recipe.quartermap is None else prune(model, recipe.quartermap)
+    digits = source.name == "vmamba_digits"
 
+    def pictures(preprocessing: Preprocessing) -> NDArray[np.float32]:
+        return real_images(preprocessing, recipe.images, count or COUNT, digits=digits)
 
-def validation_cases(recipe: Recipe, card: ModelCard) -> dict[str, NDArray[np.float32]]:
-    """The inputs that parity is checked on, by name."""
-    from quartermap_deploy.validation.inputs import parity_cases, real_images
-
-    cases = parity_cases(real_images(card, input_size(recipe, card), recipe.images))
-    return cases if recipe.dynamic_batch else {name: images[:1] for name, images in cases.items()}
+    return source.cases(pictures)
 
 
 def parity_of(
     recipe: Recipe,
-    model: VisualStateSpaceModel,
-    cases: Mapping[str, NDArray[np.float32]],
+    source: SourceModel,
+    cases: Cases,
     onnx_bytes: bytes,
+    traced: Traced | None = None,
     progress: Progress = SILENT,
 ) -> ParityReport:
     """Compare the portable model, in ONNX Runtime, with PyTorch at every block and on every case."""
     import onnx
 
-    from quartermap_deploy.frontend.exporter import INPUT
     from quartermap_deploy.validation.parity import check_parity
     from quartermap_deploy.validation.rounding import rounded_in_float32
     from quartermap_deploy.validation.runners import TorchRunner, onnxruntime_runner
     from quartermap_deploy.validation.tolerances import tolerance_for
 
-    reference = TorchRunner(reference_model(recipe, model))
+    reference = TorchRunner(source.reference(recipe.quartermap, traced))
     # In 16 bits every value is rounded as the types say, which ONNX Runtime's own casts would leave out.
     target = onnxruntime_runner(rounded_in_float32(onnx.load_from_string(onnx_bytes)))
+    paths = {block.index: block.path for block in source.blocks}
     with progress.step("comparing every block with PyTorch"):
-        return check_parity(reference, target, cases, INPUT, tolerance_for(recipe.precision))
+        return check_parity(reference, target, cases, tolerance_for(recipe.precision), paths)
 
 
 def validate(
     recipe: Recipe,
-    model: VisualStateSpaceModel,
-    cases: Mapping[str, NDArray[np.float32]],
+    source: SourceModel,
+    cases: Cases,
     exported: Export,
     folder: Path,
     progress: Progress,
@@ -324,22 +420,37 @@ def validate(
     """
     from quartermap_deploy.validation.golden import write_golden
 
-    report = parity_of(recipe, model, cases, (folder / MODEL).read_bytes(), progress)
+    report = parity_of(recipe, source, cases, (folder / MODEL).read_bytes(), exported.traced, progress)
     if not report.passed:
         advice = "please report this with the recipe"
         if recipe.precision != "float32":
-            found = localise_precision(recipe, model, cases, exported, progress)
+            found = localise_precision(recipe, source, cases, exported, progress)
             advice = f"{found.describe()}. {found.advice()}"
         raise ParityError(f"{report.describe_failure()}. Nothing was written; {advice}.")
     with progress.step("writing golden outputs"):
-        write_golden(folder, reference_model(recipe, model), cases)
+        write_golden(folder, source.reference(recipe.quartermap, exported.traced), cases)
     return report
+
+
+def check_given(given: GivenReference | None, exported: Export, progress: Progress) -> dict[str, Any] | None:
+    """Compare the unpruned graph with what the user saved; returns what the report says about it.
+
+    Raises:
+        ParityError: if it departs by more than the tolerance.
+    """
+    if given is None:
+        return None
+    from quartermap_deploy.passes import infer_shapes, lower
+
+    with progress.step("comparing with the given reference"):
+        unpruned = lower(infer_shapes(exported.traced.model))
+        return given.check(unpruned.SerializeToString())
 
 
 def localise_precision(
     recipe: Recipe,
-    model: VisualStateSpaceModel,
-    cases: Mapping[str, NDArray[np.float32]],
+    source: SourceModel,
+    cases: Cases,
     exported: Export,
     progress: Progress,
 ) -> LocaliseReport:
@@ -352,7 +463,7 @@ def localise_precision(
     return localise(
         exported.float32,
         recipe.precision,
-        TorchRunner(reference_model(recipe, model)),
+        TorchRunner(source.reference(recipe.quartermap, exported.traced)),
         cases,
         tolerance_for(recipe.precision),
         keep_float32=(*recipe.keep_float32, *ranges),
@@ -368,6 +479,7 @@ def prove(
     target: Target,
     folder: Path,
     entry: Mapping[str, Any],
+    golden: Sequence[str],
     progress: Progress,
 ) -> dict[str, Any]:
     """Run an engine that was just built, where that is possible; returns what the manifest says about it.
@@ -380,17 +492,17 @@ def prove(
     def advice() -> str:
         if recipe.precision == "float32":
             return "please report this with the recipe."
-        found = localise_engine(recipe, exported, name, folder, progress)
+        found = localise_engine(recipe, exported, name, folder, golden, progress)
         return f"{found.describe()}. {found.advice()}."
 
     plugin = recipe.engine.plugin
     return prove_engine(
-        name, target, folder, entry, recipe.precision, advice=advice, plugin=plugin, progress=progress
+        name, target, folder, entry, recipe.precision, golden, advice=advice, plugin=plugin, progress=progress
     )
 
 
 def localise_engine(
-    recipe: Recipe, exported: Export, name: str, bundle: Path, progress: Progress
+    recipe: Recipe, exported: Export, name: str, bundle: Path, golden: Sequence[str], progress: Progress
 ) -> LocaliseReport:
     """Find the blocks whose return to float32 brings a target's engine back within the tolerance.
 
@@ -403,7 +515,7 @@ def localise_engine(
     from quartermap_deploy.validation.localise import localise
     from quartermap_deploy.validation.tolerances import tolerance_for
 
-    cases, outputs = read_golden(bundle)
+    cases, outputs = read_golden(bundle, golden)
     ranges = exported.ranges.keep_float32 if exported.ranges is not None else ()
     with tempfile.TemporaryDirectory(prefix="quartermap-localise-") as temporary:
         folder = Path(temporary) / "engine"
@@ -425,97 +537,3 @@ def localise_engine(
             ),
             progress=progress,
         )
-
-
-def weights_entry(recipe: Recipe, weights: Weights) -> dict[str, str | None]:
-    """What the manifest says about the weights: enough to know the checkpoint's file again."""
-    return {
-        "weights": weights.source,
-        "weights_sha256": None if recipe.checkpoint is None else describe_file(recipe.checkpoint)["sha256"],
-        "head": "new" if weights.new_head else "loaded",
-    }
-
-
-def manifest(
-    recipe: Recipe,
-    model: VisualStateSpaceModel,
-    card: ModelCard,
-    weights: dict[str, str | None],
-    exported: Export,
-    folder: Path,
-    targets: dict[str, Any],
-) -> dict[str, Any]:
-    """What the bundle says about itself."""
-    from quartermap_deploy.complexity import measure
-    from quartermap_deploy.frontend.exporter import INPUT, OUTPUT
-
-    size = input_size(recipe, card)
-    before, after = measure(model, size), measure(reference_model(recipe, model), size)
-    shape = input_shape(recipe, model, card)
-    io_type = recipe.precision if recipe.io == "same" else "float32"
-    return {
-        "format": FORMAT,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "recipe": recipe.to_dict(),
-        "model": {
-            "name": card.name,
-            "title": card.title,
-            "parameters": before.parameters,
-            "num_classes": model.num_classes,
-            **weights,
-        },
-        "input": {"name": INPUT, "shape": list(shape), "type": io_type},
-        "output": {"name": OUTPUT, "shape": [shape[0], model.num_classes], "type": io_type},
-        "plan": None if recipe.quartermap is None else recipe.quartermap.to_dict(),
-        "blocks": block_map(before, after),
-        "totals": {
-            "tokens": after.tokens,
-            "tokens_unpruned": before.tokens,
-            "flops": after.flops,
-            "flops_unpruned": before.flops,
-        },
-        "graph": {**operators(exported.model), "before": operators(exported.traced)},
-        "passes": [
-            {
-                "name": report.name,
-                "changed": report.changed,
-                "refused": {str(block): reason for block, reason in report.refused.items()},
-            }
-            for report in exported.passes
-        ],
-        "files": {
-            path.name: describe_file(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST
-        },
-        "targets": targets,
-    }
-
-
-def block_map(before: Complexity, after: Complexity) -> list[dict[str, Any]]:
-    """One entry per block: which are pruned, sizes, tokens and FLOPs before and after."""
-    return [
-        {
-            "index": new.index,
-            "stage": new.stage,
-            "path": new.path,
-            "pruned": new.pruned,
-            "map_size": list(new.map_size),
-            "scanned_size": list(new.scanned_size),
-            "tokens": new.tokens,
-            "tokens_unpruned": old.tokens,
-            "flops": new.flops,
-            "flops_unpruned": old.flops,
-        }
-        for old, new in zip(before.blocks, after.blocks, strict=True)
-    ]
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that made the bundle."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -19,19 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quartermap_deploy.bench import Timing, interleave
-from quartermap_deploy.cli.common import (
-    LineProgress,
-    TerminalProgress,
-    error_text,
-    message,
-    ranges,
-    show,
-    table,
-    worst_error,
-)
+from quartermap_deploy.cli.common import LineProgress, TerminalProgress, message, show
 from quartermap_deploy.errors import ParityError, QuartermapError
 from quartermap_deploy.pruning.plan import QuarterMap
 from quartermap_deploy.recipe import Recipe
+from quartermap_deploy.tables.layout import table
+from quartermap_deploy.tables.words import error_text, ranges, worst_error
 
 if TYPE_CHECKING:
     from quartermap_deploy.bundle import Bundle

@@ -89,6 +89,7 @@ def rebuild_bundle(
                 draft,
                 entry,
                 recipe.precision,
+                manifest.get("golden", ()),
                 advice=lambda name=name: _advice(folder, recipe, name),  # type: ignore[misc]
                 plugin=chosen[name].plugin,
                 progress=progress,

@@ -3,6 +3,15 @@
 [model]
 name = "vmamba_base_s2l15"
 checkpoint = "vssm_base_0229_ckpt_epoch_237.pth"   # beside the recipe; leave out for new weights
+labels = "classes.txt"  # names of the classes, one a line, or a list; leave out for the card's
+
+[module]                # a module of your own in place of a card; [model] may then name it as you like
+factory = "my_package.models:build"                # or "model.py:Net", beside the recipe
+example = [1, 3, 224, 224]                         # or { first = [1, 3, 64, 64], second = [1, 3, 64, 64] }
+arguments = { num_classes = 10 }                   # of the factory
+
+[preprocessing]         # what is otherwise than the card says; for a module of your own, everything
+mean = [0.5, 0.5, 0.5]
 
 [quartermap]            # leave out to prune nothing
 every = 3
@@ -42,8 +51,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from quartermap_deploy.data.labels import label_sets
+from quartermap_deploy.data.preprocessing import check_keys
 from quartermap_deploy.errors import InputError, PlanError, RecipeError
 from quartermap_deploy.pruning.plan import QuarterMap
+from quartermap_deploy.sources.factories import UserModule
 from quartermap_deploy.targets.tensorrt.options import EngineOptions
 
 if sys.version_info >= (3, 11):
@@ -52,13 +64,20 @@ else:
     import tomli as tomllib
 
 _TABLES: dict[str, dict[str, str]] = {
-    "model": {"name": "model", "checkpoint": "checkpoint", "num_classes": "num_classes", "seed": "seed"},
+    "model": {
+        "name": "model",
+        **{
+            key: key
+            for key in ("checkpoint", "num_classes", "in_chans", "features_only", "seed", "task", "labels")
+        },
+    },
     "input": {"size": "input_size", "dynamic_batch": "dynamic_batch", "dynamic_size": "dynamic_size"},
     "export": {name: name for name in ("precision", "optimize", "io", "keep_float32", "blocks_float32")},
     "targets": {"names": "targets"},
     "validation": {"images": "images"},
 }
-"""Tables of the file: key → field of the recipe. The table `quartermap` is a plan, `engine` the options of engines."""
+"""Tables of the file: key → field of the recipe. The others, in `_VALUES`, are values by themselves."""
+_VALUES = ("quartermap", "engine", "module", "preprocessing")
 
 
 @dataclass(frozen=True)
@@ -66,9 +85,17 @@ class Recipe:
     """What to compile, and how.
 
     Attributes:
-        model: name of the model, one of `list_models()`.
-        checkpoint: file with its weights; None takes those that come with the package, or else new ones.
+        model: name of the model: one of `list_models()`, or what a module of the user's is called.
+        checkpoint: file with its weights; None takes those that come with the package or the module has, or else new
+            ones.
         num_classes: size of the output; None takes the checkpoint's or the card's.
+        in_chans: channels of the input; None takes the checkpoint's or the card's.
+        features_only: the backbone of a card's model, whose outputs are the maps of its stages.
+        task: what the outputs of a module of the user's are; None tells it from their shapes.
+        labels: names of the classes: a list, a file, or a set that comes with the package; None takes the card's.
+        module: a module of the user's in place of a card, or None.
+        preprocessing: how an image becomes an input: what is otherwise than the card says, or, for a module of the
+            user's, everything.
         input_size: (height, width) in pixels; None takes the card's.
         dynamic_batch: leave the batch size open.
         dynamic_size: leave height and width open; `input_size` is then the size to validate with.
@@ -87,6 +114,12 @@ class Recipe:
     model: str
     checkpoint: Path | None = None
     num_classes: int | None = None
+    in_chans: int | None = None
+    features_only: bool = False
+    task: str | None = None
+    labels: str | Path | tuple[str, ...] | None = None
+    module: UserModule | None = None
+    preprocessing: Mapping[str, Any] | None = None
     input_size: tuple[int, int] | None = None
     dynamic_batch: bool = True
     dynamic_size: bool = False
@@ -107,10 +140,27 @@ class Recipe:
             raise RecipeError(f"quartermap = {plan!r} is no QuarterMap")
         if not isinstance(engine, EngineOptions):
             raise RecipeError(f"engine = {engine!r} is no EngineOptions")
-        for name in ("model", "dynamic_batch", "dynamic_size", "precision", "optimize", "io", "seed"):
+        if self.module is not None and not isinstance(self.module, UserModule):
+            raise RecipeError(f"module = {self.module!r} is no UserModule")
+        if self.preprocessing is not None:
+            check_keys(self.preprocessing)
+        for name in (
+            "model",
+            "features_only",
+            "dynamic_batch",
+            "dynamic_size",
+            "precision",
+            "optimize",
+            "io",
+            "seed",
+        ):
             _checked(name, getattr(self, name), Path())
-        if self.num_classes is not None:
-            _checked("num_classes", self.num_classes, Path())
+        for name in ("num_classes", "in_chans", "task"):
+            if getattr(self, name) is not None:
+                _checked(name, getattr(self, name), Path())
+        if self.labels is not None:
+            object.__setattr__(self, "labels", _checked("labels", self.labels, Path()))
+        self._check_module()
         for name in ("targets", "keep_float32", "blocks_float32"):
             value = getattr(self, name)
             object.__setattr__(self, name, _checked(name, list(value) if _is_list(value) else value, Path()))
@@ -124,6 +174,19 @@ class Recipe:
                 raise RecipeError(
                     f"{', '.join(idle)} would change nothing in float32; set a precision of 16 bits too"
                 )
+
+    def _check_module(self) -> None:
+        """Refuse what belongs to a card in the recipe of a module, and the other way round."""
+        if self.module is not None:
+            idle = [n for n in ("num_classes", "in_chans", "input_size") if getattr(self, n) is not None]
+            idle += ["features_only"] if self.features_only else []
+            if idle:
+                raise RecipeError(
+                    f"{idle[0]} is for models of cards; a module of your own gets arguments = {{…}}, and its example "
+                    "input says the size"
+                )
+        elif self.task is not None:
+            raise RecipeError("task is for a module of your own; a card says its own")
 
     @classmethod
     def load(cls, path: Path) -> Recipe:
@@ -150,13 +213,19 @@ class Recipe:
     def _from_document(cls, document: Mapping[str, Any], folder: Path) -> Recipe:
         fields: dict[str, Any] = {}
         for table, entries in document.items():
-            _require_known("table", table, [*_TABLES, "quartermap", "engine"])
+            _require_known("table", table, [*_TABLES, *_VALUES])
             if not isinstance(entries, dict):
                 raise RecipeError(f"[{table}] must be a table, found {entries!r}")
             if table == "quartermap":
                 if "every" in entries and "blocks" in entries:
                     raise RecipeError("[quartermap] has both every and blocks; leave one of them out")
                 fields["quartermap"] = QuarterMap.from_dict(entries)
+                continue
+            if table == "module":
+                fields["module"] = UserModule.from_dict(entries, folder)
+                continue
+            if table == "preprocessing":
+                fields["preprocessing"] = dict(entries)
                 continue
             if table == "engine":
                 fields["engine"] = EngineOptions.from_dict(_beside(entries, folder))
@@ -165,7 +234,11 @@ class Recipe:
                 _require_known(f"key in [{table}]", key, list(_TABLES[table]))
                 fields[_TABLES[table][key]] = value
         if "model" not in fields:
-            raise RecipeError('it names no model; expected [model] with name = "…"')
+            if "module" not in fields:
+                raise RecipeError(
+                    'it names no model; expected [model] with name = "…", or [module] with factory = "…"'
+                )
+            fields["model"] = fields["module"].name
         return cls(**{name: _checked(name, value, folder) for name, value in fields.items()})
 
     def to_toml(self, folder: Path) -> str:
@@ -188,13 +261,22 @@ class Recipe:
                 del plan[key]
             document["quartermap"] = plan
         engine, usual = self.engine.to_dict(), EngineOptions().to_dict()
+        if self.preprocessing is not None:
+            document["preprocessing"] = dict(self.preprocessing)
+        if self.module is not None:
+            document["module"] = self._module_table(folder)
         options = {key: value for key, value in engine.items() if value != usual[key]}
         options |= {
             key: path for key in ("plugin", "cache") if (path := getattr(self.engine, key)) is not None
         }
         if options:
             document["engine"] = options
-        order = ["model", "quartermap", *(table for table in (*_TABLES, "engine") if table != "model")]
+        order = [
+            "model",
+            "module",
+            "quartermap",
+            *(table for table in (*_TABLES, "preprocessing", "engine") if table != "model"),
+        ]
         blocks = [
             "\n".join(
                 [f"[{table}]", *(f"{key} = {_toml(value, folder)}" for key, value in document[table].items())]
@@ -204,9 +286,23 @@ class Recipe:
         ]
         return "\n\n".join(blocks) + "\n"
 
+    def _module_table(self, folder: Path) -> dict[str, Any]:
+        """The table of the user's module, with a file as a path from the folder of the recipe."""
+        assert self.module is not None
+        table = {key: value for key, value in self.module.to_dict().items() if value not in ({}, True)}
+        where, _, name = self.module.factory.rpartition(":")
+        if where.endswith(".py"):
+            table["factory"] = f"{json.loads(_toml(Path(where), folder))}:{name}"
+        return table
+
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain values for JSON."""
-        values = dataclasses.asdict(self)
+        values = dataclasses.asdict(dataclasses.replace(self, module=None, preprocessing=None))
+        values["module"] = None if self.module is None else self.module.to_dict()
+        values["preprocessing"] = None if self.preprocessing is None else dict(self.preprocessing)
+        if self.labels is not None:
+            names = self.labels
+            values["labels"] = list(names) if isinstance(names, tuple) else Path(names).name
         values["quartermap"] = None if self.quartermap is None else self.quartermap.to_dict()
         values["engine"] = self.engine.to_dict()
         values["keep_float32"], values["blocks_float32"] = list(self.keep_float32), list(self.blocks_float32)
@@ -260,6 +356,9 @@ def _require_known(kind: str, name: str, known: list[str]) -> None:
 _TYPES: dict[str, type] = {
     "model": str,
     "num_classes": int,
+    "in_chans": int,
+    "features_only": bool,
+    "task": str,
     "dynamic_batch": bool,
     "dynamic_size": bool,
     "precision": str,
@@ -277,6 +376,10 @@ def _checked(name: str, value: Any, folder: Path) -> Any:
     """
     if isinstance(value, (QuarterMap, EngineOptions)):
         return value
+    if isinstance(value, UserModule) or name == "preprocessing":
+        return value
+    if name == "labels":
+        return _labels(value, folder)
     if name in ("checkpoint", "images"):
         if not isinstance(value, str):
             raise RecipeError(f"{name} = {value!r} is not a path")
@@ -300,3 +403,16 @@ def _checked(name: str, value: Any, folder: Path) -> Any:
     if type(value) is not expected:
         raise RecipeError(f"{name} = {value!r} is not of type {expected.__name__}")
     return value
+
+
+def _labels(value: Any, folder: Path) -> str | Path | tuple[str, ...]:
+    """Names of classes: a list of them, a set that comes with the package, or a file beside the recipe."""
+    if isinstance(value, Path) or (isinstance(value, str) and value in label_sets()):
+        return value
+    if isinstance(value, str):
+        return folder / value
+    if not _is_list(value) or not all(isinstance(item, str) for item in value):
+        raise RecipeError(
+            f"labels = {value!r} is neither a list of names, a file, nor one of {', '.join(label_sets())}"
+        )
+    return tuple(value)

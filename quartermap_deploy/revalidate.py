@@ -13,9 +13,10 @@ from quartermap_deploy.targets import DEFAULT
 from quartermap_deploy.targets.tensorrt.options import EngineOptions
 
 if TYPE_CHECKING:
-    from quartermap_deploy.architectures.base import VisualStateSpaceModel
     from quartermap_deploy.bundle import Bundle
     from quartermap_deploy.recipe import Recipe
+    from quartermap_deploy.sources.description import Feeds
+    from quartermap_deploy.sources.source_model import SourceModel
     from quartermap_deploy.validation.localise import LocaliseReport
 
 REFERENCES = ("golden", "torch")
@@ -27,6 +28,7 @@ def validate_bundle(
     *,
     reference: str = "golden",
     checkpoint: str | os.PathLike[str] | None = None,
+    factory: str | None = None,
     plugin: Path | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
@@ -39,6 +41,8 @@ def validate_bundle(
             PyTorch model from the bundle's recipe again and compares every block. Both run the images that are kept in
             the bundle: those that it was compiled with.
         checkpoint: for "torch", the file that the bundle was compiled from; None if it was compiled from none.
+        factory: for a bundle of a module of the user's, what makes the module, as `package.module:name`. A bundle's own
+            word is not enough: nothing that a file names is ever run.
         plugin: the plugin library, for an engine that needs it; None looks for it.
         progress: told about the steps.
 
@@ -54,9 +58,12 @@ def validate_bundle(
         raise BundleError(f"unknown reference {reference!r}; expected one of {', '.join(REFERENCES)}")
     path = None if checkpoint is None else Path(checkpoint)
     if reference == "torch":
-        return _against_torch(bundle, target, path, progress)
-    if path is not None:
-        raise BundleError("the golden outputs need no checkpoint; leave it out, or take the reference torch")
+        return _against_torch(bundle, target, path, factory, progress)
+    if path is not None or factory is not None:
+        raise BundleError(
+            f"the golden outputs need no {'checkpoint' if factory is None else 'factory'}; leave it out, or take the "
+            "reference torch"
+        )
     return _against_golden(bundle, target, plugin, progress)
 
 
@@ -65,6 +72,7 @@ def localise_bundle(
     target: str | None = None,
     *,
     checkpoint: str | os.PathLike[str] | None = None,
+    factory: str | None = None,
     plugin: Path | None = None,
     progress: Progress = SILENT,
 ) -> LocaliseReport:
@@ -79,6 +87,8 @@ def localise_bundle(
             target with engines one is built for every try and run on the golden inputs, which needs a GPU, and its
             logits are compared; the bundle need not have an engine for it.
         checkpoint: the file that the bundle was compiled from; None if it was compiled from none.
+        factory: for a bundle of a module of the user's, what makes the module, as `package.module:name`. A bundle's own
+            word is not enough: nothing that a file names is ever run.
         plugin: the plugin library, for a target that needs it; None looks for it.
         progress: told about the steps.
 
@@ -89,41 +99,31 @@ def localise_bundle(
         UnknownNameError: if there is no such target.
         QuartermapError: of the target, if it lacks something on this machine.
     """
-    from quartermap_deploy.compiler import (
-        export_model,
-        load_model,
-        localise_engine,
-        localise_precision,
-        parity_of,
-    )
-    from quartermap_deploy.validation.golden import read_golden
-    from quartermap_deploy.validation.inputs import parity_cases
+    from quartermap_deploy.compiler import export_model, localise_engine, localise_precision, parity_of
 
     path = None if checkpoint is None else Path(checkpoint)
-    _check_checkpoint(bundle, path)
-    recipe = dataclasses.replace(bundle.recipe(), checkpoint=path, images=None)
+    recipe = dataclasses.replace(_recipe_with(bundle, path, factory), images=None)
     if recipe.precision == "float32":
         raise BundleError(f"the bundle {bundle.path} is in float32 everywhere; there is nothing to localise")
     engine = None if target in (None, DEFAULT) else target
     if engine is not None:
         recipe = _for_engine(bundle, recipe, engine, plugin)
-    golden, _ = read_golden(bundle.path)
-    cases = parity_cases(golden["images"])
-    with progress.step("building the PyTorch model"):
-        model, card, _ = load_model(recipe)
+    source = _built(recipe, progress)
+    cases = _recorded_cases(bundle, source)
     # What the range scan found when the bundle was compiled, on images that may not be here.
     ranges = bundle.report.get("precision", {}).get("ranges") or {}
     kept = (*recipe.keep_float32, *ranges.get("kept_float32", {}))
     recipe = dataclasses.replace(recipe, keep_float32=kept)
-    exported = export_model(recipe, model, card, progress)
+    exported = export_model(recipe, source, progress)
     if engine is not None:
-        report = localise_engine(recipe, exported, engine, bundle.path, progress)
+        report = localise_engine(recipe, exported, engine, bundle.path, bundle.manifest["golden"], progress)
         if report.passed and engine in bundle.manifest["targets"]:
             _require_own_engine(bundle, engine, plugin, progress)
         return report
-    report = localise_precision(recipe, model, cases, exported, progress)
+    report = localise_precision(recipe, source, cases, exported, progress)
     if report.passed:
-        own = parity_of(recipe, model, cases, bundle.model_path.read_bytes(), progress)
+        graph = bundle.model_path.read_bytes()
+        own = parity_of(recipe, source, cases, graph, exported.traced, progress)
         if not own.passed:
             raise BundleError(
                 f"{own.describe_failure()}, though a model exported anew is right: the fault of {bundle.path} is none "
@@ -171,33 +171,73 @@ def _require_own_engine(bundle: Bundle, target: str, plugin: Path | None, progre
 
 
 def rebuild_torch(
-    bundle: Bundle, checkpoint: Path | None = None, progress: Progress = SILENT
-) -> VisualStateSpaceModel:
+    bundle: Bundle,
+    checkpoint: Path | None = None,
+    factory: str | None = None,
+    progress: Progress = SILENT,
+) -> SourceModel:
     """Build the PyTorch model that a bundle was compiled from, unpruned.
 
     Args:
         bundle: the bundle.
         checkpoint: the file that it was compiled from; None if it was compiled from none.
+        factory: for a bundle of a module of the user's, what makes the module, as `package.module:name`. A bundle's own
+            word is not enough: nothing that a file names is ever run.
         progress: told about the step.
 
     Raises:
-        BundleError: if the bundle was compiled from a checkpoint and there is none here, or the other way round.
+        BundleError: if the bundle was compiled from a checkpoint and there is none here, or the other way round, or if
+            it is of a module of the user's and there is no factory.
         CheckpointError: if the checkpoint is another file than that of the bundle.
     """
-    return _built(_recipe_with(bundle, checkpoint), progress)
+    return _built(_recipe_with(bundle, checkpoint, factory), progress)
 
 
-def _built(recipe: Recipe, progress: Progress) -> VisualStateSpaceModel:
-    from quartermap_deploy.compiler import load_model
+def _built(recipe: Recipe, progress: Progress) -> SourceModel:
+    from quartermap_deploy.compiler import load_source
 
     with progress.step("building the PyTorch model"):
-        return load_model(recipe)[0]
+        return load_source(recipe)
 
 
-def _recipe_with(bundle: Bundle, checkpoint: Path | None) -> Recipe:
-    """The recipe of a bundle with the checkpoint that is here, after a check that it is the bundle's."""
+def _recipe_with(bundle: Bundle, checkpoint: Path | None, factory: str | None) -> Recipe:
+    """The recipe of a bundle, with the checkpoint and the factory that are here, after a check that they fit."""
     _check_checkpoint(bundle, checkpoint)
-    return dataclasses.replace(bundle.recipe(), checkpoint=checkpoint)
+    recipe = dataclasses.replace(bundle.recipe(), checkpoint=checkpoint)
+    if bundle.manifest["model"].get("source") != "module":
+        if factory is not None:
+            raise BundleError(f"the bundle {bundle.path} is of the model {recipe.model}; leave {factory} out")
+        return dataclasses.replace(recipe, module=None)
+    own = recipe.module
+    if factory is None:
+        named = f" ({own.factory}, as the bundle says)" if own is not None else ""
+        raise BundleError(
+            f"the bundle {bundle.path} is of a module of yours, and what makes it{named} is run only if you name it: "
+            "--factory package.module:name (in Python: factory=)"
+        )
+    from quartermap_deploy.sources.factories import UserModule
+
+    shapes = {name: array.shape for name, array in _golden(bundle)[0]["example"].items()}
+    arguments = {} if own is None else own.arguments
+    strict = own is None or own.strict_weights
+    stages = None if own is None else own.stages
+    module = UserModule(factory, shapes, arguments, strict, stages)
+    return dataclasses.replace(recipe, module=module)
+
+
+def _golden(bundle: Bundle) -> Any:
+    from quartermap_deploy.validation.golden import read_golden
+
+    return read_golden(bundle.path, bundle.manifest["golden"])
+
+
+def _recorded_cases(bundle: Bundle, source: SourceModel) -> dict[str, Feeds]:
+    """The cases that a bundle was validated on, from the inputs that are kept in it."""
+    inputs, _ = _golden(bundle)
+    if source.kind == "module":
+        return dict(inputs)
+    images = inputs["images"][source.inputs[0].name]
+    return source.cases(lambda preprocessing: images)
 
 
 def _against_golden(
@@ -209,31 +249,35 @@ def _against_golden(
         session = bundle.session(target, plugin=plugin)
     name, precision = target or bundle.default_target, bundle.manifest["recipe"]["precision"]
     with progress.step("comparing with the golden outputs"):
-        return golden_parity(bundle.path, session, name, precision).to_dict()
+        return golden_parity(bundle.path, bundle.manifest["golden"], session, name, precision).to_dict()
 
 
 def _against_torch(
-    bundle: Bundle, target: str | None, checkpoint: Path | None, progress: Progress
+    bundle: Bundle, target: str | None, checkpoint: Path | None, factory: str | None, progress: Progress
 ) -> dict[str, Any]:
     from quartermap_deploy.compiler import parity_of
-    from quartermap_deploy.validation.golden import read_golden
-    from quartermap_deploy.validation.inputs import parity_cases
 
-    recipe = _recipe_with(bundle, checkpoint)
+    recipe = _recipe_with(bundle, checkpoint, factory)
     if target not in (None, DEFAULT):
         raise BundleError(f"blocks can be compared in ONNX Runtime only, not in {target}")
     if DEFAULT in bundle.manifest["targets"]:
         bundle.session(DEFAULT)  # refuses a damaged model before the work begins
-    cases, _ = read_golden(bundle.path)
-    model = _built(recipe, progress)
-    report = parity_of(recipe, model, parity_cases(cases["images"]), bundle.model_path.read_bytes(), progress)
+    _golden(bundle)
+    source = _built(recipe, progress)
+    traced = None
+    if source.kind == "module":
+        # The graph alone tells in which order the scans of a module visit their maps.
+        with progress.step("exporting to ONNX"):
+            traced = source.trace()
+    cases = _recorded_cases(bundle, source)
+    report = parity_of(recipe, source, cases, bundle.model_path.read_bytes(), traced, progress)
     return report.to_dict()
 
 
 def _check_checkpoint(bundle: Bundle, checkpoint: Path | None) -> None:
     """Check that the checkpoint is the file that the bundle was compiled from, or that neither is there."""
-    from quartermap_deploy.architectures.checkpoint import require_file
     from quartermap_deploy.bundle import describe_file
+    from quartermap_deploy.weights import require_file
 
     compiled_from = bundle.recipe().checkpoint
     if compiled_from is None:

@@ -31,14 +31,15 @@ from safetensors.torch import save_file
 from quartermap_deploy import bundle as bundles
 from quartermap_deploy import compiler, demo
 from quartermap_deploy.architectures import create_model, list_models, load_card
-from quartermap_deploy.architectures.cards import models_directory
 from quartermap_deploy.cli import common, program
 from quartermap_deploy.cli.compile import recipe_and_folder
 from quartermap_deploy.data.digits import load_digits
 from quartermap_deploy.data.images import prepare
+from quartermap_deploy.data.shipped import models_directory
 from quartermap_deploy.errors import ParityError
 from quartermap_deploy.pruning import QuarterMap
 from quartermap_deploy.recipe import Recipe
+from quartermap_deploy.tables.words import count_text
 
 COMMANDS = ("models", "compile", "inspect", "validate", "bench", "eval", "tune")
 MODEL = "vmamba_digits"
@@ -279,7 +280,12 @@ def test_models_shows_a_card(name: str) -> None:
     assert outcome.code == 0
     assert card.title in outcome.out and card.source.paper in outcome.out
     assert f"{card.sizes.parameters:,}" in outcome.out
-    assert call("models", name, "--json").json["title"] == card.title
+    as_json = call("models", name, "--json").json
+    assert as_json["title"] == card.title and tuple(as_json["labels"]) == card.labels
+    shown = "tench, goldfish, great white shark, tiger shark and 996 more" if len(card.labels) == 1000 else ""
+    assert shown in outcome.out.replace("\n", " ") and ("named by numbers" in outcome.out) == (
+        not card.labels
+    )
 
 
 def test_blocks_of_a_card_are_numbered_over_the_whole_network() -> None:
@@ -1108,7 +1114,7 @@ def test_progress_in_a_log_is_one_line_for_each_step() -> None:
     ],
 )
 def test_counts_have_three_digits(count: float, text: str) -> None:
-    assert common.count_text(count) == text
+    assert count_text(count) == text
 
 
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:

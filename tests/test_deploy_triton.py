@@ -347,6 +347,11 @@ PREPROCESSING = {
     "nearest, not square": Preprocessing(
         (40, 70), "cover", (33, 60), "nearest", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
     ),
+    "grey": Preprocessing((40, 40), "cover", (32, 32), "hamming", (0.4,), (0.3,), "grey"),
+    "bgr of 0 to 255": Preprocessing(
+        (40, 40), "stretch", (32, 32), "lanczos", (103.0, 116.0, 123.0), (57.0, 58.0, 59.0), "bgr", 1.0
+    ),
+    "alpha": Preprocessing((40, 40), "cover", (32, 32), "box", (0.5,) * 4, (0.5,) * 4, "rgba", 1 / 127.5),
 }
 
 
@@ -359,10 +364,7 @@ def preprocessor(
     path = repository / f"{MODEL}_preprocess" / "config.pbtxt"
     config = read_config(repository, f"{MODEL}_preprocess")
     settings = json.loads(config.parameters["preprocessing"].string_value)
-    settings |= {
-        name: getattr(preprocessing, name)
-        for name in ("resize", "fit", "crop", "interpolation", "mean", "std")
-    }
+    settings |= preprocessing.to_dict()
     config.parameters["preprocessing"].string_value = json.dumps({**settings, **more})
     path.write_text(text_format.MessageToString(config))
     return load_model(repository, f"{MODEL}_preprocess")

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from quartermap_deploy.architectures import create_model, load_card
 from quartermap_deploy.architectures.base import VisualStateSpaceModel
-from quartermap_deploy.architectures.cards import models_directory
 from quartermap_deploy.architectures.factory import build
 from quartermap_deploy.data.digits import load_digits
 from quartermap_deploy.data.images import prepare
+from quartermap_deploy.data.shipped import models_directory
 from quartermap_deploy.pruning import QuarterMap, prune
 
 CARD = load_card("vmamba_digits")

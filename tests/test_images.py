@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from quartermap_deploy.architectures.cards import load_card
-from quartermap_deploy.data.images import open_image, prepare, sample_photographs
-from quartermap_deploy.data.preprocessing import Preprocessing
+from quartermap_deploy.data.images import open_image, prepare, restored, sample_photographs
+from quartermap_deploy.data.preprocessing import INTERPOLATIONS, Preprocessing
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.evaluation.batches import batches
 
@@ -75,10 +75,140 @@ def test_files_arrays_and_images_are_the_same_image(tmp_path) -> None:  # type: 
         np.testing.assert_array_equal(batch[0], other)
 
 
+def luminance(colours: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    """ITU-R BT.601 in 16 fractional bits, rounded: (…, 3) of uint8 to (…)."""
+    red, green, blue = (colours[..., channel].astype(np.int64) for channel in range(3))
+    return ((red * 19595 + green * 38470 + blue * 7471 + 2**15) >> 16).astype(np.uint8)
+
+
+def pixels_for(color: str, array: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    """An array (H, W), (H, W, 3) or (H, W, 4) of uint8 in the channels of a model, (channels, H, W)."""
+    if array.ndim == 2:
+        array = np.repeat(array[..., None], 3, axis=2)
+    colours = array[..., :3]
+    if color == "grey":
+        return luminance(colours)[None]
+    if color == "rgba":
+        alpha = array[..., 3:] if array.shape[2] == 4 else np.full_like(array[..., :1], 255)
+        return np.concatenate([colours, alpha], axis=2).transpose(2, 0, 1)
+    return (colours[..., ::-1] if color == "bgr" else colours).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("scale", [1 / 255, 1.0, 1 / 127.5])
+@pytest.mark.parametrize("channels", [0, 3, 4])
+@pytest.mark.parametrize("color", ["rgb", "bgr", "grey", "rgba"])
+def test_every_image_gets_the_channels_of_the_model(color: str, channels: int, scale: float) -> None:
+    """To the last bit, against a few lines of NumPy; the image has the size of the input, so nothing is resized."""
+    generator = np.random.default_rng(channels)
+    array = generator.integers(0, 256, (37, 41, channels) if channels else (37, 41), dtype=np.uint8)
+    count = {"grey": 1, "rgba": 4}.get(color, 3)
+    mean, std = (tuple(generator.uniform(0.2, 0.8, count).tolist()) for _ in range(2))
+    settings = Preprocessing((37, 41), "stretch", (37, 41), "bicubic", mean, std, color, scale)  # type: ignore[arg-type]
+
+    # 1/255 means what torchvision does: a division by 255.
+    values = pixels_for(color, array).astype(np.float32)
+    scaled = values / np.float32(255) if scale == 1 / 255 else values * np.float32(scale)
+    means, stds = (np.asarray(part, dtype=np.float32)[:, None, None] for part in (mean, std))
+    batch = prepare([array], settings)
+    assert batch.shape == (1, count, 37, 41) and batch.dtype == np.float32
+    if scale == 1 / 127.5:  # 2/255 has no short form in float32, so the product is a rounding away
+        np.testing.assert_allclose(batch[0], (scaled - means) / stds, rtol=0, atol=3e-6)
+    else:
+        np.testing.assert_array_equal(batch[0], (scaled - means) / stds)
+    np.testing.assert_array_equal(
+        np.asarray(restored(batch[0], settings)).reshape(37, 41, -1),
+        pixels_for("rgb" if color == "bgr" else color, array).transpose(1, 2, 0),
+    )
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "F"])
+@pytest.mark.parametrize("color", ["bgr", "grey", "rgba"])
+def test_every_mode_of_pillow_becomes_every_colour(mode: str, color: str) -> None:
+    array = np.random.default_rng(5).integers(0, 256, (16, 20, 4), dtype=np.uint8)
+    image = Image.fromarray(array)
+    if mode in ("I;16", "F"):
+        image = Image.fromarray(array[..., 0].astype({"I;16": np.uint16, "F": np.float32}[mode]))
+    else:
+        image = image.convert(mode)
+    count = {"grey": 1, "rgba": 4}.get(color, 3)
+    settings = Preprocessing(
+        (16, 20), "cover", (16, 20), "bilinear", (0.0,) * count, (1.0,) * count, color, 1.0
+    )  # type: ignore[arg-type]
+    found = prepare([image], settings)[0]
+    eight = np.asarray(open_image(image)) if mode in ("I;16", "F") else np.asarray(image.convert("RGBA"))
+    expected = pixels_for(color, eight)
+    if mode == "YCbCr" and color == "grey":  # which has its luminance already
+        expected = np.asarray(image)[..., 0][None]
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("color", ["rgb", "bgr", "grey"])
+@pytest.mark.parametrize("interpolation", ["nearest", "box"])
+def test_filters_are_those_of_their_names(interpolation: str, color: str) -> None:
+    """To a third of each side: nearest takes the centre of each 3x3 pixels, and box their mean, rounded."""
+    array = np.random.default_rng(9).integers(0, 256, (30, 42, 3), dtype=np.uint8)
+    count = 1 if color == "grey" else 3
+    settings = Preprocessing(
+        (10, 14), "stretch", (10, 14), interpolation, (0.0,) * count, (1.0,) * count, color, 1.0
+    )  # type: ignore[arg-type]
+    found = prepare([array], settings)[0]
+    pixels = pixels_for(color, array).astype(np.float64)
+    if interpolation == "nearest":
+        np.testing.assert_array_equal(found, pixels[:, 1::3, 1::3])
+    else:
+        # Pillow rounds after each of the two directions.
+        expected = pixels.reshape(count, 10, 3, 14, 3).mean(axis=(2, 4))
+        np.testing.assert_allclose(found, expected, atol=1.0)
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_every_filter_is_pillow_s(interpolation: str) -> None:
+    photograph = Image.fromarray(sample_photographs()["china.jpg"])
+    settings = IMAGENET.replace(
+        {"interpolation": interpolation, "scale": 1.0, "mean": [0] * 3, "std": [1] * 3}
+    )
+    whole = photograph.resize((383, 256), Image.Resampling[interpolation.upper()])
+    expected = np.asarray(whole)[16:240, 80:304].transpose(2, 0, 1)
+    np.testing.assert_array_equal(prepare([photograph], settings)[0], expected)
+
+
+def test_what_is_clear_does_not_shine_through_a_resize() -> None:
+    """Pillow weights colours by alpha: a clear red beside an opaque blue leaves blue at the border."""
+    array = np.zeros((8, 8, 4), dtype=np.uint8)
+    array[:, :4] = (255, 0, 0, 0)
+    array[:, 4:] = (0, 0, 255, 255)
+    settings = Preprocessing((4, 3), "stretch", (4, 3), "box", (0.0,) * 4, (1.0,) * 4, "rgba", 1.0)
+    found = prepare([array], settings)[0]
+    assert found[:3, 0, 1].tolist() == [0, 0, 255] and 100 <= found[3, 0, 1] <= 156
+
+
+def test_a_stretch_to_more_pixels_than_an_image_may_have_is_refused() -> None:
+    huge = Preprocessing((8000, 8000), "stretch", (64, 64), "nearest", (0.0,), (1.0,), "grey")
+    with pytest.raises(InputError, match="8000 x 8000 pixels, at most 50,000,000"):
+        prepare([np.zeros((8, 8), dtype=np.uint8)], huge)
+
+
+def test_data_sets_are_prepared_in_the_colours_of_the_model() -> None:
+    class Images:
+        labels = np.array([0])
+
+        def __len__(self) -> int:
+            return 1
+
+        def image(self, index: int) -> Image.Image:
+            return Image.fromarray(sample_photographs()["flower.jpg"])
+
+    grey = load_card("vmamba_digits").preprocessing.with_channels(1)
+    (batch,) = batches(Images(), grey, 2)  # type: ignore[arg-type]
+    assert batch.images.shape == (1, 1, 64, 64)
+    np.testing.assert_array_equal(batch.images, prepare([Images().image(0)], grey))
+
+
 @pytest.mark.parametrize(
     "image",
     [
         np.zeros((8, 8, 3), dtype=np.float32),
+        np.zeros((8, 8, 1), dtype=np.uint8),
         np.zeros((3, 8, 8), dtype=np.uint8),
         np.zeros((0, 8), dtype=np.uint8),
         np.full((8, 8), np.nan, dtype=np.float32),

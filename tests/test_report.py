@@ -26,7 +26,6 @@ from safetensors.torch import save_file
 
 import quartermap_deploy as qm
 from quartermap_deploy.bundle import describe_file, load_bundle
-from quartermap_deploy.cli.common import ranges
 from quartermap_deploy.errors import BundleError, CheckpointError, InputError, ReportError
 from quartermap_deploy.report import page as page_module
 from quartermap_deploy.report import write_report
@@ -46,6 +45,7 @@ from quartermap_deploy.report.pictures import heat_colours
 from quartermap_deploy.report.plots import ablation_plot, comparison_plot, search_plots
 from quartermap_deploy.report.receptive import ReceptiveField, receptive_field
 from quartermap_deploy.report.results import plan_name, read_results, search_text
+from quartermap_deploy.tables.words import ranges
 from quartermap_deploy.validation.inputs import real_images
 
 PLAN = qm.QuarterMap(every=3)

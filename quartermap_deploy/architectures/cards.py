@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quartermap_deploy.data.labels import check_labels, label_sets, shipped_labels
 from quartermap_deploy.data.preprocessing import Preprocessing
+from quartermap_deploy.data.shipped import models_directory
 from quartermap_deploy.errors import InputError, QuartermapError, UnknownNameError
 
 if sys.version_info >= (3, 11):
@@ -85,6 +87,9 @@ class ModelCard:
         accuracy: what was published about its accuracy.
         source: where it comes from.
         weights: file with trained weights beside the card, or None if the package brings none.
+        label_set: which class names of `data/labels.py` are the model's, or None if the classes depend on the
+            checkpoint. In the file its key is `labels`.
+        task: what the model does, as its outputs are named and shown.
     """
 
     name: str
@@ -96,6 +101,13 @@ class ModelCard:
     source: Source
     accuracy: tuple[Accuracy, ...] = ()
     weights: str | None = None
+    label_set: str | None = None
+    task: str = "classification"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes of the model as published, in order; empty if they depend on the checkpoint."""
+        return () if self.label_set is None else shipped_labels(self.label_set)
 
     @property
     def num_classes(self) -> int:
@@ -103,21 +115,19 @@ class ModelCard:
         return int(self.architecture["num_classes"])
 
     @property
+    def in_chans(self) -> int:
+        """Channels of the model's image as published."""
+        return int(self.architecture["in_chans"])
+
+    @property
     def input_shape(self) -> tuple[int, int, int]:
         """Shape (channels, height, width) of one image."""
-        return (int(self.architecture["in_chans"]), *self.preprocessing.crop)
+        return (self.in_chans, *self.preprocessing.crop)
 
     @property
     def weights_path(self) -> Path | None:
         """Where the weights that come with the package lie, or None."""
         return None if self.weights is None else models_directory() / self.weights
-
-
-def models_directory() -> Path:
-    """Return the directory that holds the model cards and the weights beside them."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "_models"
-    return installed if installed.is_dir() else package.parent / "models"
 
 
 def list_models() -> list[str]:
@@ -151,15 +161,25 @@ def read_card(path: Path) -> ModelCard:
             "sizes": Sizes(**values.pop("sizes")),
             "source": Source(**values.pop("source")),
             "accuracy": tuple(Accuracy(**entry) for entry in values.pop("accuracy", [])),
+            "label_set": values.pop("labels", None),
         }
         card = ModelCard(**values, **parts)
-    except (OSError, ValueError, TypeError, KeyError, InputError) as error:
+        _check_labels(card)
+    except (OSError, ValueError, TypeError, KeyError, InputError, UnknownNameError) as error:
         raise QuartermapError(f"the model card {path} cannot be read: {error}") from error
     if card.name != path.stem:
         raise QuartermapError(
             f"the model card {path} names the model {card.name!r}; name and file must agree"
         )
     return card
+
+
+def _check_labels(card: ModelCard) -> None:
+    if card.label_set is None:
+        return
+    if card.label_set not in label_sets():
+        raise UnknownNameError.for_choice("set of class names", card.label_set, label_sets())
+    check_labels(card.labels, card.num_classes, f"the labels {card.label_set!r}")
 
 
 def freeze_lists(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,39 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from quartermap_deploy.cli.common import (
-    add_command,
-    at_least_one,
-    count_text,
-    error_text,
-    make_progress,
-    ranges,
-    results_only,
-    table,
-    words,
-)
+from quartermap_deploy.cli.common import add_command, at_least_one, make_progress, results_only, words
 from quartermap_deploy.cli.data import add_data_options
 from quartermap_deploy.cli.measuring import (
     add_evaluation_options,
     add_measuring_options,
     add_model_argument,
     add_result_options,
-    how_measured,
     kept_on_interruption,
     labelled_images,
     measuring_settings,
     print_results,
-    rate_text,
     recipe_of,
-    speed_text,
 )
+from quartermap_deploy.tables.ablation import tables
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from quartermap_deploy.cli.common import Subparsers
 
 GROUPS = ("every", "stage", "stride", "upsample", "form")
@@ -132,31 +117,3 @@ def run(options: argparse.Namespace) -> None:
     print_results(results, options, tables(results.values), dataset)
     if options.plots and options.out is not None:
         write_plots(results.values, options.out)
-
-
-def tables(values: Mapping[str, Any]) -> list[object]:
-    """Return the tables of the ablations, one for each group, and what they show."""
-    parts: list[object] = []
-    for group in values["groups"]:
-        parts += [_table(values, group), ""]
-    return [*parts, *how_measured(values, f", batch {values['batch']}")]
-
-
-def _table(values: Mapping[str, Any], group: Mapping[str, Any]) -> Table:
-    rows = []
-    for entry in group["variants"]:
-        accuracy, parity = entry["accuracy"], entry["parity"]
-        rows.append(
-            [
-                entry["name"],
-                ranges(entry["blocks"]) or None,
-                count_text(entry["tokens"]),
-                count_text(entry["flops"]),
-                None if accuracy is None else f"{accuracy['top1']:.2%}",
-                rate_text(entry["images_per_second"]),
-                speed_text(entry["speed"], entry["speed_quartiles"]),
-                None if parity is None else error_text(parity["relative_error"]),
-            ]
-        )
-    columns = ["variant", "blocks", ">tokens", ">FLOPs", ">top-1", ">images/s", ">speed", ">parity"]
-    return table(f"{values['model']['title']}: {group['title']}", columns, rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +21,12 @@ from quartermap_deploy.cli.common import (
     print_json,
     results_only,
     show,
-    table,
 )
+from quartermap_deploy.tables.timing import result_table
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from rich.table import Table
 
     from quartermap_deploy.bundle import Bundle
     from quartermap_deploy.cli.common import Subparsers
@@ -108,15 +107,6 @@ def run(options: argparse.Namespace) -> None:
         show(result_table(values))
 
 
-def result_table(values: Mapping[str, Any]) -> Table:
-    """Return the table of what `--json` prints."""
-    return table(
-        f"batch {values['batch']}, {values['threads']} threads, {values['repeats']} rounds",
-        ["bundle", "target", ">median ms", ">fastest", ">slowest", ">images/s", ">speed"],
-        [row(result) for result in values["bundles"]],
-    )
-
-
 def time_bundles(
     paths: dict[str, Path], options: argparse.Namespace, progress: Progress
 ) -> dict[tuple[str, str], Timing]:
@@ -177,17 +167,3 @@ def thread_count(threads: int | None) -> Iterator[None]:
             os.environ[THREADS_VARIABLE] = before
         elif threads is not None:
             del os.environ[THREADS_VARIABLE]
-
-
-def row(result: dict[str, Any]) -> list[object]:
-    """Return the line of one bundle."""
-    low, high = result["speed_quartiles"]
-    return [
-        result["name"],
-        result["target"],
-        f"{result['median_ms']:.2f}",
-        f"{result['minimum_ms']:.2f}",
-        f"{result['maximum_ms']:.2f}",
-        f"{result['images_per_second']:,.1f}",
-        f"{result['speed']:.2f} × [{low:.2f} – {high:.2f}]",
-    ]

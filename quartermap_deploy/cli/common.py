@@ -19,7 +19,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -29,8 +29,6 @@ from quartermap_deploy.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     from quartermap_deploy.bundle import Bundle
 
@@ -288,76 +286,6 @@ def show(*parts: Any) -> None:
     sys.stdout.writelines(f"{line if out.is_terminal else line.rstrip()}\n" for line in lines)
 
 
-def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
-    """Return a table.
-
-    Args:
-        title: a line above it, or None.
-        columns: headings; one that starts with ">" is for numbers, set to the right.
-        rows: cells; None is shown as a dash.
-    """
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    # Two blanks between columns and none around them: eight columns of numbers have to fit 80 characters.
-    result = Table(
-        title=_title(title), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
-    )
-    for column in columns:
-        right = column.startswith(">")
-        result.add_column(column.removeprefix(">"), justify="right" if right else "left", overflow="fold")
-    for row in rows:
-        result.add_row(
-            *("–" if cell is None else cell if isinstance(cell, Text) else Text(str(cell)) for cell in row)
-        )
-    return result
-
-
-def facts(title: str | None, rows: Mapping[str, object]) -> Table:
-    """Return a table of names and values; a None is shown as a dash."""
-    from rich.table import Table
-    from rich.text import Text
-
-    result = Table(title=_title(title), title_justify="left", box=None, show_header=False, pad_edge=False)
-    result.add_column(style="dim", no_wrap=True)
-    result.add_column(overflow="fold")
-    for name, value in rows.items():
-        result.add_row(name, "–" if value is None else value if isinstance(value, Text) else Text(str(value)))
-    return result
-
-
-def size_text(size: Sequence[int | str]) -> str:
-    """Return 14x14 for (14, 14)."""
-    return "x".join(str(side) for side in size)
-
-
-def count_text(count: float) -> str:
-    """Return 4.9 G for 4.9e9: three digits and a prefix."""
-    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= factor:
-            return (
-                f"{count / factor:.3g} {unit}" if count < 999.5 * factor else f"{count / factor:.0f} {unit}"
-            )
-    return f"{count:g}"
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """Return 3, 5–8 for 3, 5, 6, 7, 8."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
-
-
-def error_text(error: float | None) -> str:
-    """Return a relative error with two digits."""
-    return "–" if error is None else f"{error:.1e}"
-
-
 # Progress -------------------------------------------------------------------------------------------------------
 
 
@@ -447,90 +375,3 @@ class TerminalProgress:
 def bundle_json(bundle: Bundle) -> dict[str, Any]:
     """Return what `--json` prints about a bundle."""
     return {"path": bundle.path, "manifest": bundle.manifest, "report": bundle.report}
-
-
-def bundle_facts(bundle: Bundle) -> dict[str, object]:
-    """Return the summary of a bundle, for `facts`."""
-    manifest, totals, graph = bundle.manifest, bundle.manifest["totals"], bundle.manifest["graph"]
-    pruned = [block["index"] for block in manifest["blocks"] if block["pruned"]]
-    size = sum(entry["bytes"] for entry in manifest["files"].values())
-    tolerance = bundle.report["tolerance"]
-    cases = bundle.report["cases"]
-    checks = sum(len(case["outputs"]) for case in cases)
-    return {
-        "parity": with_verdict(
-            bundle.report["passed"],
-            f"{checks} outputs in {len(cases)} cases, worst error {error_text(worst_error(bundle.report))} of the "
-            f"largest value, tolerance {tolerance['relative']:.0e} ({tolerance['element_type']})",
-        ),
-        "pruned": f"blocks {', '.join(map(str, pruned))} of {len(manifest['blocks'])}"
-        if pruned
-        else "nothing",
-        "plan": plan_text(manifest["plan"]),
-        "tokens scanned": f"{totals['tokens']:,}{_of(totals['tokens'], totals['tokens_unpruned'])}",
-        "FLOPs": f"{count_text(totals['flops'])}{_of(totals['flops'], totals['flops_unpruned'])}",
-        "nodes": f"{graph['nodes']}, as exported {graph['before']['nodes']}",
-        "weights": weights_text(manifest["model"]),
-        "input": _value_text(manifest["input"]),
-        "output": _value_text(manifest["output"]),
-        "targets": ", ".join(manifest["targets"]),
-        "size": f"{size / 1e6:.1f} MB in {len(manifest['files']) + 1} files",
-        "where": bundle.path,
-    }
-
-
-def plan_text(plan: Mapping[str, Any] | None) -> str | None:
-    """Return a QuarterMap plan in words, or None if there is none."""
-    if plan is None:
-        return None
-    excluded = ", ".join(map(str, plan["exclude_stages"]))
-    outside = f" outside stage {excluded}" if excluded else ""
-    blocks = "named blocks" if "blocks" in plan else f"every = {plan['every']}{outside}"
-    return (
-        f"{blocks}; keep {plan['keep']} of {plan['stride']} rows and columns, restore by {plan['upsample']}"
-    )
-
-
-def _value_text(value: Mapping[str, Any]) -> str:
-    shape = ", ".join(map(str, value["shape"]))
-    return f"{value['name']} ({shape})"
-
-
-WEIGHTS = {
-    "checkpoint": "from a checkpoint",
-    "included": "those that come with the package",
-    "new": "newly initialised, not trained",
-}
-
-
-def weights_text(model: Mapping[str, Any]) -> str:
-    """Return in words where the weights of a manifest's model come from."""
-    text = WEIGHTS.get(model["weights"], str(model["weights"]))
-    if model["weights"] != "new" and model.get("head") == "new":
-        text += f"; the last layer, for {model['num_classes']} classes, newly initialised"
-    return text
-
-
-def worst_error(report: Mapping[str, Any]) -> float | None:
-    """Return the largest relative error of a parity report, or None if an output could not be compared."""
-    errors = [output["relative_error"] for case in report["cases"] for output in case["outputs"]]
-    return None if None in errors else max(errors, default=None)
-
-
-def _title(title: str | None) -> Text | None:
-    from rich.text import Text
-
-    # A Text, as brackets in a string would be markup: VMamba-T [s1l8].
-    return None if title is None else Text(title, style="bold")
-
-
-def with_verdict(passed: bool, text: str) -> Text:
-    """Return "passed, …" or "FAILED, …", in colour where there is colour."""
-    from rich.text import Text
-
-    word = Text("passed", style="green") if passed else Text("FAILED", style="bold red")
-    return Text.assemble(word, ", ", text)
-
-
-def _of(part: int, whole: int) -> str:
-    return "" if part == whole else f", {part / whole:.0%} of the unpruned model's"

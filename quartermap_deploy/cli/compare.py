@@ -3,39 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from quartermap_deploy.cli.common import (
-    add_command,
-    at_least_one,
-    count_text,
-    error_text,
-    make_progress,
-    ranges,
-    results_only,
-    table,
-)
+from quartermap_deploy.cli.common import add_command, at_least_one, make_progress, results_only
 from quartermap_deploy.cli.data import add_data_options
 from quartermap_deploy.cli.measuring import (
     add_evaluation_options,
     add_measuring_options,
     add_model_argument,
     add_result_options,
-    how_measured,
     kept_on_interruption,
     labelled_images,
     measuring_settings,
-    milliseconds,
     print_results,
-    rate_text,
     recipe_of,
-    speed_text,
 )
+from quartermap_deploy.tables.comparison import tables
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from quartermap_deploy.cli.common import Subparsers
 
 
@@ -129,60 +114,3 @@ def run(options: argparse.Namespace) -> None:
             progress=make_progress(options),
         )
     print_results(results, options, tables(results.values), dataset)
-
-
-def tables(values: Mapping[str, Any]) -> list[object]:
-    """Return the tables of a comparison, one for each batch, and what they show."""
-    parts: list[object] = []
-    for timing in values["timings"]:
-        parts += [_table(values, timing), ""]
-    parts += how_measured(values)
-    parts.append(
-        "Scan and added: the time in the scans, and in what pruning or merging puts around them, by their shares of "
-        "recorded calls."
-    )
-    if values["model"]["weights"] == "new":
-        parts.append("The weights are new: they decide no time.")
-    return parts
-
-
-def _scan_text(entry: Mapping[str, Any]) -> str | None:
-    text, share = milliseconds(entry["scan_ms"]), entry["scan_share"]
-    return text if share is None else f"{text} ({share:.0%})"
-
-
-def _table(values: Mapping[str, Any], timing: Mapping[str, Any]) -> Table:
-    variants = {entry["name"]: entry for entry in values["variants"]}
-    rows = []
-    for entry in timing["variants"]:
-        variant = variants[entry["name"]]
-        accuracy, parity = variant["accuracy"], variant["parity"]
-        rows.append(
-            [
-                entry["name"],
-                ranges(variant["blocks"]) or None,
-                count_text(variant["tokens"]),
-                count_text(variant["flops"]),
-                None if accuracy is None else f"{accuracy['top1']:.2%}",
-                rate_text(entry["images_per_second"]),
-                speed_text(entry["speed"], entry["speed_quartiles"]),
-                speed_text(entry["speed_to_tome"], None),
-                _scan_text(entry),
-                milliseconds(entry["added_ms"]),
-                None if parity is None else error_text(parity["relative_error"]),
-            ]
-        )
-    columns = [
-        "variant",
-        "blocks",
-        ">tokens",
-        ">FLOPs",
-        ">top-1",
-        ">images/s",
-        ">speed",
-        ">to ToMe",
-        ">scan ms",
-        ">added ms",
-        ">parity",
-    ]
-    return table(f"{values['model']['title']}, batch {timing['batch']}", columns, rows)

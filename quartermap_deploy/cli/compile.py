@@ -15,9 +15,7 @@ from quartermap_deploy.cli.common import (
     add_output_options,
     add_plugin_option,
     at_least_one,
-    bundle_facts,
     bundle_json,
-    facts,
     file_or_folder,
     make_progress,
     message,
@@ -33,6 +31,8 @@ from quartermap_deploy.errors import PlanError, RecipeError
 from quartermap_deploy.exporting.export import IO_TYPES, PRECISIONS
 from quartermap_deploy.pruning.plan import UPSAMPLE_MODES, QuarterMap
 from quartermap_deploy.recipe import Recipe
+from quartermap_deploy.tables.bundle import bundle_facts
+from quartermap_deploy.tables.layout import facts
 from quartermap_deploy.targets.tensorrt.options import EngineOptions, Profile
 
 if TYPE_CHECKING:

@@ -12,14 +12,13 @@ from quartermap_deploy.cli.common import (
     add_output_options,
     at_least_one,
     delay_ms,
-    facts,
     file_or_folder,
     make_progress,
     print_json,
     results_only,
     show,
-    table,
 )
+from quartermap_deploy.tables.layout import facts, table
 
 if TYPE_CHECKING:
     from quartermap_deploy.cli.common import CommandParser, Subparsers
@@ -195,7 +194,8 @@ def _add_model_options(parser: CommandParser) -> None:
         "--labels",
         type=file_or_folder,
         metavar="FILE",
-        help="the name of a class on each line (default: numbers from 0)",
+        help="the name of a class on each line, or a set that comes with this package: imagenet, digits, or one of "
+        "MedMNIST, as bloodmnist (default: the card's, or numbers from 0)",
     )
     model.add_argument(
         "--max-batch",

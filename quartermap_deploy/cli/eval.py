@@ -9,17 +9,16 @@ from quartermap_deploy.cli.common import (
     add_command,
     add_output_options,
     at_least_one,
-    facts,
     file_or_folder,
     make_progress,
     message,
     print_json,
     results_only,
     show,
-    table,
 )
 from quartermap_deploy.cli.data import add_data_options, dataset_of, warn_of_broken, warn_of_data
 from quartermap_deploy.cli.measuring import kept_on_interruption
+from quartermap_deploy.tables.layout import facts, table
 
 if TYPE_CHECKING:
     from rich.table import Table

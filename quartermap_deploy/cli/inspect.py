@@ -10,14 +10,13 @@ from quartermap_deploy.cli.common import (
     add_bundle_argument,
     add_command,
     add_output_options,
-    bundle_facts,
     bundle_json,
-    facts,
     print_json,
     show,
-    table,
 )
 from quartermap_deploy.report.bundles import BLOCK_COLUMNS, block_rows, operator_rows, pass_rows
+from quartermap_deploy.tables.bundle import bundle_facts
+from quartermap_deploy.tables.layout import facts, table
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -186,18 +186,6 @@ def measuring_settings(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
-def how_measured(values: Mapping[str, Any], more: str = "") -> list[object]:
-    """Return what is said below tables of speeds and accuracies; `more` goes between the threads and the rounds."""
-    where = f"{values['target']} on the {values['device'].upper()}, {values['threads']} threads{more}"
-    said: list[object] = [
-        f"Speed: {where}, {values['repeats']} rounds in turns; in brackets the quartiles of the rounds."
-    ]
-    data = values["data"]
-    if data is not None:
-        said.append(f"Accuracy: {data['images']:,} images of {data['name']}.")
-    return said
-
-
 def print_results(
     results: ResultFile, options: argparse.Namespace, shown: Sequence[object], dataset: Dataset | None
 ) -> None:
@@ -229,20 +217,3 @@ def _broken(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         if entry["accuracy"]:
             return [(image["image"], image["reason"]) for image in entry["accuracy"]["broken"]]
     return []
-
-
-def speed_text(speed: float | None, quartiles: Sequence[float] | None) -> str | None:
-    """Return 1.10 × [1.08 – 1.12], or None."""
-    if speed is None:
-        return None
-    return f"{speed:.2f} ×" + (f" [{quartiles[0]:.2f} – {quartiles[1]:.2f}]" if quartiles else "")
-
-
-def milliseconds(value: float | None) -> str | None:
-    """Return a time with one digit after the point, or None."""
-    return None if value is None else f"{value:.1f}"
-
-
-def rate_text(value: float) -> str:
-    """Return images per second with three digits at least."""
-    return f"{value:,.1f}" if value >= 10 else f"{value:.2f}"

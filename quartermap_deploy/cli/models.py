@@ -8,19 +8,15 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.architectures.cards import ModelCard, list_models, load_card
-from quartermap_deploy.cli.common import (
-    add_command,
-    add_output_options,
-    count_text,
-    facts,
-    print_json,
-    show,
-    size_text,
-    table,
-)
+from quartermap_deploy.cli.common import add_command, add_output_options, print_json, show
+from quartermap_deploy.tables.layout import facts, table
+from quartermap_deploy.tables.words import count_text, size_text
 
 if TYPE_CHECKING:
     from quartermap_deploy.cli.common import Subparsers
+
+SHOWN_LABELS = 4
+"""How many names of classes a card is shown with."""
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -51,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
     if options.name is not None:
         card = load_card(options.name)
         if options.json:
-            print_json(as_dict(card))
+            print_json({**as_dict(card), "labels": list(card.labels)})
         else:
             show(*describe(card))
         return
@@ -120,6 +116,7 @@ def describe(card: ModelCard) -> list[Any]:
                 "parameters": f"{card.sizes.parameters:,} with {card.num_classes} classes",
                 "parameters published": _with_unit(card.sizes.published_parameters_millions, "M"),
                 "GFLOPs published": card.sizes.published_gflops,
+                "classes": _classes(card),
                 "weights": "included" if card.weights else "not included; give --checkpoint",
             },
         ),
@@ -132,6 +129,8 @@ def describe(card: ModelCard) -> list[Any]:
                 "shape": size_text(("N", *card.input_shape)),
                 "resize": f"{size_text(prepared.resize)}, {prepared.fit}, {prepared.interpolation}",
                 "crop": size_text(prepared.crop),
+                "color": prepared.color,
+                "scale": f"{prepared.scale:.6g}",
                 "mean": _value(prepared.mean),
                 "std": _value(prepared.std),
             },
@@ -152,6 +151,15 @@ def describe(card: ModelCard) -> list[Any]:
         rows = [(entry.dataset, f"{entry.top1:.2f} %", entry.source) for entry in card.accuracy]
         parts += ["", table("top-1 accuracy, published", ["data set", ">top-1", "who says so"], rows)]
     return parts
+
+
+def _classes(card: ModelCard) -> str:
+    """How many classes there are, and the names of the first."""
+    if not card.labels:
+        return f"{card.num_classes:,}, named by numbers"
+    rest = len(card.labels) - SHOWN_LABELS
+    named = ", ".join(card.labels[:SHOWN_LABELS])
+    return f"{card.num_classes:,}: {named}{f' and {rest:,} more' if rest > 0 else ''}"
 
 
 def _with_unit(value: float | None, unit: str) -> str | None:

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING
 from quartermap_deploy.cli.common import (
     add_command,
     add_output_options,
-    facts,
     file_or_folder,
     make_progress,
     print_json,
     results_only,
     show,
-    table,
     words,
 )
 from quartermap_deploy.native.build import DEFAULT_OUTPUT
+from quartermap_deploy.tables.layout import facts, table
 
 if TYPE_CHECKING:
     from quartermap_deploy.cli.common import Subparsers

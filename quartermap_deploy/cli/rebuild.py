@@ -11,16 +11,15 @@ from quartermap_deploy.cli.common import (
     add_output_options,
     add_plugin_option,
     bundle_json,
-    error_text,
-    facts,
     make_progress,
     message,
     print_json,
     results_only,
     show,
     terminable,
-    with_verdict,
 )
+from quartermap_deploy.tables.layout import facts, with_verdict
+from quartermap_deploy.tables.words import error_text
 from quartermap_deploy.targets.tensorrt.checks import SIXTEEN_BITS
 
 if TYPE_CHECKING:

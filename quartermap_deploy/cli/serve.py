@@ -17,12 +17,12 @@ from quartermap_deploy.cli.common import (
     add_command,
     at_least_one,
     delay_ms,
-    facts,
     file_or_folder,
     message,
     print_json,
     show,
 )
+from quartermap_deploy.tables.layout import facts
 
 if TYPE_CHECKING:
     from quartermap_deploy.cli.common import Subparsers
@@ -68,7 +68,8 @@ def add_parser(subparsers: Subparsers) -> None:
         "--labels",
         type=file_or_folder,
         metavar="FILE",
-        help="the name of a class on each line (default: numbers from 0)",
+        help="the name of a class on each line, or a set that comes with this package: imagenet, digits, or one of "
+        "MedMNIST, as bloodmnist (default: the card's, or numbers from 0)",
     )
     parser.add_argument(
         "--host",

@@ -12,18 +12,16 @@ from quartermap_deploy.cli.common import (
     add_command,
     add_output_options,
     add_plugin_option,
-    error_text,
     file_or_folder,
     make_progress,
     print_json,
     results_only,
     show,
-    table,
-    with_verdict,
-    worst_error,
 )
 from quartermap_deploy.errors import ParityError
 from quartermap_deploy.revalidate import REFERENCES
+from quartermap_deploy.tables.layout import table, with_verdict
+from quartermap_deploy.tables.words import error_text, worst_error
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -63,7 +63,7 @@ class TritonOptions:
         backend: "onnxruntime" or "tensorrt"; None takes the one that fits the bundle's targets.
         name: of the model; None takes that of the bundle's card.
         version: of the model.
-        labels: file with the name of a class on each line; None numbers them from 0.
+        labels: file with the name of a class on each line, or a set of `data/labels.py`; None takes the card's.
         max_batch: largest batch; None takes what the engine takes, or 8 on a CPU and 32 on a GPU.
         max_delay_us: how long a request may wait for others, in microseconds.
         device: "cpu" or "gpu", for the backend onnxruntime; None is a CPU. Engines run on GPUs.
@@ -314,7 +314,7 @@ def plan_triton(bundle: str | os.PathLike[str], out: Path, options: TritonOption
     if options.images:
         card = load_card(manifest["model"]["name"])
         preprocessing = card.preprocessing.with_size(*images.shape[2:])
-    labels = read_labels(options.labels, interface.classes)
+    labels = read_labels(options.labels, interface.classes, load_card(manifest["model"]["name"]).labels)
     return TritonPlan(loaded, source, interface, options, gpu, labels, images, preprocessing, place)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from quartermap_deploy.errors import ExportError
 from quartermap_deploy.pruning.plan import QuarterMap
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from quartermap_deploy.exporting.ranges import RangeReport
     from quartermap_deploy.passes.base import PassReport
     from quartermap_deploy.passes.cast_precision import CastReport
+    from quartermap_deploy.sources.source_model import SourceModel, Traced
 
 PRECISIONS = ("float32", "float16", "bfloat16")
 IO_TYPES = ("float32", "same")
@@ -38,7 +39,7 @@ class Export:
     """
 
     model: onnx.ModelProto
-    traced: onnx.ModelProto
+    traced: Traced
     float32: onnx.ModelProto
     pruned_blocks: tuple[int, ...]
     passes: tuple[PassReport, ...]
@@ -84,7 +85,8 @@ def export_onnx(
             False keeps the paper's canonical form, a Slice before and a Resize after the scan.
 
     Returns:
-        The model, with input `images` (batch, channels, height, width) and output `logits` (batch, num_classes).
+        The model, with input `images` (batch, channels, height, width) and outputs as the model's `output_names` says:
+        `logits` (batch, num_classes), or the maps of a backbone.
 
     Raises:
         InputError: if the model cannot take the size.
@@ -92,44 +94,51 @@ def export_onnx(
         ExportError: if the model cannot be exported.
         PassError: if a pass does not find what the plan names.
     """
+    from quartermap_deploy.sources.architectures import architecture_source
+
+    source = architecture_source(model, input_shape, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
     return export(
-        model,
-        input_shape,
+        source,
         quartermap,
         precision=precision,
         io=io,
         keep_float32=keep_float32,
         blocks_float32=blocks_float32,
-        calibration=calibration,
-        dynamic_batch=dynamic_batch,
-        dynamic_size=dynamic_size,
+        calibration=None if calibration is None else {source.inputs[0].name: calibration},
         optimize=optimize,
     ).model
 
 
 def export(
-    model: VisualStateSpaceModel,
-    input_shape: Sequence[int],
+    source: SourceModel,
     quartermap: QuarterMap | None = None,
     *,
     precision: str = "float32",
     io: Literal["float32", "same"] = "float32",
     keep_float32: Iterable[str] = (),
     blocks_float32: Iterable[int] = (),
-    calibration: NDArray[np.float32] | None = None,
-    dynamic_batch: bool = True,
-    dynamic_size: bool = False,
+    calibration: Mapping[str, NDArray[Any]] | None = None,
     optimize: bool = True,
-    traced: onnx.ModelProto | None = None,
+    traced: Traced | None = None,
 ) -> Export:
-    """`export_onnx` that also returns the traced model and what the passes did.
+    """Export any source model; the arguments that `export_onnx` has too mean the same.
 
     Tracing takes most of the time. Who exports a model with several plans gives the `traced` of the first export to the
-    others; it has to be of the same model, input shape and open axes.
+    others; it has to be of the same source model.
+
+    Args:
+        source: the model, unpruned.
+        quartermap: the plan, or None to prune nothing.
+        precision: element type of weights and activations.
+        io: type of inputs and outputs in 16 bits.
+        keep_float32: what stays float32, by name.
+        blocks_float32: blocks that stay float32.
+        calibration: for the range scan in float16, a batch for each input, by name.
+        optimize: whether passes that change no number run.
+        traced: what `source.trace()` returned.
     """
     import onnx
 
-    from quartermap_deploy.frontend.exporter import trace
     from quartermap_deploy.passes import CANONICAL, OPTIMIZED, Selection, infer_shapes, lower, run_passes
 
     if precision not in PRECISIONS:
@@ -138,21 +147,14 @@ def export(
         )
     if io not in IO_TYPES:
         raise ExportError(f"io {io!r} is not available; expected one of {', '.join(IO_TYPES)}")
-    if not hasattr(model, "blocks") or not hasattr(model, "depths"):
-        raise ExportError(f"cannot export a {type(model).__name__}; expected a model from create_model")
-    if any(block.mixer.subsample is not None for block in model.blocks()):
-        raise ExportError(
-            "the model is pruned in PyTorch already; export the unpruned model and give the plan here"
-        )
-    pruned = () if quartermap is None else quartermap.select(model.depths)
-    if traced is None:
-        traced = trace(model, input_shape, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
+    pruned = source.selected(quartermap)
+    traced = source.trace() if traced is None else traced
     reports: list[PassReport] = []
     if quartermap is None:
-        shaped = infer_shapes(traced)
+        shaped = infer_shapes(traced.model)
     else:
         selection = Selection(pruned, quartermap.subsample)
-        shaped, reports = run_passes(traced, selection, OPTIMIZED if optimize else CANONICAL)
+        shaped, reports = run_passes(traced.model, selection, OPTIMIZED if optimize else CANONICAL)
     typed, kept, ranges = shaped, tuple(keep_float32), None
     if precision == "float16" and calibration is not None:
         from quartermap_deploy.exporting.ranges import scan_ranges
@@ -168,4 +170,4 @@ def export(
         reports.append(report)
     lowered = lower(typed)
     onnx.checker.check_model(lowered, full_check=True)
-    return Export(lowered, traced, shaped, pruned, tuple(reports), ranges)
+    return Export(lowered, traced, shaped, pruned, (*traced.reports, *reports), ranges)

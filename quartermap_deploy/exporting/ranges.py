@@ -6,7 +6,7 @@ images may bring it over. bfloat16 reaches as far as float32, so that its limit 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,7 @@ class RangeReport:
 
 def scan_ranges(
     model: onnx.ModelProto,
-    images: NDArray[np.float32],
+    calibration: Mapping[str, NDArray[Any]],
     precision: str = "float16",
     *,
     factor: float = FACTOR,
@@ -79,41 +79,49 @@ def scan_ranges(
     What happens inside the scans is not looked at; it is float32 in every precision.
 
     Args:
-        model: float32, with the bodies of its scans and the types of its values; its first input takes the images.
-        images: (N, channels, height, width), prepared for the model.
+        model: float32, with the bodies of its scans and the types of its values.
+        calibration: for each input, by name, N entries on its first axis.
         precision: the 16-bit type whose limit counts.
         factor: how far below the limit values are named.
         batch: images in one run, where the model leaves the batch size open.
         progress: told about the steps.
 
     Raises:
-        InputError: if there are no images.
+        InputError: if there is nothing to calibrate on.
         UnknownNameError: if there is no such precision.
     """
     from quartermap_deploy.targets.onnxruntime_cpu import inference_session
 
     kind = element_type(precision)
-    if len(images) == 0:
+    inputs = [value.name for value in model.graph.input if value.name in calibration]
+    count = min((len(calibration[name]) for name in inputs), default=0)
+    if count == 0:
         raise InputError("the range scan needs at least one image")
-    feed = model.graph.input[0]
-    first = feed.type.tensor_type.shape.dim[0]
-    size = first.dim_value or min(batch, len(images))
-    # A last batch that is too small is filled up with images that were seen.
+    first = model.graph.input[0].type.tensor_type.shape.dim[0]
+    size = first.dim_value or min(batch, count)
+    # A last batch that is too small is filled up with what was seen.
     batches = [
-        np.resize(images[i : i + size], (size, *images.shape[1:])) for i in range(0, len(images), size)
+        {
+            name: np.resize(array[start : start + size], (size, *array.shape[1:]))
+            if array.ndim and len(array) == count
+            else array
+            for name, array in calibration.items()
+        }
+        for start in range(0, count, size)
     ]
     names = _float_values(model)
-    largest = dict.fromkeys([feed.name, *names], 0.0)
-    largest[feed.name] = float(np.abs(images).max())
-    groups = list(_groups(model, names, batches[0].shape))
+    largest = dict.fromkeys([*inputs, *names], 0.0)
+    for name in inputs:
+        largest[name] = _largest(np.asarray(calibration[name], np.float32))
+    groups = list(_groups(model, names, batches[0][inputs[0]].shape))
     with progress.step("looking at the range of every value", len(groups) * len(batches)) as advance:
         for group in groups:
             session = inference_session(_with_outputs(model, group).SerializeToString())
             for part in batches:
-                for name, value in zip(group, session.run(list(group), {feed.name: part}), strict=True):
+                for name, value in zip(group, session.run(list(group), part), strict=True):
                     largest[name] = max(largest[name], _largest(value))
                 advance(1)
-    return RangeReport(precision, kind.largest, factor, len(images), largest)
+    return RangeReport(precision, kind.largest, factor, count, largest)
 
 
 def _largest(value: NDArray[np.float32]) -> float:

@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quartermap_deploy.cli.common import size_text
 from quartermap_deploy.report.markup import Html, element
+from quartermap_deploy.tables.words import size_text
 
 _LARGEST, _SMALLEST = 60.0, 8.0
 """Pixels of a side, of the model's largest map and of maps too small to be seen."""

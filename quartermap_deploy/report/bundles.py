@@ -5,15 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from quartermap_deploy.cli.common import (
-    count_text,
-    error_text,
-    plan_text,
-    ranges,
-    size_text,
-    weights_text,
-    worst_error,
-)
 from quartermap_deploy.report.blockmap import block_map
 from quartermap_deploy.report.charts import (
     Point,
@@ -23,6 +14,15 @@ from quartermap_deploy.report.charts import (
     logarithmic_axis,
 )
 from quartermap_deploy.report.parts import Figure, Heading, Note, Part, Section, Table
+from quartermap_deploy.tables.words import (
+    count_text,
+    error_text,
+    plan_text,
+    ranges,
+    size_text,
+    weights_text,
+    worst_error,
+)
 
 if TYPE_CHECKING:
     from quartermap_deploy.bundle import Bundle

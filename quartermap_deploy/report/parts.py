@@ -1,7 +1,7 @@
 """What a report is made of: sections of tables, figures and notes, before anything decides how they are written.
 
 The page writes them as HTML, `markdown` writes tables as Markdown. Cells are plain text, set to the right where the
-heading begins with ">", as in `cli.common.table`.
+heading begins with ">", as in `tables.layout.table`.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quartermap_deploy.cli.common import ranges
 from quartermap_deploy.report.charts import Point, Series, chart, linear_axis, root_axis
 from quartermap_deploy.report.parts import Figure
+from quartermap_deploy.tables.words import ranges
 
 SPEED = "speed, relative to the unpruned model"
 STYLES = (("circle", "a"), ("diamond", "b"), ("square", "c"), ("triangle", "d"), ("star", "quiet"))

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from quartermap_deploy.cli import ablate, bench, compare, tune
-from quartermap_deploy.cli.common import ranges
 from quartermap_deploy.errors import ReportError
 from quartermap_deploy.report.parts import Heading, Note, Part, Section, Table, from_rich, left_out
 from quartermap_deploy.report.plots import ablation_plot, comparison_plot, search_plots
+from quartermap_deploy.tables import ablation, comparison, search, timing
+from quartermap_deploy.tables.words import ranges
 
 Values: TypeAlias = Mapping[str, Any]
 
@@ -181,7 +181,7 @@ def _bench_parts(results: Sequence[Result]) -> list[Part]:
         for result in results
         for part in (
             Heading(f"{result.name}: quartermap bench"),
-            from_rich(bench.result_table(result.values)),
+            from_rich(timing.result_table(result.values)),
         )
     ]
 
@@ -191,7 +191,7 @@ def _compare_parts(results: Sequence[Result]) -> list[Part]:
     for result in results:
         parts += [
             Heading(f"{result.name}: quartermap compare"),
-            *shown(compare.tables(result.values)),
+            *shown(comparison.tables(result.values)),
             *comparison_plot(result.values),
             Note(measured_on(result.values)),
         ]
@@ -204,7 +204,7 @@ def _ablate_parts(results: Sequence[Result]) -> list[Part]:
         parts += [
             Heading(f"{result.name}: quartermap ablate"),
             *ablation_plot(result.values),
-            *shown(ablate.tables(result.values)),
+            *shown(ablation.tables(result.values)),
             Note(measured_on(result.values)),
         ]
     return parts
@@ -218,9 +218,9 @@ def _tune_parts(results: Sequence[Result]) -> list[Part]:
             Heading(f"{result.name}: quartermap tune"),
             Note(search_text(values)),
             *search_plots(values),
-            from_rich(tune.fixed_table(values)),
-            from_rich(tune.front_table(values), folded=True),
-            from_rich(tune.sensitivity_table(values), folded=True),
+            from_rich(search.fixed_table(values)),
+            from_rich(search.front_table(values), folded=True),
+            from_rich(search.sensitivity_table(values), folded=True),
         ]
     return parts
 

@@ -21,7 +21,7 @@ class ServeOptions:
     Attributes:
         target: one of the bundle's targets; None for its default.
         name: what clients call the model; None takes the name of its card.
-        labels: a file with the name of a class on each line; None names them by numbers.
+        labels: a file with the name of a class on each line, or a set of `data/labels.py`; None takes the card's.
         host: address to listen at.
         port: for HTTP; 0 takes a free one.
         grpc_port: for gRPC; 0 takes a free one.

@@ -77,7 +77,7 @@ def make_plan(bundle: Bundle, options: ServeOptions) -> Plan:
     if options.queue < batch:
         raise ServeError(f"a queue of {options.queue} images holds no batch of {batch}; make it longer")
     properties = provenance(bundle, target)
-    labels = read_labels(options.labels, manifest["output"]["shape"][1])
+    labels = read_labels(options.labels, manifest["output"]["shape"][1], card.labels)
     inputs, outputs = _specs(manifest["input"], target), _specs(manifest["output"], target)
     delay = options.max_delay
     cores = default_threads()

@@ -1,1 +1,1 @@
-"""Where models come from, and how code that is not ours runs here."""
+"""Where models come from: cards, and modules of the user's. Each becomes a `SourceModel`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,8 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quartermap_deploy.frontend.node_names import block_output, scan_name
 from quartermap_deploy.pruning.scan_call import PrunedScans
+from quartermap_deploy.sources.description import SourceBlock
 from quartermap_deploy.sources.signature import Signature, as_tensors
-from quartermap_deploy.sources.source_model import SourceBlock
+from quartermap_deploy.tensor_info import TensorInfo
 
 Keep = Callable[[str, Tensor], None]
 """Takes the name of a part and what it returned."""
@@ -35,6 +36,7 @@ class Reference:
 
     Attributes:
         module: the module, in eval mode. Modules whose scans know plans are pruned themselves.
+        inputs: what it takes.
         blocks: its blocks.
         signature: how it is called.
         running: a context in which its forward runs.
@@ -43,6 +45,7 @@ class Reference:
     """
 
     module: nn.Module
+    inputs: tuple[TensorInfo, ...]
     blocks: tuple[SourceBlock, ...]
     signature: Signature
     running: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
@@ -106,8 +109,8 @@ class Reference:
 class _Parts(TorchDispatchMode):
     """While open, what scans and blocks return is kept, blocks hand on what is followed, and scans are pruned.
 
-    Blocks are seen by forward hooks. A scan is a call of a torch operator in the middle of its block, so it is seen where
-    torch dispatches operators.
+    Blocks are seen by forward hooks. A scan is a call of a torch operator in the middle of its block, so it is seen
+    where torch dispatches operators.
     """
 
     def __init__(
@@ -135,7 +138,7 @@ class _Parts(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         for handle in self._handles:
             handle.remove()
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def _enter(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any) -> None:

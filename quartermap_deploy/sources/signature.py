@@ -96,7 +96,9 @@ def input_names(module: nn.Module, example: Any) -> tuple[str, ...]:
     count = 1 if isinstance(example, Tensor) else len(example)
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     try:
-        parameters = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds]
+        parameters = [
+            p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds
+        ]
     except (TypeError, ValueError):
         parameters = []
     names = parameters[:count]

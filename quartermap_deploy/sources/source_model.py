@@ -7,103 +7,22 @@ Everything after it in the pipeline (export, passes, targets, parity, golden fil
 from __future__ import annotations
 
 import abc
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
+
+from quartermap_deploy.data.preprocessing import Preprocessing
+from quartermap_deploy.pruning.orders import ScanOrder
+from quartermap_deploy.pruning.plan import QuarterMap
+from quartermap_deploy.sources.description import Feeds, Pictures, SourceBlock, WeightsOrigin
+from quartermap_deploy.sources.reference import Reference
+from quartermap_deploy.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnx
     import torch
-    from numpy.typing import NDArray
 
-    from quartermap_deploy.data.preprocessing import Preprocessing
     from quartermap_deploy.passes.base import PassReport
-    from quartermap_deploy.pruning.orders import ScanOrder
-    from quartermap_deploy.pruning.plan import QuarterMap
-    from quartermap_deploy.sources.reference import Reference
-
-Task = Literal["classification", "segmentation", "features", "image", "other"]
-TASKS: tuple[str, ...] = get_args(Task)
-"""What the outputs of a model are: logits of classes, logits of classes at every position, feature maps, an image, or
-something else."""
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One input or output of a model.
-
-    Attributes:
-        name: by which it is fed or read.
-        shape: size of each axis; an open axis is a string, such as "batch".
-        type: element type, by NumPy's name.
-    """
-
-    name: str
-    shape: tuple[int | str, ...]
-    type: str = "float32"
-
-    @property
-    def is_image(self) -> bool:
-        """Whether it can hold images: (batch, 1, 3 or 4 channels, height, width) of floating-point numbers."""
-        return len(self.shape) == 4 and self.shape[1] in (1, 3, 4) and self.type.startswith("float")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return {"name": self.name, "shape": list(self.shape), "type": self.type}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TensorInfo:
-        """Read what `to_dict` wrote."""
-        return cls(str(values["name"]), tuple(values["shape"]), str(values["type"]))
-
-
-@dataclass(frozen=True)
-class SourceBlock:
-    """A block: what a QuarterMap plan selects as one.
-
-    Attributes:
-        index: its number, from 1 over the whole network.
-        stage: number of its stage, from 1.
-        path: path of its module; empty if that is the model itself.
-        calls: how often one run of the model calls it.
-    """
-
-    index: int
-    stage: int
-    path: str
-    calls: int = 1
-
-    @property
-    def title(self) -> str:
-        """For messages: number and module path."""
-        return f"block {self.index} ({self.path})" if self.path else f"block {self.index}"
-
-
-@dataclass(frozen=True)
-class WeightsOrigin:
-    """Where the weights of a model come from.
-
-    Attributes:
-        source: "checkpoint" for a file that was given, "included" for the one that comes with the package, "new" for
-            newly initialised ones, "given" for those that the user's module had.
-        new_head: whether the last layer is newly initialised.
-        file: name of the file, or None.
-        sha256: its hash, or None.
-        notes: what has to be said about loading it, such as keys that were left out.
-    """
-
-    source: Literal["checkpoint", "included", "new", "given"]
-    new_head: bool = False
-    file: str | None = None
-    sha256: str | None = None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def trained(self) -> bool:
-        """Whether all weights are trained, as far as this package can know."""
-        return self.source != "new" and not self.new_head
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +70,11 @@ class SourceModel(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def kind(self) -> str:
+        """Where it comes from: "card", "architecture" or "module"."""
+
+    @property
+    @abc.abstractmethod
     def blocks(self) -> tuple[SourceBlock, ...]:
         """Its blocks, in the order of the network."""
 
@@ -175,12 +99,28 @@ class SourceModel(abc.ABC):
         """
 
     @abc.abstractmethod
-    def cases(self, images: NDArray[np.float32] | None) -> dict[str, dict[str, NDArray[Any]]]:
+    def cases(self, pictures: Pictures | None) -> dict[str, Feeds]:
         """The inputs that parity is checked on, by the name of the case and of the input.
 
         Args:
-            images: real images, prepared; None takes what the model came with.
+            pictures: gives real images; None takes what the model came with.
         """
+
+    def image_preprocessing(self, item: TensorInfo) -> Preprocessing:
+        """How a picture becomes this input: as the model says, or else scaled to about -2…2.
+
+        Args:
+            item: an input that can hold images.
+        """
+        channels = int(item.shape[1])
+        height, width = self.example_shapes[item.name][2:]
+        if self.preprocessing is not None and self.preprocessing.channels == channels:
+            return self.preprocessing.with_size(height, width)
+        color: Any = {1: "grey", 3: "rgb", 4: "rgba"}[channels]
+        size = (height, width)
+        return Preprocessing(
+            size, "stretch", size, "bilinear", (0.5,) * channels, (0.25,) * channels, color=color
+        )
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -198,10 +138,6 @@ class SourceModel(abc.ABC):
         """For each input, sizes that fit; overridden where open axes have an example."""
         return {item.name: tuple(2 if isinstance(s, str) else s for s in item.shape) for item in self.inputs}
 
-    def replace(self, **changes: Any) -> SourceModel:
-        """Return the same model with other attributes."""
-        return dataclasses.replace(self, **changes)
-
     def selected(self, plan: QuarterMap | None) -> tuple[int, ...]:
         """The blocks that a plan prunes.
 
@@ -209,8 +145,3 @@ class SourceModel(abc.ABC):
             PlanError: if the plan does not fit the model.
         """
         return () if plan is None else plan.select(self.depths)
-
-
-def find_block(blocks: Sequence[SourceBlock], index: int) -> SourceBlock:
-    """The block of a number."""
-    return next(block for block in blocks if block.index == index)

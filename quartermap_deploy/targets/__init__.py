@@ -12,27 +12,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from quartermap_deploy.errors import UnknownNameError
 from quartermap_deploy.progress import SILENT, Progress
+from quartermap_deploy.targets.session import Session
 
 if TYPE_CHECKING:
     from quartermap_deploy.targets.tensorrt.options import EngineOptions
+
+__all__ = ["DEFAULT", "ENGINE_TARGETS", "Session", "Target", "Wanted", "list_targets", "load_target"]
 
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
 """Targets that need an engine of their own beside the portable model."""
 _MODULES = {"onnxruntime": "onnxruntime_cpu", "tensorrt": "tensorrt.target", "tensorrt-rtx": "tensorrt.rtx"}
 DEFAULT = "onnxruntime"
-
-
-class Session(Protocol):
-    """A model that is ready to run."""
-
-    def run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return logits, (batch, num_classes), for images (batch, channels, height, width)."""
-        ...
 
 
 class Wanted(Protocol):
@@ -62,7 +54,7 @@ class Target(Protocol):
         directory: Path,
         options: EngineOptions | None = None,
         *,
-        examples: Sequence[Sequence[int]] = (),
+        examples: Sequence[Mapping[str, Sequence[int]]] = (),
         progress: Progress = SILENT,
     ) -> dict[str, Any]:
         """Write what the target needs into `directory` and return its entry for the manifest."""

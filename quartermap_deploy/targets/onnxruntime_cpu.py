@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from quartermap_deploy.errors import BundleError, InputError
 from quartermap_deploy.machine import all_cores, usable_cores
 from quartermap_deploy.progress import SILENT, Progress
+from quartermap_deploy.size_rules import SizeRules
+from quartermap_deploy.targets.session import Session, check_feeds
+from quartermap_deploy.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
     from quartermap_deploy.targets.tensorrt.options import EngineOptions
@@ -23,69 +25,48 @@ PRECISIONS = ("float32", "float16")
 THREADS_VARIABLE = "QUARTERMAP_THREADS"
 
 
-class OnnxRuntimeSession:
+class OnnxRuntimeSession(Session):
     """A model in ONNX Runtime's CPU provider."""
 
-    def __init__(self, model: Path | bytes, threads: int | None = None) -> None:
+    def __init__(self, model: Path | bytes, threads: int | None = None, rules: Sequence[str] = ()) -> None:
         """Load a model.
 
         Args:
             model: its file, or its serialised bytes.
             threads: threads for one operator; None takes the environment variable QUARTERMAP_THREADS, or else all
                 cores.
+            rules: what the sizes of its inputs must fulfil; see `size_rules`.
 
         Raises:
             BundleError: if ONNX Runtime refuses the model.
         """
         self._session = inference_session(model, threads)
-        self._input = self._session.get_inputs()[0]
-        self._type = np.dtype(np.float16 if self._input.type == "tensor(float16)" else np.float32)
+        self.inputs = tuple(_info(value) for value in self._session.get_inputs())
+        self.outputs = tuple(_info(value) for value in self._session.get_outputs())
+        self._rules = SizeRules(rules)
 
-    def run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return logits, (batch, num_classes), for images (batch, channels, height, width).
+    def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run the model on one batch, given and returned by name.
 
-        Both are float32, or float16 where the model was exported with io = "same".
+        Floating-point values are float32, or float16 where the model was exported with io = "same".
 
         Raises:
-            InputError: if the images have another type or shape than the model takes.
+            InputError: if an input is missing, unknown, or of another type or shape than the model takes.
         """
-        self._check(images)
-        logits: NDArray[np.float32] = self._session.run(None, {self._input.name: images})[0]
-        return logits
-
-    @property
-    def input_type(self) -> np.dtype[Any]:
-        """The element type of the images that the model takes."""
-        return self._type
-
-    def _check(self, images: NDArray[np.float32]) -> None:
-        expected = tuple(self._input.shape)
-        fits = (
-            isinstance(images, np.ndarray)
-            and images.dtype == self._type
-            and images.ndim == len(expected)
-            and images.shape[0] > 0
-            and all(
-                not isinstance(size, int) or size == own
-                for size, own in zip(expected, images.shape, strict=True)
-            )
-        )
-        if not fits:
-            raise InputError(
-                f"the model takes images of shape {expected} and {self._type}, found {_described(images, self._type)}"
-            )
+        check_feeds(self.inputs, feeds)
+        self._rules.check({name: array.shape for name, array in feeds.items()})
+        found = self._session.run(None, dict(feeds))
+        return {item.name: value for item, value in zip(self.outputs, found, strict=True)}
 
 
-def _described(images: object, expected: np.dtype[Any]) -> str:
-    """What was given instead of images, and how to mend it."""
-    if not isinstance(images, np.ndarray):
-        mend = f'np.asarray(images, dtype="{expected}") makes an array of it'
-        return f"a {type(images).__name__}; {mend}, if the values are prepared as the model's card says"
-    found = f"{images.shape} of {images.dtype}"
-    if images.dtype != expected and np.issubdtype(images.dtype, np.floating):
-        return f'{found}; convert them with images.astype("{expected}")'
-    # Whole numbers are pixels that nobody has normalised: another type alone would not make an input of them.
-    return f"{found}; prepare images as the model's card says"
+_TYPES = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(bool)": "bool"}
+
+
+def _info(value: Any) -> TensorInfo:
+    """What ONNX Runtime says of an input or output."""
+    kind = _TYPES.get(value.type, str(value.type).removeprefix("tensor(").removesuffix(")"))
+    shape = tuple(size if isinstance(size, int) else size or "any" for size in value.shape)
+    return TensorInfo(value.name, shape, kind)
 
 
 def inference_session(model: Path | bytes, threads: int | None = None, *, profile: Path | None = None) -> Any:
@@ -152,7 +133,7 @@ def build(
     directory: Path,
     options: EngineOptions | None = None,
     *,
-    examples: Sequence[Sequence[int]] = (),
+    examples: Sequence[Mapping[str, Sequence[int]]] = (),
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Nothing has to be written: the portable model is loaded as it is. Returns the manifest entry."""
@@ -174,4 +155,4 @@ def open(
     bundle_path: Path, entry: Mapping[str, Any], *, plugin: Path | None = None, built_here: bool = False
 ) -> OnnxRuntimeSession:
     """Return a session for the bundle's portable model, which has no plugin and no code of its own."""
-    return OnnxRuntimeSession(Path(bundle_path) / entry["file"])
+    return OnnxRuntimeSession(Path(bundle_path) / entry["file"], rules=entry.get("size_rules", ()))

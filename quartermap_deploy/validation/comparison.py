@@ -5,7 +5,6 @@ The function returned by `relative_to_largest` is a compare function for polygra
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quartermap_deploy.frontend.node_names import read_name
 from quartermap_deploy.validation.tolerances import Tolerance
 
 
@@ -91,8 +91,8 @@ def compare_output(
 
 def block_of(output: str) -> int | None:
     """The block whose scan or output this is, or None if it is neither."""
-    match = re.fullmatch(r"block_(\d+)(/scan)?", output)
-    return int(match.group(1)) if match else None
+    name = read_name(output)
+    return None if name is None else name.block
 
 
 def relative_to_largest(tolerance: Tolerance) -> Callable[[Mapping[str, Any], Mapping[str, Any]], Any]:

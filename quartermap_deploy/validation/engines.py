@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 NO_GOLDEN = "the bundle has no golden inputs that a profile of the engine takes"
 
 
-def golden_parity(folder: Path, session: Session, name: str, precision: str) -> ParityReport:
-    """Run a session on a bundle's golden inputs and compare its logits with the golden outputs.
+def golden_parity(
+    folder: Path, cases: Sequence[str], session: Session, name: str, precision: str
+) -> ParityReport:
+    """Run a session on a bundle's golden inputs and compare its outputs with the golden ones.
 
     Args:
         folder: the bundle.
+        cases: names of the golden cases, as its manifest lists them.
         session: what to run.
         name: what to call it.
         precision: element type of the bundle, by which the tolerance is chosen.
@@ -35,21 +38,20 @@ def golden_parity(folder: Path, session: Session, name: str, precision: str) -> 
     """
     from quartermap_deploy.validation.golden import read_golden
 
-    cases, outputs = read_golden(folder)
-    return _compared(cases, outputs, session, name, precision)
+    inputs, outputs = read_golden(folder, cases)
+    return _compared(inputs, outputs, session, name, precision)
 
 
 def _compared(
     cases: Mapping[str, Any], outputs: list[dict[str, Any]], session: Session, name: str, precision: str
 ) -> ParityReport:
-    from quartermap_deploy.frontend.exporter import INPUT
     from quartermap_deploy.validation.golden import golden_runner
     from quartermap_deploy.validation.parity import check_parity
     from quartermap_deploy.validation.runners import SessionRunner
     from quartermap_deploy.validation.tolerances import tolerance_for
 
     runner = SessionRunner(session, name)
-    return check_parity(golden_runner(outputs), runner, cases, INPUT, tolerance_for(precision))
+    return check_parity(golden_runner(outputs), runner, cases, tolerance_for(precision))
 
 
 def prove_engine(
@@ -58,12 +60,13 @@ def prove_engine(
     folder: Path,
     entry: Mapping[str, Any],
     precision: str,
+    golden: Sequence[str],
     *,
     advice: Callable[[], str],
     plugin: Path | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Run an engine that this process has just built, if it can be run on this machine, and compare its logits.
+    """Run an engine that this process has just built, if it can be run on this machine, and compare its outputs.
 
     Args:
         name: of the target.
@@ -71,6 +74,7 @@ def prove_engine(
         folder: the bundle, with its golden files, which may be a draft.
         entry: what the target's `build` returned.
         precision: element type of the bundle.
+        golden: names of the golden cases.
         advice: says what to do, in one sentence, where the engine departs.
         plugin: the plugin library that the engine was built with, if any was named.
         progress: told about the step.
@@ -84,7 +88,7 @@ def prove_engine(
     """
     if (reason := target.cannot_run(entry)) is not None:
         return _not_run(reason)
-    cases, outputs = _taken(folder, entry)
+    cases, outputs = _taken(folder, entry, golden)
     if not cases:
         return _not_run(NO_GOLDEN)
     with progress.step(f"running the engine for {name}"):
@@ -107,7 +111,9 @@ def _not_run(reason: str) -> dict[str, Any]:
     return {"run": False, "not_run": reason, "parity": None}
 
 
-def _taken(folder: Path, entry: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _taken(
+    folder: Path, entry: Mapping[str, Any], golden: Sequence[str]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The golden cases that a profile of the engine takes, and their outputs; none where there are no golden files."""
     from quartermap_deploy.targets.tensorrt.options import EngineOptions
     from quartermap_deploy.validation.golden import INPUTS_FILE, read_golden
@@ -115,14 +121,16 @@ def _taken(folder: Path, entry: Mapping[str, Any]) -> tuple[dict[str, Any], list
     if not (folder / INPUTS_FILE).is_file():
         return {}, []
     profiles = EngineOptions.from_dict(entry["options"]).profiles
-    (shape,) = entry["inputs"].values()
-    cases, outputs = read_golden(folder)
+    cases, outputs = read_golden(folder, golden)
     kept = [
-        (name, images, output)
-        for (name, images), output in zip(cases.items(), outputs, strict=True)
-        if any(profile.takes(images.shape, shape) for profile in profiles)
+        (name, feeds, output)
+        for (name, feeds), output in zip(cases.items(), outputs, strict=True)
+        if any(
+            all(profile.takes(feeds[own].shape, shape) for own, shape in entry["inputs"].items())
+            for profile in profiles
+        )
     ]
-    return {name: images for name, images, _ in kept}, [output for *_, output in kept]
+    return {name: feeds for name, feeds, _ in kept}, [output for *_, output in kept]
 
 
 def engine_runner(

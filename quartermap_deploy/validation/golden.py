@@ -11,7 +11,7 @@ import base64
 import io
 import json
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,37 +19,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quartermap_deploy.errors import BundleError
-from quartermap_deploy.frontend.exporter import INPUT, OUTPUT
 from quartermap_deploy.validation.parity import quiet_polygraphy
 
 if TYPE_CHECKING:
     from polygraphy.backend.base import BaseRunner
 
-    from quartermap_deploy.architectures.base import VisualStateSpaceModel
+    from quartermap_deploy.sources.reference import Reference
 
 INPUTS_FILE, OUTPUTS_FILE = "inputs.json", "golden_outputs.json"
-CASES = ("images", "single image", "zeros")
-"""Cases whose logits have an ordinary scale, so that polygraphy's own tolerances, 1e-5, fit them."""
+CASES = ("images", "single image", "example", "single example", "zeros")
+"""Cases whose outputs have an ordinary scale, so that polygraphy's own tolerances, 1e-5, fit them."""
+
+
+def golden_cases(cases: Mapping[str, Mapping[str, NDArray[Any]]]) -> dict[str, dict[str, NDArray[Any]]]:
+    """The cases that golden files are made from: those named in `CASES`."""
+    return {name: dict(feeds) for name, feeds in cases.items() if name in CASES}
 
 
 def write_golden(
-    directory: Path, model: VisualStateSpaceModel, cases: Mapping[str, NDArray[np.float32]]
+    directory: Path, reference: Reference, cases: Mapping[str, Mapping[str, NDArray[Any]]]
 ) -> None:
     """Write both files. The outputs are computed by PyTorch in float64, so that they are nobody's rounding.
 
+    A module that is not ours is computed in float32, and its scans in float64.
+
     Args:
         directory: where to.
-        model: the reference, pruned as the plan says.
-        cases: input batches by name; those named in `CASES` are kept.
+        reference: the model, pruned as the plan says.
+        cases: for each case, by its name, an array for each input; those named in `CASES` are kept.
     """
     from polygraphy.comparator import RunResults
     from polygraphy.json import save_json
 
     from quartermap_deploy.validation.runners import TorchRunner
 
-    feeds = [{INPUT: cases[name]} for name in CASES]
+    feeds = list(golden_cases(cases).values())
     with quiet_polygraphy():
-        with TorchRunner(model, blocks=False, double=True) as runner:
+        with TorchRunner(reference, blocks=False, double=True) as runner:
             outputs = [runner.infer(feed) for feed in feeds]
         results = RunResults()
         results.add(outputs, runner_name="pytorch-float64")
@@ -57,21 +63,35 @@ def write_golden(
         results.save(str(directory / OUTPUTS_FILE))
 
 
-def read_golden(directory: Path) -> tuple[dict[str, NDArray[np.float32]], list[dict[str, NDArray[Any]]]]:
-    """Read both files: inputs by case, and the outputs in the same order.
+def read_golden(
+    directory: Path, names: Sequence[str]
+) -> tuple[dict[str, dict[str, NDArray[Any]]], list[dict[str, NDArray[Any]]]]:
+    """Read both files: inputs by case and name, and the outputs by name in the same order.
 
     Not by polygraphy, whose reader imports torch where it is installed.
 
+    Args:
+        directory: the bundle.
+        names: of the cases, in order, as the manifest lists them.
+
     Raises:
-        BundleError: if they cannot be read.
+        BundleError: if they cannot be read, or are of other cases.
     """
     try:
         feeds, results = (
             json.loads((directory / name).read_text(encoding="utf-8")) for name in (INPUTS_FILE, OUTPUTS_FILE)
         )
         ((_, iterations),) = results["lst"]
-        outputs = [{OUTPUT: _array(iteration["outputs"][OUTPUT])} for iteration in iterations]
-        return {name: _array(feed[INPUT]) for name, feed in zip(CASES, feeds, strict=True)}, outputs
+        inputs = {
+            name: {key: _array(value) for key, value in feed.items()}
+            for name, feed in zip(names, feeds, strict=True)
+        }
+        outputs = [
+            {name: _array(value) for name, value in iteration["outputs"].items()} for iteration in iterations
+        ]
+        if len(outputs) != len(inputs):
+            raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs")
+        return inputs, outputs
     except Exception as error:
         raise BundleError(
             f"the golden files in {directory} cannot be read: {' '.join(str(error).split())}"

@@ -7,27 +7,23 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from quartermap_deploy.architectures.cards import ModelCard
+from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.errors import InputError
 
 COUNT = 2
-LARGE = 1000.0
-"""Factor of the case "large": far beyond any normalised pixel, and still far from the limits of float32."""
-
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def real_images(
-    card: ModelCard, size: tuple[int, int], folder: Path | None = None, count: int = COUNT
+    preprocessing: Preprocessing, folder: Path | None = None, count: int = COUNT, *, digits: bool = False
 ) -> NDArray[np.float32]:
-    """Images prepared as the card says.
+    """Real images, prepared for a model.
 
     Args:
-        card: the model's card.
-        size: (height, width) of the input.
-        folder: where to take images from, in the order of their names; None takes handwritten digits for the model
-            that was trained on them, and two photographs for all others.
+        preprocessing: how.
+        folder: where to take images from, in the order of their names; None takes those that come with scikit-learn.
         count: how many; repeated from the first where there are fewer.
+        digits: without a folder, handwritten digits instead of two photographs.
 
     Returns:
         (count, channels, height, width).
@@ -40,22 +36,12 @@ def real_images(
 
     if folder is not None:
         pictures: list[object] = list(_files(folder)[:count])
-    elif card.weights is not None and "digits" in card.name:
+    elif digits:
         pictures = list(load_digits().held_out.images[:count])
     else:
         pictures = list(sample_photographs().values())
     chosen = [pictures[i % len(pictures)] for i in range(count)]
-    return prepare(chosen, card.preprocessing.with_size(*size))  # type: ignore[arg-type]
-
-
-def parity_cases(images: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-    """The cases by name: the images, the same in another batch size, zeros, and values far out of range."""
-    return {
-        "images": images,
-        "single image": images[:1],
-        "zeros": np.zeros_like(images),
-        "large values": images * np.float32(LARGE),
-    }
+    return prepare(chosen, preprocessing)  # type: ignore[arg-type]
 
 
 def _files(folder: Path) -> list[Path]:

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from polygraphy.backend.base import BaseRunner
 
 from quartermap_deploy.errors import PassError
-from quartermap_deploy.frontend.exporter import INPUT
 from quartermap_deploy.frontend.node_names import block_output
 from quartermap_deploy.passes.cast_precision import block_parts, cast_precision
 from quartermap_deploy.passes.lower import lower
@@ -106,13 +105,12 @@ def localise(
     model: onnx.ModelProto,
     precision: str,
     reference: BaseRunner,
-    cases: Mapping[str, NDArray[np.float32]],
+    cases: Mapping[str, Mapping[str, NDArray[Any]]],
     tolerance: Tolerance,
     *,
     keep_float32: Iterable[str] = (),
     blocks_float32: Iterable[int] = (),
     runner: Callable[[onnx.ModelProto], BaseRunner] | None = None,
-    input_name: str = INPUT,
     progress: Progress = SILENT,
 ) -> LocaliseReport:
     """Find the block whose return to float32 brings a 16-bit model back within its tolerance.
@@ -121,13 +119,12 @@ def localise(
         model: the float32 model after the QuarterMap passes, without bodies, as `Export.float32` has it.
         precision: the 16-bit type.
         reference: a polygraphy runner with the outputs that are right.
-        cases: input batches by name.
+        cases: for each case, by its name, an array for each input.
         tolerance: what counts as equal.
         keep_float32: what is kept in float32 anyway, as for `cast_precision`.
         blocks_float32: blocks that are kept in float32 anyway.
         runner: makes the runner of a typed model with bodies; None takes ONNX Runtime, with every 16-bit value
             rounded.
-        input_name: name of the model's input.
         progress: told about the steps.
 
     Raises:
@@ -155,7 +152,7 @@ def localise(
         )
         # Infinite values are expected here, and polygraphy takes their mean.
         with np.errstate(invalid="ignore"):
-            return check_parity(reference, make(lower(typed)), cases, input_name, tolerance)
+            return check_parity(reference, make(lower(typed)), cases, tolerance)
 
     candidates = [part for part in ([*blocks, AFTER_BLOCKS] if after else blocks) if part not in anyway]
     with progress.step("flipping casts block by block", len(candidates) + 1) as advance:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quartermap_deploy.frontend.node_names import scan_name
+from quartermap_deploy.frontend.node_names import read_name
 from quartermap_deploy.validation.comparison import OutputComparison, block_of, relative_to_largest
 from quartermap_deploy.validation.tolerances import Tolerance
 
@@ -27,12 +27,14 @@ class ParityReport:
         target: what was checked.
         tolerance: what counts as equal.
         cases: for each case, the comparison of each output, in the order of the network.
+        paths: module paths of the blocks, for messages.
     """
 
     reference: str
     target: str
     tolerance: Tolerance
     cases: Mapping[str, Sequence[OutputComparison]]
+    paths: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -88,9 +90,10 @@ class ParityReport:
             where = f"{output.name} departs" + (", though no block does by itself" if judged else "")
         else:
             # A scan that departs takes its block's output along, so it tells more.
-            case, output = next(((c, o) for c, o in own if o.name == scan_name(block)), own[0])
-            place = "in or before its scan" if output.name == scan_name(block) else "behind its scan"
-            where = f"block {block} is the first that departs, {place}"
+            case, output = next(((c, o) for c, o in own if _is_scan(o.name)), own[0])
+            place = "in or before its scan" if _is_scan(output.name) else "behind its scan"
+            path = f" ({self.paths[block]})" if self.paths.get(block) else ""
+            where = f"block {block}{path} is the first that departs, {place}"
         count = sum(len(outputs) for outputs in self.cases.values())
         return (
             f"{self.target} departs from {self.reference} in {len(failures)} of {count} outputs; {where}, on case "
@@ -101,9 +104,9 @@ class ParityReport:
 def check_parity(
     reference: BaseRunner,
     target: BaseRunner,
-    cases: Mapping[str, NDArray[np.float32]],
-    input_name: str,
+    cases: Mapping[str, Mapping[str, NDArray[Any]]],
     tolerance: Tolerance,
+    paths: Mapping[int, str] | None = None,
 ) -> ParityReport:
     """Run two polygraphy runners over the cases and compare their outputs through polygraphy's Comparator.
 
@@ -111,15 +114,15 @@ def check_parity(
         reference: the runner that is right by definition. A `TorchRunner` follows the target, so that every block is
             judged by itself: given its input, does it return the right thing?
         target: the runner to check; it must have every output of the reference.
-        cases: input batches by name.
-        input_name: name of the models' input.
+        cases: for each case, by its name, an array for each input.
         tolerance: what counts as equal.
+        paths: module paths of the blocks, for messages.
     """
     from polygraphy.comparator import Comparator
 
     from quartermap_deploy.validation.runners import TorchRunner
 
-    feeds = [{input_name: images} for images in cases.values()]
+    feeds = [dict(case) for case in cases.values()]
     # Polygraphy takes the mean of what it compares, NaN or not.
     with quiet_polygraphy(), np.errstate(invalid="ignore"):
         found = Comparator.run([target], data_loader=feeds)
@@ -136,7 +139,13 @@ def check_parity(
         target=target.name,
         tolerance=tolerance,
         cases={name: list(result.values()) for name, result in zip(cases, iterations, strict=True)},
+        paths=paths or {},
     )
+
+
+def _is_scan(output: str) -> bool:
+    name = read_name(output)
+    return name is not None and name.scan
 
 
 @contextlib.contextmanager

@@ -1,16 +1,14 @@
 """Polygraphy runners: the PyTorch reference, a target's session, and ONNX Runtime with every scan and every block.
 
-The outputs beside the logits are `block_<i>/scan`, what the selective scan of block i returns, and `block_<i>`, what
-leaves the block. A pruned scan returns the smaller map, before it is restored.
+The outputs beside the model's own are `block_<i>/scan`, what the selective scan of block i returns, and `block_<i>`,
+what leaves the block. A pruned scan returns the smaller map, before it is restored.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,38 +17,36 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
 
-from quartermap_deploy.frontend.exporter import INPUT, OUTPUT
-from quartermap_deploy.frontend.node_names import block_output, scan_name
-from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D
+from quartermap_deploy.frontend.node_names import read_name
+from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN, SELECTIVE_SCAN_2D
 from quartermap_deploy.targets import Session
 from quartermap_deploy.targets.onnxruntime_cpu import inference_session
 
 if TYPE_CHECKING:
     import onnx
-    import torch
 
-    from quartermap_deploy.architectures.base import VisualStateSpaceModel
+    from quartermap_deploy.sources.reference import Reference
 
 
 class TorchRunner(BaseRunner):  # type: ignore[misc]
-    """A PyTorch model whose outputs are those of every scan and block, in the order of the network, and the logits."""
+    """The PyTorch reference: the outputs of every scan and block, in the order of the network, then its own."""
 
-    def __init__(self, model: VisualStateSpaceModel, *, blocks: bool = True, double: bool = False) -> None:
-        """Wrap a model.
+    def __init__(self, reference: Reference, *, blocks: bool = True, double: bool = False) -> None:
+        """Wrap a reference.
 
         Args:
-            model: the model, pruned or not.
+            reference: the model, pruned or not.
             blocks: also return the output of every scan and every block.
-            double: compute in float64 and round the outputs to float32.
+            double: compute in float64 where the model can, and round the outputs to float32.
         """
         super().__init__(name="torch")
-        self._model, self._blocks, self._double = model, blocks, double
+        self._reference, self._blocks, self._double = reference, blocks, double
         self._followed: Iterator[Mapping[str, NDArray[Any]]] = iter(())
 
     def follow(self, outputs: Iterable[Mapping[str, NDArray[Any]]]) -> None:
         """Compute every block from what a target handed to it, so that errors do not add up from block to block.
 
-        That is done in float64. The logits stay those of the model by itself.
+        The outputs stay those of the model by itself.
 
         Args:
             outputs: what the target returned for each of the batches to come. A block's output that is absent, has
@@ -59,110 +55,63 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
         self._followed = iter(outputs)
 
     def get_input_metadata_impl(self) -> Any:
-        """Name and type of the input."""
-        return TensorMetadata().add(INPUT, np.float32, (None, self._model.in_channels, None, None))
+        """Names of the inputs."""
+        metadata = TensorMetadata()
+        for item in self._reference.inputs:
+            metadata.add(item.name, np.dtype(item.type), [None] * len(item.shape))
+        return metadata
 
     def infer_impl(self, feed_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
         """Run the model on one batch."""
-        import torch
-
-        images = torch.from_numpy(np.ascontiguousarray(feed_dict[INPUT]))
-        outputs: OrderedDict[str, Any] = OrderedDict()
-
-        def keep(name: str, value: torch.Tensor) -> None:
-            outputs[name] = value.float().numpy()
-
         followed = next(self._followed, None)
         start = time.perf_counter()
-        with torch.no_grad():
-            if followed is not None:
-                with _recording(wide := _in_float64(self._model), keep, followed):
-                    wide(images.double())
-            model = _in_float64(self._model) if self._double else self._model
-            record = self._blocks and followed is None
-            with _recording(model, keep, {}) if record else contextlib.nullcontext():
-                logits = model(images.double() if self._double else images)
+        outputs: OrderedDict[str, Any] = OrderedDict()
+        if self._blocks:
+            parts = self._reference.run_parts(feed_dict, followed)
+            if followed is not None and self._reference.scans is not None:
+                parts = {name: value for name, value in parts.items() if _is_judged(name, followed)}
+            outputs.update(parts)
+        outputs.update(self._reference.run(feed_dict, double=self._double))
         self.inference_time = time.perf_counter() - start
-        keep(OUTPUT, logits)
         return outputs
 
 
-def _in_float64(model: VisualStateSpaceModel) -> VisualStateSpaceModel:
-    return copy.deepcopy(model).double()
+def _is_judged(name: str, followed: Mapping[str, Any]) -> bool:
+    """Whether a part of a foreign module has to be there in a target.
 
-
-@contextlib.contextmanager
-def _recording(
-    model: VisualStateSpaceModel,
-    keep: Callable[[str, torch.Tensor], None],
-    followed: Mapping[str, NDArray[Any]],
-) -> Iterator[None]:
-    """Give the output of every scan and every block of a model to `keep`, and hand on those that are followed instead.
-
-    Blocks are seen by forward hooks. A scan is a call of the torch operator in the middle of its mixer, so it is seen
-    where torch dispatches operators.
+    Every scan has. A block's output is compared where the graph has it as a value; a recovered scan may have taken it.
     """
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    operator = torch.ops.quartermap.selective_scan_2d.default
-    running: list[int] = []
-
-    class Scans(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-        ) -> Any:
-            result = function(*args, **(kwargs or {}))
-            if function is operator:
-                keep(scan_name(running[-1]), result)
-            return result
-
-    def enter(index: int) -> Callable[..., None]:
-        return lambda module, inputs: running.append(index)
-
-    def leave(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
-        name = block_output(running.pop())
-        keep(name, output)
-        other = followed.get(name)
-        if other is None or other.shape != tuple(output.shape) or not np.isfinite(other).all():
-            return None
-        return torch.tensor(other, dtype=output.dtype)
-
-    handles = [
-        handle
-        for block in model.blocks()
-        for handle in (
-            block.module.register_forward_pre_hook(enter(block.index)),
-            block.module.register_forward_hook(leave),
-        )
-    ]
-    try:
-        with Scans():  # type: ignore[no-untyped-call]
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    own = read_name(name)
+    return own is None or own.scan or name in followed
 
 
 class SessionRunner(BaseRunner):  # type: ignore[misc]
-    """The session of a target, whose only output is the logits."""
+    """The session of a target, which has the outputs of the model and no others."""
 
     def __init__(self, session: Session, name: str) -> None:
         super().__init__(name=name)
         self._session = session
 
     def get_input_metadata_impl(self) -> Any:
-        """Name and type of the input."""
-        return TensorMetadata().add(INPUT, np.float32, (None, None, None, None))
+        """Names and types of the inputs."""
+        metadata = TensorMetadata()
+        for item in self._session.inputs:
+            metadata.add(item.name, np.dtype(item.type), [None] * len(item.shape))
+        return metadata
 
     def infer_impl(self, feed_dict: Mapping[str, Any]) -> OrderedDict[str, Any]:
         """Run the session on one batch."""
-        # A model whose input has 16 bits takes nothing else; the comparison is made in float32.
-        images = feed_dict[INPUT].astype(getattr(self._session, "input_type", np.float32), copy=False)
+        # A model whose inputs have 16 bits takes nothing else; the comparison is made in float32.
+        feeds = {
+            item.name: feed_dict[item.name].astype(item.type, copy=False) for item in self._session.inputs
+        }
         start = time.perf_counter()
-        logits = self._session.run(images)
+        outputs = self._session.infer(feeds)
         self.inference_time = time.perf_counter() - start
-        return OrderedDict({OUTPUT: logits.astype(np.float32, copy=False)})
+        return OrderedDict(
+            (name, value.astype(np.float32, copy=False) if value.dtype == np.float16 else value)
+            for name, value in outputs.items()
+        )
 
 
 def onnxruntime_runner(model: onnx.ModelProto) -> OnnxrtRunner:
@@ -181,10 +130,13 @@ def with_block_outputs(model: onnx.ModelProto) -> onnx.ModelProto:
 
     marked = onnx.ModelProto()
     marked.CopyFrom(model)
+    own = {value.name for value in marked.graph.output}
     scans = {
         node.output[0]: node.name
         for node in marked.graph.node
-        if node.domain == DOMAIN and node.op_type == SELECTIVE_SCAN_2D
+        if node.domain == DOMAIN
+        and node.op_type in (SELECTIVE_SCAN_2D, SELECTIVE_SCAN)
+        and node.output[0] not in own
     }
     for node in marked.graph.node:
         for names in (node.input, node.output):
@@ -196,14 +148,13 @@ def with_block_outputs(model: onnx.ModelProto) -> onnx.ModelProto:
     del marked.graph.value_info[:]
     marked.graph.value_info.extend(kept)
 
-    made = {name for node in marked.graph.node for name in node.output}
-    own = list(marked.graph.output)
+    made = [name for node in marked.graph.node for name in node.output if read_name(name) is not None]
+    outputs = list(marked.graph.output)
     del marked.graph.output[:]
-    index = 1
-    while found := [name for name in (scan_name(index), block_output(index)) if name in made]:
-        marked.graph.output.extend(
-            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in found
-        )
-        index += 1
-    marked.graph.output.extend(own)
+    marked.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        for name in made
+        if name not in own
+    )
+    marked.graph.output.extend(outputs)
     return marked

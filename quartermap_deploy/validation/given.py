@@ -1,0 +1,128 @@
+"""Golden tensors that the user saved where the module runs in its own environment.
+
+PyTorch on this machine computes a foreign scan by our operator, so comparing a graph with it says nothing about our
+reading of the scan. Tensors that the module's own kernels made say it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quartermap_deploy.errors import InputError, ParityError
+from quartermap_deploy.validation.comparison import compare_output
+from quartermap_deploy.validation.tolerances import GIVEN
+
+if TYPE_CHECKING:
+    from quartermap_deploy.sources.modules import ModuleSource
+
+
+@dataclass(frozen=True, eq=False)
+class GivenReference:
+    """What the user saved.
+
+    Attributes:
+        inputs: arrays by the name of the input.
+        outputs: arrays by the name of the output.
+    """
+
+    inputs: dict[str, NDArray[Any]]
+    outputs: dict[str, NDArray[Any]]
+
+    def check(self, model: bytes) -> dict[str, Any]:
+        """Run an unpruned portable model on the inputs, and compare its outputs; returns plain values for the report.
+
+        Raises:
+            ParityError: if one departs by more than the tolerance.
+        """
+        from quartermap_deploy.targets.onnxruntime_cpu import OnnxRuntimeSession
+
+        session = OnnxRuntimeSession(model)
+        found = session.infer(
+            {item.name: self.inputs[item.name].astype(item.type, copy=False) for item in session.inputs}
+        )
+        compared = [
+            compare_output(name, expected, found.get(name), GIVEN.relative)
+            for name, expected in self.outputs.items()
+        ]
+        for output in compared:
+            if not output.passed:
+                raise ParityError(
+                    f"the unpruned graph departs from the given reference at {output.name!r}: {output.detail}. Nothing "
+                    "was written; the graph agrees with PyTorch on this machine, so either the reference was made with "
+                    "other weights, inputs or in another mode (.eval(), no autocast), or a scan of the module means "
+                    "something else than this package reads in it: name it with scans={…}"
+                )
+        return {
+            "passed": True,
+            "tolerance": GIVEN.to_dict(),
+            "outputs": [output.to_dict() for output in compared],
+        }
+
+
+def given_reference(source: ModuleSource, inputs: Any, outputs: Any) -> GivenReference:
+    """Name what the user saved as the module's inputs and outputs are named.
+
+    Args:
+        source: the module.
+        inputs: a tensor or array, a sequence of them in the order of the inputs, or a dictionary.
+        outputs: what the module returned, as it returned it, or a dictionary by the names of the outputs.
+
+    Raises:
+        InputError: if something is missing, unknown, or of another shape than the module takes.
+    """
+    from quartermap_deploy.sources.signature import as_tensors
+
+    names = list(source.signature.inputs)
+    fed = _by_name(inputs, names, "inputs")
+    wanted = list(source.discovery.outputs)
+    if isinstance(outputs, dict) and set(outputs) <= set(wanted):
+        returned = {name: np.asarray(_array(value)) for name, value in outputs.items()}
+    else:
+        flat = source.signature.named(_tensors(outputs))
+        returned = {name: value.detach().cpu().numpy() for name, value in flat.items()}
+    if unknown := [name for name in returned if name not in wanted]:
+        raise InputError(
+            f"the reference has the output {unknown[0]!r}; the module has {', '.join(wanted)}, in this order"
+        )
+    as_tensors(fed)
+    return GivenReference(fed, {name: _float32(array) for name, array in returned.items()})
+
+
+def _by_name(values: Any, names: list[str], what: str) -> dict[str, NDArray[Any]]:
+    if isinstance(values, dict):
+        given = values
+    else:
+        sequence = list(values) if isinstance(values, (list, tuple)) else [values]
+        if len(sequence) != len(names):
+            raise InputError(
+                f"the reference has {len(sequence)} {what}, the module takes {len(names)}: {', '.join(names)}"
+            )
+        given = dict(zip(names, sequence, strict=True))
+    if set(given) != set(names):
+        raise InputError(
+            f"the reference has the {what} {', '.join(sorted(map(str, given)))}; expected {', '.join(names)}"
+        )
+    return {name: _float32(_array(given[name])) for name in names}
+
+
+def _array(value: Any) -> NDArray[Any]:
+    return np.asarray(value.detach().cpu().float() if hasattr(value, "detach") else value)
+
+
+def _tensors(value: Any) -> Any:
+    """The same nest of lists and dictionaries with arrays as tensors."""
+    import torch
+
+    if isinstance(value, dict):
+        return {key: _tensors(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_tensors(item) for item in value]
+    return torch.as_tensor(value) if isinstance(value, np.ndarray) else value
+
+
+def _float32(array: NDArray[Any]) -> NDArray[Any]:
+    return array.astype(np.float32, copy=False) if np.issubdtype(array.dtype, np.floating) else array
