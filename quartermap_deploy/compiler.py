@@ -326,6 +326,7 @@ def load_source(recipe: Recipe) -> SourceModel:
             recipe.model,
             num_classes=recipe.num_classes,
             in_chans=recipe.in_chans,
+            features_only=recipe.features_only,
             checkpoint=recipe.checkpoint,
             input_size=recipe.input_size,
             dynamic_batch=recipe.dynamic_batch,

@@ -66,7 +66,10 @@ else:
 _TABLES: dict[str, dict[str, str]] = {
     "model": {
         "name": "model",
-        **{key: key for key in ("checkpoint", "num_classes", "in_chans", "seed", "task", "labels")},
+        **{
+            key: key
+            for key in ("checkpoint", "num_classes", "in_chans", "features_only", "seed", "task", "labels")
+        },
     },
     "input": {"size": "input_size", "dynamic_batch": "dynamic_batch", "dynamic_size": "dynamic_size"},
     "export": {name: name for name in ("precision", "optimize", "io", "keep_float32", "blocks_float32")},
@@ -87,6 +90,7 @@ class Recipe:
             ones.
         num_classes: size of the output; None takes the checkpoint's or the card's.
         in_chans: channels of the input; None takes the checkpoint's or the card's.
+        features_only: the backbone of a card's model, whose outputs are the maps of its stages.
         task: what the outputs of a module of the user's are; None tells it from their shapes.
         labels: names of the classes: a list, a file, or a set that comes with the package; None takes the card's.
         module: a module of the user's in place of a card, or None.
@@ -111,6 +115,7 @@ class Recipe:
     checkpoint: Path | None = None
     num_classes: int | None = None
     in_chans: int | None = None
+    features_only: bool = False
     task: str | None = None
     labels: str | Path | tuple[str, ...] | None = None
     module: UserModule | None = None
@@ -139,7 +144,16 @@ class Recipe:
             raise RecipeError(f"module = {self.module!r} is no UserModule")
         if self.preprocessing is not None:
             check_keys(self.preprocessing)
-        for name in ("model", "dynamic_batch", "dynamic_size", "precision", "optimize", "io", "seed"):
+        for name in (
+            "model",
+            "features_only",
+            "dynamic_batch",
+            "dynamic_size",
+            "precision",
+            "optimize",
+            "io",
+            "seed",
+        ):
             _checked(name, getattr(self, name), Path())
         for name in ("num_classes", "in_chans", "task"):
             if getattr(self, name) is not None:
@@ -165,6 +179,7 @@ class Recipe:
         """Refuse what belongs to a card in the recipe of a module, and the other way round."""
         if self.module is not None:
             idle = [n for n in ("num_classes", "in_chans", "input_size") if getattr(self, n) is not None]
+            idle += ["features_only"] if self.features_only else []
             if idle:
                 raise RecipeError(
                     f"{idle[0]} is for models of cards; a module of your own gets arguments = {{…}}, and its example "
@@ -342,6 +357,7 @@ _TYPES: dict[str, type] = {
     "model": str,
     "num_classes": int,
     "in_chans": int,
+    "features_only": bool,
     "task": str,
     "dynamic_batch": bool,
     "dynamic_size": bool,

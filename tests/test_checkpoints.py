@@ -24,10 +24,10 @@ from quartermap_deploy.architectures.checkpoint import (
     canonical_state_dict,
     load_checkpoint,
     read_checkpoint,
-    unwrap,
 )
 from quartermap_deploy.architectures.factory import Weights, create_with_weights
 from quartermap_deploy.errors import CheckpointError
+from quartermap_deploy.weights import EMA_WRAPPERS, WRAPPERS, without_prefix
 
 State = dict[str, Tensor]
 
@@ -86,10 +86,10 @@ spellings = st.fixed_dictionaries(
         "four_axes": st.booleans(),
         "numbered_merging": st.booleans(),
         "legacy": st.booleans(),
-        "prefix": st.sampled_from(["", "module.", "_orig_mod.module."]),
+        "prefix": st.sampled_from(["", "module.", "_orig_mod.module.", "model.", "net.", "model.backbone."]),
     }
 )
-wrappers = st.lists(st.sampled_from(["model", "state_dict", "model_ema", "state_dict_ema"]), max_size=3)
+wrappers = st.lists(st.sampled_from([*WRAPPERS, *EMA_WRAPPERS]), max_size=3)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -148,10 +148,10 @@ def test_the_moving_average_is_preferred_unless_asked_otherwise(tmp_path: Path) 
     path = tmp_path / "both.pth"
     torch.save({"model": weights, "model_ema": average}, path)
     key = "classifier.head.weight"
-    assert torch.equal(read_checkpoint(path)[key], average[key])
-    assert torch.equal(read_checkpoint(path, prefer_ema=False)[key], weights[key])
+    assert torch.equal(read_checkpoint(path).state[key], average[key])
+    assert torch.equal(read_checkpoint(path, prefer_ema=False).state[key], weights[key])
     torch.save({"model": weights, "model_ema": None}, path)
-    assert torch.equal(read_checkpoint(path)[key], weights[key])
+    assert torch.equal(read_checkpoint(path).state[key], weights[key])
 
 
 def test_settings_kept_beside_the_weights_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +170,7 @@ def test_settings_kept_beside_the_weights_do_no_harm(tmp_path: Path, monkeypatch
         torch.save(
             {"model": state, "config": config, "args": argparse.Namespace(lr=0.1)}, tmp_path / "full.pth"
         )
-    assert read_checkpoint(tmp_path / "full.pth").keys() == state.keys()
+    assert read_checkpoint(tmp_path / "full.pth").state.keys() == state.keys()
 
 
 def test_training_counters_may_be_missing_or_left_over(tmp_path: Path) -> None:
@@ -347,7 +347,8 @@ def test_two_spellings_of_one_tensor_are_refused() -> None:
 
 
 def test_prefixes_are_taken_off_the_front_only() -> None:
-    assert unwrap({"module.a.module.b": torch.zeros(1)}).keys() == {"a.module.b"}
+    state, prefix = without_prefix({"module.a.module.b": torch.zeros(1)}, "a.module.b".__eq__)
+    assert state.keys() == {"a.module.b"} and prefix == "module."
 
 
 class TestClassCount:

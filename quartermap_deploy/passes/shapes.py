@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import onnx
 
 from quartermap_deploy.errors import PassError
@@ -17,8 +19,41 @@ def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
     Raises:
         PassError: if the graph contradicts itself.
     """
+    inferred = _inferred(_without_large_weights(model))
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    del result.graph.value_info[:]
+    result.graph.value_info.extend(inferred.graph.value_info)
+    return result
+
+
+def infer_shapes_at(model: onnx.ModelProto, sizes: Mapping[str, Sequence[int]]) -> dict[str, onnx.TypeProto]:
+    """Return the type and shape of every value, as far as they are known, at given sizes of the graph's inputs.
+
+    Args:
+        model: the model; not changed.
+        sizes: the shape of each input.
+
+    Raises:
+        PassError: if the graph contradicts itself at these sizes.
+    """
+    skeleton = _without_large_weights(model)
+    # What was inferred for open sizes holds names where there are numbers now.
+    del skeleton.graph.value_info[:]
+    for value in skeleton.graph.input:
+        if value.name in sizes:
+            for dim, size in zip(value.type.tensor_type.shape.dim, sizes[value.name], strict=True):
+                dim.dim_value = size
+    for output in skeleton.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    graph = _inferred(skeleton).graph
+    return {value.name: value.type for value in (*graph.input, *graph.value_info, *graph.output)}
+
+
+def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with inferred shapes; its scans stand as Identity."""
     skeleton = onnx.ModelProto()
-    skeleton.CopyFrom(_without_large_weights(model))
+    skeleton.CopyFrom(model)
     del skeleton.graph.value_info[:]
     for node in skeleton.graph.node:
         if node.domain == DOMAIN and node.op_type in (SELECTIVE_SCAN_2D, SELECTIVE_SCAN):
@@ -26,14 +61,9 @@ def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
             del node.input[1:]
             del node.attribute[:]
     try:
-        inferred = onnx.shape_inference.infer_shapes(skeleton, strict_mode=True, data_prop=True)
+        return onnx.shape_inference.infer_shapes(skeleton, strict_mode=True, data_prop=True)
     except Exception as error:
         raise PassError(f"shape inference found a contradiction in the graph: {error}") from error
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    del result.graph.value_info[:]
-    result.graph.value_info.extend(inferred.graph.value_info)
-    return result
 
 
 def _without_large_weights(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -106,7 +106,7 @@ def map_sections(
 
 def _by_hash(checkpoints: Sequence[Path], bundles: Mapping[str, Bundle]) -> dict[str, Path]:
     """The checkpoints by the hash under which manifests know them."""
-    from quartermap_deploy.architectures.checkpoint import require_file
+    from quartermap_deploy.weights import require_file
 
     wanted = {bundle.manifest["model"].get("weights_sha256") for bundle in bundles.values()}
     found = {}

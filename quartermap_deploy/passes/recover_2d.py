@@ -1,0 +1,211 @@
+"""recover_2d: a scan of a feature map, however it is spelt, becomes one SelectiveScan2D.
+
+    x ─ unroll ─ project ─ SelectiveScan ─ merge ─ y      x ─┬─ Conv ─ Split ─ dt, B, C ─┐
+                                                       →     └─────────── SelectiveScan2D ─ y
+
+Public models unroll a map in K directions, project each of the K sequences, scan them one-dimensionally, and put the
+results back and add them up: by stack, flip and cat, by slice assignments, by einsum or Conv1d, by one scan with K
+groups or by K scans. None of these spellings is known here. Projections act on one position at a time, unrolling and
+merging move positions, and so what they do is read off by running these parts of the graph: numbered positions show the
+order of every direction, unit vectors the matrices of the projections (`recovery/`).
+
+A scan that is none of a whole map in rows or columns, summed in place, keeps its operator, and the report says why. A
+replacement is compared with what it replaces on random maps before it is accepted; where sizes are open, at two sizes.
+
+Refuses nothing that a plan names: what it leaves alone is a legal model, in one dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import onnx
+
+from quartermap_deploy.frontend.node_names import read_name
+from quartermap_deploy.passes.base import PassReport
+from quartermap_deploy.passes.recovery.concrete import Concrete
+from quartermap_deploy.passes.recovery.graph_index import GraphIndex, read_values
+from quartermap_deploy.passes.recovery.group import GroupSizes, ScanGroup
+from quartermap_deploy.passes.recovery.probing_sizes import probing_graphs
+from quartermap_deploy.passes.recovery.reading import Reading, read_group
+from quartermap_deploy.passes.recovery.refusal import Refused
+from quartermap_deploy.passes.recovery.unrolling import sources_of
+from quartermap_deploy.passes.recovery.writing import Replacement
+from quartermap_deploy.passes.shapes import infer_shapes
+from quartermap_deploy.pruning.orders import ScanOrder
+
+NAME = "recover_2d"
+
+
+@dataclass(frozen=True)
+class ScanRecovery:
+    """What became of one scan of the traced graph, or of several that were one scan of a map.
+
+    Attributes:
+        scans: names of the traced scans.
+        nodes: names of the scans that stand for them now: the same ones if they were left alone.
+        refused: why they were left alone, or None.
+        order: the order of their steps, if it is known; those of several scans stand one below the other.
+        d_inner: channels of a direction.
+        d_state: N.
+        rank: R of the time step; None if it has none, or was not looked for.
+        source: the value that is the map, and its layout, as "silu (NCHW)"; None if it was not found.
+    """
+
+    scans: tuple[str, ...]
+    nodes: tuple[str, ...]
+    refused: str | None
+    order: ScanOrder | None
+    d_inner: int
+    d_state: int
+    rank: int | None
+    source: str | None
+
+    def describe(self) -> str:
+        """One line."""
+        names = ", ".join(self.scans)
+        if self.refused is not None:
+            return f"{names}: stays one-dimensional: {self.refused}"
+        assert self.order is not None
+        directions = ", ".join(self.order.directions or ())
+        rank = "full rank" if self.rank is None else f"rank {self.rank}"
+        return (
+            f"{names}: {directions} of {self.d_inner}×{self.order.height}×{self.order.width}, state {self.d_state}, "
+            f"time step of {rank}, from {self.source}"
+        )
+
+
+@dataclass
+class RecoveryReport(PassReport):
+    """What `recover_2d` did.
+
+    Attributes:
+        scans: what became of each traced scan, in graph order.
+    """
+
+    scans: list[ScanRecovery] = field(default_factory=list)
+
+    @property
+    def orders(self) -> dict[str, ScanOrder]:
+        """The order of each scan that the graph has now, by its name, where it is known."""
+        return {name: scan.order for scan in self.scans if scan.order is not None for name in scan.nodes}
+
+
+def recover_2d(
+    model: onnx.ModelProto, sizes: Sequence[Mapping[str, Sequence[int]]] | None = None
+) -> tuple[onnx.ModelProto, RecoveryReport]:
+    """Recover the scans of feature maps in a traced graph.
+
+    Args:
+        model: a model whose scans are SelectiveScan nodes without bodies; not changed. Nodes that are SelectiveScan2D
+            already stay as they are.
+        sizes: for a model with open sizes, two sets of shapes of its inputs at which to run it, by input name. None
+            tries some that most models take.
+
+    Returns:
+        The new model, with the shapes of all its values, and what became of each scan.
+
+    Raises:
+        PassError: if the model has open sizes and cannot be run at any that are tried, or at those that are given.
+    """
+    report = RecoveryReport(NAME)
+    index = GraphIndex(model)
+    if not index.scans():
+        return infer_shapes(model), report
+    probes = probing_graphs(index, sizes)
+    readings = [reading for group in _groups(index, probes[0]) for reading in _read(group, probes)]
+    readings.sort(key=lambda reading: reading.group.places)
+    for reading in readings:
+        recovery = _recovery(reading, probes[0])
+        report.scans.append(recovery)
+        if recovery.refused is None:
+            report.changed.append(recovery.describe())
+        elif (name := read_name(recovery.scans[0])) is not None:
+            report.refused.setdefault(name.block, recovery.refused)
+    replacements = [reading.replacement for reading in readings if reading.replacement is not None]
+    return infer_shapes(_replaced(model, index, replacements)), report
+
+
+def _groups(index: GraphIndex, concrete: Concrete) -> list[ScanGroup]:
+    """The scans of one map together: they may be its directions."""
+    by_source: dict[tuple[str, ...], list[int]] = {}
+    for place in index.scans():
+        sources = sources_of(ScanGroup(index, (place,)), concrete)
+        by_source.setdefault(tuple(sources), []).append(place)
+    return [ScanGroup(index, tuple(places)) for places in by_source.values()]
+
+
+def _read(group: ScanGroup, probes: Sequence[Concrete]) -> list[Reading]:
+    """Read scans of one map as its directions, and where they are not, each by itself."""
+    together = read_group(group, probes)
+    if together.refused is None or len(group.places) == 1:
+        return [together]
+    return [read_group(ScanGroup(group.index, (place,)), probes) for place in group.places]
+
+
+def _recovery(reading: Reading, concrete: Concrete) -> ScanRecovery:
+    group, unrolling = reading.group, reading.unrolling
+    first = ScanGroup(group.index, group.places[:1])
+    try:
+        sizes = GroupSizes.of(first, concrete)
+        d_inner, d_state = sizes.d_inner, sizes.d_state
+    except Refused:
+        d_inner = d_state = 0
+    replacement, projections = reading.replacement, reading.projections
+    return ScanRecovery(
+        scans=group.names,
+        nodes=group.names if replacement is None else replacement.scans,
+        refused=reading.refused,
+        order=reading.order,
+        d_inner=d_inner,
+        d_state=d_state,
+        rank=None if projections is None else projections.rank,
+        source=None if unrolling is None else f"{unrolling.source} ({unrolling.form.layout})",
+    )
+
+
+def _replaced(
+    model: onnx.ModelProto, index: GraphIndex, replacements: Iterable[Replacement]
+) -> onnx.ModelProto:
+    """The model with new nodes in place of those that made the same values, and without what is read no more."""
+    before: dict[int, list[onnx.NodeProto]] = {}
+    made_anew: set[str] = set()
+    initializers: list[onnx.TensorProto] = []
+    for replacement in replacements:
+        place = min(index.made_by[target] for target in replacement.targets)
+        before.setdefault(place, []).extend(replacement.nodes)
+        made_anew.update(replacement.targets)
+        initializers += replacement.initializers
+    nodes: list[onnx.NodeProto] = []
+    for place, node in enumerate(index.nodes):
+        nodes += before.get(place, [])
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        for number, name in enumerate(node.output):
+            if name in made_anew:
+                # Of a node with several outputs the others may still be read.
+                copy.output[number] = f"{name}/replaced"
+        nodes.append(copy)
+    return _without_unread(model, nodes, initializers)
+
+
+def _without_unread(
+    model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], initializers: Sequence[onnx.TensorProto]
+) -> onnx.ModelProto:
+    read = {output.name for output in model.graph.output}
+    kept = []
+    for node in reversed(nodes):
+        if any(name in read for name in node.output):
+            read.update(read_values(node))
+            kept.append(node)
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    weights = [tensor for tensor in (*result.graph.initializer, *initializers) if tensor.name in read]
+    for values, new in ((result.graph.node, kept[::-1]), (result.graph.initializer, weights)):
+        copies = [type(item)() for item in new]
+        for copy, item in zip(copies, new, strict=True):
+            copy.CopyFrom(item)
+        del values[:]
+        values.extend(copies)
+    return result

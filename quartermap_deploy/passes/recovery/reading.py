@@ -1,0 +1,169 @@
+"""What is read of a group of scans, part by part, until all of it is known or something refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quartermap_deploy.lowering.operator import DIRECTIONS
+from quartermap_deploy.passes.recovery.checking import check_replacement
+from quartermap_deploy.passes.recovery.concrete import Concrete
+from quartermap_deploy.passes.recovery.group import GroupSizes, ScanGroup
+from quartermap_deploy.passes.recovery.maps import MapForm
+from quartermap_deploy.passes.recovery.merging import Merge, read_merge, read_merge_at
+from quartermap_deploy.passes.recovery.projections import Projections, check_projections, read_projections
+from quartermap_deploy.passes.recovery.refusal import Refused
+from quartermap_deploy.passes.recovery.unrolling import Unrolling, read_unrolling, read_unrolling_from
+from quartermap_deploy.passes.recovery.writing import Replacement, ScanParameters, write_map_scan
+from quartermap_deploy.pruning.orders import ScanOrder
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is known of a group of scans.
+
+    Attributes:
+        group: the scans.
+        unrolling: where their steps come from.
+        merge: where their outputs go.
+        projections: their projections.
+        replacement: the nodes that take their place, or None if they are refused.
+        refused: why.
+    """
+
+    group: ScanGroup
+    unrolling: Unrolling | None = None
+    merge: Merge | None = None
+    projections: Projections | None = None
+    replacement: Replacement | None = None
+    refused: str | None = None
+
+    @property
+    def order(self) -> ScanOrder | None:
+        """The order of the steps, where it is known."""
+        if self.unrolling is None:
+            return None
+        merged = self.merge is not None and self.merge.is_in_place(self.unrolling)
+        return ScanOrder(self.unrolling.height, self.unrolling.width, self.unrolling.order, merged)
+
+
+def read_group(group: ScanGroup, probes: Sequence[Concrete]) -> Reading:
+    """Read a group of scans and write the one scan of a map that it is, or say why it is none."""
+    reading = Reading(group)
+    try:
+        unrolling = read_unrolling(group, probes[0])
+        reading = replace(reading, unrolling=unrolling)
+        merge = read_merge(group, unrolling, probes[0])
+        reading = replace(reading, merge=merge)
+        directions = _require_map_scan(unrolling, merge)
+        _require_same_at(probes, group, unrolling, merge)
+        projections = read_projections(group, unrolling, probes[0])
+        reading = replace(reading, projections=projections)
+        for concrete in probes[1:]:
+            other = read_unrolling_from(unrolling.source, _form_at(unrolling, concrete), group, concrete)
+            check_projections(projections, group, other, concrete)
+        replacement = write_map_scan(
+            group.names[0],
+            (unrolling.source, unrolling.form),
+            (merge.target, merge.form),
+            (unrolling.height, unrolling.width),
+            projections,
+            scan_parameters(group, probes[0]),
+            directions,
+            float(merge.share[0]),
+        )
+        for seed, concrete in enumerate(probes):
+            check_replacement(concrete, unrolling.source, replacement, seed)
+        return replace(reading, replacement=replacement)
+    except Refused as refusal:
+        return replace(reading, refused=str(refusal))
+
+
+def scan_parameters(group: ScanGroup, concrete: Concrete) -> ScanParameters:
+    """What the scans of a group take besides maps, all directions together.
+
+    Raises:
+        Refused: if one of it depends on the data.
+    """
+    sizes = GroupSizes.of(group, concrete)
+    channels = [count * sizes.d_inner for count in sizes.directions]
+
+    def joined(name: str) -> NDArray[Any]:
+        return np.concatenate(
+            [
+                _parameter(name, value, concrete) if value else np.zeros(length, np.float32)
+                for value, length in zip(group.inputs(name), channels, strict=True)
+            ]
+        )
+
+    return ScanParameters(joined("A"), joined("D"), joined("delta_bias"), group.softplus)
+
+
+def _parameter(name: str, value: str, concrete: Concrete) -> NDArray[Any]:
+    if not concrete.is_fixed(value):
+        raise Refused(f"its {name} depends on the data")
+    return concrete.array(value)
+
+
+def _require_map_scan(unrolling: Unrolling, merge: Merge) -> tuple[str, ...]:
+    """The names of the directions.
+
+    Raises:
+        Refused: if the scan is none of whole rows or columns of a map, summed in place.
+    """
+    if unrolling.height == 1 and len(unrolling.form.sides) == 1:
+        raise Refused(f"its steps follow a sequence, {unrolling.source}, not the rows or columns of a map")
+    names = tuple(name for name in unrolling.directions if name is not None)
+    if len(names) < len(unrolling.directions):
+        unknown = [place for place, name in enumerate(unrolling.directions, start=1) if name is None]
+        raise Refused(
+            f"direction {unknown[0]} visits the positions of {unrolling.source} in an order that is none of "
+            f"{', '.join(DIRECTIONS)}"
+        )
+    if not merge.is_in_place(unrolling):
+        raise Refused(f"a direction is put back into {merge.target} elsewhere than it was taken from")
+    if not merge.is_even:
+        raise Refused(f"its directions are added to {merge.target} with different weights")
+    return names
+
+
+def _require_same_at(
+    probes: Sequence[Concrete], group: ScanGroup, unrolling: Unrolling, merge: Merge
+) -> None:
+    """Refuse what is another scan at another size.
+
+    Raises:
+        Refused: if directions, layouts or weights are not the same at all sizes, or a side is missing in the graph.
+    """
+    for concrete in probes[1:]:
+        other = read_unrolling_from(unrolling.source, _form_at(unrolling, concrete), group, concrete)
+        found = read_merge_at(merge.target, group, other, concrete)
+        same = (
+            other.directions == unrolling.directions
+            and found.form.layout == merge.form.layout
+            and found.is_in_place(other)
+            and np.array_equal(found.share, merge.share)
+        )
+        if not same:
+            raise Refused(
+                f"it scans a map of {other.height}×{other.width} otherwise than one of "
+                f"{unrolling.height}×{unrolling.width}"
+            )
+        sides = (other.height, other.width)
+        if len(unrolling.form.sides) == 1 and sides != (unrolling.height, unrolling.width):
+            raise Refused(
+                f"the sides of the map are open, and {unrolling.source}, which holds it as a sequence, does not tell "
+                "them"
+            )
+
+
+def _form_at(unrolling: Unrolling, concrete: Concrete) -> MapForm:
+    """The form of the map at other sizes."""
+    form = unrolling.form
+    shape = concrete.shape(unrolling.source)
+    sides = tuple(size for axis, size in zip(form.layout, shape, strict=True) if axis in "HWL")
+    return replace(form, batch=shape[0], sides=sides)
