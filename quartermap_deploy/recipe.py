@@ -37,6 +37,7 @@ compute_capabilities = ["8.6", "8.9"]
 
 [validation]
 images = "photographs"  # a folder beside the recipe; leave out for the images that come with the package
+reference = "golden.npz" # inputs and outputs of a module of your own, saved where it runs in its own environment
 """
 
 from __future__ import annotations
@@ -66,12 +67,15 @@ else:
 _TABLES: dict[str, dict[str, str]] = {
     "model": {
         "name": "model",
-        **{key: key for key in ("checkpoint", "num_classes", "in_chans", "seed", "task", "labels")},
+        **{
+            key: key
+            for key in ("checkpoint", "num_classes", "in_chans", "features_only", "seed", "task", "labels")
+        },
     },
     "input": {"size": "input_size", "dynamic_batch": "dynamic_batch", "dynamic_size": "dynamic_size"},
     "export": {name: name for name in ("precision", "optimize", "io", "keep_float32", "blocks_float32")},
     "targets": {"names": "targets"},
-    "validation": {"images": "images"},
+    "validation": {"images": "images", "reference": "reference"},
 }
 """Tables of the file: key → field of the recipe. The others, in `_VALUES`, are values by themselves."""
 _VALUES = ("quartermap", "engine", "module", "preprocessing")
@@ -87,6 +91,7 @@ class Recipe:
             ones.
         num_classes: size of the output; None takes the checkpoint's or the card's.
         in_chans: channels of the input; None takes the checkpoint's or the card's.
+        features_only: the backbone of a card's model, whose outputs are the maps of its stages.
         task: what the outputs of a module of the user's are; None tells it from their shapes.
         labels: names of the classes: a list, a file, or a set that comes with the package; None takes the card's.
         module: a module of the user's in place of a card, or None.
@@ -104,6 +109,8 @@ class Recipe:
         targets: what to build and validate.
         engine: how engines are built, for the targets that have some.
         images: folder of images to validate with; None takes those that come with the package.
+        reference: .npz file of the inputs and outputs of a module of the user's, by name, saved where it runs in its
+            own environment; the unpruned graph is compared with them.
         seed: seed of new weights, where there is no checkpoint.
     """
 
@@ -111,6 +118,7 @@ class Recipe:
     checkpoint: Path | None = None
     num_classes: int | None = None
     in_chans: int | None = None
+    features_only: bool = False
     task: str | None = None
     labels: str | Path | tuple[str, ...] | None = None
     module: UserModule | None = None
@@ -127,6 +135,7 @@ class Recipe:
     targets: tuple[str, ...] = ("onnxruntime",)
     engine: EngineOptions = field(default_factory=EngineOptions)
     images: Path | None = None
+    reference: Path | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -139,7 +148,16 @@ class Recipe:
             raise RecipeError(f"module = {self.module!r} is no UserModule")
         if self.preprocessing is not None:
             check_keys(self.preprocessing)
-        for name in ("model", "dynamic_batch", "dynamic_size", "precision", "optimize", "io", "seed"):
+        for name in (
+            "model",
+            "features_only",
+            "dynamic_batch",
+            "dynamic_size",
+            "precision",
+            "optimize",
+            "io",
+            "seed",
+        ):
             _checked(name, getattr(self, name), Path())
         for name in ("num_classes", "in_chans", "task"):
             if getattr(self, name) is not None:
@@ -165,13 +183,15 @@ class Recipe:
         """Refuse what belongs to a card in the recipe of a module, and the other way round."""
         if self.module is not None:
             idle = [n for n in ("num_classes", "in_chans", "input_size") if getattr(self, n) is not None]
+            idle += ["features_only"] if self.features_only else []
             if idle:
                 raise RecipeError(
                     f"{idle[0]} is for models of cards; a module of your own gets arguments = {{…}}, and its example "
                     "input says the size"
                 )
-        elif self.task is not None:
-            raise RecipeError("task is for a module of your own; a card says its own")
+        elif self.task is not None or self.reference is not None:
+            idle = ["task"] if self.task is not None else ["reference"]
+            raise RecipeError(f"{idle[0]} is for a module of your own; models of cards need none")
 
     @classmethod
     def load(cls, path: Path) -> Recipe:
@@ -292,7 +312,7 @@ class Recipe:
         values["engine"] = self.engine.to_dict()
         values["keep_float32"], values["blocks_float32"] = list(self.keep_float32), list(self.blocks_float32)
         # The file name alone: where it lay on the machine that compiled is nobody else's business.
-        for name in ("checkpoint", "images"):
+        for name in ("checkpoint", "images", "reference"):
             path = getattr(self, name)
             values[name] = None if path is None else Path(path).name
         values["input_size"] = None if self.input_size is None else list(self.input_size)
@@ -342,6 +362,7 @@ _TYPES: dict[str, type] = {
     "model": str,
     "num_classes": int,
     "in_chans": int,
+    "features_only": bool,
     "task": str,
     "dynamic_batch": bool,
     "dynamic_size": bool,
@@ -364,7 +385,9 @@ def _checked(name: str, value: Any, folder: Path) -> Any:
         return value
     if name == "labels":
         return _labels(value, folder)
-    if name in ("checkpoint", "images"):
+    if name in ("checkpoint", "images", "reference"):
+        if isinstance(value, Path):
+            return folder / value
         if not isinstance(value, str):
             raise RecipeError(f"{name} = {value!r} is not a path")
         return folder / value

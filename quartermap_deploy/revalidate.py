@@ -276,8 +276,8 @@ def _against_torch(
 
 def _check_checkpoint(bundle: Bundle, checkpoint: Path | None) -> None:
     """Check that the checkpoint is the file that the bundle was compiled from, or that neither is there."""
-    from quartermap_deploy.architectures.checkpoint import require_file
     from quartermap_deploy.bundle import describe_file
+    from quartermap_deploy.weights import require_file
 
     compiled_from = bundle.recipe().checkpoint
     if compiled_from is None:

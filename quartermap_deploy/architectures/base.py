@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -49,37 +48,46 @@ class Stage(nn.Module):
 
 
 class VisualStateSpaceModel(nn.Module):
-    """An image classifier whose token mixers are SS2D modules.
+    """An image model whose token mixers are SS2D modules: a classifier, or its backbone.
 
-    The input is (batch, channels, H, W), float32, and the output (batch, num_classes), logits. A subclass
-    builds `layers` (one `Stage` each) and says where its classifier's last layer and its mixers are.
+    The input is (batch, channels, H, W), float32. A classifier's output is (batch, num_classes), logits; it builds
+    `patch_embed`, `layers` (one `Stage` each) and what `classify` needs, and says where its last layer and its mixers
+    are. A `Backbone` made of it returns the maps of its stages instead.
     """
 
-    head_path: ClassVar[str]
-    """Module path of the last linear layer."""
-    mixer_name: ClassVar[str]
+    head_path: str
+    """Module path of the last linear layer; empty without one."""
+    mixer_name: str
     """Attribute of a block that holds its SS2D."""
+    backbone_norms: bool
+    """Whether the public code normalises each map that leaves its backbone."""
+    task: str = "classification"
     output_names: tuple[str, ...] = ("logits",)
-    """Names of what `forward` returns."""
-    task: ClassVar[str] = "classification"
-    """What that is."""
+    """Names of what `forward` returns, in order."""
 
+    patch_embed: nn.Module
     layers: nn.ModuleList
     num_classes: int
+    """Size of a classifier's output; 0 of a backbone."""
     in_channels: int
+    dims: tuple[int, ...]
+    """Channels per stage."""
+    channel_first: bool
+    """Whether maps between the layers are (batch, channels, H, W), or else (batch, H, W, channels)."""
     minimum_side: int
     """Smallest height and width that leave at least one position in every stage."""
 
     def stem(self, x: Tensor) -> Tensor:
         """Return the map that the first stage takes, for images (batch, channels, H, W)."""
-        raise NotImplementedError
+        embedded: Tensor = self.patch_embed(x)
+        return embedded
 
     def classify(self, x: Tensor) -> Tensor:
-        """Return logits, (batch, num_classes), for the map of the last stage."""
+        """Return logits, (batch, num_classes), for the map of the last stage; of classifiers alone."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits, (batch, num_classes), for images (batch, channels, H, W)."""
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Return what `output_names` names, for images (batch, channels, H, W)."""
         x = self.stem(x)
         for stage in self.layers:
             x = stage(x)

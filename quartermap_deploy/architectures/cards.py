@@ -115,9 +115,14 @@ class ModelCard:
         return int(self.architecture["num_classes"])
 
     @property
+    def in_chans(self) -> int:
+        """Channels of the model's image as published."""
+        return int(self.architecture["in_chans"])
+
+    @property
     def input_shape(self) -> tuple[int, int, int]:
         """Shape (channels, height, width) of one image."""
-        return (int(self.architecture["in_chans"]), *self.preprocessing.crop)
+        return (self.in_chans, *self.preprocessing.crop)
 
     @property
     def weights_path(self) -> Path | None:

@@ -91,6 +91,7 @@ class MedMamba(VisualStateSpaceModel):
     """MedMamba classifier: images (batch, in_chans, H, W) to logits (batch, num_classes), float32."""
 
     head_path = "head"
+    backbone_norms = False
     mixer_name = "self_attention"
 
     def __init__(self, config: MedMambaConfig) -> None:
@@ -98,6 +99,7 @@ class MedMamba(VisualStateSpaceModel):
         self.config = config
         self.num_classes = config.num_classes
         self.in_channels = config.in_chans
+        self.dims, self.channel_first = config.dims, False
         # Patches of four pixels, halved between the stages, and both round down.
         self.minimum_side = 4 * 2 ** (len(config.dims) - 1)
         self.patch_embed = PatchEmbedding(config.in_chans, config.dims[0])
@@ -111,13 +113,9 @@ class MedMamba(VisualStateSpaceModel):
         self.head = nn.Linear(config.dims[-1], config.num_classes)
         self.apply(initialise_linear_and_norm)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            # Without values there is nothing to initialise; on the meta device it would import torch's compiler.
+            if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def stem(self, x: Tensor) -> Tensor:
-        """Embed the patches of images."""
-        embedded: Tensor = self.patch_embed(x)
-        return embedded
 
     def classify(self, x: Tensor) -> Tensor:
         """Return logits, (batch, num_classes), for the map of the last stage."""

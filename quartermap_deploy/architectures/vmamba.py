@@ -132,6 +132,7 @@ class VMamba(VisualStateSpaceModel):
     """VMamba classifier: images (batch, in_chans, H, W) to logits (batch, num_classes), float32."""
 
     head_path = "classifier.head"
+    backbone_norms = True
     mixer_name = "op"
 
     def __init__(self, config: VMambaConfig) -> None:
@@ -139,6 +140,7 @@ class VMamba(VisualStateSpaceModel):
         self.config = config
         self.num_classes = config.num_classes
         self.in_channels = config.in_chans
+        self.dims, self.channel_first = config.dims, config.channel_first
         # Strided convolutions with padding and padded patch merging round up and never run out of positions;
         # a 4x4 convolution without padding needs four pixels.
         self.minimum_side = 4 if config.patchembed_version == "v1" else 1
@@ -152,11 +154,6 @@ class VMamba(VisualStateSpaceModel):
         )
         self.classifier = Classifier(config.dims[-1], config.num_classes, channel_first=config.channel_first)
         self.apply(initialise_linear_and_norm)
-
-    def stem(self, x: Tensor) -> Tensor:
-        """Embed the patches of images."""
-        embedded: Tensor = self.patch_embed(x)
-        return embedded
 
     def classify(self, x: Tensor) -> Tensor:
         """Return logits, (batch, num_classes), for the map of the last stage."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import logging
 import re
 import warnings
@@ -45,6 +46,7 @@ OPSET = 20
 IR_VERSION = 10
 INPUT, OUTPUT = "images", "logits"
 _MARK = "BlockOutput"
+_SITE = "site"
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,9 @@ def to_onnx(
         program = _program(module, arguments, {}, dynamic_shapes)
         exported = _exported(program, module, input_names, output_names)
     _fold(exported)
+    for node in exported.graph:
+        if node.domain == DOMAIN:
+            node.attributes.pop(_SITE, None)
     exported.ir_version = IR_VERSION
     model: onnx.ModelProto = onnx_ir.to_proto(exported)
     return model
@@ -282,6 +287,9 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     _define_mark()
     ours = onnxscript.values.Opset(DOMAIN, VERSION)
+    # Each scan gets a number, in the order of the program: it tells which scan it is, and keeps the exporter from
+    # making one of two that read the same values.
+    numbers = itertools.count()
 
     def scan(
         x: Any,
@@ -296,12 +304,15 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         softplus: bool,
     ) -> Any:
         inputs = [x, dt, B, C, A, D, dt_bias] + ([] if dt_weight is None else [dt_weight])
-        return ours.SelectiveScan2D(*inputs, directions=directions.split(","), softplus=int(softplus))
+        return ours.SelectiveScan2D(
+            *inputs, directions=directions.split(","), softplus=int(softplus), site=next(numbers)
+        )
 
     def sequence_scan(
         u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, delta_bias: Any, delta_softplus: bool
     ) -> Any:
-        return ours.SelectiveScan(u, delta, A, B, C, D, delta_bias, delta_softplus=int(delta_softplus))
+        inputs = (u, delta, A, B, C, D, delta_bias)
+        return ours.SelectiveScan(*inputs, delta_softplus=int(delta_softplus), site=next(numbers))
 
     def mark(x: Any, block: int) -> Any:
         return ours.BlockOutput(x, block=block)
@@ -327,8 +338,13 @@ def _operators() -> Iterator[None]:
 
     kinds = defs.OpSchema.AttrType
     schemas = [
-        _schema(SELECTIVE_SCAN_2D, INPUTS_2D, 7, {"directions": kinds.STRINGS, "softplus": kinds.INT}),
-        _schema(SELECTIVE_SCAN, INPUTS_1D, 5, {"delta_softplus": kinds.INT}),
+        _schema(
+            SELECTIVE_SCAN_2D,
+            INPUTS_2D,
+            7,
+            {"directions": kinds.STRINGS, "softplus": kinds.INT, _SITE: kinds.INT},
+        ),
+        _schema(SELECTIVE_SCAN, INPUTS_1D, 5, {"delta_softplus": kinds.INT, _SITE: kinds.INT}),
         _schema(_MARK, ("x",), 1, {"block": kinds.INT}),
     ]
     for item in schemas:
@@ -440,7 +456,7 @@ def _tidy(
             f"the graph already has a value named {name!r}, which block outputs are named after"
         )
     scans = [scan_name(call.index, call.call, place) for call in calls for place in range(1, call.scans + 1)]
-    names, found = iter(scans), 0
+    found = 0
     outputs = {id(value) for value in model.graph.outputs}
     for node in list(model.graph):
         node.name = f"{_place(node, calls)}{node.name}"
@@ -464,7 +480,8 @@ def _tidy(
             model.graph.remove(node, safe=True)
         else:
             found += 1
-            node.name = next(names, node.name)
+            site = node.attributes.pop(_SITE).as_int()
+            node.name = scans[site] if site < len(scans) else node.name
     for value in model.graph.initializers.values():
         value.metadata_props.clear()
     if found != len(scans):
@@ -490,20 +507,19 @@ def _place(node: Any, calls: Sequence[ModuleCall]) -> str:
 
 
 def _name_axes(model: Any, open_axes: Mapping[str, Mapping[int, str]]) -> None:
-    """Give the open axes of inputs and outputs their plain names; torch invents symbols such as s77."""
+    """Give the open axes of inputs and outputs their plain names; torch invents symbols such as s77.
+
+    An axis of an output that is no axis of an input has no name: it may be a quarter of one.
+    """
     import onnx_ir
 
-    asked = {label for axes in open_axes.values() for label in axes.values()}
+    plain: dict[str, str] = {}
+    for value in model.graph.inputs:
+        for axis, label in open_axes.get(value.name, {}).items():
+            size = value.shape[axis]
+            if isinstance(size, onnx_ir.SymbolicDim):
+                plain.setdefault(str(size.value), label)
     for value in (*model.graph.inputs, *model.graph.outputs):
-        names = open_axes.get(value.name, {0: "batch", 2: "height", 3: "width"})
         value.shape = onnx_ir.Shape(
-            [
-                size
-                if isinstance(size, int)
-                else names[axis]
-                if names.get(axis) in asked
-                and (axis == 0 or value.name in open_axes or len(value.shape) == 4)
-                else None
-                for axis, size in enumerate(value.shape or [])
-            ]
+            [size if isinstance(size, int) else plain.get(str(size.value)) for size in value.shape or []]
         )

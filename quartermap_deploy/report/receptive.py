@@ -103,13 +103,13 @@ def _require_gradients(parameters: Iterable[nn.Parameter], required: bool) -> No
 def _last_map(model: VisualStateSpaceModel, x: Tensor) -> Tensor:
     """Return what leaves the last stage, channel-first, (1, channels, H, W)."""
     outputs: list[Tensor] = []
-    handle = model.layers[-1].register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    *_, last = model.stages()
+    handle = last.blocks.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     try:
         model(x)
     finally:
         handle.remove()
-    channel_first = model.blocks()[-1].mixer.channel_first
-    return outputs[0] if channel_first else outputs[0].permute(0, 3, 1, 2)
+    return outputs[0] if model.channel_first else outputs[0].permute(0, 3, 1, 2)
 
 
 def _middle(position: int, positions: int, pixels: int) -> int:

@@ -16,7 +16,7 @@ from quartermap_deploy.pruning.plan import QuarterMap
 from quartermap_deploy.pruning.reference import prune
 from quartermap_deploy.sources.cases import image_cases
 from quartermap_deploy.sources.description import Feeds, Pictures, SourceBlock, WeightsOrigin
-from quartermap_deploy.sources.outputs import output_infos
+from quartermap_deploy.sources.graph_facts import output_infos
 from quartermap_deploy.sources.reference import Reference
 from quartermap_deploy.sources.signature import Signature
 from quartermap_deploy.sources.source_model import SourceModel, Traced
@@ -150,6 +150,7 @@ def card_source(
     *,
     num_classes: int | None = None,
     in_chans: int | None = None,
+    features_only: bool = False,
     checkpoint: Path | None = None,
     input_size: tuple[int, int] | None = None,
     dynamic_batch: bool = True,
@@ -164,6 +165,7 @@ def card_source(
         name: of the card.
         num_classes: size of the output; None takes the checkpoint's or the card's.
         in_chans: channels of the input; None takes the checkpoint's or the card's.
+        features_only: the backbone, whose outputs are the maps of its stages.
         checkpoint: file with its weights; None takes those that come with the package, or else new ones.
         input_size: (height, width) in pixels; None takes the card's.
         dynamic_batch: leave the batch size open.
@@ -186,13 +188,19 @@ def card_source(
     card = load_card(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, weights = create_with_weights(name, num_classes=num_classes, checkpoint=checkpoint)
+        model, weights = create_with_weights(
+            name,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            checkpoint=checkpoint,
+            features_only=features_only,
+        )
     size = input_size or card.preprocessing.crop
     model.check_input_shape((1, model.in_channels, *size))
     prepared = card.preprocessing.with_size(*size)
     if preprocessing:
         prepared = prepared.replace(preprocessing)
-    names = () if labels is None and weights.new_head else card.labels
+    names = () if weights.new_head or features_only else card.labels
     return ArchitectureSource(
         name=card.name,
         title=card.title,
@@ -206,6 +214,7 @@ def card_source(
             weights.new_head,
             None if checkpoint is None else checkpoint.name,
             None if checkpoint is None else file_hash(checkpoint),
+            notes=weights.notes,
         ),
         size=size,
         card=card,

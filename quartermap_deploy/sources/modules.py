@@ -19,10 +19,11 @@ from quartermap_deploy.errors import ExportError, InputError, UnknownNameError
 from quartermap_deploy.frontend.exporter import trace_module
 from quartermap_deploy.pruning.plan import QuarterMap
 from quartermap_deploy.pruning.scan_call import PrunedScans
+from quartermap_deploy.size_rules import is_rule
 from quartermap_deploy.sources.cases import module_cases
 from quartermap_deploy.sources.description import TASKS, Feeds, Pictures, SourceBlock, WeightsOrigin
 from quartermap_deploy.sources.discovery import Discovery, discover
-from quartermap_deploy.sources.outputs import output_infos
+from quartermap_deploy.sources.graph_facts import orders_at, output_infos
 from quartermap_deploy.sources.public_code import public_code
 from quartermap_deploy.sources.reference import Reference
 from quartermap_deploy.sources.signature import BASE_NAMES, OTHER, Signature, input_names
@@ -98,10 +99,13 @@ class ModuleSource(SourceModel):
                 by_keyword=self.signature.by_keyword,
             )
         refuse_random(graph.model)
+        rules = self._kept_rules(graph.rules)
         recovered = recover_2d(graph.model, self.example_shapes)
-        traced = Traced(
-            recovered.model, output_infos(recovered.model), graph.rules, recovered.orders, (recovered.report,)
-        )
+        orders = recovered.orders
+        if any("height" in item.shape for item in self.inputs):
+            orders = orders_at(recovered.model, self.example_shapes, orders)
+        outputs = output_infos(recovered.model)
+        traced = Traced(recovered.model, outputs, rules, orders, (recovered.report,))
         if self.dynamic_batch:
             self._require_open_batch(traced)
         return traced
@@ -158,6 +162,19 @@ class ModuleSource(SourceModel):
             for name, value in tensors.items()
         }
 
+    def _kept_rules(self, rules: Sequence[str]) -> tuple[str, ...]:
+        """The rules that can be looked up at run time.
+
+        Raises:
+            ExportError: if one cannot.
+        """
+        if unknown := [rule for rule in rules if not is_rule(rule)]:
+            raise ExportError(
+                f"the module decides by its sizes in a way that cannot be looked up at run time: {unknown[0][:200]}; "
+                "fix the size with dynamic_size=False"
+            )
+        return tuple(rules)
+
     def _require_open_batch(self, traced: Traced) -> None:
         """Refuse a graph that fixes the batch of an output which follows that of the inputs.
 
@@ -172,7 +189,7 @@ class ModuleSource(SourceModel):
                         f"the output {name!r} has {one} entries on axis {axis} for a batch of 2 and {other} for one of "
                         f"3, but the graph always has {graph[name][axis]}: the module makes a number of its batch, as "
                         "int(x.shape[0] / 2) does. Write // instead, or fix the batch with dynamic_batch=False "
-                        "(--batch 1)"
+                        "(--static-batch)"
                     )
 
     def _output_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
@@ -183,7 +200,7 @@ class ModuleSource(SourceModel):
         except Exception as error:
             raise ExportError(
                 f"the module fails on a batch of {batch}, so its batch cannot be open: {type(error).__name__}: "
-                f"{' '.join(str(error).split())[:300]}; fix the batch with dynamic_batch=False (--batch 1)"
+                f"{' '.join(str(error).split())[:300]}; fix the batch with dynamic_batch=False (--static-batch)"
             ) from error
         return {name: tuple(value.shape) for name, value in outputs.items()}
 
