@@ -154,7 +154,7 @@ def test_failed_parity_writes_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         return export_model(dataclasses.replace(recipe, quartermap=qm.QuarterMap(blocks=(4, 6, 9))), *rest)
 
     monkeypatch.setattr(compiler, "export_model", wrong)
-    with pytest.raises(ParityError, match="block 3 is the first that departs"):
+    with pytest.raises(ParityError, match=r"block 3 \(layers\.1\.blocks\.0\) is the first that departs"):
         qm.compile(RECIPE, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
