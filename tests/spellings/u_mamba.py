@@ -21,7 +21,7 @@ class UMamba(nn.Module):
     def __init__(self, dim=8, classes=2):
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv2d(1, dim, 3, padding=1), nn.InstanceNorm2d(dim, affine=True), nn.LeakyReLU()
+            nn.Conv2d(1, dim, 3, padding=1, bias=False), nn.InstanceNorm2d(dim, affine=True), nn.LeakyReLU()
         )
         self.down = nn.Conv2d(dim, 2 * dim, 3, 2, 1)
         self.bottom, self.top = MambaLayer(2 * dim), MambaLayer(dim)
