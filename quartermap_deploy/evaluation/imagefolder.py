@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
+from quartermap_deploy.data.image_files import IMAGE_SUFFIXES
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.evaluation.datasets import NAMED, Dataset, fingerprint
-from quartermap_deploy.validation.inputs import IMAGE_SUFFIXES
 
 DEFAULT_SPLITS = ("val", "validation", "test")
 LABELS_FILE = "labels.csv"
