@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quartermap_deploy.data.preprocessing import Color, Preprocessing
 from quartermap_deploy.errors import InputError
+from quartermap_deploy.model_facts import ModelFacts
 from quartermap_deploy.tensor_info import TensorInfo
-
-if TYPE_CHECKING:
-    from quartermap_deploy.bundle import Bundle
 
 _COLORS: dict[int, Color] = {1: "grey", 3: "rgb", 4: "rgba"}
 ARRAYS = "give arrays to bundle.run instead"
@@ -30,7 +28,7 @@ class ImageInterface:
     preprocessing: Preprocessing
 
 
-def image_interface(bundle: Bundle, overrides: Mapping[str, Any] | None = None) -> ImageInterface:
+def image_interface(bundle: ModelFacts, overrides: Mapping[str, Any] | None = None) -> ImageInterface:
     """Find out how images become the input of a bundle's model.
 
     Args:
@@ -64,7 +62,7 @@ def free_name(wanted: str, taken: Collection[str]) -> str:
     return name
 
 
-def _replaced(bundle: Bundle, item: TensorInfo, overrides: Mapping[str, Any] | None) -> Preprocessing:
+def _replaced(bundle: ModelFacts, item: TensorInfo, overrides: Mapping[str, Any] | None) -> Preprocessing:
     stored = bundle.preprocessing
     if stored is not None:
         return stored.replace(overrides) if overrides else stored
