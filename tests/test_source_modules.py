@@ -124,6 +124,21 @@ def test_outputs_get_names(what: str, task: str, names: list[str]) -> None:
     assert found.task == task and list(found.discovery.outputs) == names
 
 
+def test_an_output_is_not_called_like_an_input() -> None:
+    class Restorer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scan = Scan(4)
+
+        def forward(self, image: Tensor) -> Tensor:
+            x = image.flatten(2).transpose(1, 2)
+            return (x + self.scan(x)).transpose(1, 2).view_as(image)
+
+    picture = torch.randn(1, 4, 3, 5)
+    for task in ("image", None):
+        assert list(module_source(Restorer(), picture, task=task).discovery.outputs) == ["image_output"]
+
+
 def test_a_given_task_names_the_outputs() -> None:
     assert list(source("list", task="features").discovery.outputs) == ["features_0", "features_1"]
 
