@@ -258,8 +258,8 @@ class Bundle:
         values["module"] = None if values.get("module") is None else UserModule.from_dict(values["module"])
         values["engine"] = EngineOptions.from_dict(values.get("engine", {}))
         values["input_size"] = None if values["input_size"] is None else tuple(values["input_size"])
-        for name in ("checkpoint", "images"):
-            values[name] = None if values[name] is None else Path(values[name])
+        for name in ("checkpoint", "images", "reference"):
+            values[name] = None if values.get(name) is None else Path(values[name])
         return Recipe(**values)
 
     def __hash__(self) -> int:

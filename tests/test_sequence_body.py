@@ -42,8 +42,17 @@ def arguments(
     return [normal(batch, wide, length), delta, A, *maps, normal(wide), bias]
 
 
-def model(tensors: list[Tensor | None], softplus: bool) -> onnx.ModelProto:
-    """A model of one SelectiveScan; tensors that are None are left out."""
+def model(
+    tensors: list[Tensor | None], softplus: bool, body: str = "scan", sized: bool = False
+) -> onnx.ModelProto:
+    """A model of one SelectiveScan; tensors that are None are left out.
+
+    Args:
+        tensors: its inputs, for their ranks.
+        softplus: whether softplus is applied to the time step.
+        body: a key of `BODIES`.
+        sized: whether the graph knows the shapes of the inputs.
+    """
     names = [name if tensor is not None else "" for name, tensor in zip(INPUTS_1D, tensors, strict=True)]
     while not names[-1]:
         names.pop()
@@ -51,22 +60,24 @@ def model(tensors: list[Tensor | None], softplus: bool) -> onnx.ModelProto:
         SELECTIVE_SCAN, names, ["y"], domain=DOMAIN, delta_softplus=int(softplus), name="scan"
     )
     inputs = [
-        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None] * tensor.ndim)
+        helper.make_tensor_value_info(
+            name, onnx.TensorProto.FLOAT, tensor.shape if sized else [None] * tensor.ndim
+        )
         for name, tensor in zip(INPUTS_1D, tensors, strict=True)
         if tensor is not None
     ]
     outputs = [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [None] * 3)]
     graph = helper.make_graph([node], "sequence", inputs, outputs)
     imports = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, VERSION)]
-    made = lower(helper.make_model(graph, opset_imports=imports, ir_version=10))
+    made = lower(helper.make_model(graph, opset_imports=imports, ir_version=10), body)
     onnx.checker.check_model(made, full_check=True)
     return made
 
 
-def scan(tensors: list[Tensor | None], softplus: bool) -> Array:
-    """Run the body in float32."""
+def scan(tensors: list[Tensor | None], softplus: bool, body: str = "scan", sized: bool = False) -> Array:
+    """Run a body in float32."""
     feeds = {name: t.float() for name, t in zip(INPUTS_1D, tensors, strict=True) if t is not None}
-    return run(model(tensors, softplus), feeds)["y"]
+    return run(model(tensors, softplus, body, sized), feeds)["y"]
 
 
 @given(

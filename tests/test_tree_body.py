@@ -35,7 +35,8 @@ from test_scan_body import DIRECTION_LISTS
 from quartermap_deploy.errors import PassError
 from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D, ScanVariant
 from quartermap_deploy.lowering.softplus_series import write_softplus_series
-from quartermap_deploy.lowering.tree_body import LONG, TreeVariant, lines, tree_body
+from quartermap_deploy.lowering.tree_body import TreeVariant, tree_body
+from quartermap_deploy.lowering.tree_scan import LONG, lines
 from quartermap_deploy.lowering.writer import Writer
 from quartermap_deploy.passes.inline_scans import inline_scans
 from quartermap_deploy.passes.lower import lower

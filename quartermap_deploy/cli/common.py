@@ -141,6 +141,21 @@ def add_plugin_option(options: Any, dest: str = "plugin", default: object = None
     )
 
 
+def add_factory_option(options: Any, when: str) -> None:
+    """Add what makes a module of the user's, to a parser or a group of one.
+
+    Args:
+        options: where to.
+        when: for what it is needed.
+    """
+    options.add_argument(
+        "--factory",
+        metavar="MODULE:NAME",
+        help=f"{when}, what makes the module: package.module:name or path/to/model.py:Net (default: none, as nothing "
+        "that a bundle names is ever run)",
+    )
+
+
 def add_label_option(options: Any, default: str) -> None:
     """Add names of the classes, to a parser or a group of one; `default` says what they are without it."""
     options.add_argument(

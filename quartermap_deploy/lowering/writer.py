@@ -86,3 +86,11 @@ def ints(*values: int) -> Constant:
 def scalar(value: float) -> Constant:
     """A float32 scalar."""
     return np.array(value, dtype=np.float32)
+
+
+def shape_of(write: Writer, *sides: int | Value) -> Value | Constant:
+    """A shape, of numbers and of values that hold one: a constant where there are numbers alone."""
+    numbers = [side for side in sides if isinstance(side, int)]
+    if len(numbers) == len(sides):
+        return ints(*numbers)
+    return write("Concat", *(ints(side) if isinstance(side, int) else side for side in sides), axis=0)

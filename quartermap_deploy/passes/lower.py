@@ -3,8 +3,8 @@
     SelectiveScan2D (no body)  →  SelectiveScan2D + local function `quartermap.SelectiveScan2D` in standard operators
     SelectiveScan (no body)    →  SelectiveScan + local function `quartermap.SelectiveScan`, likewise
 
-The body `scan` serves every size; `tree` is written for each size of the maps that the graph has, so that such a model
-holds several functions, told apart by their overload names.
+The body `scan` serves every size; `tree` is written for each size of the maps, or length of the sequences, that the
+graph has, so that such a model holds several functions, told apart by their overload names.
 
 With the function in the file, ONNX Runtime and every other runtime that knows ONNX functions runs the model as it is,
 and TensorRT ≥ 10.7 still prefers a plugin of the same name when one is loaded.
@@ -33,16 +33,15 @@ from quartermap_deploy.lowering.operator import (
 )
 from quartermap_deploy.lowering.scan_body import scan_body
 from quartermap_deploy.lowering.sequence_body import sequence_body
+from quartermap_deploy.lowering.sequence_tree_body import SequenceTreeVariant, sequence_tree_body
 from quartermap_deploy.lowering.tree_body import TreeVariant, tree_body
 
 Body = Callable[[Any, str], onnx.FunctionProto]
 BODIES: dict[str, dict[str, Body]] = {
     "scan": {SELECTIVE_SCAN_2D: scan_body, SELECTIVE_SCAN: sequence_body},
-    "tree": {SELECTIVE_SCAN_2D: tree_body},
+    "tree": {SELECTIVE_SCAN_2D: tree_body, SELECTIVE_SCAN: sequence_tree_body},
 }
 """For each kind of body, how the function of each operator is written for one variant."""
-BY_SIZE = ("tree",)
-"""The bodies that are written for one size of the maps, where the graph knows it."""
 
 NAME = "lower"
 _VARIANTS: dict[str, tuple[Sequence[str], Callable[..., Any]]] = {
@@ -59,8 +58,7 @@ def lower(model: onnx.ModelProto, body: str = "scan") -> onnx.ModelProto:
         body: a key of `BODIES`.
 
     Raises:
-        PassError: if the body is unknown or there is none of its kind for an operator, or a scan's state matrix is no
-            constant.
+        PassError: if the body is unknown, or the state matrix of a scan of maps is no constant.
     """
     if body not in BODIES:
         raise PassError(f"{NAME}: unknown body {body!r}; expected one of {', '.join(BODIES)}")
@@ -73,23 +71,19 @@ def lower(model: onnx.ModelProto, body: str = "scan") -> onnx.ModelProto:
     state_sizes = {
         tensor.name: tensor.dims[1] for tensor in result.graph.initializer if len(tensor.dims) == 2
     }
-    sizes = map_sizes(result) if body in BY_SIZE else {}
+    sizes = scanned_sizes(result) if body == "tree" else {}
     overloads: dict[str, dict[Any, str]] = {name: {} for name in _VARIANTS}
     for node in result.graph.node:
         if node.domain != DOMAIN or node.op_type not in _VARIANTS:
             continue
-        if node.op_type not in BODIES[body]:
-            raise PassError(
-                f"{NAME}: there is no body {body!r} for the operator {node.op_type} of {node.name}"
-            )
         inputs, variant_of = _VARIANTS[node.op_type]
         A = node.input[inputs.index("A")]
         if node.op_type == SELECTIVE_SCAN_2D and A not in state_sizes:
             raise PassError(f"{NAME}: the state matrix {A} of {node.name} is no constant (K·d_inner, N)")
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         variant = variant_of(node.input, attributes, state_sizes.get(A))
-        if body in BY_SIZE:
-            variant = TreeVariant(**vars(variant), size=sizes.get(node.input[0]))
+        if body == "tree":
+            variant = _tree_variant(variant, sizes.get(node.input[0]))
         # Runtimes match a plugin by name alone, so the plain name goes to the first, and mostly only, variant.
         own = overloads[node.op_type]
         node.overload = own.setdefault(variant, "" if not own else f"variant_{len(own)}")
@@ -115,11 +109,21 @@ def _match_opset(model: onnx.ModelProto) -> None:
                 entry.version = max(entry.version, version)
 
 
-def map_sizes(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
-    """(H, W) of the feature maps of a graph whose size is known, by name."""
+def scanned_sizes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    """Of the values of a graph, by name, the sizes behind batch and channels, where they are known.
+
+    Those are (H, W) of a map and (L,) of sequences.
+    """
     found = {}
     for value in (*model.graph.input, *model.graph.value_info):
         sides = value.type.tensor_type.shape.dim[2:]
-        if len(sides) == 2 and all(side.dim_value > 0 for side in sides):
-            found[value.name] = (sides[0].dim_value, sides[1].dim_value)
+        if sides and all(side.dim_value > 0 for side in sides):
+            found[value.name] = tuple(side.dim_value for side in sides)
     return found
+
+
+def _tree_variant(variant: ScanVariant | SequenceVariant, size: tuple[int, ...] | None) -> Any:
+    """The variant of a `tree` body, which knows the size of what is scanned, or that it is open."""
+    if isinstance(variant, SequenceVariant):
+        return SequenceTreeVariant(**vars(variant), length=None if size is None else size[0])
+    return TreeVariant(**vars(variant), size=None if size is None else (size[0], size[1]))

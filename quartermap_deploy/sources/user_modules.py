@@ -15,7 +15,7 @@ from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.files import file_hash
 from quartermap_deploy.sources.description import WeightsOrigin
-from quartermap_deploy.sources.factories import UserModule, build_module
+from quartermap_deploy.sources.factories import UserModule, build_module, find_scans
 from quartermap_deploy.sources.modules import ModuleSource, module_source
 from quartermap_deploy.sources.signature import input_names
 from quartermap_deploy.weights import LoadedWeights, load_weights
@@ -72,6 +72,7 @@ def user_module_source(
         dynamic_batch=dynamic_batch,
         dynamic_size=dynamic_size,
         stages=wanted.stages,
+        scans=find_scans(wanted),
         weights=origin,
     )
     if labels is None:

@@ -126,7 +126,7 @@ def _taken(
         (name, feeds, output)
         for (name, feeds), output in zip(cases.items(), outputs, strict=True)
         if any(
-            all(profile.takes(feeds[own].shape, shape) for own, shape in entry["inputs"].items())
+            profile.takes({key: array.shape for key, array in feeds.items()}, entry["inputs"])
             for profile in profiles
         )
     ]

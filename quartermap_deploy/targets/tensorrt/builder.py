@@ -49,7 +49,13 @@ from quartermap_deploy.targets.tensorrt.objects import (
     make_runtime,
     require_gpu,
 )
-from quartermap_deploy.targets.tensorrt.options import CACHE_FOLDER, EngineOptions
+from quartermap_deploy.targets.tensorrt.options import (
+    CACHE_FOLDER,
+    EngineOptions,
+    ModelShapes,
+    named_shapes,
+    taken_shapes,
+)
 from quartermap_deploy.targets.tensorrt.plugin import load_plugin
 from quartermap_deploy.targets.tensorrt.products import (
     check_products,
@@ -67,7 +73,7 @@ def build_engine(
     prepare: Callable[[onnx.ModelProto], onnx.ModelProto],
     *,
     plugin: Path | None = None,
-    examples: Sequence[Sequence[int]] = (),
+    examples: Sequence[Mapping[str, Sequence[int]]] = (),
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Build an engine from a portable model and write it.
@@ -79,7 +85,7 @@ def build_engine(
         options: how to build.
         prepare: makes of the portable model what the parser is given.
         plugin: the plugin library, where scans are plugin nodes.
-        examples: shapes of inputs that the engine must take.
+        examples: inputs that the engine must take: for each, the shape of every input by name.
         progress: told about TensorRT's phases.
 
     Returns:
@@ -110,8 +116,8 @@ def build_engine(
     config = configure(trt, builder, flavour, options, plugin)
     for profile in options.profiles:
         built = builder.create_optimization_profile()
-        for name, shape in shapes.items():
-            built.set_shape(name, *profile.shapes(shape))
+        for name, ranges in profile.shapes(shapes).items():
+            built.set_shape(name, *ranges)
         if config.add_optimization_profile(built) < 0:
             raise InputError(f"{flavour.title} refuses the profile {profile}: {last_error(logger)}")
     timing = TimingCache(config, flavour, options.cache or Path(directory).parent / CACHE_FOLDER, key)
@@ -145,6 +151,7 @@ def build_engine(
         if flavour.portable or gpu is None
         else [gpu.compute_capability],
         "inputs": {name: list(shape) for name, shape in shapes.items()},
+        "outputs": [value.name for value in model.graph.output],
         "options": options.to_dict(),
         "plugin": None if library is None else library.to_dict(),
         "key": key,
@@ -161,11 +168,11 @@ def build_engine(
 
 
 def input_shapes(model: onnx.ModelProto) -> dict[str, tuple[int | str, ...]]:
-    """The shapes of a graph's inputs; an open size is a string."""
+    """The shapes of a graph's inputs; an open axis is a string."""
     weights = {tensor.name for tensor in model.graph.initializer}
     return {
         value.name: tuple(
-            side.dim_value or side.dim_param or "open" for side in value.type.tensor_type.shape.dim
+            side.dim_value or side.dim_param or "any" for side in value.type.tensor_type.shape.dim
         )
         for value in model.graph.input
         if value.name not in weights
@@ -173,21 +180,26 @@ def input_shapes(model: onnx.ModelProto) -> dict[str, tuple[int | str, ...]]:
 
 
 def check_examples(
-    options: EngineOptions, shapes: Mapping[str, tuple[int | str, ...]], examples: Sequence[Sequence[int]]
+    options: EngineOptions, inputs: ModelShapes, examples: Sequence[Mapping[str, Sequence[int]]]
 ) -> None:
-    """Check, before any work, that each example is taken by a profile.
+    """Check, before any work, that the profiles fit a model and that each example is taken by one of them.
+
+    Args:
+        options: with the profiles.
+        inputs: the shape of each input of the model; a string is an open axis.
+        examples: for each, the shape of every input by name.
 
     Raises:
-        InputError: if one is not, or a profile does not fit the model.
+        InputError: if not.
     """
-    for shape in shapes.values():
-        ranges = [profile.shapes(shape) for profile in options.profiles]
-        for example in examples:
-            if not any(profile.takes(example, shape) for profile in options.profiles):
-                taken = " or ".join(f"{low} to {high}" for low, _, high in ranges)
-                raise InputError(
-                    f"no profile takes an input of shape {tuple(example)}: they take {taken}; widen a profile"
-                )
+    taken = taken_shapes(options, inputs)
+    for example in examples:
+        if not any(profile.takes(example, inputs) for profile in options.profiles):
+            found = {name: tuple(shape) for name, shape in example.items()}
+            what = "an input of shape" if len(found) == 1 else "inputs of shapes"
+            raise InputError(
+                f"no profile takes {what} {named_shapes(found)}: they take {taken}; widen a profile"
+            )
 
 
 def parse(trt: Any, builder: Any, logger: Any, data: bytes) -> tuple[Any, Any]:

@@ -19,15 +19,24 @@ CACHE_FOLDER = ".quartermap-cache"
 LARGEST_TENSOR = 2**31 - 1
 """Elements, by TensorRT's documentation of `Dims`."""
 HARDWARE = ("none", "ampere_plus", "same_compute_capability")
+RANGES = ("batch", "height", "width")
+"""The open axes that a profile has ranges for."""
+IMAGE_AXES = 4
+"""Axes of an input that holds images."""
+
+ModelShapes = Mapping[str, Sequence[int | str]]
+"""For each input of a model, its shape; an open axis is a string."""
 
 
 @dataclass(frozen=True)
 class Profile:
     """One optimisation profile: the sizes that an engine takes, and the one that it is tuned for.
 
+    A range holds for the open axes of its name, whichever input has them; the other axes have the model's sizes.
+
     Attributes:
-        batch: (smallest, tuned for, largest) number of images.
-        height: likewise, in pixels, where the graph leaves it open; else None.
+        batch: (smallest, tuned for, largest) number of images, or of whatever the inputs hold.
+        height: likewise, in pixels, where the model leaves heights open; else None.
         width: likewise.
     """
 
@@ -36,7 +45,7 @@ class Profile:
     width: Range | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch", "height", "width"):
+        for name in RANGES:
             values = getattr(self, name)
             if values is None and name != "batch":
                 continue
@@ -47,49 +56,98 @@ class Profile:
                 )
             object.__setattr__(self, name, tuple(values))
 
-    def shapes(self, shape: Sequence[int | str]) -> tuple[tuple[int, ...], ...]:
-        """The smallest, tuned-for and largest shape of an input (batch, channels, height, width).
+    def shapes(self, inputs: ModelShapes) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """The smallest, tuned-for and largest shape of each input.
 
         Args:
-            shape: as the graph has it; a string is an open size.
+            inputs: the shape of each input, as the graph has it; a string is an open axis.
 
         Raises:
-            InputError: if the profile contradicts a fixed size, has no range for an open one, or takes inputs too large
-                for TensorRT.
+            InputError: if the profile contradicts a fixed size, has no range for an open axis, or takes inputs too
+                large for TensorRT.
         """
-        names = ("batch", "channels", "height", "width")
-        ranges: list[Range] = []
-        for name, size in zip(names, shape, strict=True):
-            wanted: Range | None = getattr(self, name, None)
-            if isinstance(size, int):
-                if name != "batch" and wanted not in (None, (size,) * 3):
-                    raise InputError(
-                        f"the profile has {name} {wanted}, the model has {size}; leave it out of the profile"
-                    )
-                if name == "batch" and wanted is not None and not wanted[0] <= size <= wanted[2]:
-                    raise InputError(
-                        f"the profile has batch {wanted}, the model has {size}; compile with dynamic_batch = true"
-                    )
-                ranges.append((size,) * 3)
-            elif wanted is None:
+        self._check_fixed(inputs)
+        found: dict[str, tuple[tuple[int, ...], ...]] = {}
+        for name, shape in inputs.items():
+            ranges = [
+                (size,) * 3 if isinstance(size, int) else self._range(size, name, shape) for size in shape
+            ]
+            smallest, tuned, largest = (tuple(sizes[place] for sizes in ranges) for place in range(3))
+            if math.prod(largest) > LARGEST_TENSOR:
                 raise InputError(
-                    f"the model leaves its {name} open, so the profile needs {name} = (smallest, tuned for, largest)"
+                    f"the profile's largest input {name} {largest} has more than {LARGEST_TENSOR:,} elements, the most "
+                    "that a tensor of TensorRT has; narrow the profile"
                 )
-            else:
-                ranges.append(wanted)
-        if math.prod(high for _, _, high in ranges) > LARGEST_TENSOR:
-            raise InputError(
-                f"the profile's largest input {tuple(high for _, _, high in ranges)} has more than {LARGEST_TENSOR:,} "
-                "elements, the most that a tensor of TensorRT has; narrow the profile"
-            )
-        return tuple(zip(*ranges, strict=True))
+            found[name] = (smallest, tuned, largest)
+        return found
 
-    def takes(self, shape: Sequence[int], model_shape: Sequence[int | str]) -> bool:
-        """Whether an engine with this profile takes an input of a shape."""
-        low, _, high = self.shapes(model_shape)
-        return len(shape) == len(low) and all(
-            a <= size <= b for a, size, b in zip(low, shape, high, strict=True)
+    def takes(self, shapes: Mapping[str, Sequence[int]], inputs: ModelShapes) -> bool:
+        """Whether an engine with this profile takes inputs of these shapes, all of them together."""
+        return all(
+            name in shapes
+            and len(shapes[name]) == len(low)
+            and all(a <= size <= b for a, size, b in zip(low, shapes[name], high, strict=True))
+            for name, (low, _, high) in self.shapes(inputs).items()
         )
+
+    def _range(self, axis: str, name: str, shape: Sequence[int | str]) -> Range:
+        """The range of an open axis."""
+        if axis not in RANGES:
+            raise InputError(
+                f"the input {name} {_shown(shape)} leaves the axis {axis} open, and a profile has ranges for "
+                f"{', '.join(RANGES)} alone; export the model with that size fixed"
+            )
+        wanted: Range | None = getattr(self, axis)
+        if wanted is None:
+            raise InputError(
+                f"the model leaves its {axis} open (input {name} {_shown(shape)}), so the profile needs {axis} = "
+                "(smallest, tuned for, largest)"
+            )
+        return wanted
+
+    def _check_fixed(self, inputs: ModelShapes) -> None:
+        """Check that ranges which no open axis has do not contradict the sizes that the model has instead."""
+        opened = {axis for shape in inputs.values() for axis in shape if isinstance(axis, str)}
+        for axis, place in (("height", 2), ("width", 3)):
+            wanted = getattr(self, axis)
+            sizes = sorted({shape[place] for shape in inputs.values() if len(shape) == IMAGE_AXES}, key=str)
+            if wanted is not None and axis not in opened and [(size,) * 3 for size in sizes] != [wanted]:
+                found = " and ".join(map(str, sizes)) or "no such axis"
+                raise InputError(
+                    f"the profile has {axis} {wanted}, the model has {found}; leave it out of the profile"
+                )
+        first = next(iter(inputs.values()), ())
+        size = first[0] if first else 1
+        if "batch" not in opened and isinstance(size, int) and not self.batch[0] <= size <= self.batch[2]:
+            raise InputError(
+                f"the profile has batch {self.batch}, the model has {size}; compile with dynamic_batch = true, or give "
+                f"the profile batch = ({size}, {size}, {size})"
+            )
+
+
+def taken_shapes(options: EngineOptions, inputs: ModelShapes) -> str:
+    """What the profiles take, for messages.
+
+    Args:
+        options: with the profiles.
+        inputs: the shape of each input of the model.
+    """
+    taken = []
+    for profile in options.profiles:
+        ranges = {name: f"{low} to {high}" for name, (low, _, high) in profile.shapes(inputs).items()}
+        taken.append(named_shapes(ranges))
+    return " or ".join(taken)
+
+
+def named_shapes(shapes: Mapping[str, object]) -> str:
+    """Shapes for messages, with the names of the inputs where there are several."""
+    if len(shapes) == 1:
+        return str(*shapes.values())
+    return ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+
+
+def _shown(shape: Sequence[int | str]) -> str:
+    return f"({', '.join(map(str, shape))})"
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def build(
     directory: Path,
     options: EngineOptions | None = None,
     *,
-    examples: Sequence[Sequence[int]] = (),
+    examples: Sequence[Mapping[str, Sequence[int]]] = (),
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Build an engine; see `builder.build_engine`."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,34 @@ from quartermap_deploy import gpu as devices
 from quartermap_deploy.errors import BundleError, EngineError, InputError
 from quartermap_deploy.files import write_whole
 from quartermap_deploy.gpu import Gpu
+from quartermap_deploy.size_rules import SizeRules
+from quartermap_deploy.targets.session import Session, check_feeds
 from quartermap_deploy.targets.tensorrt.checks import check_file
 from quartermap_deploy.targets.tensorrt.cuda_runtime import require_runtime
 from quartermap_deploy.targets.tensorrt.flavour import Flavour, version_numbers
 from quartermap_deploy.targets.tensorrt.monitor import make_logger
 from quartermap_deploy.targets.tensorrt.objects import last_error, make_runtime
-from quartermap_deploy.targets.tensorrt.options import CACHE_FOLDER, EngineOptions
+from quartermap_deploy.targets.tensorrt.options import (
+    CACHE_FOLDER,
+    EngineOptions,
+    ModelShapes,
+    named_shapes,
+    taken_shapes,
+)
 from quartermap_deploy.targets.tensorrt.plugin import find_library, load_plugin, wrong_library
+from quartermap_deploy.tensor_info import TensorInfo
 
 TRUST_VARIABLE = "QUARTERMAP_TRUST_ENGINE_CODE"
 """Set to 1, lets an engine that carries code of its own run it in this process."""
+TYPES = {
+    "FLOAT": "float32",
+    "INT8": "int8",
+    "INT32": "int32",
+    "INT64": "int64",
+    "UINT8": "uint8",
+    "BOOL": "bool",
+}
+"""NumPy's names of TensorRT's element types that inputs and outputs may have."""
 NO_GPU = "there is no NVIDIA GPU (no NVIDIA driver answers)"
 
 
@@ -52,7 +69,7 @@ def open_engine(
             message says how to make it again.
         QuartermapError: of the plugin library, if it is missing or wrong.
     """
-    needed = ("file", "version", "compute_capabilities", "inputs", "options", "key", "build")
+    needed = ("file", "version", "compute_capabilities", "inputs", "outputs", "options", "key", "build")
     if missing := [name for name in needed if name not in entry]:
         raise BundleError(
             f"the manifest of {bundle_path} says too little about its {flavour.target} engine ({', '.join(missing)}); "
@@ -163,57 +180,78 @@ def _shown(gpu: Gpu) -> str:
 
 
 def check_bindings(trt: Any, engine: Any, entry: Mapping[str, Any], path: Path) -> None:
-    """Check that an engine has one input, the manifest's, and one output, and that both are float32.
+    """Check that an engine has the inputs and outputs of its manifest entry, floating-point ones in float32.
 
     Raises:
         BundleError: if not: sessions would hand over and read memory of another layout.
     """
-    modes = {
-        name: engine.get_tensor_mode(name)
-        for name in map(engine.get_tensor_name, range(engine.num_io_tensors))
-    }
-    inputs = [name for name, mode in modes.items() if mode == trt.TensorIOMode.INPUT]
-    if inputs != list(entry["inputs"]) or len(modes) != 2 or len(inputs) != 1:
-        raise BundleError(
-            f"the engine {path} has inputs {', '.join(inputs) or 'none'} among {len(modes)} values; expected the input "
-            f"{', '.join(entry['inputs'])} and one output"
-        )
-    for name in modes:
-        if (found := engine.get_tensor_dtype(name)) != trt.DataType.FLOAT:
+    for what, mode in (("inputs", trt.TensorIOMode.INPUT), ("outputs", trt.TensorIOMode.OUTPUT)):
+        found = _bindings(engine, mode)
+        if sorted(found) != sorted(entry[what]):
             raise BundleError(
-                f'{name} of the engine {path} is {_type_name(found)}, expected float32; compile with io = "float32"'
+                f"the engine {path} has the {what} {', '.join(found) or 'none'}; expected {', '.join(entry[what])}"
             )
+        for name in found:
+            if (kind := _type_name(engine.get_tensor_dtype(name))) not in TYPES:
+                raise BundleError(
+                    f"{name} of the engine {path} is {kind.lower()}, expected float32 or whole numbers; compile with "
+                    'io = "float32"'
+                )
+
+
+def _bindings(engine: Any, mode: Any) -> list[str]:
+    """Names of an engine's inputs or outputs."""
+    names = map(engine.get_tensor_name, range(engine.num_io_tensors))
+    return [name for name in names if engine.get_tensor_mode(name) == mode]
 
 
 def _type_name(dtype: Any) -> str:
-    return str(dtype).rpartition(".")[2].lower()
+    return str(dtype).rpartition(".")[2]
 
 
-class EngineSession:
+class EngineSession(Session):
     """An engine that is ready to run; what both kinds share."""
 
     def __init__(self, trt: Any, runtime: Any, engine: Any, entry: Mapping[str, Any], logger: Any) -> None:
+        """Take over an engine whose bindings were checked.
+
+        Args:
+            trt: the module.
+            runtime: that deserialised the engine, and has to live as long.
+            engine: the engine.
+            entry: its manifest entry; `size_rules` in it are what the sizes of inputs must fulfil.
+            logger: as `make_logger` returns it.
+        """
         self.trt, self.runtime, self.engine, self.logger = trt, runtime, engine, logger
         self.options = EngineOptions.from_dict(entry["options"])
-        ((self.input, self.shape),) = entry["inputs"].items()
-        self.output = next(
-            name
-            for name in map(engine.get_tensor_name, range(engine.num_io_tensors))
-            if engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT
+        self.shapes: ModelShapes = entry["inputs"]
+        self.inputs = tuple(self._info(name, shape) for name, shape in self.shapes.items())
+        self.outputs = tuple(
+            self._info(name, ["any" if size < 0 else size for size in engine.get_tensor_shape(name)])
+            for name in entry["outputs"]
         )
+        self._rules = SizeRules(entry.get("size_rules", ()))
 
-    def run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return logits, (batch, num_classes), for images (batch, channels, height, width).
+    def _info(self, name: str, shape: Sequence[int | str]) -> TensorInfo:
+        return TensorInfo(name, tuple(shape), TYPES[_type_name(self.engine.get_tensor_dtype(name))])
+
+    def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run the engine on one batch, by the first profile that takes it; the results belong to the caller.
 
         Raises:
-            InputError: if no profile of the engine takes the images.
+            InputError: if an input is missing, unknown or of another type or shape than the model takes, or no profile
+                of the engine takes the inputs.
             EngineError: if TensorRT fails.
         """
-        index = profile_for(images, self.shape, self.options)
-        return self.infer(np.ascontiguousarray(images), index)
+        check_feeds(self.inputs, feeds)
+        shapes = {name: array.shape for name, array in feeds.items()}
+        self._rules.check(shapes)
+        profile = profile_for(shapes, self.shapes, self.options)
+        # Not ascontiguousarray, which gives a scalar an axis.
+        return self._execute({name: np.asarray(feeds[name], order="C") for name in self.shapes}, profile)
 
-    def infer(self, images: NDArray[np.float32], profile: int) -> NDArray[np.float32]:
-        """Run the engine with one of its profiles; the result belongs to the caller."""
+    def _execute(self, feeds: Mapping[str, NDArray[Any]], profile: int) -> dict[str, NDArray[Any]]:
+        """Run the engine with one of its profiles on contiguous arrays that fit it."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -248,27 +286,23 @@ class EngineSession:
             raise EngineError(f"TensorRT could not {what}: {said}{' '.join(str(error).split())}") from error
 
 
-def profile_for(images: object, shape: list[int | str], options: EngineOptions) -> int:
-    """The first profile that takes the images.
+def profile_for(shapes: Mapping[str, Sequence[int]], inputs: ModelShapes, options: EngineOptions) -> int:
+    """The first profile that takes inputs of these shapes.
+
+    Args:
+        shapes: of the inputs at hand, by name.
+        inputs: the shape of each input of the model; a string is an open axis.
+        options: with the profiles.
 
     Raises:
-        InputError: if none does, or they are no float32 array.
+        InputError: if none does.
     """
-    if not isinstance(images, np.ndarray) or images.dtype != np.float32:
-        found = (
-            f"an array of {images.dtype}" if isinstance(images, np.ndarray) else f"a {type(images).__name__}"
-        )
-        raise InputError(
-            f'the engine takes images of float32, found {found}; convert them with np.asarray(images, dtype="float32")'
-        )
     for index, profile in enumerate(options.profiles):
-        if profile.takes(images.shape, shape):
+        if profile.takes(shapes, inputs):
             return index
-    ranges = [profile.shapes(shape) for profile in options.profiles]
-    taken = " or ".join(f"{low} to {high}" for low, _, high in ranges)
     raise InputError(
-        f"the engine takes images of shape {taken}, found {images.shape}; run fewer at a time, or compile with a wider "
-        "profile"
+        f"the engine takes inputs of shape {taken_shapes(options, inputs)}, found {named_shapes(shapes)}; run fewer at "
+        "a time, or compile with a wider profile"
     )
 
 
@@ -285,15 +319,15 @@ class TensorRTSession(EngineSession):
         self.runner = runner
         self.profile = 0
 
-    def infer(self, images: NDArray[np.float32], profile: int) -> NDArray[np.float32]:
-        """Run the engine with one of its profiles; the result belongs to the caller."""
+    def _execute(self, feeds: Mapping[str, NDArray[Any]], profile: int) -> dict[str, NDArray[Any]]:
+        """Run the engine with one of its profiles on contiguous arrays that fit it."""
         with self._failures("run the engine"):
             if profile != self.profile:
                 self.runner.set_profile(profile)
                 self.profile = profile
-            outputs: OrderedDict[str, Any] = self.runner.infer({self.input: images}, check_inputs=False)
+            found: Mapping[str, Any] = self.runner.infer(dict(feeds), check_inputs=False)
         # Copied: the runner writes its next outputs over these.
-        return np.array(outputs[self.output])
+        return {item.name: np.array(found[item.name]) for item in self.outputs}
 
     def release(self) -> None:
         """Free what is held on the GPU, if anything is."""
@@ -327,8 +361,10 @@ class RtxSession(EngineSession):
         self.context = self._context()
         with self._failures("prepare the engine"):
             self.stream = cuda.Stream()
-            self.inputs = cuda.DeviceArray(dtype=np.float32)
-            self.outputs = cuda.DeviceArray(dtype=np.float32)
+            self.arrays = {
+                item.name: cuda.DeviceArray(dtype=np.dtype(item.type))
+                for item in (*self.inputs, *self.outputs)
+            }
         self.profile = 0
 
     def _context(self) -> Any:
@@ -347,8 +383,8 @@ class RtxSession(EngineSession):
             raise EngineError(f"TensorRT for RTX could not prepare the engine: {last_error(self.logger)}")
         return context
 
-    def infer(self, images: NDArray[np.float32], profile: int) -> NDArray[np.float32]:
-        """Run the engine with one of its profiles; the result belongs to the caller."""
+    def _execute(self, feeds: Mapping[str, NDArray[Any]], profile: int) -> dict[str, NDArray[Any]]:
+        """Run the engine with one of its profiles on contiguous arrays that fit it."""
         context, stream = self.context, self.stream
         with self._failures("run the engine"):
             # First the profile, which forgets shapes and addresses.
@@ -357,19 +393,36 @@ class RtxSession(EngineSession):
                     context.set_optimization_profile_async(profile, stream.ptr), f"profile {profile}"
                 )
                 self.profile = profile
-            self.inputs.resize(images.shape)
-            self.inputs.copy_from(images, stream)
-            self._require(context.set_input_shape(self.input, images.shape), f"shape {images.shape}")
-            self.outputs.resize(tuple(context.get_tensor_shape(self.output)))
-            for name, array in ((self.input, self.inputs), (self.output, self.outputs)):
-                self._require(context.set_tensor_address(name, array.ptr), f"memory of {name}")
+            for name, array in feeds.items():
+                self._require(context.set_input_shape(name, array.shape), f"shape {array.shape} of {name}")
+                self.arrays[name].resize(array.shape)
+                self.arrays[name].copy_from(array, stream)
+            for item in self.outputs:
+                self.arrays[item.name].resize(self._output_shape(item.name))
+            for name, held in self.arrays.items():
+                self._require(context.set_tensor_address(name, held.ptr), f"memory of {name}")
             if not context.execute_async_v3(stream.ptr):
                 raise EngineError(f"TensorRT for RTX could not run the engine: {last_error(self.logger)}")
-            result = np.empty(self.outputs.shape, dtype=np.float32)
-            self.outputs.copy_to(result, stream)
+            results = {item.name: np.empty(self.arrays[item.name].shape, item.type) for item in self.outputs}
+            for name, result in results.items():
+                self.arrays[name].copy_to(result, stream)
             stream.synchronize()
         self._save()
-        return result
+        return results
+
+    def _output_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of an output for the shapes that the inputs have now.
+
+        Raises:
+            EngineError: if it depends on values.
+        """
+        shape = tuple(self.context.get_tensor_shape(name))
+        if any(size < 0 for size in shape):
+            raise EngineError(
+                f"the shape of the output {name} depends on the values of the inputs, not on their shapes alone; such "
+                "models run in onnxruntime"
+            )
+        return shape
 
     def _require(self, taken: bool, what: str) -> None:
         if not taken:
@@ -387,6 +440,7 @@ class RtxSession(EngineSession):
 
     def release(self) -> None:
         """Free what is held on the GPU, if anything is."""
-        for name in ("inputs", "outputs", "stream"):
-            if (held := self.__dict__.pop(name, None)) is not None:
-                held.free()
+        for held in self.__dict__.pop("arrays", {}).values():
+            held.free()
+        if (stream := self.__dict__.pop("stream", None)) is not None:
+            stream.free()

@@ -45,14 +45,19 @@ def check(recipe: Any = None) -> None:
 def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model as the parser gets it: scans without bodies, with attributes that become fields of the plugin.
 
-    The parser finds a plugin by the name of the node and its attributes `plugin_namespace` and `plugin_version`. A list
+    The plugin scans maps; a scan of sequences becomes such scans of maps with one row, see `sequences_as_maps`. The
+    parser finds a plugin by the name of the node and its attributes `plugin_namespace` and `plugin_version`. A list
     of strings becomes one string of names with commas. Without bodies there is nothing to fall back to, should the
     plugin be missing.
-    """
-    from onnx import ModelProto, helper
 
-    result = ModelProto()
-    result.CopyFrom(model)
+    Raises:
+        PassError: if the graph does not tell how many groups a scan of sequences has.
+    """
+    from onnx import helper
+
+    from quartermap_deploy.passes.sequences_as_maps import sequences_as_maps
+
+    result = sequences_as_maps(model)
     kept = [function for function in result.functions if function.domain != DOMAIN]
     del result.functions[:]
     result.functions.extend(kept)
@@ -78,7 +83,7 @@ def build(
     directory: Path,
     options: EngineOptions | None = None,
     *,
-    examples: Sequence[Sequence[int]] = (),
+    examples: Sequence[Mapping[str, Sequence[int]]] = (),
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Build an engine; see `builder.build_engine`."""
