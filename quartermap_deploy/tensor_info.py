@@ -46,9 +46,9 @@ class TensorInfo:
             InputError: if a value is missing or of another kind.
         """
         name, shape, kind = values.get("name"), values.get("shape"), values.get("type")
-        sizes = isinstance(shape, (list, tuple)) and all(
+        fits = isinstance(shape, (list, tuple)) and all(
             (type(size) is int and size >= 0) or isinstance(size, str) for size in shape
         )
-        if not isinstance(name, str) or not sizes or kind not in TYPES:
+        if not isinstance(name, str) or shape is None or not fits or kind not in TYPES:
             raise InputError(f"{dict(values)!r} is no input or output; expected name, shape and type")
         return cls(name, tuple(shape), kind)
