@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 import onnx
 
+from quartermap_deploy.errors import PassError
 from quartermap_deploy.frontend.node_names import read_name
 from quartermap_deploy.passes.base import PassReport
 from quartermap_deploy.passes.recovery.concrete import Concrete
@@ -119,13 +120,20 @@ def recover_2d(model: onnx.ModelProto, example: Mapping[str, Sequence[int]] | No
             sizes that most models take, or at multiples of these.
 
     Raises:
-        PassError: if the model has open sizes and cannot be run at two of those that are tried.
+        PassError: if the graph contradicts itself.
     """
     report = RecoveryReport(NAME)
     index = GraphIndex(model)
     if not index.scans():
         return Recovered(infer_shapes(model), report)
-    probes = probing_graphs(index, example)
+    try:
+        probes = probing_graphs(index, example)
+    except PassError as error:
+        # What cannot be looked at stays as it is, which is a legal model.
+        for place in index.scans():
+            if (name := read_name(index.nodes[place].name)) is not None:
+                report.refused.setdefault(name.block, str(error))
+        return Recovered(infer_shapes(model), report)
     readings = [reading for group in _groups(index, probes[0]) for reading in _read(group, probes)]
     readings.sort(key=lambda reading: reading.group.places)
     for reading in readings:
