@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
+from quartermap_deploy.model_facts import ModelFacts
 from quartermap_deploy.tensor_info import TensorInfo
-
-if TYPE_CHECKING:
-    from quartermap_deploy.bundle import Bundle
 
 
 def shared_batch(items: Iterable[TensorInfo]) -> int | str | None:
@@ -21,12 +18,12 @@ def shared_batch(items: Iterable[TensorInfo]) -> int | str | None:
     return firsts.pop() if len(firsts) == 1 else None
 
 
-def batch_of(bundle: Bundle) -> int | str | None:
+def batch_of(bundle: ModelFacts) -> int | str | None:
     """The batch that all inputs and outputs of a bundle share, as `shared_batch` says."""
     return shared_batch((*bundle.inputs, *bundle.outputs))
 
 
-def largest_batch(bundle: Bundle, target: str) -> int | None:
+def largest_batch(bundle: ModelFacts, target: str) -> int | None:
     """The largest batch that a target takes at once: a fixed one, or that of an engine's widest profile.
 
     Returns:

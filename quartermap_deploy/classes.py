@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 
 from quartermap_deploy.data.labels import class_names
 from quartermap_deploy.errors import BundleError, InputError
+from quartermap_deploy.model_facts import ModelFacts
 
 if TYPE_CHECKING:
     import onnx
-
-    from quartermap_deploy.bundle import Bundle
 
 Activation = Literal["softmax", "sigmoid", "none"]
 """What makes probabilities of an output: "none" where the model ends in one of the others itself."""
@@ -24,7 +23,9 @@ _PASSED = ("Cast", "Identity", "Reshape", "Squeeze", "Flatten")
 """Operators between the last one and the output that change no value."""
 
 
-def class_labels(bundle: Bundle, given: str | PathLike[str] | Sequence[str] | None = None) -> tuple[str, ...]:
+def class_labels(
+    bundle: ModelFacts, given: str | PathLike[str] | Sequence[str] | None = None
+) -> tuple[str, ...]:
     """Return the names of a bundle's classes; nothing where nobody gave any.
 
     Args:
@@ -50,7 +51,7 @@ def named(labels: Sequence[str], index: int) -> str:
     return labels[index] if index < len(labels) else str(index)
 
 
-def activation_of(bundle: Bundle) -> Activation:
+def activation_of(bundle: ModelFacts) -> Activation:
     """Tell how the first output of a bundle becomes probabilities.
 
     A module may end in a softmax or sigmoid of its own; a second one would make other numbers of its probabilities, and
@@ -78,7 +79,7 @@ def probabilities(values: NDArray[Any], activation: Activation) -> NDArray[np.fl
     return result
 
 
-def _last_operator(bundle: Bundle) -> str | None:
+def _last_operator(bundle: ModelFacts) -> str | None:
     """The operator that makes the first output; None where an input is passed on."""
     import onnx
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from quartermap_deploy.batch_axis import batch_of
 from quartermap_deploy.data.preprocessing import Color, Preprocessing
 from quartermap_deploy.errors import InputError
+from quartermap_deploy.model_facts import ModelFacts
 from quartermap_deploy.tensor_info import TensorInfo
 
-if TYPE_CHECKING:
-    from quartermap_deploy.bundle import Bundle
-
 _COLORS: dict[int, Color] = {1: "grey", 3: "rgb", 4: "rgba"}
+IMAGE, PROBABILITIES = "image", "probabilities"
 ARRAYS = "give arrays to bundle.run instead"
 
 
@@ -30,7 +30,7 @@ class ImageInterface:
     preprocessing: Preprocessing
 
 
-def image_interface(bundle: Bundle, overrides: Mapping[str, Any] | None = None) -> ImageInterface:
+def image_interface(bundle: ModelFacts, overrides: Mapping[str, Any] | None = None) -> ImageInterface:
     """Find out how images become the input of a bundle's model.
 
     Args:
@@ -56,15 +56,30 @@ def image_interface(bundle: Bundle, overrides: Mapping[str, Any] | None = None) 
     return ImageInterface(item, preprocessing)
 
 
-def free_name(wanted: str, taken: Collection[str]) -> str:
-    """Return a name for a tensor beside others: the one that is wanted, with a number behind it if it is taken."""
+def no_image_model(bundle: ModelFacts) -> str | None:
+    """Say why a server cannot put images together for a bundle whose images become its input; None where it can."""
+    batch = batch_of(bundle)
+    if batch is None:
+        return "its outputs do not belong to single images"
+    if isinstance(batch, int) and batch > 1:
+        return f"its graph takes {batch} images at once and no fewer"
+    return None
+
+
+def image_model_tensors(bundle: ModelFacts) -> tuple[str, str]:
+    """Names for what a model that takes image files has beside a bundle's own tensors: the files, and probabilities."""
+    taken = {item.name for item in (*bundle.inputs, *bundle.outputs)}
+    return _free_name(IMAGE, taken), _free_name(PROBABILITIES, taken)
+
+
+def _free_name(wanted: str, taken: Collection[str]) -> str:
     number, name = 1, wanted
     while name in taken:
         number, name = number + 1, f"{wanted}_{number + 1}"
     return name
 
 
-def _replaced(bundle: Bundle, item: TensorInfo, overrides: Mapping[str, Any] | None) -> Preprocessing:
+def _replaced(bundle: ModelFacts, item: TensorInfo, overrides: Mapping[str, Any] | None) -> Preprocessing:
     stored = bundle.preprocessing
     if stored is not None:
         return stored.replace(overrides) if overrides else stored

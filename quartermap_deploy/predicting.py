@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,13 +26,11 @@ from quartermap_deploy.data.image_files import images_in
 from quartermap_deploy.data.images import ImageLike, prepare_into
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.image_interface import ImageInterface, image_interface
+from quartermap_deploy.model_facts import ModelFacts
 from quartermap_deploy.pictures import has_known_range, mask_of, picture_of, shares_of
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.targets import Session
 from quartermap_deploy.tensor_info import TensorInfo
-
-if TYPE_CHECKING:
-    from quartermap_deploy.bundle import Bundle
 
 TOP = 5
 """Classes of an image where nobody says how many."""
@@ -167,7 +165,7 @@ class Predictions(Sequence[Prediction]):
 
 
 def predict(
-    bundle: Bundle,
+    bundle: ModelFacts,
     files: ImageLike | Iterable[ImageLike],
     *,
     top: int = TOP,
@@ -267,7 +265,7 @@ class Predictor:
         finish: makes a prediction of the outputs for one image, by name.
     """
 
-    bundle: Bundle
+    bundle: ModelFacts
     target: str
     session: Session
     interface: ImageInterface
@@ -323,7 +321,7 @@ class Predictor:
 
 
 def make_predictor(
-    bundle: Bundle,
+    bundle: ModelFacts,
     *,
     top: int = TOP,
     batch: int | None = None,
@@ -343,7 +341,7 @@ def make_predictor(
     return Predictor(bundle, chosen, bundle.session(chosen), interface, names, size, pads, finish)
 
 
-def _batch_size(bundle: Bundle, item: TensorInfo, target: str, wanted: int | None) -> tuple[int, bool]:
+def _batch_size(bundle: ModelFacts, item: TensorInfo, target: str, wanted: int | None) -> tuple[int, bool]:
     """How many images are run at once, and whether no fewer can be."""
     limit, shared = largest_batch(bundle, target), batch_of(bundle)
     if shared is None:
@@ -369,7 +367,7 @@ def _leads(output: TensorInfo, item: TensorInfo) -> bool:
 
 
 def _finisher(
-    bundle: Bundle, interface: ImageInterface, labels: tuple[str, ...], top: int
+    bundle: ModelFacts, interface: ImageInterface, labels: tuple[str, ...], top: int
 ) -> Callable[[str, Mapping[str, NDArray[Any]]], Prediction | Broken]:
     """What makes predictions of outputs, by the bundle's task."""
     first, task = bundle.outputs[0], bundle.task

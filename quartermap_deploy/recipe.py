@@ -302,7 +302,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain values for JSON."""
-        values = dataclasses.asdict(dataclasses.replace(self, module=None, preprocessing=None))
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         values["module"] = None if self.module is None else self.module.to_dict()
         values["preprocessing"] = None if self.preprocessing is None else dict(self.preprocessing)
         if self.labels is not None:

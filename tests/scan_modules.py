@@ -1,4 +1,4 @@
-"""Small modules that scan maps as public models do, in different spellings, and with faults planted in them.
+"""Small modules that scan maps as public models do, in different spellings.
 
 Each is one token mixer on a map: a depthwise convolution and SiLU, unrolling, projections, one or more calls of
 `selective_scan`, a merge. Parameters are random, so that every direction and term shows.
@@ -7,7 +7,6 @@ Each is one token mixer on a map: a depthwise convolution and SiLU, unrolling, p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -269,100 +268,3 @@ class Together(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """One output for each mixer."""
         return tuple(mixer(x) for mixer in self.mixers)
-
-
-# Faults -----------------------------------------------------------------------------------------------------------
-
-Change = Callable[[Tensor], Tensor]
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
-
-
-def _no_flip(y: Tensor) -> Tensor:
-    return torch.cat([y[:, :2], y[:, 2:].flip(-1)], dim=1)
-
-
-def _positions(x: Tensor) -> Tensor:
-    return 0.1 * torch.linspace(-1, 1, x.shape[-1])
-
-
-def _weighted(y: Tensor) -> Tensor:
-    return y * torch.tensor([1.0, 0.5, 1.0, 1.0])[:, None, None]
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What is wrong with a mixer; each change takes and returns (batch, 4, CHANNELS, L).
-
-    Attributes:
-        unrolled: changes the sequences, before anything reads them.
-        seen: changes what the projections read of them.
-        scanned: changes the outputs of the scans, before they are merged.
-    """
-
-    unrolled: Change = _same
-    seen: Change = _same
-    scanned: Change = _same
-
-
-FAULTS = {
-    "no flip in the merge": Fault(scanned=_no_flip),
-    "wrong direction": Fault(unrolled=lambda x: torch.cat([x[:, :1], x[:, :1], x[:, 2:]], dim=1)),
-    "a positional term in the projections": Fault(seen=lambda x: x + _positions(x)),
-    "a positional term in the scanned values": Fault(
-        unrolled=lambda x: x + _positions(x), seen=lambda x: x - _positions(x)
-    ),
-    "an activation before the projections": Fault(seen=torch.tanh),
-    "an activation before the merge": Fault(scanned=torch.tanh),
-    "order of the merge swapped": Fault(scanned=lambda y: y[:, [0, 3, 2, 1]]),
-    "u doubled": Fault(unrolled=lambda x: 2 * x, seen=lambda x: x / 2),
-    "windows shifted by one": Fault(unrolled=lambda x: x.roll(1, dims=-1)),
-    "the output shifted by one": Fault(scanned=lambda y: y.roll(1, dims=-1)),
-    "one channel permuted": Fault(
-        unrolled=lambda x: x[:, :, [1, 0, *range(2, CHANNELS)]],
-        seen=lambda x: x[:, :, [1, 0, *range(2, CHANNELS)]],
-    ),
-    "directions weighted differently": Fault(scanned=_weighted),
-    "scanned over another image": Fault(unrolled=lambda x: x.flip(0), seen=lambda x: x.flip(0)),
-    "projections of another image": Fault(seen=lambda x: x.flip(0)),
-    "projections of the neighbour": Fault(seen=lambda x: x.roll(1, dims=-1)),
-    "a clamp that random values seldom reach": Fault(seen=lambda x: x.clamp(-50, 50)),
-}
-
-
-class FaultyStacked(Stacked):
-    """`Stacked` with a fault."""
-
-    def __init__(self, fault: Fault) -> None:
-        super().__init__()
-        self.fault = fault
-
-    def unroll(self, x: Tensor) -> Tensor:
-        return self.fault.unrolled(super().unroll(x))
-
-    def seen(self, sequences: Tensor) -> Tensor:
-        """What the projections read."""
-        return self.fault.seen(sequences)
-
-    def merge(self, y: Tensor, height: int, width: int) -> Tensor:
-        return super().merge(self.fault.scanned(y), height, width)
-
-
-class FaultyAssigned(Assigned):
-    """`Assigned` with a fault."""
-
-    def __init__(self, fault: Fault) -> None:
-        super().__init__()
-        self.fault = fault
-
-    def unroll(self, sequences: Tensor) -> Tensor:
-        return self.fault.unrolled(sequences)
-
-    def seen(self, sequences: Tensor) -> Tensor:
-        """What the projections read."""
-        return self.fault.seen(sequences)
-
-    def merge(self, y: Tensor) -> Tensor:
-        return self.fault.scanned(y)

@@ -39,13 +39,32 @@ API_FILE = Path(__file__).parent / "data" / "tensorrt_api.json"
 RELEASES = ("10.7.0", "11.1")
 """The releases in the file: the oldest that is supported, and the newest that was public."""
 
-NUMPY_TYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64, "INT32": np.int32}
+NUMPY_TYPES = {
+    "FLOAT": np.float32,
+    "HALF": np.float16,
+    "INT64": np.int64,
+    "INT32": np.int32,
+    "UINT8": np.uint8,
+    "BOOL": np.bool_,
+}
+ALIASES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "INT32": "int32",
+    "INT64": "int64",
+    "INT8": "int8",
+    "UINT8": "uint8",
+    "BOOL": "bool",
+}
+"""What the module calls its element types beside their own names."""
 ONNX_NAMES = {
     onnx.TensorProto.FLOAT: "FLOAT",
     onnx.TensorProto.FLOAT16: "HALF",
     onnx.TensorProto.BFLOAT16: "BF16",
     onnx.TensorProto.INT64: "INT64",
     onnx.TensorProto.INT32: "INT32",
+    onnx.TensorProto.UINT8: "UINT8",
+    onnx.TensorProto.BOOL: "BOOL",
 }
 SHOWN = {
     "FLOAT": "Row major linear FP32",
@@ -113,7 +132,7 @@ class Behaviour:
         lost_types: names of nodes that engines compute in float32 whatever the graph says.
         inspected_types: whether the inspector names types.
         lost_scan: the name of a scan that does not become the plugin.
-        wrong: what an engine multiplies its result with, by its graph.
+        wrong: what an engine multiplies its floating-point results with, by its graph.
         fails: what fails: "build", "load_library", "context" or "run".
         calls: what was called, in order.
     """
@@ -295,7 +314,7 @@ class Engines:
         module.ILogger.Severity = enums["Severity"]  # type: ignore[attr-defined]
         for member in enums["Severity"]:
             setattr(module.ILogger, member.name, member)  # type: ignore[attr-defined]
-        for key, alias in (("FLOAT", "float32"), ("HALF", "float16"), ("INT32", "int32"), ("INT8", "int8")):
+        for key, alias in ALIASES.items():
             setattr(module, alias, enums["DataType"][key])
         registry = module.IPluginRegistry()  # type: ignore[attr-defined]
         functions = {"get_plugin_registry": lambda: registry}
@@ -605,14 +624,22 @@ def _implementations(shared: Engines, enums: Any, module: Any) -> dict[str, type
     class ICudaEngine:
         def __init__(self, plan: dict[str, Any], model: onnx.ModelProto) -> None:
             self._plan, self._model = plan, model
-            self._io = [*model.graph.input, *model.graph.output]
-            self._inputs = {value.name for value in model.graph.input}
+            self._io = {value.name: value for value in (*model.graph.input, *model.graph.output)}
+            self._inputs = [value.name for value in model.graph.input]
+            self._outputs = [value.name for value in model.graph.output]
             self._function: Any = None
 
-        def _run(self, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        def _run(self, feeds: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
             self._function = self._function or runnable(self._model)
-            result: np.ndarray[Any, Any] = self._function(images)
-            return result
+            found: dict[str, np.ndarray[Any, Any]] = self._function(feeds)
+            return found
+
+        def _type_of(self, name: str) -> str:
+            return ONNX_NAMES[self._io[name].type.tensor_type.elem_type]
+
+        def _sizes(self, name: str) -> list[int | str]:
+            sides = self._io[name].type.tensor_type.shape.dim
+            return [side.dim_value if side.HasField("dim_value") else side.dim_param for side in sides]
 
         @property
         def num_io_tensors(self) -> int:
@@ -623,14 +650,16 @@ def _implementations(shared: Engines, enums: Any, module: Any) -> dict[str, type
             return len(self._model.graph.node)
 
         def get_tensor_name(self, index: int) -> str:
-            return self._io[index].name
+            return list(self._io)[index]
 
         def get_tensor_mode(self, name: str) -> Any:
             return enums.TensorIOMode.INPUT if name in self._inputs else enums.TensorIOMode.OUTPUT
 
         def get_tensor_dtype(self, name: str) -> Any:
-            (value,) = (value for value in self._io if value.name == name)
-            return enums.DataType[ONNX_NAMES[value.type.tensor_type.elem_type]]
+            return enums.DataType[self._type_of(name)]
+
+        def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+            return tuple(size if isinstance(size, int) else -1 for size in self._sizes(name))
 
         def get_tensor_format(self, name: str, profile_index: int = 0) -> Any:
             return enums.TensorFormat.LINEAR
@@ -742,9 +771,15 @@ def _implementations(shared: Engines, enums: Any, module: Any) -> dict[str, type
         def get_tensor_shape(self, name: str) -> tuple[int, ...]:
             if name in self._shapes:
                 return self._shapes[name]
-            (value,) = (value for value in self._of._io if value.name == name)
-            batch = next(iter(self._shapes.values()), (-1,))[0]
-            return (batch, *(side.dim_value or -1 for side in value.type.tensor_type.shape.dim[1:]))
+            known = {
+                label: size
+                for key, shape in self._shapes.items()
+                for label, size in zip(self._of._sizes(key), shape, strict=True)
+                if isinstance(label, str)
+            }
+            return tuple(
+                size if isinstance(size, int) else known.get(size, -1) for size in self._of._sizes(name)
+            )
 
         def set_tensor_address(self, name: str, memory: int) -> bool:
             self._addresses[name] = memory
@@ -768,30 +803,43 @@ def _implementations(shared: Engines, enums: Any, module: Any) -> dict[str, type
             behaviour.calls.append(("run", self._profile))
             if behaviour.fails == "run":
                 return False
-            (image,) = engine._inputs
-            if image not in self._shapes or not self._addresses.get(image):
+            shapes = {name: self.get_tensor_shape(name) for name in engine._inputs}
+            ready = all(size >= 0 for shape in shapes.values() for size in shape)
+            if not ready or not all(self._addresses.get(name) for name in engine._inputs):
                 return False
-            (output,) = (value for value in engine._io if value.name not in engine._inputs)
-            shape, kind = self.get_tensor_shape(output.name), NUMPY_TYPES["FLOAT"]
-            size = int(np.prod(shape)) * np.dtype(kind).itemsize
-            target = self._addresses.get(output.name, 0)
-            if (allocator := self._allocators.get(output.name)) is not None:
-                target = allocator.reallocate_output_async(output.name, target, size, 256, stream_handle)
-                allocator.notify_shape(output.name, shape)
-            source, source_shape = self._addresses[image], self._shapes[image]
+            targets = {name: self._target(name, stream_handle) for name in engine._outputs}
+            sources = {name: self._addresses[name] for name in engine._inputs}
 
             def work() -> None:
-                images = np.ctypeslib.as_array(
-                    ctypes.cast(source, ctypes.POINTER(ctypes.c_float)), source_shape
-                )
-                result = np.ascontiguousarray(engine._run(images), dtype=kind)
-                result = result * np.float32(behaviour.wrong(engine._model))
-                ctypes.memmove(target, result.ctypes.data, size)
+                feeds = {name: read(sources[name], engine._type_of(name), shapes[name]) for name in sources}
+                for name, value in engine._run(feeds).items():
+                    kind = NUMPY_TYPES[engine._type_of(name)]
+                    result = np.asarray(value, dtype=kind, order="C")
+                    if np.issubdtype(kind, np.floating):
+                        result = result * kind(behaviour.wrong(engine._model))
+                    ctypes.memmove(targets[name], result.ctypes.data, result.nbytes)
 
             shared.cuda.streams[stream_handle].append(work)
             return True
 
+        def _target(self, name: str, stream_handle: int) -> int:
+            """Where an output goes: to its allocator's memory, or to its address."""
+            shape, kind = self.get_tensor_shape(name), NUMPY_TYPES[self._of._type_of(name)]
+            target: int = self._addresses.get(name, 0)
+            if (allocator := self._allocators.get(name)) is not None:
+                size = int(np.prod(shape, dtype=int)) * np.dtype(kind).itemsize
+                target = allocator.reallocate_output_async(name, target, size, 256, stream_handle)
+                allocator.notify_shape(name, shape)
+            return target
+
     return {name: kind for name, kind in locals().items() if isinstance(kind, type)}
+
+
+def read(address: int, kind: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """Return a copy of an array in memory."""
+    count = int(np.prod(shape, dtype=int))
+    size = count * np.dtype(NUMPY_TYPES[kind]).itemsize
+    return np.frombuffer(ctypes.string_at(address, size), NUMPY_TYPES[kind]).reshape(shape)
 
 
 # ONNX Runtime behind it -----------------------------------------------------------------------------------------
@@ -806,7 +854,9 @@ def node_types(model: onnx.ModelProto) -> dict[str, int]:
     return {value.name: value.type.tensor_type.elem_type for value in values}
 
 
-def runnable(model: onnx.ModelProto) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
+def runnable(
+    model: onnx.ModelProto,
+) -> Callable[[Mapping[str, np.ndarray[Any, Any]]], dict[str, np.ndarray[Any, Any]]]:
     """Return a function that runs a graph whose scans are plugin nodes, on a CPU."""
     model = onnx.load_from_string(model.SerializeToString())
     for node in model.graph.node:
@@ -822,8 +872,8 @@ def runnable(model: onnx.ModelProto) -> Callable[[np.ndarray[Any, Any]], np.ndar
     session = onnxruntime.InferenceSession(
         lower(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    name = session.get_inputs()[0].name
-    return lambda images: session.run(None, {name: images})[0]  # type: ignore[no-any-return]
+    names = [output.name for output in session.get_outputs()]
+    return lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx
 import pytest
-from test_tensorrt_rtx import needs_rtx, small_model, without_gpu
+from test_tensorrt_rtx import needs_rtx, small_model, two_in_two_out, without_gpu
 
 from quartermap_deploy.bundle import FORMAT, describe_file, load_bundle, write_json
 from quartermap_deploy.cli.program import run as run_command
@@ -25,20 +25,22 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def write_bundle(folder: Path, engine: bool = True, recipe: Recipe | None = None) -> Path:
+def write_bundle(
+    folder: Path, engine: bool = True, recipe: Recipe | None = None, model: onnx.ModelProto | None = None
+) -> Path:
     """Write a small bundle by hand, with an engine or without, and without golden files."""
     folder.mkdir()
-    onnx.save(small_model(), folder / "model.onnx")
+    onnx.save(model or small_model(), folder / "model.onnx")
     write_json(folder / "report.json", {"cases": [], "passed": True})
     targets: dict[str, Any] = {"onnxruntime": {"file": "model.onnx"}}
     if engine:
         targets["tensorrt-rtx"] = rtx.build(folder / "model.onnx", folder, OPTIONS)
     files = {path.name: describe_file(path) for path in sorted(folder.iterdir())}
-    sections: dict[str, Any] = {
-        name: {} for name in ("model", "input", "output", "totals", "graph", "versions")
-    }
+    sections: dict[str, Any] = {name: {} for name in ("model", "totals", "graph", "versions")}
     sections["recipe"] = (recipe or Recipe("small")).to_dict()
-    manifest = {"format": FORMAT, **sections, "blocks": [], "passes": [], "plan": None}
+    lists = ("blocks", "passes", "inputs", "outputs", "labels", "size_rules", "golden")
+    sections |= {name: [] for name in lists}
+    manifest = {"format": FORMAT, **sections, "plan": None, "preprocessing": None, "task": "other"}
     write_json(folder / "manifest.json", {**manifest, "files": files, "targets": targets})
     return folder
 
@@ -75,6 +77,15 @@ def test_an_engine_is_added_and_its_options_changed(tmp_path: Path) -> None:
     wider = EngineOptions(profiles=(Profile((1, 8, 64)),), compute_capabilities=("8.9", "12.0"))
     bundle = rebuild_bundle(folder, options=wider)
     assert bundle.manifest["targets"]["tensorrt-rtx"]["compute_capabilities"] == ["8.9", "12.0"]
+
+
+@needs_rtx
+def test_an_engine_of_several_inputs_is_made_again(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "bundle", model=two_in_two_out())
+    (folder / "model.tensorrt_rtx.engine").unlink()
+    entry = rebuild_bundle(folder).manifest["targets"]["tensorrt-rtx"]
+    assert list(entry["inputs"]) == ["features", "tokens", "scale"]
+    assert entry["outputs"] == ["scanned", "chosen"]
 
 
 @needs_rtx

@@ -21,10 +21,10 @@ import numpy as np
 import onnx
 import pytest
 import tensorrt_stand_in as stand_in
-from helpers import traced_digits
+from helpers import error, run, traced_digits
 from onnx import helper, numpy_helper
 from tensorrt_stand_in import RELEASES, Engines
-from test_tensorrt_rtx import WHY_NOT, needs_rtx, save, small_model
+from test_tensorrt_rtx import WHY_NOT, needs_rtx, save, small_model, two_in_two_out
 
 import quartermap_deploy as qm
 from quartermap_deploy import gpu
@@ -131,7 +131,7 @@ def expected(batch: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def built(engines: Engines, folder: Path, plugin: Path, **options: Any) -> dict[str, Any]:
     settings = dataclasses.replace(OPTIONS, plugin=plugin, cache=folder / "cache", **options)
-    return tensorrt.build(save(small_model(), folder), folder, settings, examples=[(1, 3, 8, 8)])
+    return tensorrt.build(save(small_model(), folder), folder, settings, examples=[{"images": (1, 3, 8, 8)}])
 
 
 def plugin_for(engines: Engines, library: Callable[..., Path]) -> Path:
@@ -408,6 +408,104 @@ def test_an_engine_runs_by_its_profiles(
     np.testing.assert_allclose(session.run(wide[..., ::2]), expected(images(2)), rtol=1e-5)
 
 
+def several(batch: int, seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
+    """Inputs of `two_in_two_out`."""
+    random = np.random.default_rng(seed)
+    return {
+        "features": random.standard_normal((batch, 2, 6)).astype(np.float32),
+        "tokens": random.integers(0, 5, (batch, 4)),
+        "scale": np.array(0.5, np.float32),
+    }
+
+
+def check_several(session: Any, profiles: list[tuple[str, Any]]) -> None:
+    """Run several inputs and outputs in a session, and compare with ONNX Runtime and the portable model."""
+    model = two_in_two_out()
+    assert [(item.name, item.shape, item.type) for item in session.inputs] == [
+        ("features", ("batch", 2, 6), "float32"),
+        ("tokens", ("batch", 4), "int64"),
+        ("scale", (), "float32"),
+    ]
+    assert [(item.name, item.shape, item.type) for item in session.outputs] == [
+        ("scanned", ("any", 2, 6), "float32"),
+        ("chosen", ("any", 4), "int64"),
+    ]
+    kept = []
+    for batch in (1, 3):
+        feeds = several(batch, batch)
+        found, expected = session.infer(feeds), run(model, feeds)
+        assert list(found) == ["scanned", "chosen"]
+        assert error(found["scanned"], expected["scanned"]) <= 1e-5
+        assert found["chosen"].dtype == np.int64
+        np.testing.assert_array_equal(found["chosen"], expected["chosen"])
+        kept.append((found["chosen"], expected["chosen"]))
+    for before, expected_before in kept:
+        np.testing.assert_array_equal(before, expected_before)
+    # Rows that are not one after the other in memory.
+    wide = np.zeros((1, 2, 12), np.float32)
+    wide[..., ::2] = several(1, 1)["features"]
+    found = session.infer({**several(1, 1), "features": wide[..., ::2]})
+    assert error(found["scanned"], run(model, several(1, 1))["scanned"]) <= 1e-5
+    assert [call for call in profiles if call[0] in ("profile", "run")] == [
+        ("run", 0),
+        ("profile", 1),
+        ("run", 1),
+        ("profile", 0),
+        ("run", 0),
+    ]
+
+
+def refused_several(session: Any, changes: dict[str, Any], without: str = "") -> str:
+    """What a session says of inputs that are not right."""
+    feeds = {name: value for name, value in {**several(2), **changes}.items() if name != without}
+    with pytest.raises(InputError) as caught:
+        session.infer(feeds)
+    return str(caught.value)
+
+
+def test_several_inputs_and_outputs_run(
+    engines: Engines, library: Callable[..., Path], tmp_path: Path
+) -> None:
+    plugin = plugin_for(engines, library)
+    options = dataclasses.replace(OPTIONS, plugin=plugin, cache=tmp_path / "cache")
+    example = {"features": (4, 2, 6), "tokens": (4, 4), "scale": ()}
+    entry = tensorrt.build(save(two_in_two_out(), tmp_path), tmp_path, options, examples=[example])
+    assert list(entry["inputs"]) == ["features", "tokens", "scale"]
+    assert entry["outputs"] == ["scanned", "chosen"]
+    entry = json.loads(json.dumps(entry))
+    session = tensorrt.open(
+        tmp_path, {**entry, "size_rules": ["tokens[0] != 4", "features[0] == tokens[0]"]}, plugin=plugin
+    )
+    engines.behaviour.calls.clear()
+    check_several(session, engines.behaviour.calls)
+    assert "no array for the input 'tokens'" in refused_several(session, {}, "tokens")
+    assert "has no input 'images'" in refused_several(session, {"images": np.zeros(2)})
+    text = refused_several(session, {"tokens": np.zeros((2, 4), np.float32)})
+    assert "'tokens' of shape (batch, 4) and int64, found (2, 4) of float32" in text
+    text = refused_several(session, {"scale": np.zeros(1, np.float32)})
+    assert "'scale' of shape () and float32, found (1,)" in text
+    assert "a batch of 3, but 'features' one of 2" in refused_several(
+        session, {"tokens": several(3)["tokens"]}
+    )
+    assert "exported for sizes with tokens[0] != 4" in refused_several(session, several(4))
+    assert "found features (5, 2, 6), tokens (5, 4), scale ()" in refused_several(session, several(5))
+    with pytest.raises(InputError, match="by name"):
+        session.run(several(1)["features"])
+
+
+def test_scans_of_sequences_become_the_plugin_too(
+    engines: Engines, library: Callable[..., Path], tmp_path: Path
+) -> None:
+    prepared = tensorrt.prepare(two_in_two_out())
+    names = ["block_1/scan/group_1", "block_1/scan/group_2", "block_2/scan", "block_3/scan"]
+    assert tensorrt_builder.scan_names(prepared) == names
+    assert {node.op_type for node in prepared.graph.node if node.domain} == {"SelectiveScan2D"}
+    options = EngineOptions(plugin=plugin_for(engines, library), cache=tmp_path / "cache")
+    engines.behaviour.lost_scan = names[1]
+    with pytest.raises(EngineError, match=f"1 scans did not become .* plugin: {names[1]} "):
+        tensorrt.build(save(two_in_two_out(), tmp_path), tmp_path, options)
+
+
 def test_memory_is_given_back(engines: Engines, library: Callable[..., Path], tmp_path: Path) -> None:
     plugin = plugin_for(engines, library)
     entry = built(engines, tmp_path, plugin)
@@ -446,12 +544,18 @@ def test_an_engine_with_another_input_is_refused(
     options = dataclasses.replace(OPTIONS, plugin=plugin, cache=tmp_path / "cache")
     entry = tensorrt.build(save(half_model(onnx.TensorProto.FLOAT16), tmp_path), tmp_path, options)
     with pytest.raises(
-        BundleError, match=r'images of the engine .* is half, expected float32; .*io = "float32"'
+        BundleError,
+        match=r'images of the engine .* is half, expected float32 or whole numbers; .*io = "float32"',
     ):
         tensorrt.open(tmp_path, entry, plugin=plugin)
     entry = built(engines, tmp_path, plugin)
-    with pytest.raises(BundleError, match=r"has inputs images among 2 values; expected the input pictures"):
+    with pytest.raises(BundleError, match=r"has the inputs images; expected pictures"):
         tensorrt.open(tmp_path, {**entry, "inputs": {"pictures": entry["inputs"]["images"]}}, plugin=plugin)
+    with pytest.raises(BundleError, match=r"has the outputs logits; expected logits, features"):
+        tensorrt.open(tmp_path, {**entry, "outputs": ["logits", "features"]}, plugin=plugin)
+    older = {key: value for key, value in entry.items() if key != "outputs"}
+    with pytest.raises(BundleError, match=r"says too little .*\(outputs\); make it again"):
+        tensorrt.open(tmp_path, older, plugin=plugin)
 
 
 def test_an_engine_that_tensorrt_cannot_read_is_refused(
@@ -649,6 +753,26 @@ def test_an_rtx_engine_runs_by_its_profiles(rtx: Engines, tmp_path: Path) -> Non
     rtx.behaviour.fails = "context"
     with pytest.raises(EngineError, match="could not prepare the engine"):
         tensorrt_rtx.open(folder, entry)
+
+
+def test_an_rtx_engine_with_several_inputs_and_outputs(rtx: Engines, tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, compute_capabilities=("8.9",))
+    entry = tensorrt_rtx.build(save(two_in_two_out(), tmp_path), tmp_path, options)
+    session = tensorrt_rtx.open(tmp_path, entry)
+    rtx.behaviour.calls.clear()
+    check_several(session, rtx.behaviour.calls)
+    session.close()
+    assert not rtx.cuda.memory and not rtx.cuda.streams
+
+
+def test_an_output_whose_size_depends_on_values_is_refused(rtx: Engines, tmp_path: Path) -> None:
+    model = small_model()
+    model.graph.node.append(helper.make_node("NonZero", ["logits"], ["found"], name="nonzero"))
+    model.graph.output.append(helper.make_tensor_value_info("found", onnx.TensorProto.INT64, [2, None]))
+    options = dataclasses.replace(OPTIONS, compute_capabilities=("8.9",))
+    session = tensorrt_rtx.open(tmp_path, tensorrt_rtx.build(save(model, tmp_path), tmp_path, options))
+    with pytest.raises(EngineError, match="shape of the output found depends on the values"):
+        session.infer({"images": images(1)})
 
 
 def test_an_rtx_engine_for_other_gpus_is_built_all_the_same(

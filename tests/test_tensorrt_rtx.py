@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from helpers import traced_digits
+from helpers import error, run, traced_digits
 from onnx import helper, numpy_helper
 
 from quartermap_deploy.errors import (
@@ -35,6 +35,7 @@ from quartermap_deploy.targets import load_target
 from quartermap_deploy.targets.tensorrt import builder as tensorrt_builder
 from quartermap_deploy.targets.tensorrt import rtx as tensorrt_rtx
 from quartermap_deploy.targets.tensorrt import target as tensorrt
+from quartermap_deploy.targets.tensorrt.builder import check_examples
 from quartermap_deploy.targets.tensorrt.caches import TimingCache, cache_key
 from quartermap_deploy.targets.tensorrt.checks import (
     INSPECTOR,
@@ -86,7 +87,7 @@ class Recorder:
             self.open -= 1
 
 
-def small_model(operator: str = "Relu", size: int | str = 8) -> onnx.ModelProto:
+def small_model(operator: str = "Relu", height: int | str = 8, width: int | str = 8) -> onnx.ModelProto:
     """Return a model that is built in a second: a convolution, one more operator, and logits."""
     weight = numpy_helper.from_array(np.ones((2, 3, 1, 1), np.float32), "weight")
     nodes = [
@@ -95,10 +96,82 @@ def small_model(operator: str = "Relu", size: int | str = 8) -> onnx.ModelProto:
         helper.make_node("GlobalAveragePool", ["active"], ["pooled"], name="pool"),
         helper.make_node("Flatten", ["pooled"], ["logits"], name="flatten"),
     ]
-    images = helper.make_tensor_value_info("images", 1, ["batch", 3, size, size])
+    images = helper.make_tensor_value_info("images", 1, ["batch", 3, height, width])
     logits = helper.make_tensor_value_info("logits", 1, ["batch", 2])
     graph = helper.make_graph(nodes, "small", [images], [logits], [weight])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def two_in_two_out() -> onnx.ModelProto:
+    """Return a model of several inputs and outputs of several ranks and types, with scans of both operators.
+
+        features (batch, 2, length 6), tokens (batch, 4) of whole numbers, scale ()
+        scanned (batch, 2, 6), chosen (batch, 4) of whole numbers
+
+    K = 1 and K = 2 directions, a scan of sequences of two groups, and a scalar beside them.
+    """
+    random = np.random.default_rng(0)
+    weights = {
+        "A": -np.exp(random.standard_normal((2, 3))),
+        "A2": -np.exp(random.standard_normal((4, 1))),
+        "A1": -np.exp(random.standard_normal((2, 1))),
+        "D2": random.standard_normal(4),
+        "D1": random.standard_normal(2),
+        "zeros4": np.zeros(4),
+        "zeros2": np.zeros(2),
+        "table": random.standard_normal((5, 3)),
+        "project": random.standard_normal((12, 2, 1)),
+        "narrow": random.standard_normal((8, 2, 1, 1)),
+    }
+    text = """
+    <ir_version: 10, opset_import: ["": 20, "quartermap": 1]>
+    several (float[batch, 2, 6] features, int64[batch, 4] tokens, float scale)
+        => (float[batch, 2, 6] scanned, int64[batch, 4] chosen) {
+        projected = Conv (features, project)
+        by_group = Reshape (projected, group_shape)
+        B, C = Split <axis = 2, num_outputs = 2> (by_group)
+        sequence = quartermap.SelectiveScan <delta_softplus = 1> (features, features, A, B, C)
+        map = Reshape (sequence, map_shape)
+        wide = Conv (map, narrow)
+        dt, B2, C2 = Split <axis = 1> (wide, parts)
+        two = quartermap.SelectiveScan2D <directions = ["row", "column_reverse"], softplus = 1>
+            (map, dt, B2, C2, A2, D2, zeros4)
+        dt1, B1, C1, rest = Split <axis = 1> (wide, one_parts)
+        one = quartermap.SelectiveScan2D <directions = ["column"], softplus = 1>
+            (two, dt1, B1, C1, A1, D1, zeros2)
+        flat = Reshape (one, sequence_shape)
+        embedded = Gather (table, tokens)
+        total = ReduceSum <keepdims = 0> (embedded, last)
+        mean = ReduceMean <keepdims = 1> (total, one_axis)
+        factor = Unsqueeze (mean, last_axis)
+        shifted = Mul (flat, factor)
+        scanned = Mul (shifted, scale)
+        chosen = Add (tokens, tokens)
+    }
+    """
+    model = onnx.parser.parse_model(text)
+    shapes = {
+        "group_shape": [0, 2, 6, 6],
+        "map_shape": [0, 2, 2, 3],
+        "sequence_shape": [0, 2, 6],
+        "parts": [4, 2, 2],
+        "one_parts": [2, 1, 1, 4],
+        "last": [2],
+        "one_axis": [1],
+        "last_axis": [2],
+    }
+    arrays = {name: np.asarray(array, np.float32) for name, array in weights.items()}
+    arrays |= {name: np.array(values, np.int64) for name, values in shapes.items()}
+    for name, array in arrays.items():
+        model.graph.initializer.append(numpy_helper.from_array(array, name))
+    for index, node in enumerate(node for node in model.graph.node):
+        scan = node.domain == "quartermap"
+        node.name = (
+            f"block_{1 + sum(n.domain == 'quartermap' for n in model.graph.node[:index])}/scan"
+            if scan
+            else (f"other/{node.output[0]}")
+        )
+    return lower(infer_shapes(model))
 
 
 def save(model: onnx.ModelProto, folder: Path) -> Path:
@@ -112,7 +185,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     folder = tmp_path_factory.mktemp("digits")
     progress = Recorder()
     path = save(lower(infer_shapes(traced_digits())), folder)
-    entry = tensorrt_rtx.build(path, folder, OPTIONS, examples=[(4, 3, 64, 64)], progress=progress)
+    entry = tensorrt_rtx.build(
+        path, folder, OPTIONS, examples=[{"images": (4, 3, 64, 64)}], progress=progress
+    )
     return folder, entry, progress
 
 
@@ -239,11 +314,42 @@ def test_a_product_that_is_not_in_16_bits_is_named(
 def test_several_profiles_and_open_sizes(tmp_path: Path) -> None:
     profiles = (Profile((1, 1, 1), (8, 16, 32), (8, 16, 32)), Profile((2, 8, 16), (8, 16, 32), (8, 16, 32)))
     options = EngineOptions(profiles=profiles, compute_capabilities=("8.9",), optimization_level=2)
-    path = save(small_model(size="side"), tmp_path)
-    entry = tensorrt_rtx.build(path, tmp_path, options, examples=[(1, 3, 8, 8), (16, 3, 32, 32)])
+    path = save(small_model(height="height", width="width"), tmp_path)
+    examples = [{"images": (1, 3, 8, 8)}, {"images": (16, 3, 32, 32)}]
+    entry = tensorrt_rtx.build(path, tmp_path, options, examples=examples)
     assert len(entry["options"]["profiles"]) == 2
     with pytest.raises(InputError, match="leaves its height open"):
         tensorrt_rtx.build(path, tmp_path, EngineOptions())
+
+
+@needs_rtx
+def test_several_inputs_and_outputs_of_any_rank_and_type(tmp_path: Path) -> None:
+    path = save(two_in_two_out(), tmp_path)
+    example = {"features": (2, 2, 6), "tokens": (2, 4), "scale": ()}
+    entry = tensorrt_rtx.build(path, tmp_path, OPTIONS, examples=[example])
+    assert entry["inputs"] == {"features": ["batch", 2, 6], "tokens": ["batch", 4], "scale": []}
+    assert entry["outputs"] == ["scanned", "chosen"]
+    assert entry["build"]["network_types"]["float32"] > 100
+    with pytest.raises(InputError, match=r"features \(8, 2, 6\), tokens \(8, 4\), scale \(\): they take"):
+        tensorrt_rtx.build(
+            path, tmp_path, OPTIONS, examples=[{"features": (8, 2, 6), "tokens": (8, 4), "scale": ()}]
+        )
+
+
+def test_the_form_for_rtx_computes_the_same() -> None:
+    model = two_in_two_out()
+    prepared = tensorrt_rtx.prepare(model)
+    onnx.checker.check_model(prepared, full_check=True)
+    assert not prepared.functions and {node.domain for node in prepared.graph.node} == {""}
+    random = np.random.default_rng(1)
+    feeds = {
+        "features": random.standard_normal((3, 2, 6)).astype(np.float32),
+        "tokens": random.integers(0, 5, (3, 4)),
+        "scale": np.array(0.5, np.float32),
+    }
+    found, expected = run(prepared, feeds), run(model, feeds)
+    assert error(found["scanned"], expected["scanned"]) <= 1e-5
+    np.testing.assert_array_equal(found["chosen"], 2 * feeds["tokens"])
 
 
 @needs_rtx
@@ -251,7 +357,7 @@ def test_bad_requests_write_nothing(tmp_path: Path) -> None:
     path = save(small_model(), tmp_path)
     options = EngineOptions(profiles=(Profile((1, 2, 4)),))
     with pytest.raises(InputError, match=r"no profile takes an input of shape \(8, 3, 8, 8\).*widen"):
-        tensorrt_rtx.build(path, tmp_path, options, examples=[(8, 3, 8, 8)])
+        tensorrt_rtx.build(path, tmp_path, options, examples=[{"images": (8, 3, 8, 8)}])
     with pytest.raises(InputError, match=r"no compute capability '9\.9'; expected some of .*8\.9"):
         tensorrt_rtx.build(path, tmp_path, EngineOptions(compute_capabilities=("9.9",)))
     with pytest.raises(InputError, match="the model has 8; leave it out"):
@@ -514,16 +620,27 @@ def test_a_plain_engine_is_for_one_model_of_gpu() -> None:
 
 def test_images_that_no_profile_takes_are_refused() -> None:
     options = EngineOptions(profiles=(Profile((1, 1, 1)), Profile((2, 4, 8))))
-    shape: list[int | str] = ["batch", 3, 8, 8]
-    images = np.zeros((8, 3, 8, 8), dtype=np.float32)
-    assert profile_for(images[:1], shape, options) == 0
-    assert profile_for(images, shape, options) == 1
-    with pytest.raises(InputError, match=r"found \(16, 3, 8, 8\).*wider profile"):
-        profile_for(np.zeros((16, 3, 8, 8), dtype=np.float32), shape, options)
-    with pytest.raises(InputError, match=r"float64; convert"):
-        profile_for(images.astype(np.float64), shape, options)
-    with pytest.raises(InputError, match=r"a list; convert"):
-        profile_for([1.0], shape, options)
+    inputs = {"images": ["batch", 3, 8, 8]}
+    assert profile_for({"images": (1, 3, 8, 8)}, inputs, options) == 0
+    assert profile_for({"images": (8, 3, 8, 8)}, inputs, options) == 1
+    with pytest.raises(
+        InputError,
+        match=r"shape \(1, 3, 8, 8\) to \(1, 3, 8, 8\) or .*, found \(16, 3, 8, 8\).*wider profile",
+    ):
+        profile_for({"images": (16, 3, 8, 8)}, inputs, options)
+
+
+def test_the_profile_that_takes_all_inputs_runs_them() -> None:
+    inputs = {"left": ["batch", 3, "height", 8], "right": ["batch", 5]}
+    profiles = (Profile((1, 1, 1), height=(4, 4, 4)), Profile((1, 4, 8), height=(4, 8, 16)))
+    options = EngineOptions(profiles=profiles)
+    assert profile_for({"left": (1, 3, 4, 8), "right": (1, 5)}, inputs, options) == 0
+    assert profile_for({"left": (1, 3, 5, 8), "right": (1, 5)}, inputs, options) == 1
+    with pytest.raises(
+        InputError,
+        match=r"left \(1, 3, 4, 8\) to \(8, 3, 16, 8\), right \(1, 5\) to \(8, 5\), found left .*, right \(9, 5\)",
+    ):
+        profile_for({"left": (1, 3, 5, 8), "right": (9, 5)}, inputs, options)
 
 
 # What the inspector says ----------------------------------------------------------------------------------------
@@ -645,10 +762,69 @@ def test_wrong_options_are_refused(values: dict[str, Any], message: str) -> None
 
 
 def test_a_profile_beyond_what_a_tensor_holds_is_refused() -> None:
-    shape = ("batch", 3, 64, 64)
-    Profile((1, 8, 174_762)).shapes(shape)
-    with pytest.raises(InputError, match=r"more than 2,147,483,647 elements"):
-        Profile((1, 8, 174_763)).shapes(shape)
+    inputs = {"images": ("batch", 3, 64, 64)}
+    Profile((1, 8, 174_762)).shapes(inputs)
+    with pytest.raises(
+        InputError, match=r"largest input images \(174763, 3, 64, 64\) has more than 2,147,483,647 elements"
+    ):
+        Profile((1, 8, 174_763)).shapes(inputs)
+
+
+def test_ranges_are_those_of_the_open_axes_of_their_names() -> None:
+    inputs = {
+        "images": ("batch", 3, "height", "width"),
+        "tokens": ("batch", 77),
+        "positions": (2, "width", 4, "height", "batch"),
+        "scale": (),
+    }
+    assert Profile((1, 2, 3), (4, 5, 6), (7, 8, 9)).shapes(inputs) == {
+        "images": ((1, 3, 4, 7), (2, 3, 5, 8), (3, 3, 6, 9)),
+        "tokens": ((1, 77), (2, 77), (3, 77)),
+        "positions": ((2, 7, 4, 4, 1), (2, 8, 4, 5, 2), (2, 9, 4, 6, 3)),
+        "scale": ((), (), ()),
+    }
+
+
+@pytest.mark.parametrize(
+    ("profile", "inputs", "message"),
+    [
+        (Profile(), {"x": ("batch", 3, "length")}, r"x \(batch, 3, length\) leaves the axis length open"),
+        (
+            Profile(),
+            {"x": ("batch", "any")},
+            "leaves the axis any open, .* export the model with that size fixed",
+        ),
+        (Profile(), {"x": ("batch", 3, "height", 8)}, r"leaves its height open \(input x .*needs height ="),
+        (Profile(width=(1, 2, 3)), {"x": ("batch", 3, 8, 8)}, r"width \(1, 2, 3\), the model has 8; leave"),
+        (Profile(width=(1, 2, 3)), {"x": ("batch", 3)}, "the model has no such axis; leave it out"),
+        (Profile(height=(8, 8, 8)), {"x": (1, 3, 8, 8), "y": (1, 3, 4, 8)}, "the model has 4 and 8; leave"),
+        (Profile(), {"x": (64, 3), "y": (1, 3)}, r"the model has 64; .*batch = \(64, 64, 64\)"),
+    ],
+)
+def test_profiles_that_do_not_fit_are_refused(
+    profile: Profile, inputs: dict[str, tuple[int | str, ...]], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        profile.shapes(inputs)
+
+
+def test_sizes_that_a_profile_only_repeats_are_taken() -> None:
+    assert Profile(height=(8, 8, 8)).shapes({"x": ("batch", 3, 8, 9)})["x"][2] == (32, 3, 8, 9)
+    assert Profile((1, 8, 32)).shapes({"x": (4, 3), "y": (1, 3)}) == {"x": ((4, 3),) * 3, "y": ((1, 3),) * 3}
+    assert Profile((2, 8, 32)).shapes({"x": (1, 3), "y": ("batch", 3)})["x"][0] == (1, 3)
+
+
+def test_an_example_takes_all_inputs_at_once() -> None:
+    options = EngineOptions(profiles=(Profile((1, 1, 1)), Profile((4, 4, 4))))
+    inputs = {"left": ("batch", 3), "right": ("batch", 5)}
+    check_examples(options, inputs, [{"left": (1, 3), "right": (1, 5)}, {"left": (4, 3), "right": (4, 5)}])
+    with pytest.raises(
+        InputError,
+        match=r"no profile takes inputs of shapes left \(1, 3\), right \(4, 5\): they take left \(1, 3\) to",
+    ):
+        check_examples(options, inputs, [{"left": (1, 3), "right": (4, 5)}])
+    with pytest.raises(InputError, match=r"no profile takes an input of shape \(1, 3\)"):
+        check_examples(options, inputs, [{"left": (1, 3)}])
 
 
 def test_options_survive_json() -> None:

@@ -25,8 +25,8 @@ def add_preprocessing_option(group: argparse._ActionsContainer) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="prepare images otherwise in these respects, such as mean=0.5,0.5,0.5 std=0.25,0.25,0.25 color=bgr "
-        "scale=1/255 resize=256 crop=224x224 fit=cover interpolation=bicubic (default: as the bundle, the recipe or the "
-        "model's card says)",
+        "scale=1/255 resize=256 crop=224x224 fit=cover interpolation=bicubic (default: as the bundle, the recipe or "
+        "the model's card says)",
     )
 
 

@@ -100,8 +100,8 @@ class Dataset:
     def for_model(self, num_classes: int, names: Sequence[str] = ()) -> Dataset:
         """Return the set with its classes as a model counts and calls them, after a check that they fit.
 
-        Classes whose numbers were a guess are found by their names among the model's, whatever case and underscores they
-        are written in. Classes that are known by their index alone get the model's names.
+        Classes whose numbers were a guess are found by their names among the model's, whatever case and underscores
+        they are written in. Classes that are known by their index alone get the model's names.
 
         Args:
             num_classes: how many the model tells apart.
@@ -128,10 +128,10 @@ class Dataset:
             return self
         if None in numbers:
             other = self.classes[numbers.index(None)]
+            shown = ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
             raise InputError(
-                f"some classes of {self.name} have names of the model's classes, but {other!r} is none of them; expected "
-                f"{', '.join(names[:NAMED])}{', …' if len(names) > NAMED else ''}: rename it, or give the names of the "
-                "model's classes with --labels"
+                f"some classes of {self.name} have names of the model's classes, but {other!r} is none of them; "
+                f"expected {shown}: rename it, or give the names of the model's classes with --labels"
             )
         labels = np.array(numbers, dtype=np.int64)[self.labels]
         return dataclasses.replace(

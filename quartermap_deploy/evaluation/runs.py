@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quartermap_deploy.bundle import MODEL
+from quartermap_deploy.bundle import MODEL, Bundle
+from quartermap_deploy.errors import CheckpointError
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.targets import DEFAULT, Session, load_target
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from quartermap_deploy.pruning.plan import QuarterMap
     from quartermap_deploy.recipe import Recipe
     from quartermap_deploy.sources.architectures import ArchitectureSource
+    from quartermap_deploy.sources.reference import Reference
     from quartermap_deploy.sources.source_model import SourceModel
 
     Model = TypeVar("Model", bound=nn.Module)
@@ -38,31 +40,67 @@ Sizes = Sequence[tuple[int, int]]
 """Smallest and largest batches that a model takes; none if it takes every batch."""
 
 
-def source_run(source: SourceModel, plan: QuarterMap | None, progress: Progress = SILENT) -> Run:
-    """Return a function that runs a source model in PyTorch, pruned by a plan; it returns the first output.
-
-    A model of `architectures` runs on the GPU if PyTorch has one, another one on the CPU.
+def reference_of(source: SourceModel, plan: QuarterMap | None, progress: Progress = SILENT) -> Reference:
+    """Return a source model in PyTorch, pruned by a plan, whatever its kind.
 
     Raises:
         PlanError: if the plan does not fit the model.
         ExportError: if the orders of the model's scans have to be read off its graph, and it cannot be exported.
     """
-    from quartermap_deploy.sources.architectures import ArchitectureSource
-
-    if isinstance(source, ArchitectureSource):
-        return batched(torch_run(pruned(source, plan)), fixed_sizes(source.inputs[0].shape[0]))
     traced = None
-    if plan is not None:
+    if plan is not None and source.kind == "module":
         # The graph alone tells in which order the scans of a module visit their maps.
         with progress.step("exporting to ONNX"):
             traced = source.trace()
-    reference, name = source.reference(plan, traced), source.inputs[0].name
+    return source.reference(plan, traced)
+
+
+def source_run(source: SourceModel, reference: Reference) -> Run:
+    """Return a function that runs a source model of one image input in PyTorch; it returns the first output.
+
+    A model of `architectures` runs on the GPU if PyTorch has one, another one on the CPU.
+
+    Args:
+        source: the model.
+        reference: the same in PyTorch, pruned or not, of `reference_of`.
+    """
+    sizes = fixed_sizes(source.inputs[0].shape[0])
+    if source.kind != "module":
+        return batched(torch_run(reference.module), sizes)
+    name = source.inputs[0].name
 
     def run(images: NDArray[np.float32]) -> NDArray[np.float32]:
         first = next(iter(reference.run({name: images}).values()))
         return first.astype(np.float32, copy=False)
 
-    return batched(run, fixed_sizes(source.inputs[0].shape[0]))
+    return batched(run, sizes)
+
+
+def require_own(bundle: Bundle, reference: Reference) -> None:
+    """Check that a model that was built again computes what the bundle keeps.
+
+    New weights come from a seed, and another version of PyTorch may draw others from it; what a factory makes may have
+    any.
+
+    Raises:
+        CheckpointError: if it does not.
+        BundleError: if the bundle's golden files cannot be read.
+    """
+    from quartermap_deploy.validation.comparison import compare_output
+    from quartermap_deploy.validation.golden import read_golden
+    from quartermap_deploy.validation.tolerances import tolerance_for
+
+    cases, outputs = read_golden(bundle.path, bundle.manifest["golden"])
+    name = min(cases, key=lambda case: sum(array.size for array in cases[case].values()))
+    found, tolerance = reference.run(cases[name]), tolerance_for("float32").relative
+    for output, wanted in outputs[list(cases).index(name)].items():
+        result = compare_output(output, wanted, found.get(output), tolerance)
+        if not result.passed:
+            raise CheckpointError(
+                f"the PyTorch model that was built here does not compute the outputs that the bundle keeps "
+                f"({output}: {result.detail}); its weights are others, as with newly initialised ones under another "
+                "version of torch, or from a factory that makes other ones at every call"
+            )
 
 
 def pruned(source: ArchitectureSource, plan: QuarterMap | None) -> VisualStateSpaceModel:

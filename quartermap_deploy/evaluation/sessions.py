@@ -17,6 +17,8 @@ from quartermap_deploy.errors import BundleError, InputError, UnknownNameError
 from quartermap_deploy.evaluation.runs import (
     TORCH,
     exported_run,
+    reference_of,
+    require_own,
     session_run,
     source_run,
     target_sizes,
@@ -152,7 +154,10 @@ def _bundle_runner(bundle: Bundle, target: str, given: Given, progress: Progress
         from quartermap_deploy.revalidate import rebuild_torch
 
         source = rebuild_torch(bundle, given.checkpoint, given.factory, progress)
-        run = source_run(source, recipe.quartermap, progress)
+        reference = reference_of(source, recipe.quartermap, progress)
+        with progress.step("comparing it with what the bundle keeps"):
+            require_own(bundle, reference)
+        run = source_run(source, reference)
         # A bundle in 16 bits and one in float32 have the same PyTorch model.
         identity = _torch_identity(source, recipe)
     else:
@@ -202,7 +207,7 @@ def _recipe_runner(recipe: Recipe, name: str, target: str, given: Given, progres
     identity = _torch_identity(source, recipe)
     identity["target"] = target
     if target == TORCH:
-        run = source_run(source, recipe.quartermap, progress)
+        run = source_run(source, reference_of(source, recipe.quartermap, progress))
     else:
         identity |= {
             name: getattr(recipe, name)

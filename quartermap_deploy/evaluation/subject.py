@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 
 CARDS_ALONE = (
-    "compare, ablate and tune change the blocks of models of cards (`quartermap models`) in ways that they know of those "
-    "alone; compile it without a plan and with some, and measure the bundles with `quartermap bench` and `quartermap eval`"
+    "compare, ablate and tune change the blocks of models of cards (`quartermap models`) in ways that they know of "
+    "those alone; compile it without a plan and with some, and measure the bundles with `quartermap bench` and "
+    "`quartermap eval`"
 )
 """What is said where a module of the user's is named."""
 

@@ -71,12 +71,8 @@ def overview(bundles: Mapping[str, Bundle]) -> Table:
         ">worst error",
     )
     failed = tuple(i for i, bundle in enumerate(bundles.values()) if not bundle.report["passed"])
-    return Table(
-        "the bundles; tokens and FLOPs are those of one image, or other entry of a batch",
-        columns,
-        tuple(rows),
-        marked=failed,
-    )
+    caption = "the bundles; tokens and FLOPs are those of one image, or of another entry of a batch"
+    return Table(caption, columns, tuple(rows), marked=failed)
 
 
 def blocks_section(bundles: Mapping[str, Bundle]) -> Section:
@@ -90,8 +86,8 @@ def blocks_section(bundles: Mapping[str, Bundle]) -> Section:
             _facts_table(bundle),
             Figure(
                 "The blocks of the network in their order. The outline is a block's map, the filled part what its "
-                "scans walk; a block that scans a sequence has a map of one row. Tokens are the positions that its scans "
-                "walk for one entry of a batch, over all their directions.",
+                "scans walk; a block that scans a sequence has a map of one row. Tokens are the positions that its "
+                "scans walk for one entry of a batch, over all their directions.",
                 block_map(manifest["blocks"]),
             ),
             Table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -44,25 +45,16 @@ def orders_at(
     Returns:
         Those that are known at these shapes.
     """
-    import onnx
+    from quartermap_deploy.passes.shapes import infer_shapes_at
 
-    from quartermap_deploy.passes.lower import map_sizes
-    from quartermap_deploy.passes.shapes import infer_shapes
-
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(model)
-    for value in fixed.graph.input:
-        for dim, size in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=True):
-            dim.dim_value = size
-    for output in fixed.graph.output:
-        output.type.tensor_type.ClearField("shape")
-    sizes = map_sizes(infer_shapes(fixed))
-    found = {}
-    for node in fixed.graph.node:
-        if node.domain == DOMAIN and node.op_type == SELECTIVE_SCAN_2D and node.input[0] in sizes:
-            order = orders.get(node.name)
-            try:
-                found[node.name] = order.at(*sizes[node.input[0]]) if order is not None else None
-            except PlanError:
-                continue
-    return {name: order for name, order in found.items() if order is not None}
+    types = infer_shapes_at(model, shapes)
+    found: dict[str, ScanOrder] = {}
+    for node in model.graph.node:
+        if node.domain != DOMAIN or node.op_type != SELECTIVE_SCAN_2D or node.name not in orders:
+            continue
+        value = types.get(node.input[0])
+        sides = [] if value is None else [dim.dim_value for dim in value.tensor_type.shape.dim[2:]]
+        if len(sides) == 2 and all(sides):
+            with contextlib.suppress(PlanError):
+                found[node.name] = orders[node.name].at(*sides)
+    return found

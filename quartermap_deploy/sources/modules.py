@@ -259,7 +259,7 @@ def module_source(
         task = guessed_task(example, found.outputs)
         renamed = dataclasses.replace(signature, base=BASE_NAMES.get(task, OTHER))
         outputs = dict(zip(_renamed(found.outputs, renamed), found.outputs.values(), strict=True))
-        signature, found = renamed, _with_outputs(found, outputs)
+        signature, found = renamed, dataclasses.replace(found, outputs=outputs)
     _check_labels(task, labels, found.outputs)
     _check_preprocessing(preprocessing, inputs)
     return ModuleSource(
@@ -398,15 +398,15 @@ def _require_deterministic(
 
 
 def _renamed(outputs: Mapping[str, Tensor], signature: Signature) -> list[str]:
-    base = signature.base
-    return [
-        base if name == OTHER else base + name[len(OTHER) :] if name.startswith(f"{OTHER}_") else name
-        for name in outputs
-    ]
-
-
-def _with_outputs(found: Discovery, outputs: Mapping[str, Tensor]) -> Discovery:
-    return dataclasses.replace(found, outputs=outputs)
+    """The names of outputs once the task is known: those that have none of their own begin with its word."""
+    found = []
+    for name in outputs:
+        plain = name.removesuffix("_output") if name != OTHER else name
+        if plain == OTHER or plain.startswith(f"{OTHER}_"):
+            name = signature.base + plain[len(OTHER) :]
+            name = f"{name}_output" if name in signature.inputs else name
+        found.append(name)
+    return found
 
 
 def _check_labels(task: str, labels: Sequence[str], outputs: Mapping[str, Tensor]) -> None:

@@ -134,8 +134,9 @@ def reference_text(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> st
             "reads them, so that reading is proved against nothing else"
         )
     errors = [output["relative_error"] for output in given["outputs"]]
+    outputs = "output" if len(errors) == 1 else "outputs"
     return (
-        f"given: the unpruned graph gives what was saved elsewhere, {len(errors)} output{'s' if len(errors) > 1 else ''}, "
+        f"given: the unpruned graph gives what was saved elsewhere, {len(errors)} {outputs}, "
         f"worst error {error_text(max(errors))} of the largest value, tolerance {given['tolerance']['relative']:.0e}"
     )
 

@@ -62,9 +62,7 @@ def read_merge(group: ScanGroup, unrolling: Unrolling, concrete: Concrete) -> Me
     inside = set(merged)
     targets = [value for value in merged if not _leaving(group, inside, concrete, value)]
     if not targets:
-        raise Refused(
-            f"its directions are not merged by a sum: {_leaving(group, set(merged), concrete.index)}"
-        )
+        raise Refused(f"its directions are not merged by a sum: {_leaving(group, inside, concrete)}")
     refusals = []
     # The last one first: behind it stands what reads the map, in the layout in which it reads it.
     for value in reversed(targets):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ def build_engine(
 
     Raises:
         MissingDependencyError: if TensorRT is absent or its version is not supported.
-        InputError: if the profiles do not fit the model or exclude an example, or the graph does not read an input.
+        InputError: if the profiles do not fit the model or exclude an example.
         EngineError: if there is no GPU where one is needed, the parser refuses a node, the build fails, or the engine
             is not what the graph says. Nothing is written then.
     """
@@ -103,7 +103,6 @@ def build_engine(
     model = onnx.load(model_path)
     shapes = input_shapes(model)
     check_examples(options, shapes, examples)
-    check_read(model, shapes)
     prepared = prepare(model)
     data = prepared.SerializeToString()
     key = cache_key(flavour, data, options, plugin, trt.__version__, gpu)
@@ -201,21 +200,6 @@ def check_examples(
             raise InputError(
                 f"no profile takes {what} {named_shapes(found)}: they take {taken}; widen a profile"
             )
-
-
-def check_read(model: onnx.ModelProto, inputs: Iterable[str]) -> None:
-    """Check that a graph reads all its inputs; TensorRT leaves others out of the engine.
-
-    Raises:
-        InputError: if it does not.
-    """
-    read = {name for node in model.graph.node for name in node.input}
-    read |= {output.name for output in model.graph.output}
-    if idle := [name for name in inputs if name not in read]:
-        raise InputError(
-            f"the model does not use its input {idle[0]!r}, and an engine has no such input; leave it out of the "
-            "module's forward and of the example inputs"
-        )
 
 
 def parse(trt: Any, builder: Any, logger: Any, data: bytes) -> tuple[Any, Any]:
