@@ -261,7 +261,9 @@ def test_warm_up_requests_are_the_golden_inputs(
     wanted = TYPES[model_config_pb2.DataType.Name(config.input[0].data_type)]
     for sample in config.model_warmup:
         batch = warmup_batch(repository, MODEL, sample, "images")
-        index = int(sample.inputs["images"].input_data_file.removeprefix("sample").removesuffix("_input1")) - 1
+        index = (
+            int(sample.inputs["images"].input_data_file.removeprefix("sample").removesuffix("_input1")) - 1
+        )
         assert np.array_equal(batch, np.repeat(golden[index : index + 1], len(batch), axis=0).astype(wanted))
         (logits,) = session.run(["logits"], {"images": batch})
         tolerance = 1e-4 if wanted == np.float32 else 2e-2

@@ -30,7 +30,13 @@ TENSOR = Description(
     LABELS,
 )
 IMAGE = Description(
-    "m_image", "ensemble", (file_input("image"),), (TensorSpec("probabilities", "FP32", (-1, 2)),), 4, 0.001, LABELS
+    "m_image",
+    "ensemble",
+    (file_input("image"),),
+    (TensorSpec("probabilities", "FP32", (-1, 2)),),
+    4,
+    0.001,
+    LABELS,
 )
 VALUES = np.arange(8, dtype=np.float32).reshape(2, 1, 2, 2)
 
