@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from quartermap_deploy.tables.layout import with_verdict
 from quartermap_deploy.tables.words import count_text, error_text, plan_text, weights_text, worst_error
 
 if TYPE_CHECKING:
     from quartermap_deploy.bundle import Bundle
+    from quartermap_deploy.tensor_info import TensorInfo
 
 
 def bundle_facts(bundle: Bundle) -> dict[str, object]:
@@ -34,17 +35,16 @@ def bundle_facts(bundle: Bundle) -> dict[str, object]:
         "FLOPs": f"{count_text(totals['flops'])}{_of(totals['flops'], totals['flops_unpruned'])}",
         "nodes": f"{graph['nodes']}, as exported {graph['before']['nodes']}",
         "weights": weights_text(manifest["model"]),
-        "input": _value_text(manifest["input"]),
-        "output": _value_text(manifest["output"]),
+        "inputs": _values_text(bundle.inputs),
+        "outputs": _values_text(bundle.outputs),
         "targets": ", ".join(manifest["targets"]),
         "size": f"{size / 1e6:.1f} MB in {len(manifest['files']) + 1} files",
         "where": bundle.path,
     }
 
 
-def _value_text(value: Mapping[str, Any]) -> str:
-    shape = ", ".join(map(str, value["shape"]))
-    return f"{value['name']} ({shape})"
+def _values_text(values: Iterable[TensorInfo]) -> str:
+    return ", ".join(f"{value.name} ({', '.join(map(str, value.shape))})" for value in values)
 
 
 def _of(part: int, whole: int) -> str:
