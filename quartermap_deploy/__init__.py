@@ -1,6 +1,6 @@
 """quartermap-deploy compiles visual state-space models into verified, deployable bundles.
 
-    recipe → load → export → passes → lower per target → build → validate → bundle → serve / bench / eval
+    source model → export → recover → passes → lower per target → build → validate → bundle → serve / bench / eval
 
 The public names are imported when they are first used, so that `import quartermap_deploy` is fast and serving a bundle
 never imports torch.
@@ -15,7 +15,9 @@ _PUBLIC = {
     "QuarterMap": "pruning.plan",
     "QuartermapError": "errors",
     "Recipe": "recipe",
+    "Preprocessing": "data.preprocessing",
     "compile": "compiler",
+    "compile_module": "compiler",
     "create_model": "architectures",
     "export_onnx": "exporting.export",
     "list_models": "architectures",
@@ -28,11 +30,13 @@ _PUBLIC = {
 
 __all__ = [
     "Bundle",
+    "Preprocessing",
     "QuarterMap",
     "QuartermapError",
     "Recipe",
     "__version__",
     "compile",
+    "compile_module",
     "create_model",
     "export_onnx",
     "list_models",
@@ -51,7 +55,8 @@ if TYPE_CHECKING:
 
     from quartermap_deploy.architectures import create_model, list_models, load_card
     from quartermap_deploy.bundle import Bundle, load_bundle
-    from quartermap_deploy.compiler import compile
+    from quartermap_deploy.compiler import compile, compile_module
+    from quartermap_deploy.data.preprocessing import Preprocessing
     from quartermap_deploy.errors import QuartermapError
     from quartermap_deploy.exporting.export import export_onnx
     from quartermap_deploy.pruning.plan import QuarterMap

@@ -15,7 +15,7 @@ import functools
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +24,18 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from quartermap_deploy.data.preprocessing import Preprocessing
-from quartermap_deploy.errors import BundleError, UnknownNameError
+from quartermap_deploy.errors import BundleError, InputError, UnknownNameError
 from quartermap_deploy.files import FolderKind, file_hash
+from quartermap_deploy.progress import SILENT, Progress
+from quartermap_deploy.size_rules import SizeRules
 from quartermap_deploy.targets import DEFAULT, ENGINE_TARGETS, Session, load_target
 from quartermap_deploy.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
     import onnx
 
+    from quartermap_deploy.data.images import ImageLike
+    from quartermap_deploy.predicting import Predictions
     from quartermap_deploy.recipe import Recipe
 
 FORMAT = 2
@@ -160,6 +164,54 @@ class Bundle:
             return session.infer({session.inputs[0].name: inputs})
         return session.run(inputs)
 
+    def predict(
+        self,
+        files: ImageLike | Iterable[ImageLike],
+        *,
+        top: int = 5,
+        batch: int | None = None,
+        target: str | None = None,
+        preprocessing: Mapping[str, Any] | None = None,
+        labels: str | os.PathLike[str] | Sequence[str] | None = None,
+        progress: Progress = SILENT,
+    ) -> Predictions:
+        """Run the model on image files, and say what comes out by its task.
+
+        `Classes` with probabilities for classification, `Mask`s for segmentation, `Picture`s for image, and `Arrays`
+        for every other task; see `predicting`.
+
+        Args:
+            files: files, folders of files, arrays (H, W), (H, W, 3) or (H, W, 4) of uint8 or Pillow images, or one.
+            top: how many classes of each image, the most probable ones.
+            batch: images at once; None takes 8, or what the graph or the engine takes.
+            target: one of the targets the bundle was built for; None for the default.
+            preprocessing: values of the bundle's preprocessing to replace, by name, such as {"mean": [0.5, 0.5, 0.5]}.
+            labels: names of the classes in the place of the bundle's: a list, a file with one on each line, or the name
+                of a set that comes with this package.
+            progress: told how many images are done.
+
+        Returns:
+            A sequence with a prediction for each image, in their order. Images that cannot be read are left out and
+            named in its `broken`.
+
+        Raises:
+            InputError: if no image can be read, if the model has several inputs or none for images, if nobody said how
+                an image becomes its input, or if an argument does not fit it.
+            UnknownNameError: if the bundle was not built for the target.
+        """
+        from quartermap_deploy import predicting
+
+        return predicting.predict(
+            self,
+            files,
+            top=top,
+            batch=batch,
+            target=target,
+            preprocessing=preprocessing,
+            labels=labels,
+            progress=progress,
+        )
+
     def check_graph(self) -> None:
         """Check that the portable model is valid ONNX with the operators that the manifest lists; nothing is run.
 
@@ -207,8 +259,8 @@ class Bundle:
         values["module"] = None if values.get("module") is None else UserModule.from_dict(values["module"])
         values["engine"] = EngineOptions.from_dict(values.get("engine", {}))
         values["input_size"] = None if values["input_size"] is None else tuple(values["input_size"])
-        for name in ("checkpoint", "images"):
-            values[name] = None if values[name] is None else Path(values[name])
+        for name in ("checkpoint", "images", "reference"):
+            values[name] = None if values.get(name) is None else Path(values[name])
         return Recipe(**values)
 
     def __hash__(self) -> int:
@@ -244,11 +296,35 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
     wrong = [key for key, kind in _KINDS.items() if not isinstance(manifest.get(key, ...), kind)]
     if wrong:
         raise BundleError(f"{folder / MANIFEST} has no proper {', '.join(wrong)}; {_MEND}")
+    _check_values(folder, manifest)
     _verify(folder, manifest["files"])
     report = _read_json(folder / REPORT)
     if not isinstance(report, dict) or not isinstance(report.get("cases"), list) or "passed" not in report:
         raise BundleError(f"{folder / REPORT} is not the report of a bundle; compile it again")
     return Bundle(folder, manifest, report)
+
+
+def _check_values(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Check what a manifest says of inputs, outputs, preprocessing, class names and sizes.
+
+    Raises:
+        BundleError: if something of it means nothing.
+    """
+    try:
+        for key in ("inputs", "outputs"):
+            if not manifest[key] or not all(isinstance(entry, dict) for entry in manifest[key]):
+                raise InputError(f"it has no {key}")
+            for entry in manifest[key]:
+                TensorInfo.from_dict(entry)
+        for key in ("labels", "golden"):
+            if not all(isinstance(name, str) for name in manifest[key]):
+                raise InputError(f"{key} are no texts")
+        if manifest["preprocessing"] is not None:
+            Preprocessing.from_dict(manifest["preprocessing"])
+        SizeRules(manifest["size_rules"])
+    except (InputError, BundleError, KeyError, TypeError, ValueError) as error:
+        said = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+        raise BundleError(f"{folder / MANIFEST} cannot be read: {said}; {_MEND}") from error
 
 
 def bundle_labels(paths: Sequence[Path]) -> list[str]:

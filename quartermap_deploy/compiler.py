@@ -77,7 +77,8 @@ def compile(
     check_destination(out, force)
     with progress.step(f"loading {recipe.model}"):
         source = load_source(recipe)
-    return _compile(recipe, source, targets, out, force=force, progress=progress)
+        given = load_reference(recipe, source)
+    return _compile(recipe, source, targets, out, given=given, force=force, progress=progress)
 
 
 def compile_module(
@@ -337,6 +338,21 @@ def load_source(recipe: Recipe) -> SourceModel:
         )
     source.selected(recipe.quartermap)
     return source
+
+
+def load_reference(recipe: Recipe, source: SourceModel) -> GivenReference | None:
+    """What the user saved of a module where it runs in its own environment, or None.
+
+    Raises:
+        InputError: if the file cannot be read, or does not fit the module.
+    """
+    if recipe.reference is None:
+        return None
+    from quartermap_deploy.sources.modules import ModuleSource
+    from quartermap_deploy.validation.given import read_reference
+
+    assert isinstance(source, ModuleSource)
+    return read_reference(source, recipe.reference)
 
 
 def export_model(

@@ -88,7 +88,6 @@ def run(directory: Path, repeats: int = 9, progress: Progress | None = None) -> 
     Raises:
         QuartermapError: if a model does not compile, or a bundle departs from PyTorch.
     """
-    from quartermap_deploy.architectures import load_card
     from quartermap_deploy.compiler import compile
     from quartermap_deploy.data.digits import load_digits
     from quartermap_deploy.data.images import prepare
@@ -105,7 +104,9 @@ def run(directory: Path, repeats: int = 9, progress: Progress | None = None) -> 
         for name, plan in PLANS.items()
     }
     digits = load_digits().held_out
-    images = prepare(list(digits.images), load_card(MODEL).preprocessing)
+    preprocessing = bundles["unpruned"].preprocessing
+    assert preprocessing is not None, "a model of a card says how its images are prepared"
+    images = prepare(list(digits.images), preprocessing)
     predicted = {}
     for name, bundle in bundles.items():
         with progress.step(f"{TITLES[name]}: reading {len(digits)} held-out digits"):
@@ -117,8 +118,9 @@ def run(directory: Path, repeats: int = 9, progress: Progress | None = None) -> 
 
 
 def _predict(bundle: Bundle, images: NDArray[np.float32]) -> NDArray[np.int64]:
+    session = bundle.session()
     batches = (images[start : start + BATCH] for start in range(0, len(images), BATCH))
-    return np.concatenate([bundle.run(batch).argmax(axis=1) for batch in batches])
+    return np.concatenate([session.run(batch).argmax(axis=1) for batch in batches])
 
 
 def _predict_torch(plan: QuarterMap | None, images: NDArray[np.float32]) -> NDArray[np.int64]:

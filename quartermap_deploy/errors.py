@@ -103,6 +103,10 @@ class EngineError(QuartermapError):
     """An engine that could not be built, or is not what the graph says."""
 
 
+class PredictionError(QuartermapError):
+    """Predictions that cannot be written where they were asked for."""
+
+
 class ReportError(QuartermapError):
     """A report that cannot be made or written, or results that are none of this package's commands."""
 

@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +86,23 @@ class FolderKind:
             for parent in made:
                 with contextlib.suppress(OSError):
                     parent.rmdir()
+
+
+def check_outside(path: Path, folders: Iterable[Path], error: type[QuartermapError]) -> None:
+    """Check that what is written to a path does not end up in a bundle, whose manifest knows all of its files.
+
+    Args:
+        path: where something is going to be written.
+        folders: the bundles.
+        error: what is raised if it would.
+    """
+    place = path.resolve()
+    for folder in folders:
+        if place.is_relative_to(folder.resolve()):
+            raise error(
+                f"{path} is in the bundle {folder}, which would be none any more with other files in it; choose a "
+                "place outside of it"
+            )
 
 
 def obstacle_to(path: Path) -> str | None:

@@ -37,6 +37,7 @@ compute_capabilities = ["8.6", "8.9"]
 
 [validation]
 images = "photographs"  # a folder beside the recipe; leave out for the images that come with the package
+reference = "golden.npz" # inputs and outputs of a module of your own, saved where it runs in its own environment
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ _TABLES: dict[str, dict[str, str]] = {
     "input": {"size": "input_size", "dynamic_batch": "dynamic_batch", "dynamic_size": "dynamic_size"},
     "export": {name: name for name in ("precision", "optimize", "io", "keep_float32", "blocks_float32")},
     "targets": {"names": "targets"},
-    "validation": {"images": "images"},
+    "validation": {"images": "images", "reference": "reference"},
 }
 """Tables of the file: key → field of the recipe. The others, in `_VALUES`, are values by themselves."""
 _VALUES = ("quartermap", "engine", "module", "preprocessing")
@@ -108,6 +109,8 @@ class Recipe:
         targets: what to build and validate.
         engine: how engines are built, for the targets that have some.
         images: folder of images to validate with; None takes those that come with the package.
+        reference: .npz file of the inputs and outputs of a module of the user's, by name, saved where it runs in its
+            own environment; the unpruned graph is compared with them.
         seed: seed of new weights, where there is no checkpoint.
     """
 
@@ -132,6 +135,7 @@ class Recipe:
     targets: tuple[str, ...] = ("onnxruntime",)
     engine: EngineOptions = field(default_factory=EngineOptions)
     images: Path | None = None
+    reference: Path | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -185,8 +189,9 @@ class Recipe:
                     f"{idle[0]} is for models of cards; a module of your own gets arguments = {{…}}, and its example "
                     "input says the size"
                 )
-        elif self.task is not None:
-            raise RecipeError("task is for a module of your own; a card says its own")
+        elif self.task is not None or self.reference is not None:
+            idle = ["task"] if self.task is not None else ["reference"]
+            raise RecipeError(f"{idle[0]} is for a module of your own; models of cards need none")
 
     @classmethod
     def load(cls, path: Path) -> Recipe:
@@ -297,7 +302,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain values for JSON."""
-        values = dataclasses.asdict(dataclasses.replace(self, module=None, preprocessing=None))
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         values["module"] = None if self.module is None else self.module.to_dict()
         values["preprocessing"] = None if self.preprocessing is None else dict(self.preprocessing)
         if self.labels is not None:
@@ -307,7 +312,7 @@ class Recipe:
         values["engine"] = self.engine.to_dict()
         values["keep_float32"], values["blocks_float32"] = list(self.keep_float32), list(self.blocks_float32)
         # The file name alone: where it lay on the machine that compiled is nobody else's business.
-        for name in ("checkpoint", "images"):
+        for name in ("checkpoint", "images", "reference"):
             path = getattr(self, name)
             values[name] = None if path is None else Path(path).name
         values["input_size"] = None if self.input_size is None else list(self.input_size)
@@ -380,7 +385,9 @@ def _checked(name: str, value: Any, folder: Path) -> Any:
         return value
     if name == "labels":
         return _labels(value, folder)
-    if name in ("checkpoint", "images"):
+    if name in ("checkpoint", "images", "reference"):
+        if isinstance(value, Path):
+            return folder / value
         if not isinstance(value, str):
             raise RecipeError(f"{name} = {value!r} is not a path")
         return folder / value

@@ -111,7 +111,7 @@ def load_weights(
     problem = ""
     if odd_shapes or (strict and (missing or unexpected)):
         problem = describe_misfit(missing, unexpected, odd_shapes)
-    elif not fitting:
+    elif len(unexpected) == len(_uncounted(state)):
         problem = f"none of its {len(state)} tensors is one of the module's: {some_names(state)}"
     if problem:
         removed = f" after {prefix!r} was taken off its keys" if prefix else ""

@@ -23,7 +23,7 @@ from quartermap_deploy.architectures.medmamba import MedMamba, MedMambaConfig
 from quartermap_deploy.architectures.vmamba import VMamba
 from quartermap_deploy.files import write_whole
 from quartermap_deploy.frontend.exporter import INPUT, OUTPUT, trace
-from quartermap_deploy.frontend.node_names import block_output
+from quartermap_deploy.frontend.node_names import block_output, scan_name
 from quartermap_deploy.lowering.operator import DOMAIN, INPUTS_2D, SELECTIVE_SCAN_2D, VERSION, ScanVariant
 from quartermap_deploy.lowering.scan_body import scan_body
 from quartermap_deploy.scan.definition import DIRECTIONS, selective_scan_2d_definition
@@ -325,7 +325,8 @@ def text_model(
     """Parse the nodes of a graph that reads x, (batch, 4, height, width), and the weights that it names.
 
     Args:
-        text: nodes in ONNX's textual syntax, one each line; each is named after its first output.
+        text: nodes in ONNX's textual syntax, one each line; each is named after its first output, scans after their
+            place, each of a block of its own.
         height: of x; a string leaves it open.
         width: of x.
         weights: arrays by name, beside those of `block_weights`; only those that are read are kept.
@@ -335,8 +336,12 @@ def text_model(
     signature = f"block (float[batch, {CHANNELS}, {height}, {width}] x) => ({', '.join(outputs)}) {{"
     model = onnx.parser.parse_model(header + signature + text + "}")
     read = {name for node in model.graph.node for name in node.input}
+    scans = 0
     for node in model.graph.node:
         node.name = node.output[0]
+        if node.domain == DOMAIN:
+            scans += 1
+            node.name = scan_name(scans)
     for name, array in {**block_weights(), **(weights or {})}.items():
         if name in read:
             model.graph.initializer.append(numpy_helper.from_array(array, name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 from pathlib import Path
 from unittest import mock
@@ -13,6 +14,7 @@ from command_line import Outcome
 from helpers import traced_digits
 
 from quartermap_deploy.evaluation import resumable
+from quartermap_deploy.sources.architectures import ArchitectureSource, card_source
 
 MODEL = "vmamba_digits"
 
@@ -34,9 +36,15 @@ def refused(*arguments: object) -> str:
 
 def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the digits model be traced once for all tests of a run; what tracing gives is the same."""
-    from quartermap_deploy.frontend import exporter
+    from quartermap_deploy.sources import architectures
 
-    monkeypatch.setattr(exporter, "trace", lambda model, shape, **settings: traced_digits())
+    monkeypatch.setattr(architectures, "trace", lambda model, shape, **settings: traced_digits())
+
+
+@functools.cache
+def digits_source() -> ArchitectureSource:
+    """The digits model as a source model; shared, so it must not be changed."""
+    return card_source(MODEL)
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, after: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,13 @@ from quartermap_deploy.evaluation import tally as tally_module
 from quartermap_deploy.evaluation.accuracy import Accuracy, Run, evaluate, logits_of
 from quartermap_deploy.evaluation.datasets import Dataset
 from quartermap_deploy.evaluation.formats import open_dataset
-from quartermap_deploy.evaluation.sessions import runner_for, session_run
+from quartermap_deploy.evaluation.runs import session_run
+from quartermap_deploy.evaluation.sessions import runner_for
 from quartermap_deploy.evaluation.tally import Tally, ranks
 from quartermap_deploy.pruning import QuarterMap, prune
 from quartermap_deploy.recipe import Recipe
+from quartermap_deploy.targets import Session
+from quartermap_deploy.tensor_info import TensorInfo
 
 DIGITS = load_card("vmamba_digits").preprocessing
 PLAN = QuarterMap(every=3)
@@ -334,7 +337,8 @@ def test_every_way_to_a_model_gives_the_same_answers(bundle: Bundle, tmp_path: P
     expected = torch_logits(prepare([dataset.image(index) for index in range(12)], DIGITS))
     for runner in runners:
         assert runner.preprocessing == DIGITS and runner.plan == PLAN and runner.num_classes == 10
-        assert runner.trained and runner.weights == "included"
+        assert runner.trained and runner.weights == "included" and runner.model == "vmamba_digits"
+        assert runner.labels == tuple("0123456789") and runner.overridden == ()
         found = logits_of(runner.run, dataset, runner.preprocessing, batch=5)
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
@@ -363,10 +367,14 @@ def test_batches_are_cut_and_filled_up_to_what_a_session_takes(
 ) -> None:
     sizes = [(low, low + more) for low, more in ranges]
 
-    class Strict:
-        def run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    class Strict(Session):
+        inputs = (TensorInfo("images", ("batch", 1, 1, 1)),)
+        outputs = (TensorInfo("logits", ("batch", 1)), TensorInfo("more", ("batch", 1)))
+
+        def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+            images = feeds["images"]
             assert any(low <= len(images) <= high for low, high in sizes)
-            return images[:, 0, 0] * 2
+            return {"logits": images[:, 0, 0] * 2, "more": images[:, 0, 0]}
 
     images = np.arange(count, dtype=np.float32)[:, None, None, None]
     np.testing.assert_array_equal(session_run(Strict(), sizes)(images)[:, 0], 2 * np.arange(count))

@@ -46,7 +46,7 @@ def copy_of_bundle(digits_bundle: qm.Bundle, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def images() -> np.ndarray[Any, np.dtype[np.float32]]:
-    return real_images(qm.load_card("vmamba_digits"), (64, 64), count=5)
+    return real_images(qm.load_card("vmamba_digits").preprocessing, count=5, digits=True)
 
 
 def test_the_bundle_holds_what_it_lists_and_nothing_else(digits_bundle: qm.Bundle) -> None:
@@ -154,7 +154,7 @@ def test_failed_parity_writes_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         return export_model(dataclasses.replace(recipe, quartermap=qm.QuarterMap(blocks=(4, 6, 9))), *rest)
 
     monkeypatch.setattr(compiler, "export_model", wrong)
-    with pytest.raises(ParityError, match="block 3 is the first that departs"):
+    with pytest.raises(ParityError, match=r"block 3 \(layers\.1\.blocks\.0\) is the first that departs"):
         qm.compile(RECIPE, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -251,12 +251,12 @@ def test_a_manifest_cannot_point_outside_its_bundle(copy_of_bundle: Path) -> Non
 @pytest.mark.parametrize(
     ("images", "mend"),
     [
-        (np.zeros((1, 3, 32, 32), np.float32), "model's card"),
-        (np.zeros((1, 3, 64, 64), np.float64), r'images\.astype\("float32"\)'),
-        (np.zeros((1, 3, 64, 64), np.uint8), "model's card"),
-        (np.zeros((0, 3, 64, 64), np.float32), "model's card"),
-        (np.zeros((3, 64, 64), np.float32), "model's card"),
-        ([[0.0]], r'a list; np\.asarray\(images, dtype="float32"\)'),
+        (np.zeros((1, 3, 32, 32), np.float32), "model's preprocessing"),
+        (np.zeros((1, 3, 64, 64), np.float64), r'\.astype\("float32"\)'),
+        (np.zeros((1, 3, 64, 64), np.uint8), "model's preprocessing"),
+        (np.zeros((0, 3, 64, 64), np.float32), "model's preprocessing"),
+        (np.zeros((3, 64, 64), np.float32), "model's preprocessing"),
+        ([[0.0]], r'a list; np\.asarray\(…, dtype="float32"\)'),
         (torch.zeros(1, 3, 64, 64), r"a Tensor; np\.asarray"),
     ],
     ids=["size", "type", "pixels", "empty", "axes", "list", "tensor"],
@@ -269,3 +269,25 @@ def test_wrong_images_are_refused(digits_bundle: qm.Bundle, images: Any, mend: s
 def test_an_unknown_target_is_refused(digits_bundle: qm.Bundle, images: Any) -> None:
     with pytest.raises(UnknownNameError, match="onnxruntime"):
         digits_bundle.run(images, target="tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"inputs": []}, "no inputs"),
+        ({"inputs": [{"name": "images"}]}, "is no input or output"),
+        ({"outputs": [{"name": "x", "shape": [1], "type": "object"}]}, "is no input or output"),
+        ({"outputs": [{"name": "x", "shape": [True], "type": "int8"}]}, "is no input or output"),
+        ({"labels": [1]}, "labels are no texts"),
+        ({"preprocessing": {"crop": [64, 64]}}, "no mean"),
+        ({"preprocessing": {"crop": [64, 64], "mean": ["a"], "std": [1]}}, "mean"),
+        ({"size_rules": ["__import__('os')"]}, "no rule of sizes"),
+        ({"task": None}, "no proper task"),
+    ],
+)
+def test_a_manifest_that_means_nothing_is_refused(
+    copy_of_bundle: Path, values: dict[str, Any], message: str
+) -> None:
+    _set(copy_of_bundle / "manifest.json", **values)
+    with pytest.raises(BundleError, match=message):
+        qm.load_bundle(copy_of_bundle)

@@ -17,16 +17,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference_models import CONFIGS, TINY, build, load, tiny
 from safetensors.torch import save_file
+from small_cards import small_card, small_cards  # noqa: F401  (fixture)
 from torch import Tensor
 
-from quartermap_deploy.architectures import create_model, load_card
+from quartermap_deploy.architectures import create_model, factory, list_models, load_card
 from quartermap_deploy.architectures.checkpoint import (
     canonical_state_dict,
     load_checkpoint,
     read_checkpoint,
 )
 from quartermap_deploy.architectures.factory import Weights, create_with_weights
-from quartermap_deploy.errors import CheckpointError
+from quartermap_deploy.errors import CheckpointError, InputError
 from quartermap_deploy.weights import EMA_WRAPPERS, WRAPPERS, without_prefix
 
 State = dict[str, Tensor]
@@ -395,3 +396,78 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     torch.save(tiny("medmamba").state_dict(), tmp_path / "medmamba.pth")
     with pytest.raises(CheckpointError, match="Choose the model"):
         create_model("vmamba_digits", checkpoint=tmp_path / "medmamba.pth")
+
+
+class TestChannels:
+    """The channels of the image come from the checkpoint, or else from the argument, or else from the card."""
+
+    @pytest.fixture
+    def grey(self, tmp_path: Path) -> Path:
+        """Return a checkpoint of the digits model for images of one channel."""
+        torch.save(create_model("vmamba_digits", in_chans=1).state_dict(), tmp_path / "grey.pth")
+        return tmp_path / "grey.pth"
+
+    @pytest.mark.parametrize("in_chans", [1, 2, 4, 13])
+    @pytest.mark.parametrize("name", ["vmamba_digits", "medmamba_t"])
+    def test_new_weights_take_any_number(
+        self, name: str, in_chans: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(factory, "load_card", small_card)
+        model = create_model(name, in_chans=in_chans)
+        assert model.in_channels == in_chans
+        model.check_input_shape((1, in_chans, 64, 64))
+        with torch.inference_mode():
+            assert torch.isfinite(model(torch.randn(1, in_chans, 64, 64))).all()
+
+    def test_from_the_checkpoint(self, grey: Path) -> None:
+        for wanted in (None, 1):
+            model = create_model("vmamba_digits", in_chans=wanted, checkpoint=grey)
+            assert model.in_channels == 1
+            assert torch.equal(
+                model.state_dict()["patch_embed.0.weight"], torch.load(grey)["patch_embed.0.weight"]
+            )
+
+    def test_another_number_than_the_checkpoint_s_is_told(self, grey: Path) -> None:
+        with pytest.raises(
+            CheckpointError,
+            match=r"grey\.pth takes 1 channel, expected 3; say in_chans = 1 \(--in-chans 1\), or leave it out",
+        ):
+            create_model("vmamba_digits", in_chans=3, checkpoint=grey)
+
+    def test_the_weights_that_are_included_are_for_the_card_s_alone(self) -> None:
+        assert create_with_weights("vmamba_digits", in_chans=3)[1].source == "included"
+        assert create_with_weights("vmamba_digits", in_chans=4)[1] == Weights("new", new_head=True)
+
+    @pytest.mark.parametrize("value", [0, -1, "3", 3.0, True])
+    def test_what_is_no_number_of_channels_is_refused(self, value: Any) -> None:
+        with pytest.raises(InputError, match=f"in_chans = {value!r} is not a whole number of at least 1"):
+            create_model("vmamba_digits", in_chans=value)
+
+
+MODELS = list_models()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.usefixtures("small_cards")
+def test_a_checkpoint_given_as_another_model_is_told_by_its_name(name: str, tmp_path: Path) -> None:
+    """With other classes and channels than the cards', so that these do not tell the models apart."""
+    trained = create_model(name, num_classes=7, in_chans=2)
+    torch.save(
+        {"model": {f"module.{key}": tensor for key, tensor in trained.state_dict().items()}},
+        tmp_path / "a.pth",
+    )
+    assert create_model(name, checkpoint=tmp_path / "a.pth").num_classes == 7
+    other = MODELS[MODELS.index(name) - 1]
+    with pytest.raises(
+        CheckpointError, match=rf"does not fit this model .*\. It fits {name}: give that as the model$"
+    ):
+        create_model(other, checkpoint=tmp_path / "a.pth")
+
+
+@pytest.mark.usefixtures("small_cards")
+def test_a_checkpoint_of_no_model_is_told_as_such(tmp_path: Path) -> None:
+    state = create_model("medmamba_s").state_dict()
+    state["layers.0.blocks.0.self_attention.Ds"] = torch.zeros(3)
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"Choose the model that the checkpoint was trained as$"):
+        create_model("medmamba_s", checkpoint=tmp_path / "a.pth")

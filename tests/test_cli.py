@@ -937,9 +937,9 @@ def test_bench_runs_the_targets_that_are_named(refused: Refuse, bundle: Path) ->
 
 
 def test_bench_runs_on_real_images(bundle: Path) -> None:
-    from quartermap_deploy.cli.bench import real_batch
+    from quartermap_deploy.cli.bench import golden_batch
 
-    batch = real_batch(bundles.load_bundle(bundle), 5)
+    (batch,) = golden_batch(bundles.load_bundle(bundle), 5).values()
     assert batch.shape == (5, 3, 64, 64) and batch.dtype == np.float32
     assert all(image.std() > 0.1 for image in batch)
     np.testing.assert_array_equal(batch[0], batch[2])

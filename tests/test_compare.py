@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from evaluation_data import digit_folders
 from helpers import digits, traced_digits
-from measuring import MODEL, Outcome, call, full_disk, refused, traced_once
+from measuring import MODEL, Outcome, call, digits_source, full_disk, refused, traced_once
 
 from quartermap_deploy.architectures import load_card
 from quartermap_deploy.complexity import measure
@@ -20,13 +20,14 @@ from quartermap_deploy.errors import InputError, ParityError, RecipeError, Unkno
 from quartermap_deploy.evaluation import workbench
 from quartermap_deploy.evaluation.compare import CompareOptions, _merged_otherwise, compare, variants_of
 from quartermap_deploy.evaluation.formats import open_dataset
-from quartermap_deploy.evaluation.sessions import torch_run
+from quartermap_deploy.evaluation.runs import torch_run
 from quartermap_deploy.evaluation.tome import merge_tokens
 from quartermap_deploy.evaluation.variants import UNPRUNED, Builder, Variant
 from quartermap_deploy.evaluation.workbench import Workbench
 from quartermap_deploy.progress import SILENT
 from quartermap_deploy.pruning import QuarterMap, prune
 from quartermap_deploy.recipe import Recipe
+from quartermap_deploy.sources.source_model import Traced
 
 NAMES = ["unpruned", "QuarterMap k = 3", "QuarterMap k = 3, canonical", "ToMe k = 3"]
 IMAGES = 40
@@ -240,8 +241,8 @@ class TestTorch:
 class TestCorrectnessFirst:
     def test_a_variant_that_departs_is_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A planted fault: what should be pruned is the unpruned graph."""
-        builder = Builder(Recipe(MODEL), digits()[0], load_card(MODEL))
-        builder._traced = traced_digits()
+        builder = Builder(Recipe(MODEL), digits_source())
+        builder._traced = Traced(traced_digits(), ())
         graph = Builder.graph
         monkeypatch.setattr(Builder, "graph", lambda self, variant, progress: graph(self, UNPRUNED, progress))
         monkeypatch.setattr(workbench, "interleave", lambda *_, **__: pytest.fail("timed"))
@@ -259,7 +260,7 @@ class TestCorrectnessFirst:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Equal similarities are decided by rounding: planted for one image, then for half of them."""
-        builder = Builder(Recipe(MODEL), digits()[0], load_card(MODEL))
+        builder = Builder(Recipe(MODEL), digits_source())
         merged = Variant("ToMe k = 3", "tome", QuarterMap())
         with Workbench(builder, [merged], "onnxruntime", 1, SILENT) as bench:
             bench.prepare()
@@ -328,14 +329,13 @@ class TestVariants:
         assert [variant.plan for variant in found[1:]] == [dataclasses.replace(plan, every=2)] * 2
 
     def test_builder_refuses_what_is_not_compared(self) -> None:
-        model, card = digits()[0], load_card(MODEL)
         for recipe in (Recipe(MODEL, precision="float16"), Recipe(MODEL, dynamic_size=True)):
             with pytest.raises(RecipeError, match="compared in float32 and at one size"):
-                Builder(recipe, model, card)
+                Builder(recipe, digits_source())
 
     def test_forms_of_the_graph(self) -> None:
-        builder = Builder(Recipe(MODEL), digits()[0], load_card(MODEL))
-        builder._traced = traced_digits()
+        builder = Builder(Recipe(MODEL), digits_source())
+        builder._traced = Traced(traced_digits(), ())
         operators = {}
         for form in ("canonical", "hoisted", "sunk", "hoisted and sunk"):
             graph = builder.graph(Variant(form, "quartermap", QuarterMap(), form)).graph

@@ -57,7 +57,7 @@ def test_an_unknown_format_names_the_right_ones() -> None:
 def test_class_folders_named_by_synset(tmp_path: Path, suffix: str) -> None:
     # Written in another order than that of the names, by which the classes are numbered.
     digit_folders(tmp_path / "val", dict(reversed(list(enumerate(SYNSETS)))), suffix=suffix)
-    assert open_dataset(tmp_path, "imagefolder").notes == ()
+    assert open_dataset(tmp_path, "imagefolder").warnings == ()
     (tmp_path / "val" / SYNSETS[0] / "notes.txt").write_text("no image")
     (tmp_path / "val" / "__MACOSX" / SYNSETS[0]).mkdir(parents=True)
     (tmp_path / "val" / "__MACOSX" / SYNSETS[0] / "0_0.png").write_text("no image")
@@ -113,13 +113,65 @@ def test_folders_of_any_name_and_folders_in_them(tmp_path: Path) -> None:
     assert names(found)[1:4] == ["one/1_1.png", "two/images/2_0.png", "two/images/2_1.png"]
     with pytest.raises(InputError, match="has 3 classes, but the model has 10; found one, two, zero; take"):
         found.check_classes(10)
-    assert found.notes == (
+    guess = (
         f"the classes of {tmp_path} are numbered by name: one = 0, two = 1, zero = 2; put a classes.txt beside them if "
-        "the model counts otherwise",
+        "the model counts otherwise"
     )
-    assert found.subset([0]).notes == found.notes
+    assert found.warnings == (guess,) and found.notes == ()
+    assert found.subset([0]).guess == guess
     (tmp_path / "classes.txt").write_text("one\ntwo\nzero\n")
-    assert open_dataset(tmp_path, "imagefolder").notes == ()
+    assert open_dataset(tmp_path, "imagefolder").warnings == ()
+
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def test_folders_called_as_the_models_classes_are_those(tmp_path: Path) -> None:
+    digit_folders(tmp_path, {8: "Eight", 5: "five", 0: "zero"})
+    data = open_dataset(tmp_path, "imagefolder")
+    # By their names alone, eight would be the first class.
+    assert data.labels.tolist() == [0, 0, 1, 1, 2, 2] and data.guess is not None
+    found = data.for_model(10, WORDS)
+    assert found.classes == WORDS and found.labels.tolist() == [8, 8, 5, 5, 0, 0]
+    assert found.warnings == () and found.fingerprint != data.fingerprint
+    assert [found.item_name(index) for index in range(6)] == [data.item_name(index) for index in range(6)]
+    # Without names it stays a guess, which does not fit.
+    with pytest.raises(InputError, match="has 3 classes, but the model has 10"):
+        data.for_model(10)
+    assert data.for_model(3).guess == data.guess and data.for_model(3, ("a", "b", "c")).guess == data.guess
+
+
+def test_names_are_the_same_in_other_case_and_with_underscores(tmp_path: Path) -> None:
+    digit_folders(tmp_path, {1: "Great_White shark", 2: "tench"})
+    found = open_dataset(tmp_path, "imagefolder").for_model(2, ("tench", "great white shark"))
+    assert found.labels.tolist() == [1, 1, 0, 0]
+
+
+def test_only_some_names_of_the_models_classes_are_refused(tmp_path: Path) -> None:
+    digit_folders(tmp_path, {1: "one", 2: "twoo"})
+    with pytest.raises(
+        InputError, match=r"names of the model's classes, but 'twoo' is none of them.*--labels"
+    ):
+        open_dataset(tmp_path, "imagefolder").for_model(10, WORDS)
+
+
+def test_a_list_beside_the_images_says_more_than_names(tmp_path: Path) -> None:
+    digit_folders(tmp_path, {1: "one", 0: "zero"})
+    (tmp_path / "classes.txt").write_text("one\nzero\n")
+    found = open_dataset(tmp_path, "imagefolder").for_model(2, ("zero", "one"))
+    assert found.classes == ("one", "zero") and found.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_classes_known_by_their_index_get_the_models_names(tmp_path: Path) -> None:
+    digit_folders(tmp_path, {3: "3", 5: "5"})
+    data = open_dataset(tmp_path, "imagefolder")
+    found = data.for_model(10, WORDS)
+    assert found.classes == WORDS[:6] and found.labels.tolist() == [3, 3, 5, 5]
+    assert found.fingerprint == data.fingerprint and data.for_model(10).classes == data.classes
+    with pytest.raises(InputError, match="images of class 5, but the model has classes 0 to 4"):
+        data.for_model(5, WORDS[:5])
+    digits = open_dataset(None, "digits")
+    assert digits.for_model(10, tuple("0123456789")).classes == digits.classes
 
 
 @pytest.mark.parametrize("beside", [".", "val"])

@@ -91,6 +91,11 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("QUARTERMAP_PLUGIN", raising=False)
 
 
+def golden_of(bundle: Path) -> Any:
+    """The golden inputs and outputs of a bundle."""
+    return read_golden(bundle, qm.load_bundle(bundle).manifest["golden"])
+
+
 def onnx_session(repository: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -121,8 +126,8 @@ def test_triton_reads_the_configuration_of_a_bundle_of_any_batch(repositories: d
     assert not config.dynamic_batching.preferred_batch_size
     assert config.parameters["intra_op_thread_count"].string_value == "0"
     assert [(sample.name, sample.batch_size) for sample in config.model_warmup] == [
-        ("image 1", 1),
-        ("image 2", 1),
+        ("sample 1", 1),
+        ("sample 2", 1),
         ("batch of 8", 8),
     ]
 
@@ -141,8 +146,8 @@ def test_a_static_batch_is_part_of_the_shapes_and_nothing_is_batched(repositorie
 def test_open_sizes_stay_open_but_for_images_and_warm_up(dynamic: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "open"
     shutil.copytree(dynamic, bundle)
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    change_manifest(bundle, input=manifest["input"] | {"shape": ["batch", 3, "height", "width"]})
+    (images,) = json.loads((bundle / "manifest.json").read_text())["inputs"]
+    change_manifest(bundle, inputs=[images | {"shape": ["batch", 3, "height", "width"]}])
     made = deploy_triton(bundle, tmp_path / "repository")
     config = read_config(made.path, MODEL)
     assert list(config.input[0].dims) == [3, -1, -1]
@@ -250,13 +255,15 @@ def test_warm_up_requests_are_the_golden_inputs(
     kind: str, repositories: dict[str, Path], request: pytest.FixtureRequest
 ) -> None:
     repository = repositories[kind]
-    inputs, (outputs, *_) = read_golden(request.getfixturevalue(kind))
-    golden, expected = inputs["images"], outputs["logits"]
+    inputs, (outputs, *_) = golden_of(request.getfixturevalue(kind))
+    golden, expected = inputs["images"]["images"], outputs["logits"]
     config, session = read_config(repository, MODEL), onnx_session(repository)
     wanted = TYPES[model_config_pb2.DataType.Name(config.input[0].data_type)]
     for sample in config.model_warmup:
         batch = warmup_batch(repository, MODEL, sample, "images")
-        index = int(sample.inputs["images"].input_data_file.removeprefix("image_")) - 1
+        index = (
+            int(sample.inputs["images"].input_data_file.removeprefix("sample").removesuffix("_input1")) - 1
+        )
         assert np.array_equal(batch, np.repeat(golden[index : index + 1], len(batch), axis=0).astype(wanted))
         (logits,) = session.run(["logits"], {"images": batch})
         tolerance = 1e-4 if wanted == np.float32 else 2e-2
@@ -331,13 +338,13 @@ def test_the_image_that_warms_up_is_a_golden_input(
     kind: str, repositories: dict[str, Path], request: pytest.FixtureRequest
 ) -> None:
     repository = repositories[kind]
-    inputs, _ = read_golden(request.getfixturevalue(kind))
+    inputs, _ = golden_of(request.getfixturevalue(kind))
     (sample,) = read_config(repository, f"{MODEL}_preprocess").model_warmup
     batch = warmup_batch(repository, f"{MODEL}_preprocess", sample, "image")
     (answer,) = ask(load_model(repository, f"{MODEL}_preprocess"), batch, name="image")
     images = answer.output_tensors()[0].as_numpy().astype(np.float32)
     # The digits are stretched to the size that they have already, so nothing is lost but what a pixel cannot hold.
-    np.testing.assert_allclose(images[0], inputs["images"][0], atol=1 / 255 + 1e-3)
+    np.testing.assert_allclose(images[0], inputs["images"]["images"][0], atol=1 / 255 + 1e-3)
 
 
 # Decoding and preparing images ----------------------------------------------------------------------------------
@@ -515,8 +522,8 @@ def test_an_engine_is_served_on_its_own_gpus_with_its_plugin(
     (group,) = config.instance_group
     assert group.kind == model_config_pb2.ModelInstanceGroup.KIND_GPU and not group.profile
     assert [(sample.name, sample.batch_size) for sample in config.model_warmup] == [
-        ("image 1", 1),
-        ("image 2", 1),
+        ("sample 1", 1),
+        ("sample 2", 1),
         ("batch of 8", 8),
         ("batch of 32", 32),
     ]
@@ -643,8 +650,8 @@ def test_what_is_no_bundle_is_refused(dynamic: Path, place: Path) -> None:
     change_manifest(place / "without")
     assert "golden files" in refused(place, "without", "-o", "repository")
     shutil.copytree(dynamic, place / "mute")
-    change_manifest(place / "mute", input={})
-    assert "does not tell the shape" in refused(place, "mute", "-o", "repository")
+    change_manifest(place / "mute", inputs={})
+    assert "has no proper inputs" in refused(place, "mute", "-o", "repository")
 
 
 def test_targets_that_the_bundle_lacks_are_refused(dynamic: Path, place: Path) -> None:
@@ -709,7 +716,7 @@ def test_options_that_do_not_fit_the_bundle_are_refused(dynamic: Path, static: P
     engine = with_engine(dynamic, place / "engine", profiles=(Profile((1, 2, 4)),))
     assert "batches of up to 4, 8 were asked for" in refused(place, engine, "-o", "r", "--max-batch", 8)
     assert "run on GPUs" in refused(place, engine, "-o", "r", "--device", "cpu")
-    assert "one image at a time" in refused(place, static, "-o", "r", "--max-batch", 2)
+    assert "one request at a time" in refused(place, static, "-o", "r", "--max-batch", 2)
     single = with_engine(dynamic, place / "narrow", profiles=(Profile((2, 2, 4)),))
     assert "no profile" in refused(place, single, "-o", "r")
     assert "unknown device" in refused(place, dynamic, "-o", "r", "--device", "tpu")

@@ -34,12 +34,13 @@ from torch import nn
 from quartermap_deploy.architectures.vmamba import VMamba, VMambaConfig
 from quartermap_deploy.errors import ExportError, InputError, PlanError
 from quartermap_deploy.exporting.export import export, export_onnx
-from quartermap_deploy.frontend import exporter
 from quartermap_deploy.frontend.exporter import INPUT, OUTPUT, trace
 from quartermap_deploy.frontend.node_names import block_output, scan_name
 from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D
 from quartermap_deploy.passes import CANONICAL, OPTIMIZED, GraphPass, Selection, lower, run_passes
 from quartermap_deploy.pruning import QuarterMap, Subsample, prune
+from quartermap_deploy.sources import architectures
+from quartermap_deploy.sources.architectures import architecture_source
 
 TOLERANCE = 1e-5
 REFERENCES = sorted(CONFIGS)
@@ -309,14 +310,15 @@ def traced_before(monkeypatch: pytest.MonkeyPatch) -> None:
         assert model is reference("vmamba_v0_gated").model and (dynamic_batch, dynamic_size) == (True, False)
         return traced("vmamba_v0_gated")
 
-    monkeypatch.setattr(exporter, "trace", give)
+    monkeypatch.setattr(architectures, "trace", give)
 
 
 @pytest.mark.usefixtures("traced_before")
 @pytest.mark.parametrize("optimize", [True, False])
 def test_export_traces_prunes_and_lowers(optimize: bool) -> None:
     model, plan = reference("vmamba_v0_gated").model, QuarterMap()
-    exported = export(model, (1, 3, 64, 64), plan, optimize=optimize)
+    source = architecture_source(model, (1, 3, 64, 64))
+    exported = export(source, plan, optimize=optimize)
     expected = pruned(traced("vmamba_v0_gated"), model.depths, plan, OPTIMIZED if optimize else CANONICAL)
     assert main_graph(exported.model) == main_graph(expected)
     assert exported.pruned_blocks == plan.select(model.depths) == (3, 6)

@@ -36,6 +36,7 @@ from quartermap_deploy.frontend.node_names import block_output, scan_name
 from quartermap_deploy.lowering.operator import INPUTS_2D, SELECTIVE_SCAN_2D
 from quartermap_deploy.passes import CANONICAL, OPTIMIZED, GraphPass, Selection, lower, run_passes
 from quartermap_deploy.pruning import QuarterMap, prune
+from quartermap_deploy.sources.architectures import architecture_reference
 from quartermap_deploy.validation.comparison import OutputComparison, block_of
 from quartermap_deploy.validation.parity import ParityReport, check_parity
 from quartermap_deploy.validation.runners import TorchRunner, onnxruntime_runner
@@ -109,8 +110,8 @@ def compared(
     """Return the parity of a graph without bodies with PyTorch, which prunes by a plan."""
     given = subject(name)
     model = given.model if plan is None else prune(given.model, plan)
-    runners = TorchRunner(model), onnxruntime_runner(lower(graph))
-    return check_parity(*runners, {"images": given.images.numpy()}, INPUT, tolerance)
+    runners = TorchRunner(architecture_reference(model)), onnxruntime_runner(lower(graph))
+    return check_parity(*runners, {"images": {INPUT: given.images.numpy()}}, tolerance)
 
 
 def errors(report: ParityReport) -> dict[str, OutputComparison]:
@@ -278,17 +279,18 @@ def test_the_logits_of_a_new_model_do_not_show_what_its_scans_show() -> None:
 def test_the_report_names_the_block_that_has_a_fault() -> None:
     name, block = "medmamba", 4
     given = subject(name)
-    cases = {"first": given.images[:1].numpy(), "both": given.images.numpy()}
+    cases = {"first": {INPUT: given.images[:1].numpy()}, "both": {INPUT: given.images.numpy()}}
 
     def report(model: onnx.ModelProto) -> ParityReport:
-        runners = TorchRunner(given.model), onnxruntime_runner(lower(model))
-        return check_parity(*runners, cases, INPUT, TOLERANCE)
+        runners = TorchRunner(architecture_reference(given.model)), onnxruntime_runner(lower(model))
+        return check_parity(*runners, cases, TOLERANCE, {4: "layers.1.blocks.1"})
 
     right = report(given.graph)
     assert right.passed and right.first_departing_block is None
     failed = report(planted(name, "no flip", [block]))
     assert not failed.passed and failed.first_departing_block == block
-    assert f"block {block} is the first that departs, in or before its scan" in failed.describe_failure()
+    place = f"block {block} (layers.1.blocks.1) is the first that departs, in or before its scan"
+    assert place in failed.describe_failure()
 
 
 # Faults of pruning ----------------------------------------------------------------------------------------------------
@@ -432,7 +434,7 @@ def test_a_value_that_cannot_be_followed_is_replaced_by_the_right_one() -> None:
     name = "new vmamba_tiny_s1l8"
     given = subject(name)
     feed = {INPUT: given.images.numpy()}
-    runner = TorchRunner(given.model, double=True)
+    runner = TorchRunner(architecture_reference(given.model), double=True)
     with runner:
         right = runner.infer(feed)
         shape = right[block_output(1)].shape

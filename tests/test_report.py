@@ -324,7 +324,7 @@ def contrast(first: str, second: str) -> float:
 
 @pytest.fixture(scope="module")
 def image() -> Any:
-    return real_images(qm.load_card("vmamba_digits"), (64, 64), count=1)
+    return real_images(qm.load_card("vmamba_digits").preprocessing, count=1, digits=True)
 
 
 def test_activation_maps_are_those_of_the_model(image: Any) -> None:

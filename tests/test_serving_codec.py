@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from quartermap_deploy.serving import grpc_codec, http_codec
 from quartermap_deploy.serving.grpc_messages import INFERENCE, messages
-from quartermap_deploy.serving.models import Description, image_input
+from quartermap_deploy.serving.models import Description, file_input
 from quartermap_deploy.serving.refusal import Refusal
 from quartermap_deploy.serving.requests import InferRequest, RequestedOutput, classified
 from quartermap_deploy.serving.tensors import TensorSpec, from_raw, to_raw
@@ -30,7 +30,13 @@ TENSOR = Description(
     LABELS,
 )
 IMAGE = Description(
-    "m_image", "ensemble", (image_input(),), (TensorSpec("probabilities", "FP32", (-1, 2)),), 4, 0.001, LABELS
+    "m_image",
+    "ensemble",
+    (file_input("image"),),
+    (TensorSpec("probabilities", "FP32", (-1, 2)),),
+    4,
+    0.001,
+    LABELS,
 )
 VALUES = np.arange(8, dtype=np.float32).reshape(2, 1, 2, 2)
 

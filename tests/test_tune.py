@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from evaluation_data import damaged, digit_folders
+from measuring import digits_source
 
 from quartermap_deploy.bench import Timing
 from quartermap_deploy.errors import GoalError, InputError, PlanError, RecipeError, UnknownNameError
@@ -472,14 +473,13 @@ def test_where_times_were_too_noisy_the_message_says_so(tmp_path: Path) -> None:
 
 def timed_savings(monkeypatch: pytest.MonkeyPatch, speed: Callable[[QuarterMap], list[float]]) -> Savings:
     """The savings by a timer whose rounds are made up."""
-    from quartermap_deploy.architectures import create_model
 
     def times(timer: PlanTimer, plans: list[QuarterMap]) -> list[tuple[Timing, Timing]]:
         rounds = [[1 / value for value in speed(plan)] for plan in plans]
         return [(Timing(tuple(values)), Timing((1.0,) * len(values))) for values in rounds]
 
     monkeypatch.setattr(PlanTimer, "times", times)
-    timer = PlanTimer(RECIPE, create_model("vmamba_digits"), None, "torch", np.zeros((2, 1)), 5)  # type: ignore[arg-type]
+    timer = PlanTimer(RECIPE, digits_source(), "torch", np.zeros((2, 1), np.float32), 5)
     return timer.savings((2,))
 
 

@@ -113,7 +113,8 @@ class MedMamba(VisualStateSpaceModel):
         self.head = nn.Linear(config.dims[-1], config.num_classes)
         self.apply(initialise_linear_and_norm)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            # Without values there is nothing to initialise; on the meta device it would import torch's compiler.
+            if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def classify(self, x: Tensor) -> Tensor:

@@ -109,6 +109,9 @@ class SS2D(nn.Module):
 
     def _initialise_scan(self) -> None:
         """Initialise what only a scan has, as Mamba and VMamba do."""
+        if self.Ds.is_meta:
+            # Without values there is nothing to initialise; on the meta device it would import torch's compiler.
+            return
         nn.init.uniform_(self.x_proj_weight, -(self.d_inner**-0.5), self.d_inner**-0.5)
         nn.init.uniform_(self.dt_projs_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         with torch.no_grad():

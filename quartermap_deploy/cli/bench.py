@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,15 +22,19 @@ from quartermap_deploy.cli.common import (
     results_only,
     show,
 )
+from quartermap_deploy.errors import InputError
 from quartermap_deploy.tables.timing import result_table
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from quartermap_deploy.bundle import Bundle
     from quartermap_deploy.cli.common import Subparsers
     from quartermap_deploy.progress import Progress
+
+
+BATCH = "batch"
+"""How the open first axis of an input is called."""
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -41,9 +45,10 @@ def add_parser(subparsers: Subparsers) -> None:
         run,
         summary="compare the speed of bundles, in turns",
         description="""
-            Time bundles on the real images that they were validated with. They run in turns, one call of each per
-            round, so that a machine whose speed changes slows all of them alike; speeds are compared within a round.
-            Images are prepared beforehand, and two rounds warm up.
+            Time bundles on the real inputs that they were validated with: images, where they take images, or else the
+            example that they were compiled with. They may have several inputs and outputs. They run in turns, one call
+            of each per round, so that a machine whose speed changes slows all of them alike; speeds are compared within
+            a round. Inputs are prepared beforehand, and two rounds warm up.
 
             Speed is relative to the first bundle, 2 for twice as many images per second: the median over the rounds,
             and in brackets its quartiles. Naming a bundle twice shows what the machine's noise amounts to.
@@ -62,7 +67,11 @@ def add_parser(subparsers: Subparsers) -> None:
         help="folders that `quartermap compile` wrote; speeds are relative to the first",
     )
     parser.add_argument(
-        "--batch", type=at_least_one, default=1, metavar="N", help="images per call (default: %(default)s)"
+        "--batch",
+        type=at_least_one,
+        default=1,
+        metavar="N",
+        help="images, or other entries of a batch, per call (default: %(default)s)",
     )
     parser.add_argument(
         "--threads",
@@ -94,29 +103,51 @@ def run(options: argparse.Namespace) -> None:
     paths = dict(zip(bundle_labels(options.bundles), options.bundles, strict=True))
     threads = options.threads or default_threads()
     with results_only():
-        timings = time_bundles(paths, options, make_progress(options))
+        bundles = load_bundles(paths, make_progress(options))
+        timings = time_bundles(bundles, options, make_progress(options))
     first = next(iter(timings.values()))
     results = [
         {"name": label, "path": paths[label], "target": target, **measured(timing, first, options.batch)}
         for (label, target), timing in timings.items()
     ]
-    values = {"batch": options.batch, "threads": threads, "repeats": options.repeats, "bundles": results}
+    values = {
+        "batch": options.batch,
+        "unit": unit(bundles.values()),
+        "threads": threads,
+        "repeats": options.repeats,
+        "bundles": results,
+    }
     if options.json:
         print_json(values)
     elif not options.quiet:
         show(result_table(values))
 
 
-def time_bundles(
-    paths: dict[str, Path], options: argparse.Namespace, progress: Progress
-) -> dict[tuple[str, str], Timing]:
-    """Load bundles, each for every target that was asked for, and time them in turns; by name and target."""
+def load_bundles(paths: Mapping[str, Path], progress: Progress) -> dict[str, Bundle]:
+    """Load the bundles, by their names in the results."""
     from quartermap_deploy.bundle import load_bundle
 
-    functions, places = {}, {}
+    found = {}
     with progress.step("loading the bundles", total=len(paths)) as advance:
         for label, path in paths.items():
-            bundle = load_bundle(path)
+            found[label] = load_bundle(path)
+            advance(1)
+    return found
+
+
+def unit(bundles: Iterable[Bundle]) -> str:
+    """What a batch holds: "images", where every bundle takes one image for each entry, or else "entries"."""
+    image = all([item.is_image for item in bundle.inputs] == [True] for bundle in bundles)
+    return "images" if image else "entries"
+
+
+def time_bundles(
+    bundles: Mapping[str, Bundle], options: argparse.Namespace, progress: Progress
+) -> dict[tuple[str, str], Timing]:
+    """Open bundles, each for every target that was asked for, and time them in turns; by name and target."""
+    functions, places = {}, {}
+    with progress.step("running each once", total=len(bundles)) as advance:
+        for label, bundle in bundles.items():
             for target in dict.fromkeys(map(bundle.target, options.target or [None])):
                 name = f"{label} on {target}"
                 places[name] = (label, target)
@@ -126,30 +157,61 @@ def time_bundles(
     return {places[name]: timing for name, timing in timings.items()}
 
 
-def call(bundle: Bundle, batch: int, threads: int | None, target: str, plugin: Path | None = None) -> Any:
-    """Return a function that runs a bundle once on a batch of real images.
+def call(
+    bundle: Bundle, batch: int, threads: int | None, target: str, plugin: Path | None = None
+) -> Callable[[], object]:
+    """Return a function that runs a bundle once on a batch of the inputs that it was validated with.
 
     Raises:
         InputError: if the bundle does not take batches of this size.
     """
     from quartermap_deploy.targets import load_target
 
+    feeds = golden_batch(bundle, batch)
+    entry = {**bundle.manifest["targets"][target], "size_rules": bundle.manifest["size_rules"]}
     with thread_count(threads):
-        session = load_target(target).open(bundle.path, bundle.manifest["targets"][target], plugin=plugin)
-    images = real_batch(bundle, batch)
-    session.run(images)
-    return lambda: session.run(images)
+        session = load_target(target).open(bundle.path, entry, plugin=plugin)
+    session.infer(feeds)
+    return lambda: session.infer(feeds)
 
 
-def real_batch(bundle: Bundle, batch: int) -> NDArray[np.float32]:
-    """Return the bundle's validation images, repeated to a batch; zeros would be computed in another time."""
+def golden_batch(bundle: Bundle, batch: int) -> dict[str, NDArray[Any]]:
+    """Return the inputs that a bundle was validated with, repeated to a batch; zeros would take another time.
+
+    Inputs that have no batch, or a fixed one, stay as they are.
+
+    Raises:
+        InputError: if the bundle's batch is fixed at another size.
+        BundleError: if its golden files cannot be read.
+    """
     import numpy as np
 
     from quartermap_deploy.validation.golden import read_golden
 
-    cases, _ = read_golden(bundle.path)
-    images = cases["images"]
-    return np.ascontiguousarray(images[np.arange(batch) % len(images)])
+    _require_batch(bundle, batch)
+    cases, _ = read_golden(bundle.path, bundle.manifest["golden"])
+    inputs = next((cases[name] for name in ("images", "example") if name in cases), None)
+    inputs = next(iter(cases.values())) if inputs is None else inputs
+    return {
+        item.name: np.ascontiguousarray(
+            inputs[item.name][np.arange(batch) % len(inputs[item.name])]
+            if item.shape and item.shape[0] == BATCH
+            else inputs[item.name]
+        ).astype(item.type, copy=False)
+        for item in bundle.inputs
+    }
+
+
+def _require_batch(bundle: Bundle, batch: int) -> None:
+    first = bundle.inputs[0]
+    if any(item.shape and item.shape[0] == BATCH for item in bundle.inputs):
+        return
+    fixed = first.shape[0] if first.shape else 1
+    if batch != fixed:
+        raise InputError(
+            f"the bundle {bundle.path} takes {fixed} at a time, as its input {first.name} has the fixed shape "
+            f"({', '.join(map(str, first.shape))}); say --batch {fixed}, or compile it with an open batch"
+        )
 
 
 @contextmanager

@@ -26,7 +26,14 @@ from quartermap_deploy.cli.common import (
     show,
     words,
 )
+from quartermap_deploy.cli.module_options import (
+    add_module_options,
+    module_options_of,
+    preprocessing_setting,
+    user_module,
+)
 from quartermap_deploy.cli.rebuild import engine_facts, engine_warnings, engines_of
+from quartermap_deploy.data.labels import label_sets
 from quartermap_deploy.errors import PlanError, RecipeError
 from quartermap_deploy.exporting.export import IO_TYPES, PRECISIONS
 from quartermap_deploy.pruning.plan import UPSAMPLE_MODES, QuarterMap
@@ -41,7 +48,7 @@ if TYPE_CHECKING:
 
 BUNDLES = Path("bundles")
 
-SHARED = ("checkpoint", "targets", "images")
+SHARED = ("checkpoint", "targets", "images", "reference")
 """Fields of a recipe that an option may replace: where things lie on this machine, and what is built and checked."""
 
 PLAN = ("every", "blocks", "exclude_stages", "stride", "keep", "upsample")
@@ -60,8 +67,10 @@ def add_parser(subparsers: Subparsers) -> None:
             computes (at every block, on real images and on edge cases), and a manifest. Nothing is written unless the
             proof holds.
 
-            What to compile is the name of a model (see `quartermap models`) with the options below, or a recipe file,
-            which holds the same settings. Without --every or --blocks nothing is pruned.
+            What to compile is the name of a model (see `quartermap models`) with the options below; a module of your
+            own, as package.module:factory or path/to/model.py:Net, with the shapes of its inputs (--example); or a
+            recipe file, which holds the same settings. Public code that needs mamba-ssm or CUDA is taken as it is:
+            neither has to be installed. Without --every or --blocks nothing is pruned.
             """,
         examples="""
             # the demo model, with every third block outside the first stage pruned
@@ -73,12 +82,23 @@ def add_parser(subparsers: Subparsers) -> None:
             # chosen blocks, for images of 384x512
             quartermap compile vmamba_tiny_s1l8 --checkpoint F --blocks 3,6,9 --size 384 512
 
+            # your own module: its class, its weights, the shape of its input
+            quartermap compile my_package.models:VSSM --weights best.pth --example 1x3x224x224 --arg depths=[2,2,9,2]
+
+            # two inputs by name, and how images become the first
+            quartermap compile change.py:Net --example pre=1x3x256x256 --example post=1x3x256x256
+
             # a recipe, replacing the bundle that it made before
             quartermap compile export/vmamba_digits_k3.toml --force
             """,
     )
-    parser.add_argument("source", metavar="MODEL|RECIPE.toml", help="name of a model, or a recipe file")
+    parser.add_argument(
+        "source",
+        metavar="MODEL|MODULE:FACTORY|RECIPE.toml",
+        help="name of a model, what makes a module of your own, or a recipe file",
+    )
     _add_model_options(parser)
+    add_module_options(parser)
     _add_plan_options(parser)
     _add_graph_options(parser)
     _add_engine_options(parser)
@@ -100,6 +120,14 @@ def add_parser(subparsers: Subparsers) -> None:
         help=f"what to build for, with commas between (default: {','.join(Recipe.targets)}, or the recipe's)",
     )
     group.add_argument(
+        "--reference",
+        type=file_or_folder,
+        metavar="FILE.npz",
+        default=argparse.SUPPRESS,
+        help="inputs and outputs of a module of your own, by name, saved where it runs in its own environment "
+        "(default: PyTorch on this machine alone)",
+    )
+    group.add_argument(
         "--images",
         type=file_or_folder,
         metavar="DIR",
@@ -113,6 +141,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the model (with a recipe, --checkpoint alone)")
     group.add_argument(
         "--checkpoint",
+        "--weights",
         type=file_or_folder,
         metavar="FILE",
         default=argparse.SUPPRESS,
@@ -124,6 +153,35 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         default=argparse.SUPPRESS,
         help="size of the output (default: the checkpoint's, or else the card's)",
+    )
+    group.add_argument(
+        "--in-chans",
+        type=at_least_one,
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="channels of the input (default: the checkpoint's, or else the card's)",
+    )
+    group.add_argument(
+        "--features-only",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="compile the backbone, whose outputs are the maps of its stages (default: the classifier)",
+    )
+    group.add_argument(
+        "--labels",
+        metavar="FILE|SET",
+        default=argparse.SUPPRESS,
+        help=f"names of the classes: a file with one on each line, or one of {', '.join(label_sets())} (default: the "
+        "card's)",
+    )
+    group.add_argument(
+        "--preprocessing",
+        type=preprocessing_setting,
+        nargs="+",
+        metavar="NAME=VALUE",
+        default=argparse.SUPPRESS,
+        help="how images are prepared, where it is otherwise than the card says, such as mean=0.5,0.5,0.5 color=bgr; "
+        "for a module of your own all of resize, crop, fit, interpolation, mean and std (default: the card's)",
     )
     group.add_argument(
         "--seed",
@@ -281,6 +339,7 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 FLAGS = {
     "input_size": "--size",
+    "module": "an option of a module of your own",
     "dynamic_batch": "--static-batch",
     "optimize": "--no-optimize",
     "blocks_float32": "--float32-blocks",
@@ -322,6 +381,18 @@ def recipe_and_folder(options: argparse.Namespace) -> tuple[Recipe, Path]:
     engine = engine_options(given)
     if engine is not None:
         given["engine"] = engine
+    if "preprocessing" in given:
+        given["preprocessing"] = dict(pair for pairs in given["preprocessing"] for pair in pairs.items())
+    if isinstance(given.get("labels"), str) and given["labels"] not in label_sets():
+        given["labels"] = Path(given["labels"])
+    is_module = ":" in source and not source.endswith(".toml")
+    if is_module or module_options_of(given):
+        if not is_module:
+            raise RecipeError(
+                f"{module_options_of(given)[0]} is for a module of your own, and {source} is none; name what makes it, "
+                "as package.module:factory or path/to/model.py:Net"
+            )
+        given["module"] = user_module(source, given)
     fields = {field.name for field in dataclasses.fields(Recipe)} - {"model", "quartermap"}
     set_fields = {name: given[name] for name in fields if name in given}
     for name in ("input_size", "blocks_float32", "keep_float32"):
@@ -336,8 +407,12 @@ def recipe_and_folder(options: argparse.Namespace) -> tuple[Recipe, Path]:
             )
         recipe = dataclasses.replace(Recipe.load(Path(source)), **set_fields)
         return recipe, options.out or BUNDLES / Path(source).stem
-    load_card(source)
-    recipe = Recipe(model=source, quartermap=plan(given), **set_fields)
+    name = options.name or source
+    if is_module:
+        name = options.name or given["module"].name
+    else:
+        load_card(source)
+    recipe = Recipe(model=name, quartermap=plan(given), **set_fields)
     return recipe, options.out or BUNDLES / _folder_name(recipe)
 
 
@@ -384,6 +459,14 @@ def warnings(bundle: Bundle) -> list[str]:
             f"{model['name']} is compiled with newly initialised weights (seed {seed}): good for trying and "
             "timing, its predictions mean nothing. Give the trained ones with --checkpoint, or in the recipe"
         ]
+    found = [f"of the weights of {model['name']}: {note}" for note in model["notes"]]
+    if bundle.manifest["model"]["source"] == "module" and bundle.report["given_reference"] is None:
+        found.append(
+            f"{model['name']} was compared with PyTorch on this machine, where its scans are this package's. To prove "
+            "how they are read, give inputs and outputs that you saved where its own kernels run: --reference FILE.npz"
+        )
+    if found:
+        return found
     if model["head"] == "new":
         return [
             f"the weights of {model['name']} are for another number of classes than {model['num_classes']}, so its "
@@ -393,7 +476,7 @@ def warnings(bundle: Bundle) -> list[str]:
 
 
 def _folder_name(recipe: Recipe) -> str:
-    name = recipe.model
+    name = recipe.model.replace(".", "_")
     if recipe.quartermap is not None:
         blocks = recipe.quartermap.blocks
         name += f"_k{recipe.quartermap.every}" if blocks is None else "_blocks"

@@ -105,5 +105,5 @@ def warn_of_broken(broken: Sequence[tuple[str, str]], dataset: Dataset) -> None:
 
 def warn_of_data(*datasets: Dataset) -> None:
     """Say what has to be known about data sets before numbers that were measured on them are believed."""
-    for text in dict.fromkeys(text for dataset in datasets for text in dataset.notes):
+    for text in dict.fromkeys(text for dataset in datasets for text in dataset.warnings):
         message("warning", one_line(text))

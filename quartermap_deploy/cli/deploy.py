@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from quartermap_deploy.cli.common import (
     add_bundle_argument,
     add_command,
+    add_label_option,
     add_output_options,
+    add_preprocessing_option,
     at_least_one,
     delay_ms,
     file_or_folder,
@@ -55,8 +57,9 @@ def _add_triton(subparsers: Subparsers) -> None:
         summary="write a model repository for Triton",
         description="""
             Write a model repository for NVIDIA's Triton Inference Server, and print the line that starts Triton with
-            it. It holds the model, with dynamic batching and warm-up requests from the bundle's golden inputs, and
-            models that take JPEG or PNG files and give probabilities.
+            it. It holds the model with all of its inputs and outputs, with dynamic batching where they have one batch,
+            and with warm-up requests from the bundle's golden inputs; and, where its one input takes images, models
+            that take JPEG or PNG files and give probabilities, or what the model gives.
             """,
         examples="""
             quartermap deploy triton bundles/digits_k3 -o repository
@@ -186,17 +189,12 @@ def _add_model_options(parser: CommandParser) -> None:
     model.add_argument(
         "--device", metavar="NAME", help="cpu or gpu, for onnxruntime (default: cpu); engines run on GPUs"
     )
-    model.add_argument("--name", metavar="NAME", help="name of the model (default: its card's)")
+    model.add_argument("--name", metavar="NAME", help="name of the model (default: the bundle's name for it)")
     model.add_argument(
         "--model-version", type=at_least_one, default=1, metavar="N", help="version of the model (default: 1)"
     )
-    model.add_argument(
-        "--labels",
-        type=file_or_folder,
-        metavar="FILE",
-        help="the name of a class on each line, or a set that comes with this package: imagenet, digits, or one of "
-        "MedMNIST, as bloodmnist (default: the card's, or numbers from 0)",
-    )
+    add_label_option(model, "the bundle's, or numbers from 0")
+    add_preprocessing_option(model)
     model.add_argument(
         "--max-batch",
         type=at_least_one,
@@ -251,6 +249,7 @@ def _zero_or_more(text: str) -> int:
 
 
 def _triton_options(options: argparse.Namespace, **more: Any) -> TritonOptions:
+    from quartermap_deploy.data.preprocessing import parse_overrides
     from quartermap_deploy.deploy.triton import TritonOptions
 
     return TritonOptions(
@@ -258,6 +257,7 @@ def _triton_options(options: argparse.Namespace, **more: Any) -> TritonOptions:
         name=options.name,
         version=options.model_version,
         labels=options.labels,
+        preprocessing=parse_overrides(options.preprocessing),
         max_batch=options.max_batch,
         max_delay_us=round(options.max_delay_ms * 1000),
         device=options.device,
@@ -338,7 +338,7 @@ def run_kserve(options: argparse.Namespace) -> None:
 
 def _show_repository(made: Repository) -> None:
     """Show a table of the models, and what is in the repository."""
-    batch = f"up to {made.max_batch}" if made.max_batch else "one image at a time"
+    batch = f"up to {made.max_batch}" if made.max_batch else "one request at a time"
     size = sum((Path(made.path) / name).stat().st_size for name in made.files)
     summary: dict[str, object] = {
         "backend": f"{made.backend}, on the {made.device.upper()}",

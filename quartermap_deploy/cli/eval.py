@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.cli.common import (
     add_command,
+    add_factory_option,
     add_output_options,
     at_least_one,
     file_or_folder,
@@ -18,6 +19,11 @@ from quartermap_deploy.cli.common import (
 )
 from quartermap_deploy.cli.data import add_data_options, dataset_of, warn_of_broken, warn_of_data
 from quartermap_deploy.cli.measuring import kept_on_interruption
+from quartermap_deploy.cli.overrides import (
+    add_labels_option,
+    add_preprocessing_option,
+    preprocessing_of,
+)
 from quartermap_deploy.tables.layout import facts, table
 
 if TYPE_CHECKING:
@@ -40,17 +46,20 @@ def add_parser(subparsers: Subparsers) -> None:
         run,
         summary="measure the accuracy of a model on labelled images",
         description="""
-            Measure top-1, top-5 and per-class accuracy and images per second, on any target. Images are prepared as
-            the model's card says, in the background, while the model runs.
+            Measure top-1, top-5 and per-class accuracy and images per second of a classifier, on any target. Images
+            are prepared as the bundle says, or the recipe or the model's card, in the background, while the model
+            runs; --preprocessing says otherwise, for a checkpoint that was trained in another way.
 
-            A bundle is run as it is. A recipe or the name of a model is built in memory, pruned by its plan; nothing
-            proves then that it computes what PyTorch computes, as `compile` does. The target torch is the PyTorch
-            model itself, of a bundle too.
+            A bundle is run as it is, and nothing beside it is asked. A recipe or the name of a model is built in
+            memory, pruned by its plan; nothing proves then that it computes what PyTorch computes, as `compile` does.
+            The target torch is the PyTorch model itself, of a bundle too; of a bundle of a module of yours it is made
+            by what --factory names, and nothing that a bundle names is ever run.
 
             imagefolder   a folder for each class, named by synset (n01440764), by the index of its logit, or by any
-                          name; in a part such as val, or without parts. Classes are in the order of their names; a
-                          file classes.txt or LOC_synset_mapping.txt beside them says otherwise. One flat folder is
-                          read too, with synsets in the file names or a file labels.csv of lines "file,class"
+                          name; in a part such as val, or without parts. Folders that have the names of the model's
+                          classes are those; other classes are in the order of their names, unless a file classes.txt
+                          or LOC_synset_mapping.txt beside them says otherwise. One flat folder is read too, with
+                          synsets in the file names or a file labels.csv of lines "file,class"
             medmnist      an .npz file of MedMNIST's 2D sets
             digits        the digits that come with scikit-learn
 
@@ -64,6 +73,8 @@ def add_parser(subparsers: Subparsers) -> None:
             quartermap eval vmamba_tiny_s1l8 --checkpoint F --data imagenet --resume tiny.json
             quartermap eval bundles/medmamba_t --data pathmnist.npz --split test --target tensorrt
             quartermap eval export/vmamba_digits_k3.toml --target torch --json | jq .top1
+            quartermap eval bundles/mine --data photos --labels classes.txt --preprocessing mean=0.5,0.5,0.5
+            quartermap eval bundles/mine --data photos --target torch --factory my_package.models:build
             """,
     )
     add_source_options(parser)
@@ -107,6 +118,9 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         help="weights of a recipe or model; of a bundle on the target torch, the file that it was compiled from "
         "(default: the recipe's, or those that come with the package)",
     )
+    add_factory_option(parser, "on the target torch, for a bundle of a module of yours")
+    add_labels_option(parser)
+    add_preprocessing_option(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -115,14 +129,22 @@ def run(options: argparse.Namespace) -> None:
     from quartermap_deploy.evaluation.sessions import runner_for
     from quartermap_deploy.evaluation.tally import check_place
 
-    progress = make_progress(options)
+    progress, prepared = make_progress(options), preprocessing_of(options)
     if options.resume is not None:
         check_place(options.resume)
     # The data first: it is opened in a moment, and a model may take minutes.
     dataset = dataset_of(options)
     with results_only(), kept_on_interruption(options.resume):
-        runner = runner_for(options.source, options.target, checkpoint=options.checkpoint, progress=progress)
-        dataset.check_classes(runner.num_classes)
+        runner = runner_for(
+            options.source,
+            options.target,
+            checkpoint=options.checkpoint,
+            factory=options.factory,
+            labels=options.labels,
+            preprocessing=prepared,
+            progress=progress,
+        )
+        dataset = dataset.for_model(runner.num_classes, runner.labels)
         warn_of_data(dataset)
         accuracy = evaluate(
             runner.run,
@@ -148,7 +170,7 @@ def warn(runner: Runner, dataset: Dataset, accuracy: Accuracy) -> None:
     if not runner.trained:
         message(
             "warning",
-            f"{runner.card.name} has newly initialised weights, so its accuracy means nothing; give the trained ones "
+            f"{runner.model} has newly initialised weights, so its accuracy means nothing; give the trained ones "
             "with --checkpoint, or in the recipe",
         )
     if accuracy.not_finite:
@@ -162,8 +184,10 @@ def warn(runner: Runner, dataset: Dataset, accuracy: Accuracy) -> None:
 def summary(runner: Runner, accuracy: Accuracy, batch: int) -> dict[str, object]:
     """Return the facts of an evaluation."""
     wait = 1 - accuracy.compute_seconds / accuracy.seconds if accuracy.seconds > 0 else 0.0
+    otherwise = {"set otherwise": ", ".join(runner.overridden)} if runner.overridden else {}
     return {
         "target": runner.target,
+        **otherwise,
         "images": f"{accuracy.images:,}{f', {len(accuracy.broken)} broken' if accuracy.broken else ''}",
         "top-1": f"{accuracy.top1:.2%}",
         "top-5": "not measured: with at most five classes it is 100 % for any model"
@@ -190,11 +214,13 @@ def class_table(accuracy: Accuracy) -> Table:
 def result(runner: Runner, dataset: Dataset, accuracy: Accuracy, batch: int) -> dict[str, Any]:
     """Return what `--json` prints."""
     return {
-        "model": runner.card.name,
+        "model": runner.model,
         "source": runner.name,
         "target": runner.target,
         "weights": runner.weights,
         "plan": None if runner.plan is None else runner.plan.to_dict(),
+        "preprocessing": runner.preprocessing.to_dict(),
+        "overridden": list(runner.overridden),
         "data": {"name": dataset.name, "images": len(dataset), "fingerprint": dataset.fingerprint},
         "batch": batch,
         **accuracy.to_dict(),

@@ -16,10 +16,12 @@ from quartermap_deploy.cli.common import (
     at_least_one,
     file_or_folder,
     message,
+    one_line,
     print_json,
     show,
 )
-from quartermap_deploy.cli.data import dataset_of, warn_of_broken, warn_of_data
+from quartermap_deploy.cli.data import dataset_of, warn_of_broken
+from quartermap_deploy.cli.overrides import add_preprocessing_option, preprocessing_of
 from quartermap_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ DIGITS_MODEL = "vmamba_digits"
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the model or recipe, and its weights."""
+    """Add the model or recipe, its weights, and how its images are prepared."""
     parser.add_argument("source", metavar="MODEL|RECIPE.toml", help="name of a model, or a recipe file")
     parser.add_argument(
         "--checkpoint",
@@ -41,6 +43,7 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="weights, .pth or .safetensors (default: the recipe's, those that come with the package, or new ones)",
     )
+    add_preprocessing_option(parser)
 
 
 def add_measuring_options(group: argparse._ArgumentGroup) -> None:
@@ -104,38 +107,50 @@ def add_result_options(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_of(options: argparse.Namespace) -> Recipe:
-    """Return the recipe that is named, or that of a model's defaults.
+    """Return the recipe that is named, or that of a model's defaults, with what the options say on top of it.
 
     Raises:
-        InputError: if a bundle is named, whose graph cannot be pruned in other ways any more.
+        InputError: if a bundle is named, whose graph cannot be pruned in other ways any more, or a module by its
+            factory.
+        RecipeError: if the recipe is of a module.
         QuartermapError: if there is no such model, or the recipe is none.
     """
     from quartermap_deploy.architectures.cards import load_card
     from quartermap_deploy.bundle import MANIFEST
+    from quartermap_deploy.evaluation.subject import CARDS_ALONE, require_card
     from quartermap_deploy.recipe import Recipe
 
     source: str = options.source
     if source.endswith(".toml"):
         recipe = Recipe.load(Path(source))
+        require_card(recipe)
     elif (Path(source) / MANIFEST).is_file():
-        raise InputError(
-            f"{source} is a bundle, which is pruned in one way for good; give its model or recipe: "
-            f"{_model_of(Path(source) / MANIFEST)}"
-        )
+        raise InputError(_about_bundle(source, Path(source) / MANIFEST))
+    elif ":" in source:
+        raise InputError(f"{source} names a module of yours by its factory, and {CARDS_ALONE}")
     else:
         load_card(source)
         recipe = Recipe(source)
+    prepared = preprocessing_of(options)
+    if prepared:
+        recipe = dataclasses.replace(recipe, preprocessing={**(recipe.preprocessing or {}), **prepared})
     return (
         recipe if options.checkpoint is None else dataclasses.replace(recipe, checkpoint=options.checkpoint)
     )
 
 
-def _model_of(manifest: Path) -> str:
-    """The name of the model that a bundle holds, or what to name instead."""
+def _about_bundle(source: str, manifest: Path) -> str:
+    """Why a bundle is not what plans are measured on, and what to name instead."""
+    from quartermap_deploy.evaluation.subject import CARDS_ALONE
+
     try:
-        return str(json.loads(manifest.read_text(encoding="utf-8"))["model"]["name"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return "a name from `quartermap models`, or a file .toml"
+        model = json.loads(manifest.read_text(encoding="utf-8"))["model"]
+        name, is_module = str(model["name"]), model.get("source") == "module"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        name, is_module = "a name from `quartermap models`, or a file .toml", False
+    if is_module:
+        return f"{source} is a bundle of a module of yours, and {CARDS_ALONE}"
+    return f"{source} is a bundle, which is pruned in one way for good; give its model or recipe: {name}"
 
 
 def labelled_images(options: argparse.Namespace, recipe: Recipe) -> Dataset | None:
@@ -196,11 +211,10 @@ def print_results(
     """
     values = results.values
     for note in values["notes"]:
-        message("warning", note)
+        message("warning", one_line(note))
     for skipped in values["skipped"]:
         message("warning", f"{skipped['name']} is left out: {skipped['reason']}")
     if dataset is not None:
-        warn_of_data(dataset)
         warn_of_broken(_broken(values), dataset)
     values["complete"] = True
     if options.json:

@@ -10,13 +10,10 @@ from typing import TYPE_CHECKING, Any
 from quartermap_deploy.architectures.cards import ModelCard, list_models, load_card
 from quartermap_deploy.cli.common import add_command, add_output_options, print_json, show
 from quartermap_deploy.tables.layout import facts, table
-from quartermap_deploy.tables.words import count_text, size_text
+from quartermap_deploy.tables.words import count_text, names_text, size_text
 
 if TYPE_CHECKING:
     from quartermap_deploy.cli.common import Subparsers
-
-SHOWN_LABELS = 4
-"""How many names of classes a card is shown with."""
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -157,9 +154,7 @@ def _classes(card: ModelCard) -> str:
     """How many classes there are, and the names of the first."""
     if not card.labels:
         return f"{card.num_classes:,}, named by numbers"
-    rest = len(card.labels) - SHOWN_LABELS
-    named = ", ".join(card.labels[:SHOWN_LABELS])
-    return f"{card.num_classes:,}: {named}{f' and {rest:,} more' if rest > 0 else ''}"
+    return f"{card.num_classes:,}: {names_text(card.labels)}"
 
 
 def _with_unit(value: float | None, unit: str) -> str | None:

@@ -18,6 +18,7 @@ from quartermap_deploy.cli import (
     inspect,
     models,
     plugin,
+    predict,
     rebuild,
     report,
     serve,
@@ -36,6 +37,7 @@ COMMANDS = (
     compile,
     inspect,
     validate,
+    predict,
     bench,
     eval,
     compare,
@@ -60,6 +62,7 @@ examples:
   quartermap compile vmamba_digits --every 3                     the same, with every third block pruned
   quartermap inspect bundles/vmamba_digits_k3                    which blocks are pruned, what is in the graph
   quartermap validate bundles/vmamba_digits_k3                   prove it again, on this machine
+  quartermap predict bundles/vmamba_digits_k3 digit.png          which digit it is
   quartermap bench bundles/vmamba_digits bundles/vmamba_digits_k3
   quartermap eval bundles/vmamba_digits_k3                       accuracy on images that training never saw
   quartermap report bundles/vmamba_digits_k3 -o report.html      all of it on one page

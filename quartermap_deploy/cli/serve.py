@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from quartermap_deploy.cli.common import (
     add_bundle_argument,
     add_command,
+    add_label_option,
+    add_preprocessing_option,
     at_least_one,
     delay_ms,
-    file_or_folder,
     message,
     print_json,
     show,
@@ -42,8 +43,10 @@ def add_parser(subparsers: Subparsers) -> None:
         summary="serve a bundle over HTTP and gRPC",
         description="""
             Serve a bundle by the Open Inference Protocol (KServe v2) over HTTP and gRPC, so that Triton's clients can
-            ask it: the model itself under its name, and NAME_image, which takes JPEG and PNG files. POST /classify
-            takes a file, / shows a page, /metrics is for Prometheus.
+            ask it: the model itself under its name, with all of its inputs and outputs, and, where one input takes
+            images and the bundle says how, NAME_image, which takes JPEG and PNG files. POST /classify takes a file and
+            gives classes; POST /picture gives a mask or an image, as the model does. / shows a page, /metrics is for
+            Prometheus. Preprocessing and class names are the bundle's; --preprocessing and --labels replace them.
 
             The server is ready once its sessions have reproduced the bundle's golden outputs, and ends with exit code 2
             if they do not. SIGTERM and Ctrl-C stop it: readiness goes first, what was accepted is answered, and it ends
@@ -54,6 +57,7 @@ def add_parser(subparsers: Subparsers) -> None:
         examples="""
             quartermap serve bundles/vmamba_digits_k3
             quartermap serve bundles/vmamba_digits_k3 --max-batch 16 --max-delay-ms 2 --workers 2
+            quartermap serve bundles/unet --preprocessing mean=0.5,0.5,0.5 std=0.5,0.5,0.5
             curl -F file=@digit.png localhost:8000/classify
             """,
     )
@@ -62,15 +66,10 @@ def add_parser(subparsers: Subparsers) -> None:
         "--target", metavar="NAME", help="target to run (default: onnxruntime, or the bundle's only one)"
     )
     parser.add_argument(
-        "--name", metavar="NAME", help="what clients call the model (default: its card's name)"
+        "--name", metavar="NAME", help="what clients call the model (default: the bundle's name for it)"
     )
-    parser.add_argument(
-        "--labels",
-        type=file_or_folder,
-        metavar="FILE",
-        help="the name of a class on each line, or a set that comes with this package: imagenet, digits, or one of "
-        "MedMNIST, as bloodmnist (default: the card's, or numbers from 0)",
-    )
+    add_label_option(parser, "the bundle's, or numbers from 0")
+    add_preprocessing_option(parser)
     parser.add_argument(
         "--host",
         default="127.0.0.1",
@@ -175,6 +174,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _serve(options: argparse.Namespace, log: EventLog) -> None:
     from quartermap_deploy.bundle import load_bundle
+    from quartermap_deploy.data.preprocessing import parse_overrides
     from quartermap_deploy.serving.options import MIB, ServeOptions
     from quartermap_deploy.serving.server import check_dependencies, serve
 
@@ -183,6 +183,7 @@ def _serve(options: argparse.Namespace, log: EventLog) -> None:
         target=options.target,
         name=options.name,
         labels=options.labels,
+        preprocessing=parse_overrides(options.preprocessing),
         host=options.host,
         port=options.port,
         grpc_port=options.grpc_port,

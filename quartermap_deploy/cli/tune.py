@@ -22,8 +22,9 @@ from quartermap_deploy.cli.common import (
     results_only,
     show,
 )
-from quartermap_deploy.cli.data import add_data_options, format_of, warn_of_data
+from quartermap_deploy.cli.data import add_data_options, format_of
 from quartermap_deploy.cli.measuring import kept_on_interruption, recipe_of
+from quartermap_deploy.cli.overrides import add_preprocessing_option
 from quartermap_deploy.tables.layout import facts
 from quartermap_deploy.tables.search import fixed_table, front_table, sensitivity_table
 from quartermap_deploy.tables.words import ranges
@@ -107,6 +108,7 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="FILE",
         help="weights (default: the recipe's, or those that come with the package)",
     )
+    add_preprocessing_option(parser)
     _add_image_options(parser)
     _add_search_options(parser)
     add_output_options(parser)
@@ -238,8 +240,6 @@ def run(options: argparse.Namespace) -> None:
             force=options.force,
             progress=make_progress(options),
         )
-    # Both may be parts of one set.
-    warn_of_data(calibration, verification)
     for warning in tuned.warnings:
         message("warning", one_line(warning))
     if options.json:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.cli.common import (
     add_bundle_argument,
     add_command,
+    add_factory_option,
     add_output_options,
     add_plugin_option,
     file_or_folder,
@@ -19,6 +19,7 @@ from quartermap_deploy.cli.common import (
     show,
 )
 from quartermap_deploy.errors import ParityError
+from quartermap_deploy.frontend.node_names import read_name
 from quartermap_deploy.revalidate import REFERENCES
 from quartermap_deploy.tables.layout import table, with_verdict
 from quartermap_deploy.tables.words import error_text, worst_error
@@ -45,7 +46,8 @@ def add_parser(subparsers: Subparsers) -> None:
             golden   outputs that PyTorch computed in float64 when the bundle was compiled; needs no torch
             torch    the PyTorch model, built again; compares every block and names the first one that departs
 
-            For torch, a bundle that was compiled from a checkpoint needs that very file: --checkpoint.
+            For torch, a bundle that was compiled from a checkpoint needs that very file: --checkpoint. A bundle of a
+            module of yours needs what makes it too: --factory, as nothing that a bundle names is ever run.
 
             --localise finds, in a bundle of 16-bit precision that departs, the block that has to stay in float32: its
             casts are flipped block by block, and each form is compared with PyTorch. With --target tensorrt or
@@ -58,6 +60,7 @@ def add_parser(subparsers: Subparsers) -> None:
             quartermap validate bundles/vmamba_digits_k3
             quartermap validate bundles/vmamba_digits_k3 --reference torch
             quartermap validate bundles/base_k3 --reference torch --checkpoint vssm_base_0229_ckpt_epoch_237.pth
+            quartermap validate bundles/mine --reference torch --factory model.py:Net --checkpoint weights.pth
             quartermap validate bundles/tiny_float16 --localise
             quartermap validate bundles/tiny_float16 --localise --target tensorrt --plugin libquartermap_plugin.so
             quartermap validate bundles/vmamba_digits_k3 --json | jq .passed
@@ -87,6 +90,7 @@ def add_parser(subparsers: Subparsers) -> None:
         help="for --reference torch and --localise, the file that the bundle was compiled from "
         "(default: it was compiled from none)",
     )
+    add_factory_option(parser, "for --reference torch and --localise of a bundle of a module of yours")
     add_plugin_option(parser)
     add_output_options(parser)
 
@@ -110,6 +114,7 @@ def run(options: argparse.Namespace) -> None:
             options.target,
             reference=options.reference,
             checkpoint=options.checkpoint,
+            factory=options.factory,
             plugin=options.plugin,
             progress=make_progress(options),
         )
@@ -127,7 +132,7 @@ def run(options: argparse.Namespace) -> None:
             ),
         )
     if not report["passed"]:
-        raise ParityError(failure(report, bundle.path, options.reference))
+        raise ParityError(failure(report, bundle, options.reference))
 
 
 def run_localise(bundle: Bundle, options: argparse.Namespace) -> None:
@@ -144,6 +149,7 @@ def run_localise(bundle: Bundle, options: argparse.Namespace) -> None:
             bundle,
             options.target,
             checkpoint=options.checkpoint,
+            factory=options.factory,
             plugin=options.plugin,
             progress=make_progress(options),
         )
@@ -182,7 +188,7 @@ def parity_table(report: Mapping[str, Any]) -> Table:
     )
 
 
-def failure(report: Mapping[str, Any], path: Path, reference: str) -> str:
+def failure(report: Mapping[str, Any], bundle: Bundle, reference: str) -> str:
     """Return in one sentence where and by how much a bundle departs."""
     failures = [
         (case["name"], output)
@@ -193,9 +199,16 @@ def failure(report: Mapping[str, Any], path: Path, reference: str) -> str:
     block = report["first_departing_block"]
     # Of a block, its scan comes before its output.
     case, output = next(
-        ((case, output) for case, output in failures if output["name"].split("/")[0] == f"block_{block}"),
-        failures[0],
+        ((case, output) for case, output in failures if _block_of(output["name"]) == block), failures[0]
     )
-    where = f"block {block} is the first that departs" if block is not None else f"{output['name']} departs"
-    text = f"{path} departs from the {reference} reference: {where}, on {case!r}: {output['detail']}"
+    where = f"{output['name']} departs"
+    if block is not None:
+        path = next((entry["path"] for entry in bundle.manifest["blocks"] if entry["index"] == block), "")
+        where = f"block {block}{f' ({path})' if path else ''} is the first that departs"
+    text = f"{bundle.path} departs from the {reference} reference: {where}, on {case!r}: {output['detail']}"
     return text if block is not None or reference == "torch" else f"{text}. --reference torch names the block"
+
+
+def _block_of(output: str) -> int | None:
+    name = read_name(output)
+    return None if name is None else name.block

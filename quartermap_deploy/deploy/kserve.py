@@ -21,13 +21,12 @@ from quartermap_deploy.deploy.triton import (
     Repository,
     TritonOptions,
     TritonPlan,
-    check_outside,
     plan_triton,
     repository,
     write_repository,
 )
 from quartermap_deploy.errors import DeployError
-from quartermap_deploy.files import pending_file
+from quartermap_deploy.files import check_outside, pending_file
 from quartermap_deploy.progress import SILENT, Progress
 
 API_VERSION = "serving.kserve.io/v1beta1"
@@ -194,12 +193,13 @@ def deploy_kserve(
     Raises:
         BundleError: if the bundle is none, or is damaged.
         DeployError: if it cannot be served so, or something else is in the way. Nothing is written then.
-        QuartermapError: if the model's card or a plugin library is missing.
+        InputError: if the labels or the preprocessing do not fit.
+        QuartermapError: if a plugin library is missing.
     """
     out, options, triton = Path(out), options or KServeOptions(), triton or TritonOptions()
     folder = out.with_name(f"{out.stem}-repository") if repository_folder is None else Path(repository_folder)
     for path in (out, folder):
-        check_outside(path, bundle, *triton.engines_from)
+        check_outside(path, map(Path, (bundle, *triton.engines_from)), DeployError)
     whole, file = folder.resolve(), out.resolve()
     if whole == file or whole in file.parents or file in whole.parents:
         raise DeployError(

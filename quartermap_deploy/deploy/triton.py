@@ -2,11 +2,11 @@
 
 quartermap.json                   what is here, and the hash of every file
 libquartermap_plugin.so           with engines that need it; Triton overlooks files at this level
-NAME/                             the model: logits of prepared images
+NAME/                             the model itself, with all of its inputs and outputs
     config.pbtxt  labels.txt  warmup/  1/model.onnx or 1/model.sm89.plan
-NAME_image/                       probabilities of JPEG or PNG files, by way of
+NAME_image/                       takes JPEG or PNG files, where one input takes images, by way of
 NAME_preprocess/                  the decoded and prepared image, and
-NAME_probabilities/               the softmax
+NAME_probabilities/               of a classifier, what makes probabilities of its logits
 """
 
 from __future__ import annotations
@@ -17,32 +17,37 @@ import re
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quartermap_deploy.architectures.cards import load_card
 from quartermap_deploy.bundle import Bundle, describe_file, load_bundle, write_json
+from quartermap_deploy.classes import activation_of, class_labels
 from quartermap_deploy.data import pixels
-from quartermap_deploy.data.labels import read_labels
-from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.deploy.textproto import textproto
 from quartermap_deploy.deploy.triton_config import (
     LABELS_FILE,
     Interface,
     Sample,
     ensemble_config,
+    is_known_type,
     model_config,
     preprocess_config,
     probabilities_config,
 )
-from quartermap_deploy.deploy.triton_source import Source, find_source, input_shape
+from quartermap_deploy.deploy.triton_source import Source, find_source
 from quartermap_deploy.deploy.warmup import encoded_image, string_bytes, tensor_bytes
-from quartermap_deploy.errors import DeployError
-from quartermap_deploy.files import FolderKind
+from quartermap_deploy.errors import DeployError, InputError
+from quartermap_deploy.files import FolderKind, check_outside
+from quartermap_deploy.image_interface import (
+    ImageInterface,
+    image_interface,
+    image_model_tensors,
+    no_image_model,
+)
 from quartermap_deploy.progress import SILENT, Progress
 
 FORMAT = 1
@@ -52,6 +57,8 @@ PLUGIN_FILE = "libquartermap_plugin.so"
 DEVICES = ("cpu", "gpu")
 CPU_BATCH, GPU_BATCH = 8, 32
 """Largest batches where nothing else says: on a CPU larger ones gain little and make the first image wait."""
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
+"""Names of models: Triton takes a folder's name as the model's, and users put it into addresses."""
 _MODELS = Path(__file__).parent / "triton_models"
 
 
@@ -61,15 +68,16 @@ class TritonOptions:
 
     Attributes:
         backend: "onnxruntime" or "tensorrt"; None takes the one that fits the bundle's targets.
-        name: of the model; None takes that of the bundle's card.
+        name: of the model; None takes the one that it has in the bundle.
         version: of the model.
-        labels: file with the name of a class on each line, or a set of `data/labels.py`; None takes the card's.
+        labels: file with the name of a class on each line, or a set of `data/labels.py`; None takes the bundle's.
+        preprocessing: values of the bundle's preprocessing to replace, by name.
         max_batch: largest batch; None takes what the engine takes, or 8 on a CPU and 32 on a GPU.
         max_delay_us: how long a request may wait for others, in microseconds.
         device: "cpu" or "gpu", for the backend onnxruntime; None is a CPU. Engines run on GPUs.
         instances: of the model, on the CPU or on each GPU.
         threads: of an instance on the CPU; 0 for all cores.
-        images: whether to write the models that take images.
+        images: whether to write the models that take images, where the bundle has an input for them.
         image_workers: how many images are decoded at the same time.
         plugin: the plugin library of the engines; None looks where `quartermap compile` does.
         engines_from: more bundles of the same model, whose engines are for other GPUs.
@@ -80,6 +88,7 @@ class TritonOptions:
     name: str | None = None
     version: int = 1
     labels: Path | None = None
+    preprocessing: Mapping[str, Any] | None = None
     max_batch: int | None = None
     max_delay_us: int = 1000
     device: str | None = None
@@ -110,8 +119,7 @@ class TritonOptions:
                 )
         if self.device not in (None, *DEVICES):
             raise DeployError(f"unknown device {self.device!r}; expected {' or '.join(DEVICES)}")
-        # Triton takes a folder's name as the model's, and users put it into addresses.
-        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
+        if self.name is not None and not re.fullmatch(NAME, self.name):
             raise DeployError(
                 f"a model cannot be named {self.name!r}; expected letters, digits, and _ . - after the first"
             )
@@ -127,9 +135,9 @@ class TritonPlan:
         interface: what the models agree on.
         options: how it is served.
         gpu: whether the model runs on GPUs.
-        labels: names of the classes.
-        golden: prepared images to warm up with, (N, 3, height, width), float32.
-        preprocessing: how images are prepared; None where no model takes images.
+        labels: names of the classes, or their numbers; nothing where the model tells none apart.
+        golden: a golden case to warm up with: an array for each input.
+        no_images: why no model takes images, if that was not asked for; else empty.
         place: where the repository will lie on the machine that serves it.
     """
 
@@ -139,21 +147,28 @@ class TritonPlan:
     options: TritonOptions
     gpu: bool
     labels: tuple[str, ...]
-    golden: NDArray[np.float32]
-    preprocessing: Preprocessing | None
+    golden: Mapping[str, NDArray[Any]]
+    no_images: str
     place: str
 
     @property
     def models(self) -> dict[str, str]:
         """The models by name, and what each is."""
         interface = self.interface
-        found = {interface.name: f"{self.source.backend}: prepared images → {interface.output}"}
-        if self.preprocessing is not None:
-            found |= {
-                interface.ensemble: "ensemble: JPEG or PNG files → probabilities",
-                interface.preprocess: "python, a step of it: files → prepared images",
-                interface.probabilities: f"python, a step of it: {interface.output} → probabilities",
-            }
+        given, made = (
+            ", ".join(item.name for item in items) for items in (interface.inputs, interface.outputs)
+        )
+        found = {interface.name: f"{self.source.backend}: {given} → {made}"}
+        if interface.images is None:
+            return found
+        prepared, logits = interface.prepared.name, interface.outputs[0].name
+        answer = made if interface.classes is None else interface.probabilities
+        found |= {
+            interface.ensemble: f"ensemble: JPEG or PNG files → {answer}",
+            interface.preprocess: f"python, a step of it: files → {prepared}",
+        }
+        if interface.classes is not None:
+            found[interface.softmax] = f"python, a step of it: {logits} → {interface.probabilities}"
         return found
 
     @property
@@ -180,8 +195,10 @@ class TritonPlan:
                 gpus += ", and others from Ampere on"
             version = "or newer" if self.source.version_compatible else "and no other version"
             found.append(f"needs TensorRT {self.source.tensorrt} {version} in Triton, and {gpus}")
-        if self.preprocessing is not None:
+        if self.interface.images is not None:
             found.append("the image models need Pillow where Triton runs: pip install pillow")
+        if self.no_images:
+            found.append(f"there are no image models: {self.no_images}")
         return found
 
 
@@ -234,31 +251,17 @@ def deploy_triton(
     Raises:
         BundleError: if the bundle is none, or is damaged.
         DeployError: if it cannot be served so, or something else is in the way. Nothing is written then.
-        QuartermapError: if the model's card or a plugin library is missing.
+        InputError: if the labels or the preprocessing do not fit.
+        QuartermapError: if a plugin library is missing.
     """
     out, options = Path(out), options or TritonOptions()
-    check_outside(out, bundle, *options.engines_from)
+    check_outside(out, map(Path, (bundle, *options.engines_from)), DeployError)
     REPOSITORY.check_destination(out, force)
     with progress.step("checking the bundle"):
         plan = plan_triton(bundle, out, options)
     with progress.step("writing the model repository"), REPOSITORY.new(out, force) as draft:
         write_repository(plan, draft)
     return repository(plan, out)
-
-
-def check_outside(path: Path, *bundles: str | os.PathLike[str]) -> None:
-    """Check that what is written to a path does not end up in a bundle, whose manifest knows all of its files.
-
-    Raises:
-        DeployError: if it would.
-    """
-    place = path.resolve()
-    for bundle in map(Path, bundles):
-        if place.is_relative_to(bundle.resolve()):
-            raise DeployError(
-                f"{path} is in the bundle {bundle}, which would be none any more with other files in it; choose a "
-                "place outside of it"
-            )
 
 
 def repository(plan: TritonPlan, path: Path) -> Repository:
@@ -287,35 +290,67 @@ def plan_triton(bundle: str | os.PathLike[str], out: Path, options: TritonOption
             "engines of TensorRT run on GPUs; leave the device out, or take the backend onnxruntime"
         )
     gpu = source.backend == "tensorrt" or options.device == "gpu"
-    manifest = loaded.manifest
-    batch, *image_shape = input_shape(loaded)
-    try:
-        interface = Interface(
-            options.name or manifest["model"]["name"],
-            manifest["input"]["name"],
-            manifest["output"]["name"],
-            tuple(size if isinstance(size, int) else -1 for size in image_shape),
-            manifest["model"]["num_classes"],
-            manifest["input"]["type"],
-            0 if isinstance(batch, int) else _max_batch(options, source, gpu),
-        )
-    except KeyError as error:
+    if unknown := [item for item in (*loaded.inputs, *loaded.outputs) if not is_known_type(item.type)]:
         raise DeployError(
-            f"the manifest of {loaded.path} does not tell {error} of its model, input or output; compile it again"
-        ) from error
-    if not interface.max_batch and (options.max_batch or 1) > 1:
-        raise DeployError(
-            f"the bundle {loaded.path} takes one image at a time; compile it with dynamic_batch = true for batches"
+            f"{unknown[0].name} of {loaded.path} is of {unknown[0].type}, which no client of Triton could send or "
+            'read; compile it with io = "float32"'
         )
+    name = options.name or str(loaded.manifest["model"]["name"])
+    if not re.fullmatch(NAME, name):
+        raise DeployError(
+            f"the model is named {name!r} in {loaded.path}, which Triton does not take; name it with --name"
+        )
+    if source.static_batch and (options.max_batch or 1) > 1:
+        raise DeployError(
+            f"the bundle {loaded.path} takes one request at a time, as its inputs and outputs have no open batch in "
+            "common; compile it with dynamic_batch = true for batches"
+        )
+    images, no_images = _images(loaded, options)
+    files, probabilities = image_model_tensors(loaded)
+    interface = Interface(
+        name,
+        loaded.inputs,
+        loaded.outputs,
+        0 if source.static_batch else _max_batch(options, source, gpu),
+        images,
+        _classes(loaded),
+        files,
+        probabilities,
+    )
     place = _place(options, source, out)
-    golden, _ = read_golden(loaded.path)
-    images = next(iter(golden.values()))
-    preprocessing = None
-    if options.images:
-        card = load_card(manifest["model"]["name"])
-        preprocessing = card.preprocessing.with_size(*images.shape[2:])
-    labels = read_labels(options.labels, interface.classes, load_card(manifest["model"]["name"]).labels)
-    return TritonPlan(loaded, source, interface, options, gpu, labels, images, preprocessing, place)
+    golden, _ = read_golden(loaded.path, loaded.manifest["golden"])
+    if not golden:
+        raise DeployError(f"the bundle {loaded.path} has no golden inputs to warm up with; compile it again")
+    case = golden.get("images") or next(iter(golden.values()))
+    labels = class_labels(loaded, options.labels) or tuple(map(str, range(loaded.num_classes or 0)))
+    return TritonPlan(loaded, source, interface, options, gpu, labels, case, no_images, place)
+
+
+def _images(bundle: Bundle, options: TritonOptions) -> tuple[ImageInterface | None, str]:
+    """How image files become the input of a bundle's model; or why there are no models that take some.
+
+    Raises:
+        InputError: if a preprocessing is given that does not fit.
+    """
+    if not options.images:
+        return None, ""
+    reason = no_image_model(bundle)
+    try:
+        if reason is None:
+            return image_interface(bundle, options.preprocessing), ""
+    except InputError as error:
+        if options.preprocessing:
+            raise
+        reason = str(error)
+    if options.preprocessing:
+        raise InputError(f"a preprocessing is for image files, and the model takes none: {reason}")
+    return None, reason
+
+
+def _classes(bundle: Bundle) -> int | None:
+    """How many classes the first output has logits of; None if it has none."""
+    logits = bundle.task == "classification" and len(bundle.outputs[0].shape) == 2
+    return bundle.num_classes if logits else None
 
 
 def _max_batch(options: TritonOptions, source: Source, gpu: bool) -> int:
@@ -349,8 +384,8 @@ def _place(options: TritonOptions, source: Source, out: Path) -> str:
 def write_repository(plan: TritonPlan, folder: Path) -> None:
     """Write everything into an empty folder."""
     _write_model(plan, folder / plan.interface.name)
-    if plan.preprocessing is not None:
-        _write_image_models(plan, plan.preprocessing, folder)
+    if plan.interface.images is not None:
+        _write_image_models(plan, plan.interface.images, folder)
     if plan.source.plugin is not None:
         shutil.copyfile(plan.source.plugin, folder / PLUGIN_FILE)
     manifest = plan.bundle.manifest
@@ -379,13 +414,19 @@ def _write_model(plan: TritonPlan, folder: Path) -> None:
     version.mkdir(parents=True)
     for name, file in plan.source.files.items():
         shutil.copyfile(file, version / name)
-    files = {
-        f"image_{index}": tensor_bytes(image, interface.type) for index, image in enumerate(plan.golden, 1)
-    }
-    samples = [Sample(name.replace("_", " "), name) for name in files]
+    files: dict[str, bytes] = {}
+    samples = []
+    for index, sample in enumerate(_samples(plan), 1):
+        names = {}
+        for place, item in enumerate(interface.inputs, 1):
+            # Not the input's name, which may be no name for a file.
+            names[item.name] = f"sample{index}_input{place}"
+            files[names[item.name]] = tensor_bytes(sample[item.name], item.type)
+        shapes = {name: values.shape for name, values in sample.items()}
+        samples.append(Sample(f"sample {index}", names, shapes))
     tuned = {profile.batch[1] for profile in plan.source.profiles} | {interface.max_batch}
     samples += [
-        Sample(f"batch of {size}", "image_1", size)
+        replace(samples[0], name=f"batch of {size}", batch=size)
         for size in sorted(tuned)
         if 1 < size <= interface.max_batch
     ]
@@ -393,34 +434,39 @@ def _write_model(plan: TritonPlan, folder: Path) -> None:
         interface,
         plan.source,
         samples,
-        plan.golden.shape[1:],
         gpu=plan.gpu,
         instances=options.instances,
         threads=options.threads,
         max_delay_us=options.max_delay_us,
     )
-    _write(folder, config, plan.labels, files)
+    _write(folder, config, plan.labels if interface.classes is not None else None, files)
 
 
-def _write_image_models(plan: TritonPlan, preprocessing: Preprocessing, folder: Path) -> None:
-    """Write the three models that images go through besides the model itself."""
+def _samples(plan: TritonPlan) -> list[dict[str, NDArray[Any]]]:
+    """The golden case as Triton makes requests of it: one for each entry of the batch, or all of it at once."""
+    if not plan.interface.max_batch:
+        return [dict(plan.golden)]
+    count = len(next(iter(plan.golden.values())))
+    return [{name: values[place] for name, values in plan.golden.items()} for place in range(count)]
+
+
+def _write_image_models(plan: TritonPlan, images: ImageInterface, folder: Path) -> None:
+    """Write the models that images go through besides the model itself."""
     interface, version = plan.interface, str(plan.options.version)
-    settings = {**preprocessing.to_dict(), "type": interface.type, "largest": pixels.LARGEST}
-    warmup = {"image_1": string_bytes([encoded_image(plan.golden[0], preprocessing)])}
-    config = preprocess_config(
-        interface,
-        json.dumps(settings),
-        preprocessing.crop,
-        Sample("image 1", "image_1"),
-        plan.options.image_workers,
-    )
+    settings = {**images.preprocessing.to_dict(), "type": images.item.type, "largest": pixels.LARGEST}
+    golden = np.asarray(plan.golden[images.item.name][0], dtype=np.float32)
+    warmup = {"sample1": string_bytes([encoded_image(golden, images.preprocessing)])}
+    sample = Sample("sample 1", {interface.files: "sample1"}, {interface.files: [1]})
+    config = preprocess_config(interface, json.dumps(settings), sample, plan.options.image_workers)
+    labels = None if interface.classes is None else plan.labels
     _write(folder / interface.preprocess, config, None, warmup)
-    _write(folder / interface.probabilities, probabilities_config(interface), plan.labels)
-    _write(folder / interface.ensemble, ensemble_config(interface), plan.labels)
-    for name, script in (
-        (interface.preprocess, "preprocess.py"),
-        (interface.probabilities, "probabilities.py"),
-    ):
+    _write(folder / interface.ensemble, ensemble_config(interface), labels)
+    scripts = {interface.preprocess: "preprocess.py"}
+    if interface.classes is not None:
+        config = probabilities_config(interface, activation_of(plan.bundle))
+        _write(folder / interface.softmax, config, labels)
+        scripts[interface.softmax] = "probabilities.py"
+    for name, script in scripts.items():
         (folder / name / version).mkdir()
         (folder / name / version / "model.py").write_text(_script(script), encoding="utf-8")
     # Triton wants a version of the ensemble too, and storage for objects forgets folders that are empty.

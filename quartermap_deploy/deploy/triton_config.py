@@ -1,24 +1,38 @@
 """Model configurations for Triton, as plain values for `textproto`.
 
 The batch is no part of the shapes there: with `max_batch_size` n > 0 every shape begins with an open batch that is left
-out, and with 0 the shapes are those of the graph, and requests are never put together.
+out, and with 0 the shapes are those of the graph, and requests are never put together. So n > 0 is for models whose
+inputs and outputs all have one open batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from quartermap_deploy.deploy.textproto import Enum, string_map
 from quartermap_deploy.deploy.triton_source import Source
+from quartermap_deploy.image_interface import ImageInterface
+from quartermap_deploy.tensor_info import TensorInfo
 
 LABELS_FILE = "labels.txt"
-IMAGE, PROBABILITIES = "image", "probabilities"
-"""Names of the tensors of the image models."""
 
-_TYPES = {"float32": Enum("TYPE_FP32"), "float16": Enum("TYPE_FP16")}
+_TYPES = {
+    **{f"float{bits}": Enum(f"TYPE_FP{bits}") for bits in (16, 32, 64)},
+    **{
+        f"{kind}{bits}": Enum(f"TYPE_{kind.upper()}{bits}")
+        for kind in ("int", "uint")
+        for bits in (8, 16, 32, 64)
+    },
+    "bool": Enum("TYPE_BOOL"),
+}
 _BYTES = Enum("TYPE_STRING")
+
+
+def is_known_type(element_type: str) -> bool:
+    """Whether Triton has one of NumPy's element types; it has bfloat16 too, and NumPy has not."""
+    return element_type in _TYPES
 
 
 @dataclass(frozen=True)
@@ -27,21 +41,23 @@ class Interface:
 
     Attributes:
         name: of the model; the others are named after it.
-        input: name of its input.
-        output: name of its output.
-        image_shape: (channels, height, width); -1 for an open size.
-        classes: how many.
-        type: of both, "float32" or "float16".
-        max_batch: largest batch, or 0 where the graph has a batch of its own, of one image.
+        inputs: what it takes.
+        outputs: what it gives.
+        max_batch: largest batch, or 0 where requests are never put together and the shapes are those of the graph.
+        images: how image files become its input; None where there are no models that take some.
+        classes: how many it tells apart, if its first output is their logits; None if it is not.
+        files: name of the input of image files.
+        probabilities: name of the output of probabilities.
     """
 
     name: str
-    input: str
-    output: str
-    image_shape: tuple[int, ...]
-    classes: int
-    type: str
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
     max_batch: int
+    images: ImageInterface | None
+    classes: int | None
+    files: str
+    probabilities: str
 
     @property
     def ensemble(self) -> str:
@@ -54,17 +70,43 @@ class Interface:
         return f"{self.name}_preprocess"
 
     @property
-    def probabilities(self) -> str:
+    def softmax(self) -> str:
         """Name of the model that makes probabilities of logits."""
         return f"{self.name}_probabilities"
 
-    def tensor(self, name: str, kind: Enum, shape: Sequence[int], **more: Any) -> dict[str, Any]:
-        """Return an input or output of a configuration; the shape is that of one image."""
-        return {"name": name, "data_type": kind, "dims": self.dims(shape), **more}
+    def tensor(self, item: TensorInfo, **more: Any) -> dict[str, Any]:
+        """Return an input or output of a configuration."""
+        shape = self.dims([size if isinstance(size, int) else -1 for size in item.shape])
+        # Triton has no shape without axes.
+        reshape: dict[str, Any] = {} if shape else {"reshape": {"shape": []}}
+        return {
+            "name": item.name,
+            "data_type": _TYPES[item.type],
+            "dims": shape or [1],
+            **reshape,
+            **more,
+        }
+
+    def output(self, item: TensorInfo) -> dict[str, Any]:
+        """Return an output, with the file of labels where it has classes."""
+        labelled = self.classes is not None and item.name in (self.outputs[0].name, self.probabilities)
+        return self.tensor(item, **({"label_filename": LABELS_FILE} if labelled else {}))
 
     def dims(self, shape: Sequence[int]) -> list[int]:
-        """The shape of one image as Triton wants it."""
-        return list(shape) if self.max_batch else [1, *shape]
+        """A shape with its batch as Triton wants it."""
+        return list(shape)[1 if self.max_batch else 0 :]
+
+    @property
+    def prepared(self) -> TensorInfo:
+        """The input that takes images, in the size that files are prepared for."""
+        assert self.images is not None
+        item = self.images.item
+        return replace(item, shape=(item.shape[0], *self.images.preprocessing.input_shape))
+
+    @property
+    def probability_output(self) -> TensorInfo:
+        """The probabilities of the classes."""
+        return TensorInfo(self.probabilities, self.outputs[0].shape, "float32")
 
 
 @dataclass(frozen=True)
@@ -73,12 +115,14 @@ class Sample:
 
     Attributes:
         name: for Triton's log.
-        file: its data, in the folder `warmup` of the model.
+        files: the file with the values of each input, in the folder `warmup` of the model.
+        shapes: the shape of each input, without the batch where there is one.
         batch: how many of them at once.
     """
 
     name: str
-    file: str
+    files: Mapping[str, str]
+    shapes: Mapping[str, Sequence[int]]
     batch: int = 1
 
 
@@ -86,7 +130,6 @@ def model_config(
     interface: Interface,
     source: Source,
     samples: Sequence[Sample],
-    sample_shape: Sequence[int],
     *,
     gpu: bool,
     instances: int,
@@ -99,14 +142,11 @@ def model_config(
         interface: see there.
         source: what is served.
         samples: warm-up requests.
-        sample_shape: (channels, height, width) of their images.
         gpu: whether it runs on GPUs.
         instances: how many on each GPU, or on the CPU.
         threads: of an instance on the CPU; 0 for all cores.
         max_delay_us: how long a request may wait for others, in microseconds.
     """
-    kind = _TYPES[interface.type]
-    images = interface.tensor(interface.input, kind, interface.image_shape)
     group: dict[str, Any] = {"count": instances, "kind": Enum("KIND_GPU" if gpu else "KIND_CPU")}
     if len(source.profiles) > 1:
         # Without names Triton takes the first profile alone.
@@ -119,8 +159,8 @@ def model_config(
         "default_model_filename": source.default_file,
         "cc_model_filenames": string_map(source.capability_files),
         "max_batch_size": interface.max_batch,
-        "input": [images],
-        "output": [interface.tensor(interface.output, kind, [interface.classes], label_filename=LABELS_FILE)],
+        "input": [interface.tensor(item) for item in interface.inputs],
+        "output": [interface.output(item) for item in interface.outputs],
         "instance_group": [group],
     }
     if interface.max_batch > 1:
@@ -133,92 +173,103 @@ def model_config(
         }
     if not gpu:
         config["parameters"] = _parameters(intra_op_thread_count=str(threads))
-    config["model_warmup"] = [
-        _warmup(sample, interface.input, kind, interface.dims(sample_shape)) for sample in samples
-    ]
+    types = {item.name: _TYPES[item.type] for item in interface.inputs}
+    config["model_warmup"] = [_warmup(sample, types) for sample in samples]
     return config
 
 
-def preprocess_config(
-    interface: Interface, settings: str, size: tuple[int, int], sample: Sample, instances: int
-) -> dict[str, Any]:
+def preprocess_config(interface: Interface, settings: str, sample: Sample, instances: int) -> dict[str, Any]:
     """Return the configuration of the model that decodes and prepares images.
 
     Args:
         interface: see there.
         settings: for its script, which says what is in them.
-        size: (height, width) of what it makes.
         sample: a warm-up request.
         instances: how many images are decoded at the same time.
     """
-    shape = (interface.image_shape[0], *size)
     return {
         "name": interface.preprocess,
         "backend": "python",
         "max_batch_size": interface.max_batch,
-        "input": [_image(interface)],
-        "output": [interface.tensor(interface.input, _TYPES[interface.type], shape)],
+        "input": [_files(interface)],
+        "output": [interface.tensor(interface.prepared)],
         "instance_group": [{"count": instances, "kind": Enum("KIND_CPU")}],
         "parameters": _parameters(preprocessing=settings),
-        "model_warmup": [_warmup(sample, IMAGE, _BYTES, [1])],
+        "model_warmup": [_warmup(sample, {interface.files: _BYTES})],
     }
 
 
-def probabilities_config(interface: Interface) -> dict[str, Any]:
-    """Return the configuration of the model that makes probabilities of logits."""
-    shape = [interface.classes]
+def probabilities_config(interface: Interface, activation: str) -> dict[str, Any]:
+    """Return the configuration of the model that makes probabilities of logits.
+
+    Args:
+        interface: see there.
+        activation: how, for its script: "softmax", "sigmoid", or "none" where they are probabilities already.
+    """
     return {
-        "name": interface.probabilities,
+        "name": interface.softmax,
         "backend": "python",
         "max_batch_size": interface.max_batch,
-        "input": [interface.tensor(interface.output, _TYPES[interface.type], shape)],
-        "output": [
-            interface.tensor(PROBABILITIES, _TYPES["float32"], shape, label_filename=LABELS_FILE),
-        ],
+        "input": [interface.tensor(interface.outputs[0])],
+        "output": [interface.output(interface.probability_output)],
         "instance_group": [{"count": 1, "kind": Enum("KIND_CPU")}],
+        "parameters": _parameters(activation=activation),
     }
 
 
 def ensemble_config(interface: Interface) -> dict[str, Any]:
-    """Return the configuration of the model that takes images and gives probabilities, by the other three."""
-    steps = (
-        (interface.preprocess, IMAGE, interface.input),
-        (interface.name, interface.input, interface.output),
-        (interface.probabilities, interface.output, PROBABILITIES),
-    )
+    """Return the configuration of the model that takes images, by the others.
+
+    It gives probabilities where there are classes, and otherwise what the model itself does.
+    """
+    prepared, logits = interface.prepared.name, interface.outputs[0].name
+    made = [item.name for item in interface.outputs]
+    outputs = [interface.output(item) for item in interface.outputs]
+    steps = [(interface.preprocess, interface.files, [prepared])]
+    if interface.classes is None:
+        steps.append((interface.name, prepared, made))
+    else:
+        steps += [
+            (interface.name, prepared, [logits]),
+            (interface.softmax, logits, [interface.probabilities]),
+        ]
+        outputs = [interface.output(interface.probability_output)]
     return {
         "name": interface.ensemble,
         "platform": "ensemble",
         "max_batch_size": interface.max_batch,
-        "input": [_image(interface)],
-        "output": [
-            interface.tensor(
-                PROBABILITIES, _TYPES["float32"], [interface.classes], label_filename=LABELS_FILE
-            )
-        ],
+        "input": [_files(interface)],
+        "output": outputs,
         "ensemble_scheduling": {
             "step": [
                 {
                     "model_name": model,
                     "model_version": -1,
                     "input_map": string_map({given: given}),
-                    "output_map": string_map({made: made}),
+                    "output_map": string_map({name: name for name in names}),
                 }
-                for model, given, made in steps
+                for model, given, names in steps
             ]
         },
     }
 
 
-def _image(interface: Interface) -> dict[str, Any]:
+def _files(interface: Interface) -> dict[str, Any]:
     """The input of encoded images: one for each image of a batch, or one alone."""
-    return {"name": IMAGE, "data_type": _BYTES, "dims": [1]}
+    return {"name": interface.files, "data_type": _BYTES, "dims": [1]}
 
 
 def _parameters(**values: str) -> list[dict[str, Any]]:
     return string_map({name: {"string_value": value} for name, value in values.items()})
 
 
-def _warmup(sample: Sample, name: str, kind: Enum, dims: list[int]) -> dict[str, Any]:
-    data = {"data_type": kind, "dims": dims, "input_data_file": sample.file}
-    return {"name": sample.name, "batch_size": sample.batch, "inputs": string_map({name: data})}
+def _warmup(sample: Sample, types: Mapping[str, Enum]) -> dict[str, Any]:
+    inputs = {
+        name: {
+            "data_type": types[name],
+            "dims": list(sample.shapes[name]) or [1],
+            "input_data_file": file,
+        }
+        for name, file in sample.files.items()
+    }
+    return {"name": sample.name, "batch_size": sample.batch, "inputs": string_map(inputs)}

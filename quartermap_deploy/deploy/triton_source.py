@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quartermap_deploy.batch_axis import batch_of
 from quartermap_deploy.bundle import MODEL, Bundle, load_bundle
 from quartermap_deploy.errors import DeployError, QuartermapError
 from quartermap_deploy.files import file_hash
@@ -29,8 +30,8 @@ class Source:
         default_file: the file for every GPU that `capability_files` does not name, or None if it is no use there.
         capability_files: names of engines by compute capability, such as "8.9".
         profiles: optimisation profiles of the engines; empty without engines.
-        batch_limit: largest batch, or None if only memory limits it; 1 where the batch is static.
-        static_batch: whether the batch is part of the graph's shapes.
+        batch_limit: largest batch, or None if only memory limits it; 1 where requests are never put together.
+        static_batch: whether they never are: the inputs and outputs have no open batch in common.
         plugin: the plugin library that the engines need, or None.
         version_compatible: whether later versions of TensorRT run the engines.
         tensorrt: the version of TensorRT that the engines are for, or None.
@@ -77,20 +78,6 @@ def choose_backend(bundle: Bundle, backend: str | None = None) -> str:
     raise DeployError(f"{has}, not for {backend}; {mend}")
 
 
-def input_shape(bundle: Bundle) -> tuple[int | str, ...]:
-    """The shape (batch, channels, height, width) of a bundle's input; an open size is a string.
-
-    Raises:
-        DeployError: if its manifest does not tell it.
-    """
-    shape = bundle.manifest["input"].get("shape")
-    if not isinstance(shape, list) or len(shape) != 4 or not all(isinstance(s, (int, str)) for s in shape):
-        raise DeployError(
-            f"the manifest of {bundle.path} does not tell the shape of the model's input; compile it again"
-        )
-    return tuple(shape)
-
-
 def find_source(
     bundle: Bundle,
     backend: str | None = None,
@@ -113,7 +100,7 @@ def find_source(
         EngineError: if there is no plugin library.
     """
     chosen = choose_backend(bundle, backend)
-    static = isinstance(input_shape(bundle)[0], int)
+    static = not isinstance(batch_of(bundle), str)
     if chosen == "onnxruntime":
         for value, name in ((engines_from, "other bundles' engines"), (plugin, "a plugin")):
             if value:

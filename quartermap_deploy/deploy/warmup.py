@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +17,9 @@ from quartermap_deploy.data.images import restored
 from quartermap_deploy.data.preprocessing import Preprocessing
 
 
-def tensor_bytes(images: NDArray[np.float32], kind: str) -> bytes:
-    """Return images as raw values of an element type, "float32" or "float16"."""
-    return images.astype(np.dtype(kind).newbyteorder("<")).tobytes()
+def tensor_bytes(values: NDArray[Any], kind: str) -> bytes:
+    """Return values as raw ones of an element type, such as "float32"."""
+    return values.astype(np.dtype(kind).newbyteorder("<")).tobytes()
 
 
 def string_bytes(strings: Sequence[bytes]) -> bytes:

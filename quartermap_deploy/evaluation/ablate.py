@@ -42,9 +42,9 @@ from typing import TYPE_CHECKING, Any
 from quartermap_deploy.bench import measured
 from quartermap_deploy.errors import InputError, PlanError, UnknownNameError
 from quartermap_deploy.evaluation.resumable import ResultFile, Rows, key_of
-from quartermap_deploy.evaluation.sessions import TORCH, weights_hash
+from quartermap_deploy.evaluation.runs import TORCH, weights_hash
 from quartermap_deploy.evaluation.variants import FORMS, UNPRUNED, Builder, Variant
-from quartermap_deploy.evaluation.workbench import TARGETS, Workbench, load_subject, variant_entry
+from quartermap_deploy.evaluation.workbench import TARGETS, Workbench, prepare_subject, variant_entry
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.pruning.plan import UPSAMPLE_MODES, QuarterMap
 from quartermap_deploy.recipe import Recipe
@@ -145,11 +145,14 @@ def ablate(
         ParityError: if a variant departs from its PyTorch model by more than the tolerance.
         ReportError: if the results cannot be written, or something else is in their place.
         InputError: if the data's classes are not the model's, or no image can be read.
-        RecipeError: if the recipe asks for another precision than float32, or open sizes.
+        RecipeError: if the recipe is of no classifier of a card, or asks for another precision than float32, or open
+            sizes.
         QuartermapError: of the kind that fits, if the model cannot be loaded or exported.
     """
     options = options or AblateOptions()
-    builder, description = load_subject(recipe, options.target, options.threads, dataset, progress)
+    builder, dataset, description = prepare_subject(
+        recipe, options.target, options.threads, dataset, progress
+    )
     base = recipe.quartermap or QuarterMap()
     if options.every is not None:
         base = dataclasses.replace(base, every=options.every, blocks=None)

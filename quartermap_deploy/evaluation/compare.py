@@ -62,13 +62,13 @@ from typing import TYPE_CHECKING, Any
 from quartermap_deploy.bench import Timing, measured
 from quartermap_deploy.errors import InputError, PlanError, UnknownNameError
 from quartermap_deploy.evaluation.resumable import ResultFile, Rows, key_of
-from quartermap_deploy.evaluation.sessions import TORCH, weights_hash
+from quartermap_deploy.evaluation.runs import TORCH, weights_hash
 from quartermap_deploy.evaluation.variants import UNPRUNED, Variant
 from quartermap_deploy.evaluation.workbench import (
     ONNXRUNTIME,
     TARGETS,
     Workbench,
-    load_subject,
+    prepare_subject,
     variant_entry,
 )
 from quartermap_deploy.progress import SILENT, Progress
@@ -154,7 +154,8 @@ def compare(
         ParityError: if a variant departs from its PyTorch model by more than the tolerance; nothing is timed then.
         ReportError: if the results cannot be written, or something else is in their place.
         InputError: if the data's classes are not the model's, or no image can be read.
-        RecipeError: if the recipe asks for another precision than float32, or open sizes.
+        RecipeError: if the recipe is of no classifier of a card, or asks for another precision than float32, or open
+            sizes.
         QuartermapError: of the kind that fits, if the model cannot be loaded or exported.
     """
     return _Comparison(recipe, options or CompareOptions(), dataset, progress).run(out, force)
@@ -194,8 +195,10 @@ class _Comparison:
     def __init__(
         self, recipe: Recipe, options: CompareOptions, dataset: Dataset | None, progress: Progress
     ) -> None:
-        self.options, self.dataset, self.progress = options, dataset, progress
-        self.builder, description = load_subject(recipe, options.target, options.threads, dataset, progress)
+        self.options, self.progress = options, progress
+        self.builder, self.dataset, description = prepare_subject(
+            recipe, options.target, options.threads, dataset, progress
+        )
         self.variants, skipped = variants_of(recipe.quartermap, self.builder.model.depths, options)
         self.description = {
             **description,

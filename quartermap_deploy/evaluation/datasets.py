@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,9 @@ class Dataset:
         fingerprint: hash that another set, or the same images in another order, does not have.
         closed: whether `classes` are all that there are; where they are known by their index alone, a model may have
             more.
-        notes: what has to be known before numbers that were measured on it are believed, a line each.
+        guess: how the classes were numbered where nothing says how the model counts them, in a line; None where that is
+            known. `for_model` settles it for a model whose classes have names.
+        notes: what else has to be known before numbers that were measured on it are believed, a line each.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Dataset:
     item_names: Sequence[str] | None
     fingerprint: str
     closed: bool = True
+    guess: str | None = None
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -48,6 +52,11 @@ class Dataset:
     def labelled(self) -> bool:
         """Whether the classes of the images are known."""
         return bool(self.classes)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """All that has to be known before numbers that were measured on it are believed, a line each."""
+        return self.notes if self.guess is None else (self.guess, *self.notes)
 
     def image(self, index: int) -> ImageLike:
         """Return an image as `data.images.prepare` takes it."""
@@ -77,6 +86,7 @@ class Dataset:
             item_names=[self.item_name(int(index)) for index in chosen],
             fingerprint=fingerprint(self.fingerprint.encode(), chosen.astype("<i8").tobytes()),
             closed=self.closed,
+            guess=self.guess,
             notes=self.notes,
         )
 
@@ -86,6 +96,51 @@ class Dataset:
             return self
         # The legacy generator: NumPy promises never to change its stream.
         return self.subset(np.sort(np.random.RandomState(seed).permutation(len(self))[:count]))
+
+    def for_model(self, num_classes: int, names: Sequence[str] = ()) -> Dataset:
+        """Return the set with its classes as a model counts and calls them, after a check that they fit.
+
+        Classes whose numbers were a guess are found by their names among the model's, whatever case and underscores
+        they are written in. Classes that are known by their index alone get the model's names.
+
+        Args:
+            num_classes: how many the model tells apart.
+            names: what it calls them; nothing if that is not known.
+
+        Raises:
+            InputError: if the number of classes differs, a label is outside the model's, or only some of the classes
+                have names of the model's.
+        """
+        found = self
+        if self.guess is not None and names:
+            found = self._numbered_by(names)
+        found.check_classes(num_classes)
+        indices = tuple(map(str, range(len(found.classes))))
+        if names and found.classes == indices:
+            return dataclasses.replace(found, classes=tuple(names[: len(indices)]))
+        return found
+
+    def _numbered_by(self, names: Sequence[str]) -> Dataset:
+        """The set with its classes numbered as the names of a model's are, if they are called so."""
+        places = {_plain(name): place for place, name in enumerate(names)}
+        numbers = [places.get(_plain(name)) for name in self.classes]
+        if all(number is None for number in numbers) or len(places) < len(names):
+            return self
+        if None in numbers:
+            other = self.classes[numbers.index(None)]
+            shown = ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
+            raise InputError(
+                f"some classes of {self.name} have names of the model's classes, but {other!r} is none of them; "
+                f"expected {shown}: rename it, or give the names of the model's classes with --labels"
+            )
+        labels = np.array(numbers, dtype=np.int64)[self.labels]
+        return dataclasses.replace(
+            self,
+            classes=tuple(names),
+            labels=labels,
+            fingerprint=fingerprint(self.fingerprint.encode(), labels.astype("<i8").tobytes()),
+            guess=None,
+        )
 
     def check_classes(self, num_classes: int) -> None:
         """Check that a model with so many classes can be evaluated on this set, if it has labels.
@@ -108,6 +163,10 @@ class Dataset:
         raise InputError(
             f"{self.name} has {own} classes, but the model has {num_classes}; found {names}; {mend}"
         )
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.replace("_", " ").casefold().split())
 
 
 def fingerprint(*parts: bytes) -> str:

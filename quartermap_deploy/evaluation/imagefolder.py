@@ -5,9 +5,9 @@
     val/labels.csv          or one flat folder, and lines "file,class" for it
 
 Folders named by index say which logit they mean. All other classes are numbered in the order of their names, as
-ImageNet-1K numbers its synsets; where the folders are only some of a model's classes, a list of all of them beside
-them, one a line in the order of the logits, tells which: classes.txt, or LOC_synset_mapping.txt, whose lines go on with
-words.
+ImageNet-1K numbers its synsets, until a model says that its classes have these names (`Dataset.for_model`). Where the
+folders are only some of a model's classes, a list of all of them beside them, one a line in the order of the logits,
+tells which: classes.txt, or LOC_synset_mapping.txt, whose lines go on with words.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
+from quartermap_deploy.data.image_files import IMAGE_SUFFIXES
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.evaluation.datasets import NAMED, Dataset, fingerprint
-from quartermap_deploy.validation.inputs import IMAGE_SUFFIXES
 
 DEFAULT_SPLITS = ("val", "validation", "test")
 LABELS_FILE = "labels.csv"
@@ -75,8 +75,8 @@ def read_imagefolder(path: Path, split: str | None) -> Dataset:
             sizes.tobytes(),
         ),
         closed=closed,
+        guess=_guess(folder, path, classes, closed),
         notes=(
-            *_numbering_notes(folder, path, classes, closed),
             *_missing_notes(folder, found.missing),
             *_left_out_notes(folder, found.left_out),
         ),
@@ -313,17 +313,17 @@ def _class_list(folder: Path, root: Path) -> tuple[Path, tuple[str, ...]] | None
     return None
 
 
-def _numbering_notes(folder: Path, root: Path, classes: tuple[str, ...], closed: bool) -> tuple[str, ...]:
+def _guess(folder: Path, root: Path, classes: tuple[str, ...], closed: bool) -> str | None:
     if (
         not closed
         or all(_SYNSET.fullmatch(name) for name in classes)
         or _class_list(folder, root) is not None
     ):
-        return ()
+        return None
     shown = [f"{name} = {number}" for number, name in enumerate(classes[:SHOWN])]
     return (
         f"the classes of {folder} are numbered by name: {', '.join(shown)}{', …' if len(classes) > SHOWN else ''}; "
-        f"put a {CLASS_LISTS[0]} beside them if the model counts otherwise",
+        f"put a {CLASS_LISTS[0]} beside them if the model counts otherwise"
     )
 
 

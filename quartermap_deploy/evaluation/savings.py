@@ -12,17 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quartermap_deploy.bench import Timing, interleave
-from quartermap_deploy.evaluation.sessions import TORCH, exported_run, torch_run
+from quartermap_deploy.evaluation.runs import TORCH, call_of, exported_run, pruned, torch_run
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.pruning.plan import QuarterMap
 from quartermap_deploy.recipe import Recipe
 
 if TYPE_CHECKING:
-    import onnx
-
     from quartermap_deploy.architectures.base import VisualStateSpaceModel
-    from quartermap_deploy.architectures.cards import ModelCard
     from quartermap_deploy.evaluation.accuracy import Run
+    from quartermap_deploy.sources.architectures import ArchitectureSource
+    from quartermap_deploy.sources.source_model import Traced
 
 MEASURES = ("time", "flops", "tokens")
 
@@ -114,8 +113,7 @@ class PlanTimer:
 
     Args:
         recipe: model and export settings; its plan is not used.
-        model: the model, unpruned.
-        card: its card.
+        source: the model, unpruned.
         target: "torch" or a target of `targets`.
         images: the batch that is timed.
         repeats: timed rounds.
@@ -125,16 +123,15 @@ class PlanTimer:
     def __init__(
         self,
         recipe: Recipe,
-        model: VisualStateSpaceModel,
-        card: ModelCard,
+        source: ArchitectureSource,
         target: str,
         images: NDArray[np.float32],
         repeats: int,
         progress: Progress = SILENT,
     ) -> None:
         self.target, self.images, self.repeats = target, images, repeats
-        self._recipe, self._model, self._card, self._progress = recipe, model, card, progress
-        self._traced: onnx.ModelProto | None = None
+        self._recipe, self._source, self._progress = recipe, source, progress
+        self._traced: Traced | None = None
         self._unpruned: Run | None = None
 
     def times(self, plans: Sequence[QuarterMap]) -> list[tuple[Timing, Timing]]:
@@ -152,7 +149,7 @@ class PlanTimer:
     def _times_together(self, unpruned: Run, plans: Sequence[QuarterMap]) -> list[tuple[Timing, Timing]]:
         # Whose models are gone when it returns: those of the next plans may be large too.
         runs = [unpruned, *map(self._run, plans)]
-        calls = {str(number): _call(run, self.images) for number, run in enumerate(runs)}
+        calls = {str(number): call_of(run, self.images) for number, run in enumerate(runs)}
         first, *others = interleave(calls, self.repeats).values()
         return [(timing, first) for timing in others]
 
@@ -163,7 +160,7 @@ class PlanTimer:
         save is scaled to add up to what the whole model saves, of which more is known.
         """
         stages: dict[int, list[int]] = {}
-        for block in self._model.blocks():
+        for block in self._source.blocks:
             stages.setdefault(block.stage, []).append(block.index)
         everything = [number for numbers in stages.values() for number in numbers]
         sets = [tuple(numbers) for numbers in (everything, *stages.values())]
@@ -189,15 +186,14 @@ class PlanTimer:
         return f"batch {len(self.images)}, {self.repeats} rounds"
 
     def _run(self, plan: QuarterMap | None) -> Run:
-        from quartermap_deploy.compiler import export_model, reference_model
+        from quartermap_deploy.compiler import export_model
 
-        recipe = dataclasses.replace(self._recipe, quartermap=plan)
         if self.target == TORCH:
-            return torch_run(reference_model(recipe, self._model))
-        recipe = dataclasses.replace(recipe, targets=(self.target,))
-        exported = export_model(recipe, self._model, self._card, SILENT, self._traced)
+            return torch_run(pruned(self._source, plan))
+        recipe = dataclasses.replace(self._recipe, quartermap=plan, targets=(self.target,))
+        exported = export_model(recipe, self._source, SILENT, self._traced)
         self._traced = exported.traced
-        return exported_run(exported, recipe)
+        return exported_run(exported, recipe, self._source.inputs[0].shape[0])
 
 
 def _saved(pruned: Timing, unpruned: Timing) -> tuple[float, float]:
@@ -206,7 +202,3 @@ def _saved(pruned: Timing, unpruned: Timing) -> tuple[float, float]:
     # Of a median of normal values: 1.253 standard deviations, which are 1 / 1.349 of the quartiles' distance.
     error = 1.253 / 1.349 * (high - low) / math.sqrt(len(pruned.samples))
     return 1 - pruned.ratio(unpruned), error
-
-
-def _call(run: Run, images: NDArray[np.float32]) -> Any:
-    return lambda: run(images)

@@ -269,7 +269,7 @@ class Recorder:
     def watching(self) -> Iterator[None]:
         """While open, record every scan and what pruning and merging add, in any model of this package."""
         from quartermap_deploy.architectures import ss2d
-        from quartermap_deploy.pruning import tome
+        from quartermap_deploy.evaluation import tome
 
         watched = [
             (ss2d, "selective_scan_2d", "scan"),

@@ -1,64 +1,91 @@
-"""Models that are ready to run, from a bundle, a recipe or a name, on any target."""
+"""Classifiers that are ready to run, from a bundle, a recipe or a name, on any target."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
-
-from quartermap_deploy.architectures.cards import ModelCard, load_card
 from quartermap_deploy.bundle import MODEL, Bundle, load_bundle
-from quartermap_deploy.data.preprocessing import Preprocessing
-from quartermap_deploy.errors import BundleError, UnknownNameError
+from quartermap_deploy.data.labels import class_names
+from quartermap_deploy.data.preprocessing import KEYS, Preprocessing
+from quartermap_deploy.errors import BundleError, InputError, UnknownNameError
+from quartermap_deploy.evaluation.runs import (
+    TORCH,
+    exported_run,
+    reference_of,
+    require_own,
+    session_run,
+    source_run,
+    target_sizes,
+    weights_hash,
+)
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.pruning.plan import QuarterMap
 from quartermap_deploy.recipe import Recipe
-from quartermap_deploy.targets import DEFAULT, Session, list_targets, load_target
+from quartermap_deploy.targets import DEFAULT, list_targets
 
 if TYPE_CHECKING:
-    from quartermap_deploy.architectures.base import VisualStateSpaceModel
     from quartermap_deploy.evaluation.accuracy import Run
-    from quartermap_deploy.exporting.export import Export
+    from quartermap_deploy.sources.source_model import SourceModel
+    from quartermap_deploy.tensor_info import TensorInfo
 
-TORCH = "torch"
+Labels: TypeAlias = "str | Path | Sequence[str]"
 
 
 @dataclass(frozen=True, eq=False)
 class Runner:
-    """A model that is ready to run.
+    """A classifier of images that is ready to run.
 
     Attributes:
         name: for people: the bundle's folder, the recipe's file or the model's name.
+        model: name of the model.
         target: what it runs on: "torch", or a target of `targets`.
-        run: images (n, 3, H, W) of float32 → logits (n, num_classes) of float32, for any n from 1.
-        card: the model's card.
-        preprocessing: how images are prepared for it: the card's, at the size of the model's input.
+        run: images (n, channels, H, W) of float32 → logits (n, num_classes) of float32, for any n from 1.
+        preprocessing: how images are prepared for it.
+        labels: names of its classes, or nothing.
         plan: the QuarterMap plan, or None.
-        num_classes: size of the output.
-        weights: "checkpoint", "included" or "new".
-        trained: whether all of its weights are trained, the last layer's too.
+        num_classes: how many classes it tells apart.
+        weights: "checkpoint", "included", "new" or "given".
+        trained: whether all of its weights are trained, the last layer's too, as far as that is known.
         identity: hash of everything that decides the logits: weights, plan, precision and target.
+        overridden: what was said otherwise than the bundle or the model's card says: "labels", and names of values of
+            the preprocessing.
     """
 
     name: str
+    model: str
     target: str
     run: Run
-    card: ModelCard
     preprocessing: Preprocessing
+    labels: tuple[str, ...]
     plan: QuarterMap | None
     num_classes: int
     weights: str
     trained: bool
     identity: str
+    overridden: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the user says beside naming a model.
+
+    Attributes:
+        checkpoint: a file with weights.
+        factory: what makes the module of a bundle's.
+        labels: names of the classes.
+        preprocessing: values of the preprocessing, by name.
+    """
+
+    checkpoint: Path | None = None
+    factory: str | None = None
+    labels: Labels | None = None
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
 
 
 def runner_for(
@@ -66,36 +93,47 @@ def runner_for(
     target: str | None = None,
     *,
     checkpoint: Path | None = None,
+    factory: str | None = None,
+    labels: Labels | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
     progress: Progress = SILENT,
 ) -> Runner:
-    """Make a model ready to run.
+    """Make a classifier ready to run.
 
-    A bundle opens its session. A recipe or a model is built in memory, pruned by its plan: in PyTorch for the target
-    "torch", else exported and, where the target has engines, built in a temporary folder. Nothing proves that it
-    computes what PyTorch computes; `compile` does.
+    A bundle opens its session, and says itself how images are prepared and what its classes are. A recipe or a model is
+    built in memory, pruned by its plan: in PyTorch for the target "torch", else exported and, where the target has
+    engines, built in a temporary folder. Nothing proves that it computes what PyTorch computes; `compile` does.
 
     Args:
         source: a bundle or its folder, a recipe or its .toml file, or the name of a model.
         target: "torch" or a target of `targets`; None for the bundle's default, or "onnxruntime".
         checkpoint: weights, in place of the recipe's; for a bundle in PyTorch, the file it was compiled from.
+        factory: for a bundle of a module of the user's in PyTorch, what makes the module, as `package.module:name`.
+        labels: names of the classes in place of those that the source has: a list, a file, or a set by name.
+        preprocessing: values that replace those of the source's preprocessing, by name; all of them where it has none.
         progress: told about the steps.
 
     Raises:
         UnknownNameError: if there is no such target, or the bundle was not built for it.
+        InputError: if it is no classifier of one image, nobody says how images are prepared for it, or the labels or
+            the preprocessing do not fit it.
         QuartermapError: of the kind that fits, if the source is no bundle, recipe or model, or cannot be built.
     """
     if target is not None and target not in (TORCH, *list_targets()):
         raise UnknownNameError.for_choice("target", target, (TORCH, *list_targets()))
+    given = Given(checkpoint, factory, labels, preprocessing or {})
     if isinstance(source, Bundle) or (not isinstance(source, Recipe) and _is_bundle(source)):
         bundle = source if isinstance(source, Bundle) else load_bundle(source)
-        return _bundle_runner(bundle, target or bundle.default_target, checkpoint, progress)
+        return _bundle_runner(bundle, target or bundle.default_target, given, progress)
     from quartermap_deploy.compiler import as_recipe
 
+    if factory is not None:
+        raise InputError(
+            f"{source} is no bundle, and a recipe names its factory itself, in [module]; leave {factory} out"
+        )
     recipe = as_recipe(source)
     name = recipe.model if isinstance(source, Recipe) else Path(source).stem
-    if checkpoint is not None:
-        recipe = dataclasses.replace(recipe, checkpoint=checkpoint)
-    return _recipe_runner(recipe, name, target or DEFAULT, progress)
+    return _recipe_runner(recipe, name, target or DEFAULT, given, progress)
 
 
 def _is_bundle(source: str | Path) -> bool:
@@ -104,71 +142,115 @@ def _is_bundle(source: str | Path) -> bool:
     return not text.endswith(".toml") and (Path(source).is_dir() or "/" in text or "\\" in text)
 
 
-def _bundle_runner(bundle: Bundle, target: str, checkpoint: Path | None, progress: Progress) -> Runner:
+def _bundle_runner(bundle: Bundle, target: str, given: Given, progress: Progress) -> Runner:
     recipe, manifest = bundle.recipe(), bundle.manifest
-    card = load_card(recipe.model)
+    name = bundle.path.name or str(bundle.path)
+    image = image_input(name, bundle.task, bundle.inputs)
+    classes = _known_classes(name, bundle.num_classes)
+    preprocessing = _prepared(name, bundle.preprocessing, given.preprocessing, image)
+    labels = class_names(given.labels, classes, bundle.labels)
     identity: dict[str, Any] = {"model": manifest["files"][MODEL], "target": target}
     if target == TORCH:
-        from quartermap_deploy.compiler import reference_model
         from quartermap_deploy.revalidate import rebuild_torch
 
-        model = reference_model(recipe, rebuild_torch(bundle, checkpoint, progress))
-        run = torch_run(model)
+        source = rebuild_torch(bundle, given.checkpoint, given.factory, progress)
+        reference = reference_of(source, recipe.quartermap, progress)
+        with progress.step("comparing it with what the bundle keeps"):
+            require_own(bundle, reference)
+        run = source_run(source, reference)
         # A bundle in 16 bits and one in float32 have the same PyTorch model.
-        identity = {"weights": weights_hash(model), "plan": _plan_entry(recipe), "target": target}
+        identity = _torch_identity(source, recipe)
     else:
-        if checkpoint is not None:
-            raise BundleError(
-                f"the bundle {bundle.path} has its weights in it; --checkpoint is for the target {TORCH} alone"
-            )
+        _refuse_for_torch(bundle, given)
         with progress.step(f"loading {bundle.path.name}"):
             session = bundle.session(target)
-        file = manifest["targets"][target].get("file", MODEL)
-        identity["file"] = manifest["files"].get(file)
-        run = session_run(session, _sizes(recipe.dynamic_batch, manifest["targets"][target]))
+        entry = manifest["targets"][target]
+        identity["file"] = manifest["files"].get(entry.get("file", MODEL))
+        run = session_run(session, target_sizes(image.shape[0], entry))
     return Runner(
-        name=bundle.path.name or str(bundle.path),
+        name=name,
+        model=manifest["model"]["name"],
         target=target,
         run=run,
-        card=card,
-        preprocessing=preprocessing_of(recipe, card),
+        preprocessing=preprocessing,
+        labels=labels,
         plan=recipe.quartermap,
-        num_classes=manifest["model"]["num_classes"],
+        num_classes=classes,
         weights=manifest["model"]["weights"],
         trained=manifest["model"]["weights"] != "new" and manifest["model"].get("head") != "new",
         identity=_hash(identity),
+        overridden=_overridden(given.labels, given.preprocessing),
     )
 
 
-def _recipe_runner(recipe: Recipe, name: str, target: str, progress: Progress) -> Runner:
-    from quartermap_deploy.compiler import load_model, reference_model
+def _refuse_for_torch(bundle: Bundle, given: Given) -> None:
+    """Refuse what only the PyTorch model of a bundle needs."""
+    if given.checkpoint is not None:
+        raise BundleError(
+            f"the bundle {bundle.path} has its weights in it; --checkpoint is for the target {TORCH} alone"
+        )
+    if given.factory is not None:
+        raise BundleError(
+            f"the bundle {bundle.path} runs without the module that it was made from; --factory is for the target "
+            f"{TORCH} alone"
+        )
 
+
+def _recipe_runner(recipe: Recipe, name: str, target: str, given: Given, progress: Progress) -> Runner:
+    from quartermap_deploy.compiler import load_source
+
+    recipe = _with_given(recipe, given)
     with progress.step(f"loading {recipe.model}"):
-        model, card, weights = load_model(recipe)
-    identity = {"weights": weights_hash(model), "plan": _plan_entry(recipe), "target": target}
+        source = load_source(recipe)
+    image = image_input(name, source.task, source.inputs)
+    preprocessing = _prepared(name, source.preprocessing, {}, image)
+    identity = _torch_identity(source, recipe)
+    identity["target"] = target
     if target == TORCH:
-        run = torch_run(reference_model(recipe, model))
+        run = source_run(source, reference_of(source, recipe.quartermap, progress))
     else:
         identity |= {
             name: getattr(recipe, name)
             for name in ("precision", "optimize", "io", "keep_float32", "blocks_float32")
         }
-        run = _built_run(dataclasses.replace(recipe, targets=(target,)), model, card, progress)
+        run = _built_run(dataclasses.replace(recipe, targets=(target,)), source, progress)
+    # What a recipe says of a module of the user's is all that is known of it; of a card's model it is said otherwise.
+    own = given if recipe.module is not None else Given(None, None, recipe.labels, recipe.preprocessing or {})
     return Runner(
         name=name,
+        model=source.name,
         target=target,
         run=run,
-        card=card,
-        preprocessing=preprocessing_of(recipe, card),
+        preprocessing=preprocessing,
+        labels=source.labels,
         plan=recipe.quartermap,
-        num_classes=model.num_classes,
-        weights=weights.source,
-        trained=weights.source != "new" and not weights.new_head,
+        num_classes=_known_classes(name, _classes_of(source)),
+        weights=source.weights.source,
+        trained=source.weights.trained,
         identity=_hash(identity),
+        overridden=_overridden(own.labels, own.preprocessing),
     )
 
 
-def _built_run(recipe: Recipe, model: VisualStateSpaceModel, card: ModelCard, progress: Progress) -> Run:
+def _with_given(recipe: Recipe, given: Given) -> Recipe:
+    """A recipe with what the user says on top of it."""
+    prepared = {**(recipe.preprocessing or {}), **given.preprocessing}
+    if given.preprocessing and recipe.module is not None and len(recipe.module.example) == 1:
+        # The example input says which size the images must have.
+        (shape,) = recipe.module.example.values()
+        prepared.setdefault("crop", list(shape[2:]))
+    labels = recipe.labels
+    if given.labels is not None:
+        labels = given.labels if isinstance(given.labels, (str, Path)) else tuple(given.labels)
+    return dataclasses.replace(
+        recipe,
+        checkpoint=given.checkpoint or recipe.checkpoint,
+        labels=labels,
+        preprocessing=prepared or None,
+    )
+
+
+def _built_run(recipe: Recipe, source: SourceModel, progress: Progress) -> Run:
     """Export a model and open it on the recipe's only target."""
     from quartermap_deploy.compiler import ENGINES, export_model, load_targets
     from quartermap_deploy.targets.tensorrt.options import EngineOptions
@@ -176,103 +258,91 @@ def _built_run(recipe: Recipe, model: VisualStateSpaceModel, card: ModelCard, pr
     if ENGINES.isdisjoint(recipe.targets):
         recipe = dataclasses.replace(recipe, engine=EngineOptions())
     load_targets(recipe)
-    return exported_run(export_model(recipe, model, card, progress), recipe, progress)
+    return exported_run(export_model(recipe, source, progress), recipe, source.inputs[0].shape[0], progress)
 
 
-def exported_run(exported: Export, recipe: Recipe, progress: Progress = SILENT) -> Run:
-    """Return a function that runs an exported model on the recipe's only target."""
-    from quartermap_deploy.targets.onnxruntime_cpu import OnnxRuntimeSession
-
-    (target,) = recipe.targets
-    data = exported.model.SerializeToString()
-    if target == DEFAULT:
-        return session_run(OnnxRuntimeSession(data), _sizes(recipe.dynamic_batch, {}))
-    module = load_target(target)
-    # An engine is read when it is opened; its folder may go then.
-    with tempfile.TemporaryDirectory(prefix="quartermap-") as folder, progress.step(f"building for {target}"):
-        path = Path(folder) / MODEL
-        path.write_bytes(data)
-        entry = module.build(path, Path(folder), recipe.engine, progress=progress)
-        return session_run(module.open(Path(folder), entry), _sizes(recipe.dynamic_batch, entry))
+# What can be evaluated ------------------------------------------------------------------------------------------
 
 
-def torch_run(model: VisualStateSpaceModel) -> Run:
-    """Return a function that runs a PyTorch model on arrays, on the GPU if PyTorch has one."""
-    import torch
-
-    model = on_device(model)
-    device = next(model.parameters()).device
-
-    def run(images: NDArray[np.float32]) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            logits: NDArray[np.float32] = model(torch.from_numpy(images).to(device)).float().cpu().numpy()
-        return logits
-
-    return run
-
-
-def on_device(model: VisualStateSpaceModel) -> VisualStateSpaceModel:
-    """Return the model, or a copy of it on the GPU if PyTorch has one."""
-    import torch
-
-    return copy.deepcopy(model).to("cuda") if torch.cuda.is_available() else model
-
-
-def session_run(session: Session, sizes: Sequence[tuple[int, int]]) -> Run:
-    """Return a function that runs a session on any number of images.
-
-    A model of a fixed batch gets so many at a time, an engine as many as one of its profiles takes: images are repeated
-    to fill up, and what was filled is cut off again.
+def image_input(name: str, task: str, inputs: Sequence[TensorInfo]) -> TensorInfo:
+    """Return the input that images go into.
 
     Args:
-        session: the session.
-        sizes: smallest and largest batches that it takes; none if it takes every batch.
+        name: of the model, for messages.
+        task: what its outputs are.
+        inputs: what it takes.
+
+    Raises:
+        InputError: if the model is no classifier, or takes anything else than one batch of images.
     """
-    element_type = getattr(session, "input_type", np.dtype(np.float32))
-    largest = max((high for _, high in sizes), default=None)
-
-    def run_some(images: NDArray[np.float32]) -> NDArray[np.float32]:
-        count = len(images)
-        if sizes and not any(low <= count <= high for low, high in sizes):
-            images = images[np.arange(min(low for low, _ in sizes if low > count)) % count]
-        logits = session.run(images.astype(element_type, copy=False))[:count]
-        return logits.astype(np.float32, copy=False)
-
-    def run(images: NDArray[np.float32]) -> NDArray[np.float32]:
-        if largest is None or len(images) <= largest:
-            return run_some(images)
-        starts = range(0, len(images), largest)
-        return np.concatenate([run_some(images[start : start + largest]) for start in starts])
-
-    return run
+    instead = "`quartermap bench` times any bundle, and `quartermap validate` compares it with PyTorch"
+    if task != "classification":
+        raise InputError(f"{name} is a model of the task {task!r}, and accuracy is of classifiers; {instead}")
+    if len(inputs) != 1 or len(inputs[0].shape) != 4:
+        taken = ", ".join(f"{item.name} ({', '.join(map(str, item.shape))})" for item in inputs)
+        raise InputError(
+            f"{name} takes {taken}, and accuracy is of models that take one batch of images, (batch, channels, height, "
+            f"width); {instead}"
+        )
+    return inputs[0]
 
 
-def _sizes(dynamic_batch: bool, entry: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """The batches that a target's session takes: those of a fixed model, or of the profiles of an engine."""
-    if not dynamic_batch:
-        return [(1, 1)]
-    profiles = entry.get("options", {}).get("profiles", [])
-    return [(profile["batch"][0], profile["batch"][-1]) for profile in profiles]
+def _known_classes(name: str, classes: int | None) -> int:
+    if classes is None:
+        raise InputError(f"the output of {name} has no fixed number of classes, so there is nothing to count")
+    return classes
 
 
-def preprocessing_of(recipe: Recipe, card: ModelCard) -> Preprocessing:
-    """How images are prepared for a recipe's model: as its card says, at the recipe's size."""
-    return (
-        card.preprocessing if recipe.input_size is None else card.preprocessing.with_size(*recipe.input_size)
-    )
+def _prepared(
+    name: str, own: Preprocessing | None, overrides: Mapping[str, Any], image: TensorInfo
+) -> Preprocessing:
+    """How images are prepared for an input.
+
+    Raises:
+        InputError: if nobody says so, or what comes out does not fit the input.
+    """
+    height, width = image.shape[2:]
+    size = (height, width) if isinstance(height, int) and isinstance(width, int) else None
+    if own is None and not overrides:
+        raise InputError(
+            f"nobody has said how an image becomes the input of {name}; say it with --preprocessing mean=… std=… and, "
+            "where they are not as usual, resize=…, fit=…, interpolation=…, color=…, scale=… (in Python: "
+            "preprocessing={…}), or give it to `quartermap compile`, which keeps it in the bundle"
+        )
+    found = Preprocessing.from_dict(overrides, size) if own is None else own.replace(overrides)
+    for wanted, made in zip(image.shape[1:], found.input_shape, strict=True):
+        if not isinstance(wanted, str) and wanted != made:
+            raise InputError(
+                f"the preprocessing makes images of {_times(found.input_shape)} (channels, height, width), but {name} "
+                f"takes {_times(image.shape[1:])}; set crop and color to it"
+            )
+    return found
 
 
-def _plan_entry(recipe: Recipe) -> Any:
-    return None if recipe.quartermap is None else recipe.quartermap.to_dict()
+def _overridden(labels: Labels | None, preprocessing: Mapping[str, Any]) -> tuple[str, ...]:
+    names = () if labels is None else ("labels",)
+    return (*names, *(key for key in KEYS if key in preprocessing))
 
 
-def weights_hash(model: VisualStateSpaceModel) -> str:
-    """Hash of a model's weights and of what they belong to."""
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
-    return digest.hexdigest()
+def _classes_of(source: SourceModel) -> int | None:
+    """How many classes a source model tells apart."""
+    from quartermap_deploy.sources.architectures import ArchitectureSource
+    from quartermap_deploy.sources.modules import ModuleSource
+
+    if isinstance(source, ArchitectureSource):
+        return source.module.num_classes
+    assert isinstance(source, ModuleSource)
+    first = next(iter(source.discovery.outputs.values()))
+    return first.shape[1] if first.ndim > 1 else None
+
+
+def _times(sizes: Sequence[int | str]) -> str:
+    return "×".join(map(str, sizes))
+
+
+def _torch_identity(source: SourceModel, recipe: Recipe) -> dict[str, Any]:
+    plan = None if recipe.quartermap is None else recipe.quartermap.to_dict()
+    return {"weights": weights_hash(source.module), "plan": plan, "target": TORCH}
 
 
 def _hash(values: dict[str, Any]) -> str:

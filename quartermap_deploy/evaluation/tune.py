@@ -21,9 +21,10 @@ from quartermap_deploy.errors import GoalError, InputError, PlanError, RecipeErr
 from quartermap_deploy.evaluation.choice import Chooser
 from quartermap_deploy.evaluation.datasets import Dataset, fingerprint
 from quartermap_deploy.evaluation.fidelity import Fidelity
+from quartermap_deploy.evaluation.runs import on_device, weights_hash
 from quartermap_deploy.evaluation.savings import PlanTimer, Savings, counted_savings
 from quartermap_deploy.evaluation.search import Candidate, Goal, Judge, search
-from quartermap_deploy.evaluation.sessions import on_device, preprocessing_of, weights_hash
+from quartermap_deploy.evaluation.subject import load_subject
 from quartermap_deploy.evaluation.trial import Trial
 from quartermap_deploy.evaluation.tried import Tried
 from quartermap_deploy.evaluation.tune_options import TuneOptions
@@ -34,7 +35,8 @@ from quartermap_deploy.recipe import Recipe
 
 if TYPE_CHECKING:
     from quartermap_deploy.architectures.base import VisualStateSpaceModel
-    from quartermap_deploy.architectures.cards import ModelCard
+    from quartermap_deploy.data.preprocessing import Preprocessing
+    from quartermap_deploy.sources.architectures import ArchitectureSource
 
 ENOUGH = 128
 """Images, below which shares of them say little."""
@@ -121,8 +123,7 @@ def divide(dataset: Dataset, calibration: int, verification: int, seed: int = 0)
 class _Tuning:
     """One search, step by step; what later steps need of earlier ones."""
 
-    model: VisualStateSpaceModel
-    card: ModelCard
+    source: ArchitectureSource
     tried: Tried
 
     def __init__(
@@ -132,12 +133,17 @@ class _Tuning:
         self.goal, self.options, self.out, self.force, self.progress = goal, options, out, force, progress
         self.warnings: list[str] = []
 
+    @property
+    def model(self) -> VisualStateSpaceModel:
+        """The model, unpruned."""
+        return self.source.module
+
     def run(self, calibration: Dataset, verification: Dataset) -> Tuned:
         from quartermap_deploy.evaluation.tune_report import recipe_text, report
 
         _check_out(self.out, self.force)
         labels = _use_labels(self.options.labels, calibration, verification)
-        self._load_model(calibration, verification)
+        calibration, verification = self._load_model(calibration, verification)
         blocks, fixed = self._blocks(), self._fixed()
         self.calibration, other = self._trials(calibration, verification, labels)
         self.tried = self._open_tried(labels)
@@ -185,22 +191,25 @@ class _Tuning:
             ) from error
         return Tuned(recipe, values, tuple(self.warnings))
 
-    def _load_model(self, *datasets: Dataset) -> None:
-        from quartermap_deploy.compiler import load_model
-
-        with self.progress.step(f"loading {self.recipe.model}"):
-            self.model, self.card, weights = load_model(self.recipe)
-        for dataset in datasets:
-            dataset.check_classes(self.model.num_classes)
-        if weights.source == "new" or weights.new_head:
+    def _load_model(self, calibration: Dataset, verification: Dataset) -> tuple[Dataset, Dataset]:
+        """Load the model; returns the images with their classes as it counts them."""
+        self.source = load_subject(self.recipe, self.progress)
+        count, names = self.model.num_classes, self.source.labels
+        calibration, verification = (
+            dataset.for_model(count, names) for dataset in (calibration, verification)
+        )
+        # Both may be parts of one set.
+        self.warnings += dict.fromkeys((*calibration.warnings, *verification.warnings))
+        if not self.source.weights.trained:
             self.warnings.append(
                 f"{self.recipe.model} has newly initialised weights, so its answers, and what is chosen by them, mean "
                 "nothing; give the trained ones"
             )
+        return calibration, verification
 
     def _trials(self, calibration: Dataset, verification: Dataset, labels: bool) -> tuple[Trial, Trial]:
         model = on_device(self.model)
-        preprocessing = preprocessing_of(self.recipe, self.card)
+        preprocessing = self._preprocessing
         first = Trial(model, calibration, preprocessing, labels=labels, progress=self.progress)
         # Accuracy on the other images is worth knowing, whatever plans are judged by.
         second = Trial(
@@ -212,9 +221,13 @@ class _Tuning:
         ]
         return first, second
 
+    @property
+    def _preprocessing(self) -> Preprocessing:
+        return self.source.image_preprocessing(self.source.inputs[0])
+
     def _open_tried(self, labels: bool) -> Tried:
         """What was tried before, after a check that it can be written."""
-        preprocessing = dataclasses.asdict(preprocessing_of(self.recipe, self.card))
+        preprocessing = self._preprocessing.to_dict()
         key = fingerprint(
             weights_hash(self.model).encode(),
             self.calibration.dataset.fingerprint.encode(),
@@ -242,8 +255,7 @@ class _Tuning:
         """Refuse strides that keep one position of every map: beyond the largest map they all do the same."""
         from quartermap_deploy.complexity import measure
 
-        size = self.recipe.input_size or self.card.preprocessing.crop
-        found = measure(self.model, size).blocks
+        found = measure(self.model, self.source.size).blocks
         largest = max(max(block.map_size) for block in found if block.index in blocks)
         if (stride := max(self.options.strides)) > largest:
             raise PlanError(
@@ -265,13 +277,11 @@ class _Tuning:
         if options.measure != "time":
             return None
         batch = np.ascontiguousarray(images[np.arange(options.batch) % len(images)])
-        return PlanTimer(
-            self.recipe, self.model, self.card, options.target, batch, options.repeats, self.progress
-        )
+        return PlanTimer(self.recipe, self.source, options.target, batch, options.repeats, self.progress)
 
     def _savings(self, timer: PlanTimer | None) -> Savings:
         options, tried = self.options, self.tried
-        size = self.recipe.input_size or self.card.preprocessing.crop
+        size = self.source.size
         if timer is None:
             return counted_savings(self.model, size, options.strides, options.measure)
         key = {name: getattr(options, name) for name in ("target", "batch", "repeats")}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quartermap_deploy.errors import InputError, UnknownNameError
+from quartermap_deploy.evaluation.runs import TORCH
 from quartermap_deploy.evaluation.savings import MEASURES
-from quartermap_deploy.evaluation.sessions import TORCH
 from quartermap_deploy.targets import DEFAULT, list_targets
 
 

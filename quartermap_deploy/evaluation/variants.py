@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +15,8 @@ if TYPE_CHECKING:
     import onnx
 
     from quartermap_deploy.architectures.base import VisualStateSpaceModel
-    from quartermap_deploy.architectures.cards import ModelCard
+    from quartermap_deploy.sources.architectures import ArchitectureSource
+    from quartermap_deploy.sources.source_model import Traced
 
 Method = Literal["unpruned", "quartermap", "tome"]
 FORMS: dict[str, tuple[str, ...]] = {
@@ -86,34 +86,22 @@ class Builder:
     """Makes the variants of one model, in PyTorch and in ONNX. The model is traced once for all but ToMe.
 
     Args:
-        recipe: decides everything but the plan; float32 and of fixed height and width.
-        model: the model, unpruned.
-        card: its card.
+        recipe: what the model is of; float32 and of fixed height and width.
+        source: the model, unpruned, with an open batch.
 
     Raises:
         RecipeError: if the recipe asks for another precision or open sizes.
     """
 
-    def __init__(self, recipe: Recipe, model: VisualStateSpaceModel, card: ModelCard) -> None:
-        if recipe.precision != "float32" or recipe.dynamic_size:
-            found = (
-                f"precision {recipe.precision}" if recipe.precision != "float32" else "open height and width"
-            )
-            raise RecipeError(
-                f"the recipe asks for {found}; variants are compared in float32 and at one size, so leave that out"
-            )
-        self.recipe = dataclasses.replace(
-            recipe, quartermap=None, dynamic_batch=True, targets=("onnxruntime",)
-        )
-        self.model, self.card = model, card
-        self._traced: onnx.ModelProto | None = None
+    def __init__(self, recipe: Recipe, source: ArchitectureSource) -> None:
+        check_comparable(recipe)
+        self.recipe, self.source = recipe, source
+        self._traced: Traced | None = None
 
     @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) of the input."""
-        from quartermap_deploy.compiler import input_size
-
-        return input_size(self.recipe, self.card)
+    def model(self) -> VisualStateSpaceModel:
+        """The model in PyTorch, unpruned."""
+        return self.source.module
 
     def pytorch(self, variant: Variant) -> VisualStateSpaceModel:
         """Return a variant in PyTorch: what its ONNX form is compared with."""
@@ -135,14 +123,13 @@ class Builder:
             from quartermap_deploy.exporting.merging import export_merging
 
             with progress.step(f"exporting {variant.name}"):
-                return export_merging(self.pytorch(variant), (1, self.model.in_channels, *self.size))
+                shape = (1, self.model.in_channels, *self.source.size)
+                return export_merging(self.pytorch(variant), shape)
         if self._traced is None:
-            from quartermap_deploy.frontend.exporter import trace
-
-            with progress.step(f"exporting {self.recipe.model}"):
-                self._traced = trace(self.model, (1, self.model.in_channels, *self.size))
+            with progress.step(f"exporting {self.source.name}"):
+                self._traced = self.source.trace()
         with progress.step(f"making {variant.name}"):
-            return self._from_trace(variant, self._traced)
+            return self._from_trace(variant, self._traced.model)
 
     def _from_trace(self, variant: Variant, traced: onnx.ModelProto) -> onnx.ModelProto:
         import onnx
@@ -164,7 +151,7 @@ class Builder:
         from quartermap_deploy.complexity import measure
         from quartermap_deploy.evaluation.tome import matching_flops
 
-        counted = measure(self.pytorch(variant), self.size)
+        counted = measure(self.pytorch(variant), self.source.size)
         flops = counted.flops
         if variant.method == "tome":
             channels = {block.index: block.mixer.d_inner for block in self.model.blocks()}
@@ -178,3 +165,17 @@ class Builder:
                 if block.pruned
             )
         return Cost(counted.tokens, flops)
+
+
+def check_comparable(recipe: Recipe) -> None:
+    """Refuse a recipe whose variants would not be compared in the form that it asks for.
+
+    Raises:
+        RecipeError: if it asks for another precision than float32, or for open sizes.
+    """
+    if recipe.precision == "float32" and not recipe.dynamic_size:
+        return
+    found = f"precision {recipe.precision}" if recipe.precision != "float32" else "open height and width"
+    raise RecipeError(
+        f"the recipe asks for {found}; variants are compared in float32 and at one size, so leave that out"
+    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,13 @@ from numpy.typing import NDArray
 
 from quartermap_deploy.bench import Timing, interleave
 from quartermap_deploy.errors import ParityError
-from quartermap_deploy.evaluation.sessions import TORCH
-from quartermap_deploy.evaluation.variants import Builder, Variant
+from quartermap_deploy.evaluation.runs import TORCH, call_of, on_device, torch_run
+from quartermap_deploy.evaluation.subject import load_subject
+from quartermap_deploy.evaluation.variants import Builder, Variant, check_comparable
 from quartermap_deploy.progress import Progress, Titled
 from quartermap_deploy.recipe import Recipe
 
 if TYPE_CHECKING:
-    from quartermap_deploy.architectures.factory import Weights
     from quartermap_deploy.evaluation.accuracy import Run
     from quartermap_deploy.evaluation.datasets import Dataset
 
@@ -31,9 +32,9 @@ MERGED_IMAGES = 8
 when the image changes by 1e-6; that takes single images, while a fault of the export takes all."""
 
 
-def load_subject(
+def prepare_subject(
     recipe: Recipe, target: str, threads: int | None, dataset: Dataset | None, progress: Progress
-) -> tuple[Builder, dict[str, Any]]:
+) -> tuple[Builder, Dataset | None, dict[str, Any]]:
     """Load the model that is to be measured.
 
     Args:
@@ -44,47 +45,42 @@ def load_subject(
         progress: told about it.
 
     Returns:
-        What makes the variants, and what results say about where they come from.
+        What makes the variants, the data with its classes as the model counts them, and what results say about where
+        they come from.
 
     Raises:
         InputError: if the data's classes are not the model's.
-        RecipeError: if the recipe asks for another precision than float32, or open sizes.
+        RecipeError: if the recipe is of no classifier of a card, or asks for another precision than float32, or open
+            sizes.
         QuartermapError: of the kind that fits, if the model cannot be loaded.
     """
-    from quartermap_deploy.compiler import load_model
-
-    with progress.step(f"loading {recipe.model}"):
-        model, card, weights = load_model(recipe)
+    check_comparable(recipe)
+    source = load_subject(dataclasses.replace(recipe, dynamic_batch=True), progress)
     if dataset is not None:
-        dataset.check_classes(model.num_classes)
-    builder = Builder(recipe, model, card)
-    return builder, _describe(recipe, builder, weights, target, threads, dataset)
+        dataset = dataset.for_model(source.module.num_classes, source.labels)
+    builder = Builder(recipe, source)
+    return builder, dataset, _describe(recipe, builder, target, threads, dataset)
 
 
 def _describe(
-    recipe: Recipe,
-    builder: Builder,
-    weights: Weights,
-    target: str,
-    threads: int | None,
-    dataset: Dataset | None,
+    recipe: Recipe, builder: Builder, target: str, threads: int | None, dataset: Dataset | None
 ) -> dict[str, Any]:
-    from quartermap_deploy.compiler import versions
     from quartermap_deploy.machine import describe_machine
+    from quartermap_deploy.manifest import versions
     from quartermap_deploy.targets.onnxruntime_cpu import default_threads
 
-    trained = weights.source != "new" and not weights.new_head
+    source = builder.source
     return {
         "versions": versions(),
         "machine": describe_machine(),
         "model": {
-            "name": builder.card.name,
-            "title": builder.card.title,
-            "weights": weights.source,
-            "trained": trained,
-            "num_classes": builder.model.num_classes,
-            "input_size": list(builder.size),
-            "depths": list(builder.model.depths),
+            "name": source.name,
+            "title": source.title,
+            "weights": source.weights.source,
+            "trained": source.weights.trained,
+            "num_classes": source.module.num_classes,
+            "input_size": list(source.size),
+            "depths": list(source.depths),
         },
         "target": target,
         "device": _device(target),
@@ -92,7 +88,7 @@ def _describe(
         "data": None
         if dataset is None
         else {"name": dataset.name, "images": len(dataset), "fingerprint": dataset.fingerprint},
-        "notes": _notes(trained, recipe, dataset),
+        "notes": _notes(source.weights.trained, recipe, dataset),
     }
 
 
@@ -131,6 +127,8 @@ def _notes(trained: bool, recipe: Recipe, dataset: Dataset | None) -> list[str]:
         )
     if dataset is None:
         notes.append("no accuracy was measured, as no images with labels were given")
+    else:
+        notes += dataset.warnings
     return notes
 
 
@@ -195,7 +193,6 @@ class Workbench:
         return Path(self._folder.name) / f"{self.variants.index(variant)}.onnx"
 
     def _open(self, variant: Variant) -> Run:
-        from quartermap_deploy.evaluation.sessions import torch_run
         from quartermap_deploy.targets.onnxruntime_cpu import OnnxRuntimeSession
 
         if self.target == TORCH:
@@ -238,26 +235,30 @@ class Workbench:
 
     def images(self, batch: int) -> NDArray[np.float32]:
         """Return real images, prepared for the model."""
-        from quartermap_deploy.validation.inputs import real_images
+        from quartermap_deploy.compiler import validation_cases
 
-        return real_images(self.builder.card, self.builder.size, self.builder.recipe.images, count=batch)
+        source = self.builder.source
+        images: NDArray[np.float32] = validation_cases(self.builder.recipe, source, batch)["images"][
+            source.inputs[0].name
+        ]
+        return images
 
     def time(self, batch: int, repeats: int) -> dict[str, Timing]:
         """Time all variants in turns."""
         images = self.images(batch)
-        calls = {name: _call(run, images) for name, run in self._runs.items()}
+        calls = {name: call_of(run, images) for name, run in self._runs.items()}
         return interleave(calls, repeats, progress=Titled(self.progress, f"batch {batch}"))
 
     def accuracy(self, name: str, dataset: Dataset | None, batch: int, workers: int) -> dict[str, Any]:
         """Measure the accuracy of a variant, as plain values for JSON."""
         from quartermap_deploy.evaluation.accuracy import evaluate
-        from quartermap_deploy.evaluation.sessions import preprocessing_of
 
+        source = self.builder.source
         assert dataset is not None
         return evaluate(
             self._runs[name],
             dataset,
-            preprocessing_of(self.builder.recipe, self.builder.card),
+            source.image_preprocessing(source.inputs[0]),
             batch=batch,
             progress=Titled(self.progress, name),
             workers=workers,
@@ -272,7 +273,6 @@ class Workbench:
             unrecorded: milliseconds of a call that is not recorded, by variant.
         """
         from quartermap_deploy.evaluation import scan_time
-        from quartermap_deploy.evaluation.sessions import on_device
 
         self._runs = {}
         images, progress = self.images(batch), Titled(self.progress, f"batch {batch}, recorded")
@@ -289,7 +289,3 @@ class Workbench:
                 progress=progress,
             )
         return {name: part.to_dict(unrecorded[name]) for name, part in parts.items()}
-
-
-def _call(run: Run, images: NDArray[np.float32]) -> Callable[[], object]:
-    return lambda: run(images)

@@ -153,7 +153,8 @@ def export(
     if quartermap is None:
         shaped = infer_shapes(traced.model)
     else:
-        selection = Selection(pruned, quartermap.subsample)
+        paths = {block.index: block.path for block in source.blocks}
+        selection = Selection(pruned, quartermap.subsample, traced.orders, paths)
         shaped, reports = run_passes(traced.model, selection, OPTIMIZED if optimize else CANONICAL)
     typed, kept, ranges = shaped, tuple(keep_float32), None
     if precision == "float16" and calibration is not None:

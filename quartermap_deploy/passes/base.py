@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,16 +10,32 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from quartermap_deploy.errors import PassError
-from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D
+from quartermap_deploy.frontend.node_names import read_name
+from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN, SELECTIVE_SCAN_2D
+from quartermap_deploy.pruning.orders import ScanOrder
 from quartermap_deploy.pruning.plan import Subsample
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The part of a QuarterMap plan that a graph needs: which blocks, from 1, and how each map is subsampled."""
+    """The part of a QuarterMap plan that a graph needs: which blocks, from 1, and how each map is subsampled.
+
+    Attributes:
+        blocks: numbers of the blocks.
+        subsample: how.
+        orders: the order of each one-dimensional scan, by its name, where it is known; see `recover_2d`.
+        paths: the path of each block's module, for messages.
+    """
 
     blocks: tuple[int, ...]
     subsample: Subsample
+    orders: Mapping[str, ScanOrder] = field(default_factory=dict)
+    paths: Mapping[int, str] = field(default_factory=dict)
+
+    def named(self, block: int) -> str:
+        """A block in words: its number, and the path of its module where it is known."""
+        path = self.paths.get(block)
+        return f"block {block} ({path})" if path else f"block {block}"
 
 
 @dataclass
@@ -45,31 +61,48 @@ GraphPass = Callable[[gs.Graph, Selection], PassReport]
 
 @dataclass(frozen=True)
 class ScanNode:
-    """A SelectiveScan2D node and the number of its block."""
+    """A scan of the graph and the number of its block; its name tells both."""
 
     block: int
     node: gs.Node
 
+    @property
+    def name(self) -> str:
+        """The node's name, as `frontend.node_names` makes it."""
+        return str(self.node.name)
+
+    @property
+    def of_map(self) -> bool:
+        """Whether it scans a feature map, as SelectiveScan2D does, and not sequences."""
+        return bool(self.node.op == SELECTIVE_SCAN_2D)
+
 
 def scans(graph: gs.Graph) -> list[ScanNode]:
-    """Every scan of the graph, in graph order, numbered from 1 as blocks are."""
-    nodes = [node for node in graph.nodes if node.op == SELECTIVE_SCAN_2D and node.domain == DOMAIN]
-    return [ScanNode(index, node) for index, node in enumerate(nodes, start=1)]
+    """Every scan of a block, in graph order. A block has several where its module makes several, or is called twice."""
+    found = []
+    for node in graph.nodes:
+        if node.domain == DOMAIN and node.op in (SELECTIVE_SCAN_2D, SELECTIVE_SCAN):
+            name = read_name(str(node.name))
+            if name is not None and name.scan:
+                found.append(ScanNode(name.block, node))
+    return found
 
 
 def selected_scans(graph: gs.Graph, selection: Selection, name: str) -> Iterator[ScanNode]:
-    """The scans that the plan selects.
+    """The scans of the blocks that the plan selects, block by block.
 
     Raises:
         PassError: if the graph has no scan for a selected block.
     """
-    by_block = {scan.block: scan for scan in scans(graph)}
+    by_block: dict[int, list[ScanNode]] = {}
+    for scan in scans(graph):
+        by_block.setdefault(scan.block, []).append(scan)
     if absent := [block for block in selection.blocks if block not in by_block]:
         raise PassError(
-            f"{name}: the plan names block {absent[0]}, but the graph has {len(by_block)} SelectiveScan2D nodes"
+            f"{name}: the plan names {selection.named(absent[0])}, but the graph has scans of {len(by_block)} blocks"
         )
     for block in selection.blocks:
-        yield by_block[block]
+        yield from by_block[block]
 
 
 def producer(value: gs.Tensor) -> gs.Node | None:
@@ -142,3 +175,15 @@ class GraphWriter:
         self.graph.nodes.insert(self._place, node)
         self._place += 1
         return output
+
+    def several(
+        self, op: str, name: str, inputs: Sequence[gs.Tensor], count: int, **attributes: Any
+    ) -> list[gs.Variable]:
+        """Insert a node with several outputs of one type, as `__call__` does."""
+        outputs = [gs.Variable(f"{self.prefix}/{name}_{place}", dtype=self.dtype) for place in range(count)]
+        node = gs.Node(
+            op, name=f"{self.prefix}/{name}", attrs=attributes, inputs=list(inputs), outputs=outputs
+        )
+        self.graph.nodes.insert(self._place, node)
+        self._place += 1
+        return outputs

@@ -6,7 +6,8 @@ Subsampling commutes with operators that act on one position at a time, and a co
 the positions that the Slice would keep, when its padding keeps the size at stride 1. The output is the same number for
 number.
 
-Refuses: plans that keep more than one position of each group (no convolution has such a stride).
+Refuses, and leaves the Slice where it is: plans that keep more than one position of each group (no convolution has such
+a stride); maps that are no convolution's, with SiLU or without, or are read elsewhere too; one-dimensional scans.
 """
 
 from __future__ import annotations
@@ -20,19 +21,26 @@ from quartermap_deploy.passes.subsampling import require_pruned, strided_slice
 NAME = "hoist_slice"
 
 
+class _CannotHoist(Exception):
+    """Why a Slice stays where it is."""
+
+
 def hoist_slice(graph: gs.Graph, selection: Selection) -> PassReport:
     """Move the Slice of every selected block into the depthwise convolution before it, in place.
 
     A block whose convolution has the stride already is left as it is.
 
     Raises:
-        PassError: if a selected block was not pruned by this plan, has neither the Slice nor a convolution with the
-            stride, or has other operators than those above between the two.
+        PassError: if a selected block was not pruned by this plan, or has neither the Slice nor a convolution with the
+            stride.
     """
     report = PassReport(NAME)
     stride = selection.subsample.stride
     for scan in selected_scans(graph, selection, NAME):
         require_pruned(scan, selection.subsample, NAME)
+        if not scan.of_map:
+            report.refused[scan.block] = "its scan is one-dimensional: single steps of it are kept"
+            continue
         if selection.subsample.keep != 1:
             report.refused[scan.block] = (
                 f"keep = {selection.subsample.keep} positions of every {stride} cannot be a convolution's stride"
@@ -41,7 +49,11 @@ def hoist_slice(graph: gs.Graph, selection: Selection) -> PassReport:
         node = producer(scan.node.inputs[0])
         if strided_slice(node) == stride:
             assert node is not None
-            conv = _convolution_before(graph, node, scan.block)
+            try:
+                conv = _convolution_before(graph, node, scan.block)
+            except _CannotHoist as reason:
+                report.refused[scan.block] = str(reason)
+                continue
             conv.attrs["strides"] = [stride, stride]
             # A restoring node asks for the full size by the Shape of the map that is now smaller.
             for reader in [item for item in node.inputs[0].outputs if item.op == "Shape"]:
@@ -61,14 +73,14 @@ def _convolution_before(graph: gs.Graph, keep: gs.Node, block: int) -> gs.Node:
     """The convolution whose activation `keep` reads.
 
     Raises:
-        PassError: if the nodes are not activation and convolution, or are read elsewhere too.
+        _CannotHoist: if the nodes are not activation and convolution, or are read elsewhere too.
     """
     activated = keep.inputs[0]
     conv = _before_activation(producer(activated))
     if conv is None:
         node = producer(activated)
-        raise PassError(
-            f"{NAME}: expected SiLU(Conv(x)) before the Slice of block {block}, found "
+        raise _CannotHoist(
+            f"expected SiLU(Conv(x)) before the Slice of block {block}, found "
             f"{'a graph input' if node is None else f'{node.op} {node.name}'}"
         )
     _require_private(graph, keep, conv, block)
@@ -90,8 +102,8 @@ def _require_private(graph: gs.Graph, keep: gs.Node, conv: gs.Node, block: int) 
     for value in values:
         outside = [n.name for n in value.outputs if id(n) not in inside and n.op != "Shape"]
         if outside or any(value is output for output in graph.outputs):
-            raise PassError(
-                f"{NAME}: {value.name} of block {block} is also read by {', '.join(outside) or 'the graph output'}, "
+            raise _CannotHoist(
+                f"{value.name} of block {block} is also read by {', '.join(outside) or 'the graph output'}, "
                 "which needs every position"
             )
 
@@ -103,8 +115,8 @@ def _require_same_size(conv: gs.Node, block: int) -> None:
     dilations, auto = conv.attrs.get("dilations", [1, 1]), conv.attrs.get("auto_pad", "NOTSET")
     same = all(2 * pad == size - 1 for pad, size in zip(pads, [*kernel, *kernel], strict=True))
     if not same or {*strides, *dilations} != {1} or auto != "NOTSET":
-        raise PassError(
-            f"{NAME}: {conv.name} of block {block} does not keep the size of its map with stride 1, so no stride of it "
+        raise _CannotHoist(
+            f"{conv.name} of block {block} does not keep the size of its map with stride 1, so no stride of it "
             f"gives the kept positions: kernel {list(kernel)}, pads {list(pads)}, strides {list(strides)}, "
             f"dilations {list(dilations)}, auto_pad {auto}"
         )

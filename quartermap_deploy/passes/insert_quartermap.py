@@ -6,11 +6,16 @@
 In every selected block some positions of the map x are kept before the projections and the scan, and the output of the
 scan is brought back to the size of x. This is the one pass that changes what the model computes.
 
+A scan that stayed one-dimensional is pruned by its steps, where their order on a map is known (`sequence_pruning.py`).
+All scans of a block are pruned, and the directions of one map together.
+
 Refuses: a block whose x is read on the way to the scan by anything but operators that act on one position at a time,
-because the scan of the smaller map would then see other values.
+because the scan of the smaller map would then see other values; and what cannot be pruned soundly (`prunable.py`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import onnx_graphsurgeon as gs
 
@@ -27,13 +32,16 @@ from quartermap_deploy.passes.base import (
     selected_scans,
     varies_over_channels_only,
 )
+from quartermap_deploy.passes.prunable import require_prunable
+from quartermap_deploy.passes.sequence_pruning import prune_sequence
 from quartermap_deploy.passes.subsampling import (
-    block_prefix,
     is_pruned,
+    pruned_prefix,
     scanned_name,
     write_keep,
     write_restore,
 )
+from quartermap_deploy.pruning.plan import Subsample
 
 NAME = "insert_quartermap"
 
@@ -42,49 +50,70 @@ def insert_quartermap(graph: gs.Graph, selection: Selection) -> PassReport:
     """Subsample the selected blocks of a graph in place; blocks that this plan has subsampled are left as they are.
 
     Raises:
-        PassError: if a selected block is missing, is not of the form above, or was subsampled by another plan.
+        PassError: if a selected block is missing, is not of a form above, cannot be pruned soundly, or was subsampled
+            by another plan. Nothing is changed then.
     """
     report = PassReport(NAME)
-    for scan in selected_scans(graph, selection, NAME):
-        if not is_pruned(scan, selection.subsample, NAME):
-            _insert(graph, scan, selection)
-            subsample = selection.subsample
-            report.changed.append(
-                f"block {scan.block}: keep {subsample.keep} of {subsample.stride} rows and columns, "
-                f"restore by {subsample.upsample}"
-            )
+    subsample = selection.subsample
+    pending = [
+        scan for scan in selected_scans(graph, selection, NAME) if not is_pruned(scan, subsample, NAME)
+    ]
+    # All is looked at before anything is written.
+    for scan in pending:
+        require_prunable(scan, selection, NAME)
+    paths = {scan.name: _pointwise_path(graph, scan) for scan in pending if scan.of_map}
+    for group in _by_map(pending):
+        if group[0].of_map:
+            _insert(graph, group, [node for scan in group for node in paths[scan.name]], subsample)
+        else:
+            for scan in group:
+                prune_sequence(graph, scan, selection.orders[scan.name], subsample)
+    for block in dict.fromkeys(scan.block for scan in pending):
+        report.changed.append(
+            f"block {block}: keep {subsample.keep} of {subsample.stride} rows and columns, restore by "
+            f"{subsample.upsample}"
+        )
     return report
 
 
-def _insert(graph: gs.Graph, scan: ScanNode, selection: Selection) -> None:
-    x, y = scan.node.inputs[0], scan.node.outputs[0]
-    projections = _pointwise_path(graph, x, scan)
-    readers = [node for node in x.outputs if node is scan.node or any(node is p for p in projections)]
-    if not any(node is scan.node for node in readers):
-        raise PassError(f"{NAME}: the scan of block {scan.block} does not read the map {x.name}")
+def _by_map(scans: Sequence[ScanNode]) -> list[list[ScanNode]]:
+    """Scans of one block that read one map together, as directions that are scanned one by one do."""
+    groups: dict[tuple[int, int], list[ScanNode]] = {}
+    for scan in scans:
+        groups.setdefault((scan.block, id(scan.node.inputs[0])), []).append(scan)
+    return list(groups.values())
 
+
+def _insert(
+    graph: gs.Graph, scans: Sequence[ScanNode], projections: Sequence[gs.Node], subsample: Subsample
+) -> None:
+    """Prune the scans of one map."""
+    x = scans[0].node.inputs[0]
+    inside = [*(scan.node for scan in scans), *projections]
+    readers = [node for node in x.outputs if any(node is item for item in inside)]
     first = min(place_of(graph, node) for node in readers)
-    prefix = block_prefix(scan.block)
-    kept = write_keep(GraphWriter(graph, prefix, x.dtype, first), x, selection.subsample)
+    kept = write_keep(GraphWriter(graph, pruned_prefix(scans[0]), x.dtype, first), x, subsample)
     for node in readers:
         node.inputs = [kept if item is x else item for item in node.inputs]
+    for scan in scans:
+        y = scan.node.outputs[0]
+        small = gs.Variable(scanned_name(scan, subsample), dtype=y.dtype)
+        scan.node.outputs = [small]
+        write = GraphWriter(graph, pruned_prefix(scan), y.dtype, place_of(graph, scan.node) + 1)
+        restored = write_restore(write, small, x, subsample)
+        # The restored map takes the old output's place in its producer, so that its name and readers stay.
+        last = producer(restored)
+        assert last is not None
+        last.outputs = [y]
 
-    small = gs.Variable(scanned_name(scan.block, selection.subsample), dtype=y.dtype)
-    scan.node.outputs = [small]
-    write = GraphWriter(graph, prefix, y.dtype, place_of(graph, scan.node) + 1)
-    restored = write_restore(write, small, x, selection.subsample)
-    # The restored map takes the old output's place in its producer, so that its name and readers stay.
-    last = producer(restored)
-    assert last is not None
-    last.outputs = [y]
 
-
-def _pointwise_path(graph: gs.Graph, x: gs.Tensor, scan: ScanNode) -> list[gs.Node]:
-    """The nodes between x and the dt, B and C of the scan.
+def _pointwise_path(graph: gs.Graph, scan: ScanNode) -> list[gs.Node]:
+    """The nodes between the map x of a scan and its dt, B and C.
 
     Raises:
         PassError: if one of them mixes positions, or reads a map other than x.
     """
+    x = scan.node.inputs[0]
     found: list[gs.Node] = []
     pending = list(scan.node.inputs[MAPS][1:])
     while pending:

@@ -46,7 +46,7 @@ class ScanRecovery:
         scans: names of the traced scans.
         nodes: names of the scans that stand for them now: the same ones if they were left alone.
         refused: why they were left alone, or None.
-        order: the order of their steps, if it is known; those of several scans stand one below the other.
+        orders: the order of each of them, by its name, if it is known.
         d_inner: channels of a direction.
         d_state: N.
         rank: R of the time step; None if it has none, or was not looked for.
@@ -56,7 +56,7 @@ class ScanRecovery:
     scans: tuple[str, ...]
     nodes: tuple[str, ...]
     refused: str | None
-    order: ScanOrder | None
+    orders: Mapping[str, ScanOrder]
     d_inner: int
     d_state: int
     rank: int | None
@@ -67,11 +67,11 @@ class ScanRecovery:
         names = ", ".join(self.scans)
         if self.refused is not None:
             return f"{names}: stays one-dimensional: {self.refused}"
-        assert self.order is not None
-        directions = ", ".join(self.order.directions or ())
+        orders = [self.orders[name] for name in self.scans]
+        directions = ", ".join(name for order in orders for name in order.directions or ())
         rank = "full rank" if self.rank is None else f"rank {self.rank}"
         return (
-            f"{names}: {directions} of {self.d_inner}×{self.order.height}×{self.order.width}, state {self.d_state}, "
+            f"{names}: {directions} of {self.d_inner}×{orders[0].height}×{orders[0].width}, state {self.d_state}, "
             f"time step of {rank}, from {self.source}"
         )
 
@@ -86,34 +86,42 @@ class RecoveryReport(PassReport):
 
     scans: list[ScanRecovery] = field(default_factory=list)
 
+
+@dataclass(frozen=True)
+class Recovered:
+    """What `recover_2d` returns.
+
+    Attributes:
+        model: the new model, with the shapes of all its values.
+        report: what became of each scan.
+    """
+
+    model: onnx.ModelProto
+    report: RecoveryReport
+
     @property
     def orders(self) -> dict[str, ScanOrder]:
-        """The order of each scan that the graph has now, by its name, where it is known."""
-        return {name: scan.order for scan in self.scans if scan.order is not None for name in scan.nodes}
+        """The order of each traced scan, by its name, where it is known."""
+        return {name: order for scan in self.report.scans for name, order in scan.orders.items()}
 
 
-def recover_2d(
-    model: onnx.ModelProto, sizes: Sequence[Mapping[str, Sequence[int]]] | None = None
-) -> tuple[onnx.ModelProto, RecoveryReport]:
+def recover_2d(model: onnx.ModelProto, example: Mapping[str, Sequence[int]] | None = None) -> Recovered:
     """Recover the scans of feature maps in a traced graph.
 
     Args:
         model: a model whose scans are SelectiveScan nodes without bodies; not changed. Nodes that are SelectiveScan2D
             already stay as they are.
-        sizes: for a model with open sizes, two sets of shapes of its inputs at which to run it, by input name. None
-            tries some that most models take.
-
-    Returns:
-        The new model, with the shapes of all its values, and what became of each scan.
+        example: shapes of the inputs that the model takes, by input name. Where sizes are open, the graph is run at
+            sizes that most models take, or at multiples of these.
 
     Raises:
-        PassError: if the model has open sizes and cannot be run at any that are tried, or at those that are given.
+        PassError: if the model has open sizes and cannot be run at two of those that are tried.
     """
     report = RecoveryReport(NAME)
     index = GraphIndex(model)
     if not index.scans():
-        return infer_shapes(model), report
-    probes = probing_graphs(index, sizes)
+        return Recovered(infer_shapes(model), report)
+    probes = probing_graphs(index, example)
     readings = [reading for group in _groups(index, probes[0]) for reading in _read(group, probes)]
     readings.sort(key=lambda reading: reading.group.places)
     for reading in readings:
@@ -124,7 +132,7 @@ def recover_2d(
         elif (name := read_name(recovery.scans[0])) is not None:
             report.refused.setdefault(name.block, recovery.refused)
     replacements = [reading.replacement for reading in readings if reading.replacement is not None]
-    return infer_shapes(_replaced(model, index, replacements)), report
+    return Recovered(infer_shapes(_replaced(model, index, replacements)), report)
 
 
 def _groups(index: GraphIndex, concrete: Concrete) -> list[ScanGroup]:
@@ -157,7 +165,7 @@ def _recovery(reading: Reading, concrete: Concrete) -> ScanRecovery:
         scans=group.names,
         nodes=group.names if replacement is None else replacement.scans,
         refused=reading.refused,
-        order=reading.order,
+        orders=reading.orders,
         d_inner=d_inner,
         d_state=d_state,
         rank=None if projections is None else projections.rank,

@@ -7,7 +7,8 @@ and activations act on one position at a time, so they give the same numbers on 
 move down to the first node that reads another map: the residual Add, or the gate's Mul.
 
 Restoring works on (batch, channels, H, W). Where the graph is channel-last at the place it has moved to, the
-restoring nodes stand between a transpose and its inverse.
+restoring nodes stand between a transpose and its inverse. A map that is flattened to a sequence for some of these
+operators stays a map for them (`flattened_maps.py`).
 
 Refuses: interpolation other than nearest, which mixes positions and does not commute with the normalisation.
 """
@@ -30,8 +31,9 @@ from quartermap_deploy.passes.base import (
     selected_scans,
     varies_over_channels_only,
 )
+from quartermap_deploy.passes.flattened_maps import unflatten_below
 from quartermap_deploy.passes.subsampling import (
-    block_prefix,
+    pruned_prefix,
     require_pruned,
     restore_chain,
     restored_like,
@@ -54,6 +56,9 @@ def sink_resize(graph: gs.Graph, selection: Selection) -> PassReport:
     report = PassReport(NAME)
     for scan in selected_scans(graph, selection, NAME):
         require_pruned(scan, selection.subsample, NAME)
+        if not scan.of_map:
+            report.refused[scan.block] = "its scan is one-dimensional: its steps are spread, not a map"
+            continue
         if selection.subsample.upsample != "nearest":
             report.refused[scan.block] = f"{selection.subsample.upsample} interpolation mixes positions"
             continue
@@ -62,12 +67,13 @@ def sink_resize(graph: gs.Graph, selection: Selection) -> PassReport:
             raise PassError(
                 f"{NAME}: block {scan.block} is pruned, but nothing restores its map behind the scan"
             )
+        unflatten_below(graph, chain[-1].outputs[0], pruned_prefix(scan))
         passed = _positionwise_run(graph, chain[-1].outputs[0])
         # Passing transposes alone would move work about without saving any.
         while passed and passed[-1].op == "Transpose":
             passed.pop()
         if passed:
-            _move(graph, scan.block, chain, passed, _axes_after(passed), selection.subsample)
+            _move(graph, pruned_prefix(scan), chain, passed, _axes_after(passed), selection.subsample)
             names = ", ".join(node.op for node in passed if node.op != "Transpose")
             report.changed.append(f"block {scan.block}: restored after {names}")
         elif not above:
@@ -146,7 +152,7 @@ def _axes_after(run: Sequence[gs.Node]) -> tuple[int, ...]:
 
 def _move(
     graph: gs.Graph,
-    block: int,
+    prefix: str,
     chain: list[gs.Node],
     passed: Sequence[gs.Node],
     axes: Sequence[int],
@@ -160,7 +166,6 @@ def _move(
     # The nodes that computed the size go too, so that their names are free again.
     graph.cleanup()
     end = passed[-1].outputs[0]
-    prefix = block_prefix(block)
     write = GraphWriter(graph, prefix, end.dtype, place_of(graph, passed[-1]) + 1)
     value: gs.Tensor = gs.Variable(f"{prefix}/small", dtype=end.dtype)
     passed[-1].outputs = [value]

@@ -71,15 +71,15 @@ def write_restore(write: GraphWriter, y: gs.Tensor, full: gs.Tensor, subsample: 
     return y
 
 
-def scanned_name(block: int, subsample: Subsample) -> str:
+def scanned_name(scan: ScanNode, subsample: Subsample) -> str:
     """How the output of a subsampled scan is named: it tells by which plan, whatever later passes have moved."""
     plan = f"{subsample.upsample}_{subsample.keep}_of_{subsample.stride}"
-    return f"{block_prefix(block)}/{_SCANNED}{plan}"
+    return f"{pruned_prefix(scan)}/{_SCANNED}{plan}"
 
 
-def block_prefix(block: int) -> str:
-    """What the names of a pruned block's nodes start with."""
-    return f"block_{block}/quartermap"
+def pruned_prefix(scan: ScanNode) -> str:
+    """What the names of a pruned scan's nodes start with: `block_3/quartermap` for `block_3/scan`."""
+    return "/quartermap".join(scan.name.rsplit("/scan", maxsplit=1))
 
 
 def is_pruned(scan: ScanNode, subsample: Subsample, pass_name: str) -> bool:
@@ -88,8 +88,8 @@ def is_pruned(scan: ScanNode, subsample: Subsample, pass_name: str) -> bool:
     Raises:
         PassError: if another plan has subsampled it.
     """
-    found, expected = str(scan.node.outputs[0].name), scanned_name(scan.block, subsample)
-    own = f"{block_prefix(scan.block)}/{_SCANNED}"
+    found, expected = str(scan.node.outputs[0].name), scanned_name(scan, subsample)
+    own = f"{pruned_prefix(scan)}/{_SCANNED}"
     if found != expected and found.startswith(own):
         raise PassError(
             f"{pass_name}: block {scan.block} was pruned by another plan already ({found.removeprefix(own)}), expected "

@@ -74,8 +74,8 @@ def page_titles(bundles: Mapping[str, Bundle]) -> tuple[str, str]:
 
 
 def _environment() -> Table:
-    from quartermap_deploy.compiler import versions
     from quartermap_deploy.machine import describe_machine
+    from quartermap_deploy.manifest import versions
 
     rows = {**describe_machine(), **versions()}
     return Table("where this page was made", ("what", "value"), tuple(rows.items()))

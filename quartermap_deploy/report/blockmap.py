@@ -18,9 +18,10 @@ def block_map(blocks: Sequence[Mapping[str, Any]]) -> Html:
     """Return the picture of a manifest's blocks: a row of tiles for each stage.
 
     A tile shows the block's map as an outline and the part that is scanned, filled. Areas are as the square root of the
-    positions, so that the small maps of the last stages can still be seen.
+    positions, so that the small maps of the last stages can still be seen. A sequence, which has a map of one row, is a
+    strip.
     """
-    largest = max(side for block in blocks for side in block["map_size"])
+    largest = max(max(_sides(block["map_size"])) for block in blocks)
     rows = [
         _stage(stage, list(members), largest)
         for stage, members in itertools.groupby(blocks, key=lambda block: block["stage"])
@@ -28,19 +29,25 @@ def block_map(blocks: Sequence[Mapping[str, Any]]) -> Html:
     return element("ol", {"class": "stages"}, *rows)
 
 
-def _stage(stage: int, blocks: Sequence[Mapping[str, Any]], largest: int) -> Html:
+def _stage(stage: int, blocks: Sequence[Mapping[str, Any]], largest: float) -> Html:
     count = f"{len(blocks)} block{'s' if len(blocks) > 1 else ''}"
+    sizes = dict.fromkeys(map_text(block["map_size"]) for block in blocks)
     title = element(
         "p",
         {"class": "stage"},
         element("strong", None, f"Stage {stage}"),
-        f" {count}, maps of {size_text(blocks[0]['map_size'])}",
+        f" {count}, {' and '.join(sizes)}",
     )
     tiles = element("ol", {"class": "blocks"}, *(_tile(block, largest) for block in blocks))
     return element("li", None, title, tiles)
 
 
-def _tile(block: Mapping[str, Any], largest: int) -> Html:
+def map_text(size: Sequence[int]) -> str:
+    """Return "maps of 14x14", or "sequences of 196" for maps of one row."""
+    return f"sequences of {size[1]:,}" if size[0] == 1 else f"maps of {size_text(size)}"
+
+
+def _tile(block: Mapping[str, Any], largest: float) -> Html:
     pruned = bool(block["pruned"])
     lines = [element("strong", None, f"Block {block['index']}")]
     if pruned:
@@ -54,15 +61,16 @@ def _tile(block: Mapping[str, Any], largest: int) -> Html:
         lines.append(element("span", None, f"{block['tokens']:,} tokens"))
     return element(
         "li",
-        {"class": "block pruned" if pruned else "block"},
+        {"class": "block pruned" if pruned else "block", "title": block["path"] or None},
         _drawing(block, largest),
         element("span", {"class": "about"}, *lines, separator=" "),
     )
 
 
-def _drawing(block: Mapping[str, Any], largest: int) -> Html:
+def _drawing(block: Mapping[str, Any], largest: float) -> Html:
     """The outline of the map and, in it, the scanned part."""
-    height, width = (_pixels(side, largest) for side in block["map_size"])
+    height, width = (_pixels(side, largest) for side in _sides(block["map_size"]))
+    height = _SMALLEST if block["map_size"][0] == 1 else height
     shares = [kept / side for kept, side in zip(block["scanned_size"], block["map_size"], strict=True)]
     left, top = (64 - width) / 2, (64 - height) / 2
     inside = {"x": left, "y": top, "width": width * shares[1], "height": height * shares[0]}
@@ -74,5 +82,11 @@ def _drawing(block: Mapping[str, Any], largest: int) -> Html:
     )
 
 
-def _pixels(side: int, largest: int) -> float:
+def _sides(size: Sequence[int]) -> tuple[float, float]:
+    """The sides to draw: a sequence is as long as the map of so many positions is wide."""
+    height, width = size
+    return (math.sqrt(width), math.sqrt(width)) if height == 1 else (height, width)
+
+
+def _pixels(side: float, largest: float) -> float:
     return max(_LARGEST * math.sqrt(side / largest), _SMALLEST)

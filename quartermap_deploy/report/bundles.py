@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from quartermap_deploy.frontend.node_names import read_name
 from quartermap_deploy.report.blockmap import block_map
 from quartermap_deploy.report.charts import (
     Point,
@@ -17,9 +18,14 @@ from quartermap_deploy.report.parts import Figure, Heading, Note, Part, Section,
 from quartermap_deploy.tables.words import (
     count_text,
     error_text,
+    origin_text,
     plan_text,
+    preprocessing_text,
     ranges,
+    reference_text,
     size_text,
+    task_text,
+    tensor_text,
     weights_text,
     worst_error,
 )
@@ -42,6 +48,7 @@ def overview(bundles: Mapping[str, Bundle]) -> Table:
             (
                 name,
                 f"{manifest['model']['title']}, {manifest['recipe']['precision']}",
+                manifest["task"],
                 ranges(pruned) or "none",
                 f"{totals['tokens']:,}{share(totals['tokens'], totals['tokens_unpruned'])}",
                 f"{count_text(totals['flops'])}{share(totals['flops'], totals['flops_unpruned'])}",
@@ -54,6 +61,7 @@ def overview(bundles: Mapping[str, Bundle]) -> Table:
     columns = (
         "bundle",
         "model",
+        "task",
         "pruned blocks",
         ">tokens scanned",
         ">FLOPs",
@@ -63,7 +71,8 @@ def overview(bundles: Mapping[str, Bundle]) -> Table:
         ">worst error",
     )
     failed = tuple(i for i, bundle in enumerate(bundles.values()) if not bundle.report["passed"])
-    return Table("the bundles, for one image", columns, tuple(rows), marked=failed)
+    caption = "the bundles; tokens and FLOPs are those of one image, or of another entry of a batch"
+    return Table(caption, columns, tuple(rows), marked=failed)
 
 
 def blocks_section(bundles: Mapping[str, Bundle]) -> Section:
@@ -74,13 +83,15 @@ def blocks_section(bundles: Mapping[str, Bundle]) -> Section:
         parts += [
             Heading(name),
             Note(_model_text(bundle)),
+            _facts_table(bundle),
             Figure(
                 "The blocks of the network in their order. The outline is a block's map, the filled part what its "
-                "scan walks; tokens are positions of one image, over the four directions.",
+                "scans walk; a block that scans a sequence has a map of one row. Tokens are the positions that its "
+                "scans walk for one entry of a batch, over all their directions.",
                 block_map(manifest["blocks"]),
             ),
             Table(
-                "sizes, tokens and FLOPs (multiply-accumulates of one image) of every block",
+                "sizes, tokens and FLOPs (multiply-accumulates of one entry of a batch) of every block",
                 BLOCK_COLUMNS,
                 tuple(block_rows(manifest)),
                 folded=True,
@@ -95,13 +106,26 @@ def _model_text(bundle: Bundle) -> str:
     model = manifest["model"]
     plan = plan_text(manifest["plan"])
     return (
-        f"{model['title']} ({model['name']}): {model['parameters']:,} parameters, {model['num_classes']} classes, "
-        f"weights {weights_text(model)}. Input ({', '.join(map(str, manifest['input']['shape']))}), "
+        f"{model['title']} ({model['name']}), {origin_text(manifest)}: {model['parameters']:,} parameters, "
         f"{manifest['recipe']['precision']}. {'QuarterMap plan: ' + plan if plan else 'No QuarterMap plan'}."
     )
 
 
-BLOCK_COLUMNS = ("block", "stage", "map", "scanned", "pruned", ">tokens", ">of", ">FLOPs", ">of")
+def _facts_table(bundle: Bundle) -> Table:
+    """What the bundle says of its outputs, its inputs, its images, and where its weights come from."""
+    manifest = bundle.manifest
+    rows = [
+        ("task", task_text(manifest)),
+        *(("input", tensor_text(item)) for item in manifest["inputs"]),
+        *(("output", tensor_text(item)) for item in manifest["outputs"]),
+        *(("sizes", f"only with {rule}") for rule in manifest["size_rules"]),
+        ("images", preprocessing_text(bundle.preprocessing)),
+        ("weights", weights_text(manifest["model"])),
+    ]
+    return Table("what goes in and comes out", ("what", "value"), tuple(rows))
+
+
+BLOCK_COLUMNS = ("block", "stage", "map", "scanned", "pruned", ">tokens", ">of", ">FLOPs", ">of", "module")
 
 
 def block_rows(manifest: Mapping[str, Any]) -> list[tuple[object, ...]]:
@@ -118,6 +142,7 @@ def block_rows(manifest: Mapping[str, Any]) -> list[tuple[object, ...]]:
             percent(block["tokens"], block["tokens_unpruned"]),
             count_text(block["flops"]),
             percent(block["flops"], block["flops_unpruned"]),
+            block["path"] or "the model itself",
         )
         for block in manifest["blocks"]
     ]
@@ -132,6 +157,7 @@ def block_rows(manifest: Mapping[str, Any]) -> list[tuple[object, ...]]:
             percent(totals["tokens"], totals["tokens_unpruned"]),
             count_text(totals["flops"]),
             percent(totals["flops"], totals["flops_unpruned"]),
+            "",
         )
     )
     return rows
@@ -148,6 +174,8 @@ def parity_section(
     for name, bundle in bundles.items():
         parts.append(Heading(name))
         parts += parity_parts(bundle.report)
+        if (reference := reference_text(bundle.manifest, bundle.report)) is not None:
+            parts.append(Note(f"A reference from the module's own environment: {reference}."))
         if rest := [target for target in bundle.manifest["targets"] if target != bundle.report["target"]]:
             parts.append(
                 Note(
@@ -171,7 +199,7 @@ def parity_parts(report: Mapping[str, Any]) -> list[Part]:
     first = f" Block {departs} is the first that departs." if departs is not None else ""
     about = Note(
         f"Target {report['target']} against {report['reference']}: {verdict}, worst error {error_text(worst)} of the "
-        f"largest value; tolerance {tolerance['relative']:.0e} for the logits"
+        f"largest value; tolerance {tolerance['relative']:.0e} for the outputs"
         + (
             f", {tolerance['block']:.0e} for every scan and block.{first}"
             if tolerance.get("block")
@@ -190,27 +218,27 @@ def _parity_chart(report: Mapping[str, Any]) -> list[Part]:
             worst[output["name"]] = max(
                 worst.get(output["name"], 0.0), float("inf") if error is None else error
             )
-    places = list(dict.fromkeys(name.split("/")[0] for name in worst))
+    places = list(dict.fromkeys(_place(name) for name in worst))
     if not places:
         return []
     tolerance = report["tolerance"]
-    allowed = {place: _allowed(place, tolerance) for place in places}
+    allowed = {_place(name): _allowed(name, tolerance) for name in worst}
     shown = {name: min(max(error, SMALLEST_ERROR), 1.0) for name, error in worst.items()}
     points: dict[str, list[Point]] = {"scan": [], "block": [], "bad": []}
     for name, error in shown.items():
-        place = name.split("/")[0]
-        kind = "scan" if name.endswith("/scan") else "block"
+        place, own = _place(name), read_name(name)
+        kind = "scan" if own is not None and own.scan else "block"
         said = "cannot be compared" if worst[name] == float("inf") else f"{worst[name]:.1e}"
         # Side by side, as the two are often equal.
-        beside = {"scan": -0.16, "block": 0.16 if place.startswith("block_") else 0.0}[kind]
+        beside = {"scan": -0.16, "block": 0.16 if own is not None else 0.0}[kind]
         at = places.index(place) + 1.0 + beside
         point = Point(at, error, f"{name}: {said}, tolerance {allowed[place]:.0e}")
         points["bad" if worst[name] > allowed[place] else kind].append(point)
-    texts = [place.removeprefix("block_") for place in places]
+    texts = [place.removeprefix("block ") for place in places]
     values = [*shown.values(), *allowed.values()]
     series = [
         Series("the block's scan", tuple(points["scan"]), "circle", "a"),
-        Series("what leaves the block, and the logits", tuple(points["block"]), "diamond", "b"),
+        Series("what leaves the block, and the outputs", tuple(points["block"]), "diamond", "b"),
         Series("beyond the tolerance", tuple(points["bad"]), "cross", "bad"),
         Series("tolerance", _limit_points(places, allowed), "bar", "limit"),
     ]
@@ -235,8 +263,14 @@ def _limit_points(places: Sequence[str], allowed: Mapping[str, float]) -> tuple[
     )
 
 
-def _allowed(place: str, tolerance: Mapping[str, Any]) -> float:
-    own = tolerance.get("block") if place.startswith("block_") else None
+def _place(output: str) -> str:
+    """Where an output stands along the network: its block, or itself if it is the model's."""
+    name = read_name(output)
+    return output if name is None else f"block {name.block}"
+
+
+def _allowed(output: str, tolerance: Mapping[str, Any]) -> float:
+    own = tolerance.get("block") if read_name(output) is not None else None
     return float(tolerance["relative"] if own is None else own)
 
 

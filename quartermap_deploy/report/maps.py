@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from quartermap_deploy.bundle import describe_file
 from quartermap_deploy.data.images import restored
-from quartermap_deploy.errors import CheckpointError, QuartermapError
+from quartermap_deploy.errors import BundleError, CheckpointError, QuartermapError
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.report.markup import Html, element
 from quartermap_deploy.report.parts import Figure, Heading, Note, Part, Section, Table
@@ -21,12 +20,12 @@ from quartermap_deploy.report.pictures import heat_colours, heat_scale, picture
 from quartermap_deploy.report.receptive import SHARES
 
 if TYPE_CHECKING:
-    from quartermap_deploy.architectures.base import VisualStateSpaceModel
-    from quartermap_deploy.architectures.cards import ModelCard
     from quartermap_deploy.bundle import Bundle
     from quartermap_deploy.data.preprocessing import Preprocessing
+    from quartermap_deploy.recipe import Recipe
     from quartermap_deploy.report.activations import BlockActivations
     from quartermap_deploy.report.receptive import ReceptiveField
+    from quartermap_deploy.sources.architectures import ArchitectureSource
 
 MOST_IMAGES = 16
 """Over how many images a receptive field is averaged at most."""
@@ -34,21 +33,6 @@ MOST_BLOCKS = 6
 """Of how many pruned blocks the activation maps are shown at most."""
 
 ACTIVATIONS, FIELDS = "Activation maps of pruned blocks", "Effective receptive fields"
-
-
-@dataclass(frozen=True, eq=False)
-class Source:
-    """The PyTorch model of a bundle.
-
-    Attributes:
-        model: the model without pruning, in eval mode.
-        card: its card.
-        preprocessing: how its images are prepared.
-    """
-
-    model: VisualStateSpaceModel
-    card: ModelCard
-    preprocessing: Preprocessing
 
 
 def map_sections(
@@ -91,9 +75,9 @@ def map_sections(
             activations += [heading, reason]
             fields += [heading, reason]
             continue
-        pictures = _images(source, images)
-        plan = bundle.recipe().quartermap
-        if plan is None:
+        recipe = bundle.recipe()
+        pictures = _images(source, recipe, images)
+        if recipe.quartermap is None:
             activations += [heading, Note("Nothing is pruned in this bundle.", reason=True)]
         else:
             activations += [heading, *_activation_parts(bundle, source, pictures[:1], progress)]
@@ -122,7 +106,9 @@ def _by_hash(checkpoints: Sequence[Path], bundles: Mapping[str, Bundle]) -> dict
     return found
 
 
-def source_of(bundle: Bundle, checkpoints: Mapping[str, Path], progress: Progress = SILENT) -> Source:
+def source_of(
+    bundle: Bundle, checkpoints: Mapping[str, Path], progress: Progress = SILENT
+) -> ArchitectureSource:
     """Build the PyTorch model of a bundle and make sure that it is the bundle's own.
 
     Args:
@@ -131,12 +117,19 @@ def source_of(bundle: Bundle, checkpoints: Mapping[str, Path], progress: Progres
         progress: shows the steps.
 
     Raises:
+        BundleError: if it is of a module of the user's.
         CheckpointError: if the file that the bundle was compiled from is not there, or the model does not compute the
             outputs that the bundle keeps.
     """
-    from quartermap_deploy.compiler import input_size, load_model
+    from quartermap_deploy.evaluation.runs import require_own
+    from quartermap_deploy.revalidate import rebuild_torch
+    from quartermap_deploy.sources.architectures import ArchitectureSource
 
-    recipe = bundle.recipe()
+    if bundle.manifest["model"].get("source") == "module":
+        raise BundleError(
+            "the bundle is of a module of the user's, and these pictures are made inside the blocks of models of cards"
+        )
+    recipe, path = bundle.recipe(), None
     if recipe.checkpoint is not None:
         path = checkpoints.get(str(bundle.manifest["model"].get("weights_sha256")))
         if path is None:
@@ -144,44 +137,19 @@ def source_of(bundle: Bundle, checkpoints: Mapping[str, Path], progress: Progres
                 f"the bundle was compiled from the checkpoint {recipe.checkpoint.name}, which is not in it; give the "
                 "file with --checkpoint"
             )
-        recipe = dataclasses.replace(recipe, checkpoint=path)
-    with progress.step(f"building {recipe.model} in PyTorch"):
-        model, card, _ = load_model(recipe)
-        _check_golden(bundle, model)
-    return Source(model, card, card.preprocessing.with_size(*input_size(recipe, card)))
+    source = rebuild_torch(bundle, path, progress=progress)
+    assert isinstance(source, ArchitectureSource)
+    with progress.step("comparing it with what the bundle keeps"):
+        require_own(bundle, source.reference(recipe.quartermap))
+    return source
 
 
-def _check_golden(bundle: Bundle, model: VisualStateSpaceModel) -> None:
-    """Compare the model's logits with those that the bundle keeps.
-
-    New weights come from a seed, and another version of PyTorch may draw others from it.
-    """
-    from quartermap_deploy.compiler import reference_model
-    from quartermap_deploy.frontend.exporter import INPUT, OUTPUT
-    from quartermap_deploy.validation.comparison import compare_output
-    from quartermap_deploy.validation.golden import read_golden
-    from quartermap_deploy.validation.runners import TorchRunner
-    from quartermap_deploy.validation.tolerances import tolerance_for
-
-    cases, outputs = read_golden(bundle.path)
-    image = next(iter(cases.values()))[:1]
-    with TorchRunner(reference_model(bundle.recipe(), model), blocks=False) as runner:
-        found = runner.infer({INPUT: image})[OUTPUT]
-    wanted = outputs[0][OUTPUT][:1]
-    result = compare_output(OUTPUT, wanted, found, tolerance_for("float32").relative)
-    if not result.passed:
-        raise CheckpointError(
-            f"the PyTorch model that was built here does not compute the outputs that the bundle keeps "
-            f"({result.detail}); its weights are others, as with newly initialised ones under another version of torch"
-        )
-
-
-def _images(source: Source, folder: Path | None) -> NDArray[np.float32]:
+def _images(source: ArchitectureSource, recipe: Recipe, folder: Path | None) -> NDArray[np.float32]:
     """Different images, at most `MOST_IMAGES`."""
-    from quartermap_deploy.validation.inputs import real_images
+    from quartermap_deploy.compiler import validation_cases
 
-    height, width = source.preprocessing.crop
-    found = real_images(source.card, (height, width), folder, count=MOST_IMAGES)
+    cases = validation_cases(dataclasses.replace(recipe, images=folder), source, MOST_IMAGES)
+    found: NDArray[np.float32] = cases["images"][source.inputs[0].name]
     different = {image.tobytes(): i for i, image in reversed(list(enumerate(found)))}
     return found[sorted(different.values())]
 
@@ -190,13 +158,13 @@ def _images(source: Source, folder: Path | None) -> NDArray[np.float32]:
 
 
 def _activation_parts(
-    bundle: Bundle, source: Source, image: NDArray[np.float32], progress: Progress
+    bundle: Bundle, source: ArchitectureSource, image: NDArray[np.float32], progress: Progress
 ) -> list[Part]:
-    from quartermap_deploy.compiler import reference_model
+    from quartermap_deploy.evaluation.runs import pruned
     from quartermap_deploy.report.activations import block_activations
 
     with progress.step("activation maps"):
-        found = block_activations(reference_model(bundle.recipe(), source.model), image)
+        found = block_activations(pruned(source, bundle.recipe().quartermap), image)
     every = -(-len(found) // MOST_BLOCKS)
     shown = found[::every]
     some = f" {len(shown)} of {len(found)} pruned blocks are shown." if len(shown) < len(found) else ""
@@ -206,7 +174,8 @@ def _activation_parts(
         "full map. Colours are the mean size of the values over the channels, from the smallest to the largest of a "
         "block: one scale for what goes into the scan, and one for what comes out." + some
     )
-    rows = [_image_row(image[0], source.preprocessing), *(_activation_row(entry) for entry in shown)]
+    prepared = source.image_preprocessing(source.inputs[0])
+    rows = [_image_row(image[0], prepared), *(_activation_row(entry) for entry in shown)]
     content = element("div", {"class": "maps"}, *rows, heat_scale("smallest", "largest"))
     table = Table(
         "how far the restored map is from that of a full scan, after the normalisation that follows both: norm of the "
@@ -271,22 +240,21 @@ def _cell(drawn: Html, name: str, size: str) -> Html:
 
 def _field_parts(
     bundle: Bundle,
-    source: Source,
+    source: ArchitectureSource,
     images: NDArray[np.float32],
     known: dict[str, ReceptiveField],
     progress: Progress,
 ) -> list[Part]:
     """The fields without and with the plan; that without is kept in `known` for other bundles of the same weights."""
-    from quartermap_deploy.compiler import reference_model
+    from quartermap_deploy.evaluation.runs import pruned
     from quartermap_deploy.report.receptive import receptive_field
 
-    recipe, key = bundle.recipe(), _weights(bundle)
+    plan, key = bundle.recipe().quartermap, _weights(bundle)
     if key not in known:
-        known[key] = receptive_field(source.model, images, progress)
+        known[key] = receptive_field(source.module, images, progress)
     fields = {"without pruning": known[key]}
-    if recipe.quartermap is not None:
-        pruned = reference_model(recipe, source.model)
-        fields["with QuarterMap"] = receptive_field(pruned, images, progress)
+    if plan is not None:
+        fields["with QuarterMap"] = receptive_field(pruned(source, plan), images, progress)
     highest = max(float(field.field.max()) for field in fields.values())
     cells = [
         _cell(_field_picture(field, highest, name), name, _size(field.field))
@@ -313,10 +281,12 @@ def _field_parts(
 
 
 def _weights(bundle: Bundle) -> str:
-    """What tells the unpruned PyTorch models of two bundles, and the sizes of their inputs, apart."""
-    model, recipe = bundle.manifest["model"], bundle.recipe()
-    parts = [model.get(name) for name in ("name", "weights", "weights_sha256", "num_classes")]
-    return str([*parts, recipe.seed, recipe.input_size])
+    """What tells the unpruned PyTorch models of two bundles, and the images that they are shown, apart."""
+    manifest, recipe = bundle.manifest, bundle.recipe()
+    parts = [
+        manifest["model"].get(name) for name in ("name", "source", "weights", "weights_sha256", "num_classes")
+    ]
+    return str([*parts, manifest["task"], manifest["inputs"], manifest["preprocessing"], recipe.seed])
 
 
 def _field_picture(field: ReceptiveField, highest: float, name: str) -> Html:

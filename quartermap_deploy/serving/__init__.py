@@ -4,7 +4,7 @@
     server.py         starting, being ready, stopping
     startup.py        opening sessions, and proving them on the golden inputs
     state.py          what the server is about, and the requests it has taken on
-    http_api.py       the protocol over HTTP, /metrics, /classify and the page
+    http_api.py       the protocol over HTTP, /metrics, uploads and the page
     http_codec.py     requests and answers as JSON with binary tensors behind
     grpc_api.py       the protocol over gRPC
     grpc_codec.py     requests and answers as messages
@@ -13,6 +13,7 @@
     tensors.py        element types, and tensors as bytes and as JSON
     models.py         what is served: the model itself, and the one that takes image files
     images.py         decoding image files that strangers sent
+    answers.py        what goes back for an uploaded file
     batcher.py        putting requests together into batches
     statistics.py     counters, for the protocol, for Prometheus and for the page
     page.py           the page at /

@@ -1,5 +1,8 @@
 """Putting requests together into batches, and running them in threads.
 
+Where all inputs and outputs of a model have one batch as their first axis, requests of one size are put together along
+it, every input with its own. Of another model each request is run by itself.
+
 Requests wait in one queue for all workers. A worker that is free takes the oldest one and those behind it, as many as
 go into a batch, once the batch is full or its oldest request has waited for long enough. While all workers are busy
 the queue fills up by itself, so that under load batches become large without any waiting for the sake of it.
@@ -15,9 +18,9 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,30 +30,31 @@ from quartermap_deploy.serving.refusal import Refusal, busy, invalid
 from quartermap_deploy.serving.statistics import ModelStatistics, Timings
 from quartermap_deploy.targets import Session
 
+Arrays: TypeAlias = "Mapping[str, NDArray[Any]]"
+
 
 @dataclass(eq=False)
 class _Job:
     """A request that waits.
 
     Attributes:
-        images: (n, channels, height, width).
-        answer: gets logits and timings, in the thread of the event loop.
+        inputs: by name.
+        images: how many it counts for: the size of its batch.
+        answer: gets outputs and timings, in the thread of the event loop.
         since: when it came, in nanoseconds of the monotonic clock.
     """
 
-    images: NDArray[Any]
-    answer: asyncio.Future[tuple[NDArray[Any], Timings]]
+    inputs: Arrays
+    images: int
+    answer: asyncio.Future[tuple[dict[str, NDArray[Any]], Timings]]
     since: int = field(default_factory=time.monotonic_ns)
-
-    def __len__(self) -> int:
-        return len(self.images)
 
     def goes_with(self, other: _Job) -> bool:
         """Whether both can be in one batch."""
-        return self.images.shape[1:] == other.images.shape[1:]
+        return all(values.shape[1:] == other.inputs[name].shape[1:] for name, values in self.inputs.items())
 
 
-_Outcome = tuple[_Job, "tuple[NDArray[Any], Timings] | Exception"]
+_Outcome = tuple[_Job, "tuple[dict[str, NDArray[Any]], Timings] | Exception"]
 
 
 class Batcher:
@@ -64,6 +68,7 @@ class Batcher:
         max_batch: int,
         max_delay: float,
         queue: int,
+        joins: bool = True,
         wide: Session | None = None,
         on_error: Callable[[Exception], None] = lambda error: None,
     ) -> None:
@@ -76,9 +81,10 @@ class Batcher:
             max_batch: most images of a batch.
             max_delay: seconds that an image may wait for others while a worker is free.
             queue: most images that may wait.
+            joins: whether requests are put together.
             on_error: told, in the thread of the event loop, of what a session raises.
         """
-        self.max_batch, self.limit = max_batch, queue
+        self.max_batch, self.limit, self._joins = max_batch, queue, joins
         self._wide, self._statistics, self._on_error = wide, statistics, on_error
         self._delay = int(max_delay * 1e9)
         self._loop = asyncio.get_running_loop()
@@ -106,26 +112,27 @@ class Batcher:
         """Whether a worker has not ended, as one that runs a batch."""
         return any(worker.is_alive() for worker in self._workers)
 
-    async def run(self, images: NDArray[Any]) -> tuple[NDArray[Any], Timings]:
-        """Run images, together with those of other requests or without.
+    async def run(self, inputs: Arrays, images: int) -> tuple[dict[str, NDArray[Any]], Timings]:
+        """Run a request, together with others or without.
 
         Args:
-            images: (n, channels, height, width) with n from 1 to `max_batch`, in the element type of the sessions.
+            inputs: by name, in the shapes and element types of the sessions.
+            images: the size of their batch, from 1 to `max_batch`; 1 where they have none.
 
         Returns:
-            Logits, (n, classes), and where the time went.
+            The outputs by name, and where the time went.
 
         Raises:
             Refusal: if too many images wait already, the session refuses these, or it fails.
         """
-        job = _Job(images, self._loop.create_future())
+        job = _Job(inputs, images, self._loop.create_future())
         with self._ready:
             if self._stopping:
                 raise busy("the server is stopping")
-            if self._waiting + len(job) > self.limit:
+            if self._waiting + images > self.limit:
                 raise busy(f"{self._waiting} images wait already, at most {self.limit} do; try again later")
             self._jobs.append(job)
-            self._waiting += len(job)
+            self._waiting += images
             self._ready.notify()
         self._statistics.pending += 1
         try:
@@ -152,7 +159,7 @@ class Batcher:
         with self._ready:
             if job in self._jobs:
                 self._jobs.remove(job)
-                self._waiting -= len(job)
+                self._waiting -= job.images
 
     # In the threads of the workers.
 
@@ -182,7 +189,7 @@ class Batcher:
                     self._ready.wait(wait / 1e9)
                     continue
                 taken = [self._jobs.popleft() for _ in range(count)]
-                self._waiting -= sum(map(len, taken))
+                self._waiting -= sum(job.images for job in taken)
                 if self._wide is not None and not self._running and not self._crowded:
                     session, self._runs_wide = self._wide, True
                 self._running += 1
@@ -203,9 +210,11 @@ class Batcher:
 
     def _front(self) -> tuple[int, bool]:
         """How many jobs at the front of the queue go into one batch, and whether no other could still join them."""
+        if not self._joins:
+            return 1, True
         images = 0
         for count, job in enumerate(self._jobs):
-            images += len(job)
+            images += job.images
             if images > self.max_batch or not job.goes_with(self._jobs[0]):
                 return count, True
         return len(self._jobs), images == self.max_batch
@@ -221,29 +230,42 @@ class Batcher:
 
     def _run(self, session: Session, jobs: list[_Job]) -> list[_Outcome]:
         start = time.monotonic_ns()
-        if len(jobs) == 1:
-            # Values that lie behind JSON begin anywhere, and runtimes expect them at whole addresses.
-            images = np.require(jobs[0].images, requirements=["C", "A"])
+        first, *others = jobs
+        images = sum(job.images for job in jobs)
+        if others:
+            feeds = {name: np.concatenate([job.inputs[name] for job in jobs]) for name in first.inputs}
         else:
-            images = np.concatenate([job.images for job in jobs])
+            # Values that lie behind JSON begin anywhere, and runtimes expect them at whole addresses.
+            feeds = {
+                name: np.require(values, requirements=["C", "A"]) for name, values in first.inputs.items()
+            }
         prepared = time.monotonic_ns()
-        logits = session.run(images)
+        outputs = session.infer(feeds)
         ran = time.monotonic_ns()
-        if logits.shape[0] != len(images):
-            raise RuntimeError(f"the session returned {logits.shape[0]} rows for {len(images)} images")
-        usable = np.asarray(np.isfinite(logits).all(axis=1))
-        parts: list[NDArray[Any] | Exception] = []
-        position = 0
-        for job in jobs:
-            rows = slice(position, position := position + len(job))
-            parts.append(logits[rows] if usable[rows].all() else _no_numbers())
+        parts = self._parts(outputs, jobs, images) if self._joins else [_numbers(outputs)]
         end = time.monotonic_ns()
         spent = Timings(0, prepared - start, ran - prepared, end - ran)
-        self._call(self._statistics.executed, len(images), spent)
+        self._call(self._statistics.executed, images, spent)
         return [
             (job, part if isinstance(part, Exception) else (part, spent.plus(queue=start - job.since)))
             for job, part in zip(jobs, parts, strict=True)
         ]
+
+    def _parts(
+        self, outputs: dict[str, NDArray[Any]], jobs: list[_Job], images: int
+    ) -> list[dict[str, NDArray[Any]] | Exception]:
+        """Take the outputs of a batch apart."""
+        for name, values in outputs.items():
+            if values.shape[0] != images:
+                raise RuntimeError(
+                    f"the session returned {values.shape[0]} rows of {name!r} for {images} images"
+                )
+        parts: list[dict[str, NDArray[Any]] | Exception] = []
+        position = 0
+        for job in jobs:
+            rows = slice(position, position := position + job.images)
+            parts.append(_numbers({name: values[rows] for name, values in outputs.items()}))
+        return parts
 
     def _deliver(self, outcomes: list[_Outcome]) -> bool:
         return self._call(self._answer, outcomes)
@@ -275,7 +297,12 @@ class Batcher:
                 job.answer.set_result(outcome)
 
 
-def _no_numbers() -> Refusal:
-    return Refusal(
-        500, "the model's output has values that are NaN or infinite; its input is far out of its range"
-    )
+def _numbers(outputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]] | Refusal:
+    """Return outputs if all of their values are numbers."""
+    for name, values in outputs.items():
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            return Refusal(
+                500,
+                f"the model's output {name!r} has values that are NaN or infinite; its input is far out of its range",
+            )
+    return outputs

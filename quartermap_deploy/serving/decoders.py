@@ -36,7 +36,7 @@ class Decoders:
         return any(future.running() for future in list(self._running))
 
     async def prepare(self, data: bytes, preprocessing: Preprocessing, place: int) -> NDArray[np.float32]:
-        """Decode an image file and prepare it as the model's card says.
+        """Decode an image file and prepare it for the model.
 
         Args:
             data: the file.
@@ -56,6 +56,10 @@ class Decoders:
 
         found = await self._run(self._small, begin)
         return await self._run(self._large, found.prepare) if isinstance(found, ImageFile) else found
+
+    async def encode(self, work: Callable[[], Result]) -> Result:
+        """Do what would hold up the others for too long if it were done in the event loop."""
+        return await self._run(self._small, work)
 
     def close(self) -> None:
         """Begin nothing more."""

@@ -14,6 +14,7 @@ from quartermap_deploy.serving.refusal import invalid
 from quartermap_deploy.serving.requests import (
     InferRequest,
     RequestedOutput,
+    check_batch,
     class_count,
     match_inputs,
     match_outputs,
@@ -22,17 +23,44 @@ from quartermap_deploy.serving.tensors import (
     BYTES,
     TensorSpec,
     count_of,
-    datatype_of,
+    datatype_of_values,
+    element_type_of,
     from_raw,
     from_strings,
     from_values,
     to_raw,
 )
 
-_CONFIG_TYPES = {"FP16": 10, "FP32": 11, BYTES: 13}
+_CONFIG_TYPES = {
+    **{
+        "BOOL": 1,
+        "UINT8": 2,
+        "UINT16": 3,
+        "UINT32": 4,
+        "UINT64": 5,
+        "INT8": 6,
+        "INT16": 7,
+        "INT32": 8,
+        "INT64": 9,
+    },
+    **{"FP16": 10, "FP32": 11, "FP64": 12, BYTES: 13},
+}
 """Numbers of the element types in Triton's model configuration."""
-CONFIG_NAMES = {10: "TYPE_FP16", 11: "TYPE_FP32", 13: "TYPE_STRING"}
+CONFIG_NAMES = {
+    number: "TYPE_STRING" if name == BYTES else f"TYPE_{name}" for name, number in _CONFIG_TYPES.items()
+}
 """Their names there."""
+_CONTENTS = {
+    "BOOL": "bool_contents",
+    **dict.fromkeys(("INT8", "INT16", "INT32"), "int_contents"),
+    **dict.fromkeys(("UINT8", "UINT16", "UINT32"), "uint_contents"),
+    "INT64": "int64_contents",
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    BYTES: "bytes_contents",
+}
+"""Where in a message the values of a type are; those of FP16 are raw alone."""
 
 
 def parse_request(request: Any, model: Description) -> InferRequest:
@@ -56,28 +84,31 @@ def parse_request(request: Any, model: Description) -> InferRequest:
             raise invalid(f"input {spec.name!r} has contents, and there are raw_input_contents; expected one")
         else:
             inputs[spec.name] = from_raw(spec, shape, memoryview(raw[index]))
+    if model.batch_axis:
+        check_batch(inputs)
     return InferRequest(inputs, _outputs(request, model), request.id, raw=bool(raw))
 
 
 def build_response(model: Description, request: InferRequest, outputs: Mapping[str, NDArray[Any]]) -> Any:
     """Return a ModelInferResponse, with raw bytes if the request had them."""
     response = messages()["ModelInferResponse"](model_name=model.name, model_version=VERSION, id=request.id)
+    # Either all are raw or none is.
+    raw = request.raw or any(outputs[wanted.name].dtype == np.float16 for wanted in request.outputs)
     for wanted in request.outputs:
         values = outputs[wanted.name]
-        kind = BYTES if values.dtype == object else datatype_of(values.dtype.name)
+        kind = datatype_of_values(values)
         tensor = response.outputs.add(name=wanted.name, datatype=kind, shape=values.shape)
-        # 16-bit numbers have no contents.
-        if request.raw or kind == "FP16":
+        if raw:
             response.raw_output_contents.append(to_raw(values))
-        elif kind == BYTES:
-            tensor.contents.bytes_contents.extend(values.reshape(-1).tolist())
         else:
-            tensor.contents.fp32_contents.extend(values.reshape(-1).tolist())
+            getattr(tensor.contents, _CONTENTS[kind]).extend(values.reshape(-1).tolist())
     return response
 
 
 def _contents(spec: TensorSpec, shape: tuple[int, ...], contents: Any) -> NDArray[Any]:
-    values = contents.bytes_contents if spec.datatype == BYTES else contents.fp32_contents
+    if spec.datatype not in _CONTENTS:
+        raise invalid(f"input {spec.name!r} is {spec.datatype}, which goes into raw_input_contents alone")
+    values = getattr(contents, _CONTENTS[spec.datatype])
     if len(values) > count_of(shape):
         # Before all of them become objects of Python.
         raise invalid(
@@ -85,9 +116,10 @@ def _contents(spec: TensorSpec, shape: tuple[int, ...], contents: Any) -> NDArra
         )
     if spec.datatype == BYTES:
         return from_strings(spec, shape, list(values))
-    if spec.datatype == "FP16":
-        raise invalid(f"input {spec.name!r} is FP16, which goes into raw_input_contents alone")
-    return from_values(spec, shape, np.array(values, dtype=np.float32))
+    element = element_type_of(spec.datatype)
+    # In a message small whole numbers are of 32 bits, which may be too large for them.
+    wide = {"i": np.dtype(np.int64), "u": np.dtype(np.uint64)}.get(element.kind, element)
+    return from_values(spec, shape, np.array(values, dtype=wide))
 
 
 def _outputs(request: Any, model: Description) -> list[RequestedOutput]:
@@ -118,12 +150,12 @@ def metadata(model: Description) -> Any:
 def configuration(model: Description) -> dict[str, Any]:
     """Return the part of Triton's model configuration that clients ask for, by the names of its fields.
 
-    Shapes are without the batch there, except where batches have a fixed size of 1.
+    Shapes are without the batch there, except where requests are never put together.
     """
     values: dict[str, Any] = {
         "name": model.name,
         "platform": model.platform,
-        "max_batch_size": model.max_batch if model.inputs[0].shape[0] == -1 else 0,
+        "max_batch_size": model.max_batch if model.joins else 0,
     }
     skipped = 1 if values["max_batch_size"] else 0
     for key, specs in (("input", model.inputs), ("output", model.outputs)):
@@ -135,7 +167,7 @@ def configuration(model: Description) -> dict[str, Any]:
             }
             for spec in specs
         ]
-    if model.max_batch > 1:
+    if model.joins and model.max_batch > 1:
         values["dynamic_batching"] = {"max_queue_delay_microseconds": int(model.max_delay * 1e6)}
     # Triton's client for gRPC has no properties in its metadata, so the provenance is here, too.
     values["parameters"] = {name: {"string_value": text} for name, text in model.properties.items()}

@@ -1,4 +1,4 @@
-"""The protocol over HTTP, and beside it /metrics, /classify and the page."""
+"""The protocol over HTTP, and beside it /metrics, /classify, /picture and the page."""
 
 from __future__ import annotations
 
@@ -10,17 +10,26 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from numpy.typing import NDArray
 
 from quartermap_deploy import __version__
 from quartermap_deploy.serving import grpc_codec, http_codec
+from quartermap_deploy.serving.answers import (
+    CLASSIFY,
+    PICTURE,
+    classes_answer,
+    picture_answer,
+    require_path,
+)
 from quartermap_deploy.serving.bodies import Budget, Share, Unpacker
+from quartermap_deploy.serving.decoders import Decoders
 from quartermap_deploy.serving.grpc_api import EXTENSIONS, SERVER_NAME
 from quartermap_deploy.serving.logs import EventLog
-from quartermap_deploy.serving.models import IMAGE, PROBABILITIES, VERSION, ImageModel, ServedModel, infer
+from quartermap_deploy.serving.models import VERSION, ImageModel, ServedModel, infer
 from quartermap_deploy.serving.page import Page
 from quartermap_deploy.serving.refusal import NOT_LOGGED, Refusal, invalid
 from quartermap_deploy.serving.requests import InferRequest, RequestedOutput
+from quartermap_deploy.serving.startup import Plan
 from quartermap_deploy.serving.state import State
 from quartermap_deploy.serving.statistics import RECENT, prometheus
 from quartermap_deploy.serving.tensors import from_strings
@@ -45,7 +54,8 @@ class HttpApi:
         self,
         state: State,
         log: EventLog,
-        page: Page,
+        plan: Plan,
+        decoders: Decoders,
         budget: Budget,
         *,
         max_body: int,
@@ -56,12 +66,14 @@ class HttpApi:
         Args:
             state: what it is about.
             log: gets what goes wrong.
-            page: the page at /.
+            plan: what is served.
+            decoders: threads that encode pictures.
             budget: how much of requests may be held.
             max_body: bytes of the largest request.
             receive_timeout: seconds that the body of a request may take to come.
         """
-        self._state, self._log, self._page, self._budget = state, log, page, budget
+        self._state, self._log, self._plan, self._budget = state, log, plan, budget
+        self._page, self._decoders = Page(plan), decoders
         self._max_body, self._receive_timeout = max_body, receive_timeout
 
     def application(self) -> web.Application:
@@ -82,7 +94,8 @@ class HttpApi:
         app.router.add_get("/v2/health/ready", self.ready)
         app.router.add_post("/v2/repository/index", self.repository_index)
         app.router.add_get("/metrics", self.metrics)
-        app.router.add_post("/classify", self.classify)
+        app.router.add_post(CLASSIFY, self.classify)
+        app.router.add_post(PICTURE, self.picture)
         app.router.add_get("/status", self.status)
         app.router.add_get("/", self.page)
         # Last, as it reads like a model named "stats".
@@ -239,36 +252,49 @@ class HttpApi:
 
     async def classify(self, request: web.Request) -> web.Response:
         """Classify uploaded files: those of a form, or one that is the body."""
+        top = _top(request.query.get("top", str(TOP)), max(1, len(self._plan.model.labels)))
+
+        async def answer(row: NDArray[Any]) -> dict[str, Any]:
+            return classes_answer(self._plan, row, top)
+
+        return await self._upload(request, CLASSIFY, answer)
+
+    async def picture(self, request: web.Request) -> web.Response:
+        """Return masks or images for uploaded files, likewise."""
+
+        async def answer(values: NDArray[Any]) -> dict[str, Any]:
+            return await self._decoders.encode(lambda: picture_answer(self._plan, values))
+
+        return await self._upload(request, PICTURE, answer)
+
+    async def _upload(
+        self, request: web.Request, path: str, answer: Callable[[NDArray[Any]], Awaitable[dict[str, Any]]]
+    ) -> web.Response:
+        """Run uploaded files; `answer` says what of the first output of each goes back."""
         arrived = time.monotonic_ns()
         with self._state.request():
+            require_path(self._plan, path)
             model = next(model for model in self._state.models.values() if isinstance(model, ImageModel))
+            (spec,), output = model.description.inputs, model.description.outputs[0].name
             try:
-                top = _top(request.query.get("top", str(TOP)), len(model.description.labels))
                 with self._budget.share() as share:
                     files = await self._files(request, share)
-                    spec = model.description.inputs[0]
                     shape = spec.check(spec.datatype, [len(files)], model.description.max_batch)
                     images = from_strings(spec, shape, [data for _, data in files])
-                    parsed = InferRequest({IMAGE: images}, [RequestedOutput(PROBABILITIES)])
-                    probabilities = (await infer(model, parsed, arrived))[PROBABILITIES]
+                    parsed = InferRequest({spec.name: images}, [RequestedOutput(output)])
+                    outputs = (await infer(model, parsed, arrived))[output]
             except BaseException:
                 model.statistics.failed(time.monotonic_ns() - arrived)
                 raise
-        labels = model.description.labels
+            found = [
+                {"file": name, **await answer(values)}
+                for (name, _), values in zip(files, outputs, strict=True)
+            ]
         return _json(
             {
                 "model": model.description.name,
                 "milliseconds": (time.monotonic_ns() - arrived) / 1e6,
-                "images": [
-                    {
-                        "file": name,
-                        "classes": [
-                            {"class": int(index), "label": labels[index], "probability": float(row[index])}
-                            for index in np.argsort(-row, kind="stable")[:top]
-                        ],
-                    }
-                    for (name, _), row in zip(files, probabilities, strict=True)
-                ],
+                "images": found,
             }
         )
 

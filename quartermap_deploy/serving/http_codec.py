@@ -13,14 +13,14 @@ from quartermap_deploy.serving.refusal import Refusal, invalid
 from quartermap_deploy.serving.requests import (
     InferRequest,
     RequestedOutput,
+    check_batch,
     class_count,
     match_inputs,
     match_outputs,
 )
 from quartermap_deploy.serving.tensors import (
-    BYTES,
     TensorSpec,
-    datatype_of,
+    datatype_of_values,
     from_json,
     from_raw,
     to_json,
@@ -56,6 +56,8 @@ def parse_request(body: bytes, header_length: str | None, model: Description) ->
             f"{len(body) - end} bytes follow the binary tensors; expected none. The sizes of the tensors are in their "
             "parameters binary_data_size"
         )
+    if model.batch_axis:
+        check_batch(inputs)
     name = head.get("id", "")
     if not isinstance(name, str):
         raise invalid("the id of the request is no string")
@@ -102,7 +104,7 @@ def build_response(
     tail: list[bytes] = []
     for wanted in request.outputs:
         values = outputs[wanted.name]
-        kind = BYTES if values.dtype == object else datatype_of(values.dtype.name)
+        kind = datatype_of_values(values)
         entry: dict[str, Any] = {"name": wanted.name, "datatype": kind, "shape": list(values.shape)}
         if wanted.binary:
             data = to_raw(values)

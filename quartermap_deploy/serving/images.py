@@ -50,7 +50,7 @@ class ImageFile:
         return max(width * height, self._resized[0] * self._resized[1])
 
     def prepare(self) -> NDArray[np.float32]:
-        """Decode the file, and prepare it as the model's card says; can be called once.
+        """Decode the file, and prepare it for the model; can be called once.
 
         Returns:
             (channels, height, width).

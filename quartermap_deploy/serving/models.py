@@ -11,17 +11,16 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from quartermap_deploy.data.preprocessing import Preprocessing
+from quartermap_deploy.classes import Activation, probabilities
+from quartermap_deploy.image_interface import ImageInterface
 from quartermap_deploy.serving.batcher import Batcher
 from quartermap_deploy.serving.decoders import Decoders
 from quartermap_deploy.serving.refusal import Refusal, busy
 from quartermap_deploy.serving.requests import InferRequest, classified
 from quartermap_deploy.serving.statistics import ModelStatistics, Timings
-from quartermap_deploy.serving.tensors import BYTES, TensorSpec, count_of
+from quartermap_deploy.serving.tensors import BYTES, TensorSpec, count_of, element_type_of
 
 VERSION = "1"
-IMAGE, PROBABILITIES = "image", "probabilities"
-"""Names of the tensors of the image model: those that `quartermap deploy triton` gives them, too."""
 JSON_VALUE = 48
 """Bytes of the longest number that a client has a reason to write, on a line of its own and indented."""
 JSON_ROOM = 1 << 16
@@ -41,8 +40,9 @@ class Description:
         outputs: what it gives; all of them numbers.
         max_batch: most images at once.
         max_delay: seconds that an image may wait for others.
-        labels: names of the classes.
+        labels: names of the classes; nothing where it has none.
         properties: where the model comes from.
+        batch_axis: whether the first axis of every input and output is one and the same batch.
     """
 
     name: str
@@ -53,16 +53,26 @@ class Description:
     max_delay: float
     labels: tuple[str, ...]
     properties: Mapping[str, str] = field(default_factory=dict)
+    batch_axis: bool = True
+
+    @property
+    def joins(self) -> bool:
+        """Whether requests are put together: if they may have batches of any size."""
+        return self.batch_axis and self.inputs[0].shape[0] == -1
+
+    def images(self, inputs: Mapping[str, NDArray[Any]]) -> int:
+        """How many images a request has, of a model without a batch one."""
+        return len(next(iter(inputs.values()))) if self.batch_axis else 1
 
     @property
     def most_values(self) -> int:
         """Most numbers, or strings, that the inputs of a request have; `OPEN_VALUES` where sides are open."""
-        return sum(self._values(spec.shape[1:]) for spec in self.inputs)
+        return sum(self._values(spec.shape) for spec in self.inputs)
 
     @property
     def most_rows(self) -> int:
         """Most lists that these values are in where they are nested as their shapes."""
-        return sum(2 * self._values(spec.shape[1:-1]) + len(spec.shape) for spec in self.inputs)
+        return sum(2 * self._values(spec.shape[:-1]) + len(spec.shape) for spec in self.inputs)
 
     @property
     def most_json(self) -> int | None:
@@ -77,8 +87,11 @@ class Description:
         closed = all(-1 not in spec.shape[1:] for spec in self.inputs)
         return self.most_json if closed else None
 
-    def _values(self, sides: Sequence[int]) -> int:
-        return OPEN_VALUES if -1 in sides else self.max_batch * count_of(sides)
+    def _values(self, shape: Sequence[int]) -> int:
+        """How many values a shape has at most; an open first axis is the batch."""
+        if -1 in shape[1:]:
+            return OPEN_VALUES
+        return count_of([self.max_batch if size == -1 else size for size in shape])
 
 
 class ServedModel(Protocol):
@@ -111,7 +124,7 @@ async def infer(model: ServedModel, request: InferRequest, arrived: int) -> dict
         Refusal: if the request cannot be carried out; the caller counts it.
     """
     outputs, timings = await model.compute(request.inputs)
-    images = len(next(iter(request.inputs.values())))
+    images = model.description.images(request.inputs)
     answer = {
         output.name: classified(outputs[output.name], output.classes, model.description.labels)
         if output.classes
@@ -123,46 +136,55 @@ async def infer(model: ServedModel, request: InferRequest, arrived: int) -> dict
 
 
 class TensorModel:
-    """The model itself: prepared images in, logits out."""
+    """The model itself: arrays in, arrays out."""
 
     def __init__(self, description: Description, batcher: Batcher, statistics: ModelStatistics) -> None:
         self.description, self.batcher, self.statistics = description, batcher, statistics
-        self._input, self._output = description.inputs[0].name, description.outputs[0].name
 
     async def compute(self, inputs: Mapping[str, NDArray[Any]]) -> tuple[dict[str, NDArray[Any]], Timings]:
-        """Return logits."""
-        logits, timings = await self.batcher.run(inputs[self._input])
-        return {self._output: logits}, timings
+        """Return its outputs."""
+        return await self.batcher.run(inputs, self.description.images(inputs))
 
 
 class ImageModel:
-    """Image files in, probabilities out, by way of the model itself, whose statistics count these requests too."""
+    """Image files in, by way of the model itself, whose statistics count these requests too.
+
+    Of a model that tells classes apart it gives probabilities, of another one what that gives.
+    """
 
     def __init__(
-        self, description: Description, model: TensorModel, preprocessing: Preprocessing, decoders: Decoders
+        self,
+        description: Description,
+        model: TensorModel,
+        interface: ImageInterface,
+        decoders: Decoders,
+        activation: Activation | None,
     ) -> None:
         """Describe the model.
 
         Args:
             description: what clients are told.
             model: the model itself.
-            preprocessing: how images become its input.
+            interface: how images become its input.
             decoders: threads that decode.
+            activation: what makes probabilities of the first output; None where it is given as it is.
         """
-        self.description, self.model = description, model
+        self.description, self.model, self.interface = description, model, interface
         self.statistics = ModelStatistics(description.name, VERSION)
-        self._preprocessing, self._decoders = preprocessing, decoders
-        self._type = np.float16 if model.description.inputs[0].datatype == "FP16" else np.float32
+        self._decoders, self._activation = decoders, activation
+        (given,) = model.description.inputs
+        self._type = element_type_of(given.datatype)
         self._decoding = 0
 
     async def compute(self, inputs: Mapping[str, NDArray[Any]]) -> tuple[dict[str, NDArray[Any]], Timings]:
-        """Return probabilities, (n, classes)."""
-        files: Sequence[bytes] = inputs[IMAGE].reshape(-1).tolist()
+        """Return probabilities, (n, classes), or the outputs of the model."""
+        (given,) = inputs.values()
+        files: Sequence[bytes] = given.reshape(-1).tolist()
         arrived = time.monotonic_ns()
         images = await self._prepare(files)
         prepared = time.monotonic_ns()
         try:
-            logits, timings = await self.model.batcher.run(images)
+            outputs, timings = await self.model.compute({self.interface.item.name: images})
         except Refusal:
             self.model.statistics.failed(time.monotonic_ns() - prepared)
             raise
@@ -170,7 +192,11 @@ class ImageModel:
         self.model.statistics.succeeded(len(files), end - prepared, timings)
         timings = timings.plus(input=prepared - arrived)
         self.statistics.executed(len(files), timings)
-        return {PROBABILITIES: softmax(logits)}, timings
+        if self._activation is None:
+            return outputs, timings
+        logits = outputs[self.model.description.outputs[0].name]
+        (made,) = self.description.outputs
+        return {made.name: probabilities(logits, self._activation).astype(np.float32)}, timings
 
     async def _prepare(self, files: Sequence[bytes]) -> NDArray[Any]:
         batcher = self.model.batcher
@@ -182,7 +208,7 @@ class ImageModel:
         self._decoding += len(files)
         try:
             jobs = [
-                asyncio.ensure_future(self._decoders.prepare(data, self._preprocessing, place))
+                asyncio.ensure_future(self._decoders.prepare(data, self.interface.preprocessing, place))
                 for place, data in enumerate(files, 1)
             ]
             try:
@@ -194,14 +220,6 @@ class ImageModel:
             self._decoding -= len(files)
 
 
-def softmax(logits: NDArray[Any]) -> NDArray[np.float32]:
-    """Return probabilities, (n, classes), for logits of the same shape."""
-    wide = logits.astype(np.float32)
-    powers = np.exp(wide - wide.max(axis=1, keepdims=True))
-    result: NDArray[np.float32] = powers / powers.sum(axis=1, keepdims=True)
-    return result
-
-
-def image_input() -> TensorSpec:
+def file_input(name: str) -> TensorSpec:
     """The input of the image model: one file for each image, with or without a side of 1 behind the batch."""
-    return TensorSpec(IMAGE, BYTES, (-1, 1), optional_sides=1)
+    return TensorSpec(name, BYTES, (-1, 1), optional_sides=1)

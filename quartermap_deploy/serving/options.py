@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quartermap_deploy.errors import ServeError
 
@@ -20,8 +22,9 @@ class ServeOptions:
 
     Attributes:
         target: one of the bundle's targets; None for its default.
-        name: what clients call the model; None takes the name of its card.
-        labels: a file with the name of a class on each line, or a set of `data/labels.py`; None takes the card's.
+        name: what clients call the model; None takes the name that it has in the bundle.
+        labels: a file with the name of a class on each line, or a set of `data/labels.py`; None takes the bundle's.
+        preprocessing: values of the bundle's preprocessing to replace, by name.
         host: address to listen at.
         port: for HTTP; 0 takes a free one.
         grpc_port: for gRPC; 0 takes a free one.
@@ -38,6 +41,7 @@ class ServeOptions:
     target: str | None = None
     name: str | None = None
     labels: Path | None = None
+    preprocessing: Mapping[str, Any] | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     grpc_port: int = 8001

@@ -6,9 +6,13 @@ import base64
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from importlib import resources
+from typing import Any
 
+from quartermap_deploy.frontend.node_names import read_name
 from quartermap_deploy.serving.startup import Plan
+from quartermap_deploy.tables.words import worst_error
 
 
 class Page:
@@ -38,11 +42,13 @@ def page_values(plan: Plan) -> dict[str, object]:
     manifest, report = plan.bundle.manifest, plan.bundle.report
     return {
         "name": plan.model.name,
-        "image_model": plan.image_model.name,
+        "shows": None if plan.images is None else plan.images.shows,
+        "image_model": None if plan.images is None else plan.images.description.name,
+        "no_images": plan.no_images,
         "title": manifest["model"]["title"],
         "properties": dict(plan.model.properties),
-        "input": manifest["input"],
-        "output": manifest["output"],
+        "inputs": manifest["inputs"],
+        "outputs": manifest["outputs"],
         "plan": manifest["plan"],
         "totals": manifest["totals"],
         "blocks": [
@@ -51,24 +57,42 @@ def page_values(plan: Plan) -> dict[str, object]:
         ],
         "parity": {
             "passed": report["passed"],
+            "worst": worst_error(report),
             "tolerance": report["tolerance"]["relative"],
             "block_tolerance": report["tolerance"]["block"],
             "element_type": report["tolerance"]["element_type"],
-            "cases": [
-                {
-                    "name": case["name"],
-                    "outputs": [
-                        {key: output[key] for key in ("name", "relative_error", "passed")}
-                        for output in case["outputs"]
-                    ],
-                }
-                for case in report["cases"]
-            ],
+            "cases": [case["name"] for case in report["cases"]],
+            "errors": block_errors(report),
         },
         "max_batch": plan.model.max_batch,
         "workers": plan.workers,
         "target": plan.target,
     }
+
+
+def block_errors(report: Mapping[str, Any]) -> list[dict[str, object]]:
+    """Return the worst error of the scans and of the output of every block, over all cases.
+
+    Returns:
+        For each scan or output that was compared: `block`, `scan` (whether it is one), `error` (None where the two
+        could not be compared), `passed`.
+    """
+    worst: dict[tuple[int, bool], list[Mapping[str, Any]]] = {}
+    for case in report["cases"]:
+        for output in case["outputs"]:
+            if (name := read_name(output["name"])) is not None:
+                worst.setdefault((name.block, name.scan), []).append(output)
+    return [
+        {
+            "block": block,
+            "scan": scan,
+            "error": None
+            if any(one["relative_error"] is None for one in found)
+            else max(one["relative_error"] for one in found),
+            "passed": all(one["passed"] for one in found),
+        }
+        for (block, scan), found in sorted(worst.items())
+    ]
 
 
 def _source(document: str, tag: str) -> str:

@@ -62,16 +62,37 @@ def match_inputs(specs: Sequence[TensorSpec], names: Sequence[object]) -> list[T
     return [by_name[str(name)] for name in names]
 
 
+def check_batch(inputs: Mapping[str, NDArray[Any]]) -> None:
+    """Check that inputs whose first axis is one and the same batch have as many entries there.
+
+    Raises:
+        Refusal: if they have not.
+    """
+    if len(inputs) < 2:
+        return
+    (first, count), *others = ((name, len(values)) for name, values in inputs.items())
+    for name, found in others:
+        if found != count:
+            raise invalid(
+                f"input {name!r} is a batch of {found}, and {first!r} one of {count}; expected the same for all"
+            )
+
+
 def match_outputs(specs: Sequence[TensorSpec], wanted: Sequence[RequestedOutput]) -> list[RequestedOutput]:
     """Return the requested outputs.
 
     Raises:
-        Refusal: if one is not the model's, or is asked for twice.
+        Refusal: if one is not the model's, is asked for twice, or is asked for as classes and has none.
     """
-    names = [spec.name for spec in specs]
+    names, shapes = [spec.name for spec in specs], {spec.name: spec.shape for spec in specs}
     for output in wanted:
         if output.name not in names:
             raise invalid(f"unknown output {output.name[:60]!r}; the model has {', '.join(map(repr, names))}")
+        if output.classes and len(shapes[output.name]) != 2:
+            raise invalid(
+                f"output {output.name!r} has shape {list(shapes[output.name])}; only one of (batch, classes) comes as "
+                "classes"
+            )
     if len({output.name for output in wanted}) != len(wanted):
         raise invalid("an output is asked for twice")
     return list(wanted)
@@ -94,11 +115,12 @@ def classified(values: NDArray[Any], count: int, labels: Sequence[str]) -> NDArr
     Args:
         values: (batch, classes); the larger, the more probable.
         count: how many; all where there are fewer.
-        labels: names of the classes.
+        labels: names of the classes; they are left out where there is not one for each.
     """
     order = np.argsort(-values.astype(np.float64), axis=1, kind="stable")[:, :count]
     result = np.empty(order.shape, dtype=object)
     for row, indices in enumerate(order):
         for column, index in enumerate(indices):
-            result[row, column] = f"{values[row, index]:f}:{index}:{labels[index]}".encode()
+            label = f":{labels[index]}" if len(labels) == values.shape[1] else ""
+            result[row, column] = f"{values[row, index]:f}:{index}{label}".encode()
     return result

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import math
 import os
 import platform
 import signal
@@ -31,7 +30,6 @@ from quartermap_deploy.serving.http_api import HttpApi
 from quartermap_deploy.serving.logs import EventLog
 from quartermap_deploy.serving.models import VERSION, ImageModel, ServedModel, TensorModel
 from quartermap_deploy.serving.options import ServeOptions
-from quartermap_deploy.serving.page import Page
 from quartermap_deploy.serving.startup import Plan, Sessions, check_golden, make_plan, open_sessions
 from quartermap_deploy.serving.state import State
 from quartermap_deploy.serving.statistics import ModelStatistics
@@ -114,8 +112,7 @@ class _Server:
         self.loading = False
         self.decoders = Decoders()
         self.batcher: Batcher | None = None
-        images = self.options.queue * 4 * math.prod(plan.preprocessing.input_shape)
-        self.budget = Budget(self.options.max_body, images)
+        self.budget = Budget(self.options.max_body, self.options.queue * plan.image_bytes)
 
     async def run(self) -> None:
         """Serve until a signal comes."""
@@ -176,12 +173,21 @@ class _Server:
             max_batch=plan.model.max_batch,
             max_delay=self.options.max_delay,
             queue=self.options.queue,
+            joins=plan.model.joins,
             wide=sessions.wide,
             on_error=lambda error: self.log.error("session_failed", error=repr(error)[:1000]),
         )
         model = TensorModel(plan.model, self.batcher, statistics)
-        image_model = ImageModel(plan.image_model, model, plan.preprocessing, self.decoders)
-        models: dict[str, ServedModel] = {plan.model.name: model, plan.image_model.name: image_model}
+        models: dict[str, ServedModel] = {plan.model.name: model}
+        if plan.images is not None:
+            images = plan.images
+            models[images.description.name] = ImageModel(
+                images.description,
+                model,
+                images.interface,
+                self.decoders,
+                images.activation if images.shows == "classes" else None,
+            )
         self.state.become_ready(models)
         return True
 
@@ -235,7 +241,8 @@ class _Server:
         api = HttpApi(
             self.state,
             self.log,
-            Page(self.plan),
+            self.plan,
+            self.decoders,
             self.budget,
             max_body=self.options.max_body,
             receive_timeout=self.options.receive_timeout,

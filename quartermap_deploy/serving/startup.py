@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
-import numpy as np
-
-from quartermap_deploy.architectures.cards import load_card
+from quartermap_deploy.batch_axis import batch_of, largest_batch
 from quartermap_deploy.bundle import MANIFEST, Bundle
-from quartermap_deploy.data.labels import read_labels
-from quartermap_deploy.data.preprocessing import Preprocessing
-from quartermap_deploy.errors import ParityError, ServeError
+from quartermap_deploy.classes import Activation, activation_of, class_labels
+from quartermap_deploy.errors import InputError, ParityError, ServeError
 from quartermap_deploy.files import file_hash
-from quartermap_deploy.serving.models import PROBABILITIES, Description, image_input
+from quartermap_deploy.image_interface import (
+    ImageInterface,
+    image_interface,
+    image_model_tensors,
+    no_image_model,
+)
+from quartermap_deploy.pictures import has_known_range
+from quartermap_deploy.serving.models import Description, file_input
 from quartermap_deploy.serving.options import DEFAULT_BATCH, ServeOptions
-from quartermap_deploy.serving.tensors import TensorSpec, datatype_of
+from quartermap_deploy.serving.tensors import TensorSpec, datatype_of, element_type_of
 from quartermap_deploy.targets import DEFAULT, Session, load_target
 from quartermap_deploy.targets.onnxruntime_cpu import OnnxRuntimeSession, default_threads
+from quartermap_deploy.tensor_info import TensorInfo
 
+Shows = Literal["classes", "mask", "image", "tensors"]
+OPEN_SIDE = 512
+"""How large a side that is open is taken to be where room in memory is planned."""
 RESERVED = (".", "..", "config", "infer", "ready", "stats", "versions")
 """What stands in the place of a model's name, or behind it, in the paths of the protocol."""
 
@@ -34,8 +44,8 @@ class Plan:
         target: by which of its targets.
         options: how.
         model: what clients are told about the model.
-        image_model: what they are told about the one that takes image files.
-        preprocessing: how images are prepared.
+        images: the model that takes image files; None where there is none.
+        no_images: why there is none, for the page; empty where there is one.
         workers: batches that run side by side.
         threads: of a batch on the CPU.
         wide: whether a batch that runs by itself gets all the cores.
@@ -45,28 +55,55 @@ class Plan:
     target: str
     options: ServeOptions
     model: Description
-    image_model: Description
-    preprocessing: Preprocessing
+    images: ImagePlan | None
+    no_images: str
     workers: int
     threads: int
     wide: bool
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of one entry of the batch of all inputs; sides that are open are taken to be large."""
+        if self.images is not None:
+            return 4 * math.prod(self.images.interface.preprocessing.input_shape)
+        first = 1 if self.model.batch_axis else 0
+        return sum(
+            element_type_of(spec.datatype).itemsize
+            * math.prod(OPEN_SIDE if size == -1 else size for size in spec.shape[first:])
+            for spec in self.model.inputs
+        )
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """The model that takes image files.
+
+    Attributes:
+        description: what clients are told about it.
+        interface: how images become the input of the model itself.
+        activation: what makes probabilities of its first output; of a mask of one class, its threshold.
+        labels: names of the classes; nothing where nobody gave any.
+        shows: what there is to see of an image: its classes, a mask of them, an image, or nothing but tensors. Only for
+            "classes" it gives probabilities; otherwise it gives what the model itself does.
+    """
+
+    description: Description
+    interface: ImageInterface
+    activation: Activation
+    labels: tuple[str, ...]
+    shows: Shows
 
 
 def make_plan(bundle: Bundle, options: ServeOptions) -> Plan:
     """Check that a bundle can be served as asked.
 
     Raises:
-        UnknownNameError: if the bundle was not built for the target, or there is no card of its model.
-        InputError: if the labels cannot be read, or do not fit.
+        UnknownNameError: if the bundle was not built for the target.
+        InputError: if the labels cannot be read, or do not fit, or the preprocessing does not.
         ServeError: if the options ask for what the bundle cannot do.
     """
-    manifest = bundle.manifest
     target = bundle.target(options.target)
-    card = load_card(manifest["model"]["name"])
-    sides = [size for size in manifest["input"]["shape"][2:] if isinstance(size, int)]
-    # A graph with open sizes takes every size; files are prepared for the one that the card, or the recipe, names.
-    size = sides if len(sides) == 2 else bundle.manifest["recipe"]["input_size"] or card.preprocessing.crop
-    name = card.name if options.name is None else options.name
+    name = str(bundle.manifest["model"]["name"]) if options.name is None else options.name
     if not name.strip() or not name.isprintable() or set(name) & set('/\\"'):
         raise ServeError(f"{name!r} is no name that clients could use; choose one without quotes or slashes")
     if name in RESERVED:
@@ -76,26 +113,79 @@ def make_plan(bundle: Bundle, options: ServeOptions) -> Plan:
     batch = max_batch(bundle, target, options.max_batch)
     if options.queue < batch:
         raise ServeError(f"a queue of {options.queue} images holds no batch of {batch}; make it longer")
-    properties = provenance(bundle, target)
-    labels = read_labels(options.labels, manifest["output"]["shape"][1], card.labels)
-    inputs, outputs = _specs(manifest["input"], target), _specs(manifest["output"], target)
-    delay = options.max_delay
+    labels, shared = class_labels(bundle, options.labels), batch_of(bundle)
+    model = Description(
+        name,
+        _platform(target),
+        tuple(_spec(item, target) for item in bundle.inputs),
+        tuple(_spec(item, target) for item in bundle.outputs),
+        batch,
+        options.max_delay,
+        labels or tuple(map(str, range(bundle.num_classes or 0))),
+        provenance(bundle, target),
+        batch_axis=shared is not None,
+    )
+    images, no_images = _image_plan(bundle, options, labels, model)
     cores = default_threads()
     workers = options.workers or (cores if target == DEFAULT else 1)
-    probabilities = TensorSpec(PROBABILITIES, "FP32", (-1, len(labels)))
     return Plan(
         bundle,
         target,
         options,
-        Description(name, _platform(target), inputs, outputs, batch, delay, labels, properties),
-        Description(
-            f"{name}_image", "ensemble", (image_input(),), (probabilities,), batch, delay, labels, properties
-        ),
-        card.preprocessing.with_size(*size),
+        model,
+        images,
+        no_images,
         workers,
         max(1, cores // workers),
         wide=target == DEFAULT and options.workers is None and cores > 1,
     )
+
+
+def _shows(bundle: Bundle, interface: ImageInterface) -> Shows:
+    """What there is to see of a bundle's first output."""
+    first = bundle.outputs[0]
+    if bundle.task == "classification" and len(first.shape) == 2 and bundle.num_classes:
+        return "classes"
+    if bundle.task == "segmentation" and len(first.shape) == 4:
+        return "mask"
+    if bundle.task == "image" and len(first.shape) == 4:
+        return "image" if has_known_range(interface.preprocessing, first.shape[1]) else "tensors"
+    return "tensors"
+
+
+def _image_plan(
+    bundle: Bundle, options: ServeOptions, labels: tuple[str, ...], model: Description
+) -> tuple[ImagePlan | None, str]:
+    """The model that takes image files, or why there is none.
+
+    Raises:
+        InputError: if a preprocessing is given that does not fit.
+    """
+    if (reason := no_image_model(bundle)) is None:
+        try:
+            interface = image_interface(bundle, options.preprocessing)
+        except InputError as error:
+            if options.preprocessing:
+                raise
+            reason = str(error)
+    if reason is not None:
+        if options.preprocessing:
+            raise InputError(f"a preprocessing is for image files, and the model takes none: {reason}")
+        return None, reason
+    files, probabilities = image_model_tensors(bundle)
+    activation = activation_of(bundle)
+    outputs = model.outputs
+    shows = _shows(bundle, interface)
+    if shows == "classes":
+        outputs = (TensorSpec(probabilities, "FP32", (-1, len(model.labels))),)
+    description = dataclasses.replace(
+        model,
+        name=f"{model.name}_image",
+        platform="ensemble",
+        inputs=(file_input(files),),
+        outputs=outputs,
+    )
+    return ImagePlan(description, interface, activation, labels, shows), ""
 
 
 def max_batch(bundle: Bundle, target: str, wanted: int | None) -> int:
@@ -104,11 +194,9 @@ def max_batch(bundle: Bundle, target: str, wanted: int | None) -> int:
     Raises:
         ServeError: if more is wanted than the model takes.
     """
-    size = bundle.manifest["input"]["shape"][0]
-    largest: int | None = None if isinstance(size, str) else size
-    profiles = bundle.manifest["targets"][target].get("options", {}).get("profiles")
-    if largest is None and profiles:
-        largest = max(profile["batch"][2] for profile in profiles)
+    largest = largest_batch(bundle, target)
+    if not any(item.shape and isinstance(item.shape[0], str) for item in bundle.inputs):
+        largest = largest or 1
     if wanted is None:
         return largest or DEFAULT_BATCH
     if largest is not None and wanted > largest:
@@ -170,16 +258,18 @@ def open_sessions(plan: Plan) -> Sessions:
     Raises:
         BundleError: if the target's runtime refuses the bundle.
     """
-    bundle, entry = plan.bundle, plan.bundle.manifest["targets"][plan.target]
+    bundle = plan.bundle
+    entry = {**bundle.manifest["targets"][plan.target], "size_rules": bundle.manifest["size_rules"]}
     if plan.target != DEFAULT:
         opened = [load_target(plan.target).open(bundle.path, entry) for _ in range(plan.workers)]
         return Sessions(opened, None)
-    path = bundle.path / entry["file"]
+    path, rules = bundle.path / entry["file"], entry["size_rules"]
     if plan.wide:
         # A session of one thread is run in the thread that calls it, by as many as like, and has the weights once.
-        return Sessions([OnnxRuntimeSession(path, 1)] * plan.workers, OnnxRuntimeSession(path, plan.workers))
+        one = OnnxRuntimeSession(path, 1, rules)
+        return Sessions([one] * plan.workers, OnnxRuntimeSession(path, plan.workers, rules))
     # Side by side, sessions with a thread for each core would only be in each other's way.
-    return Sessions([OnnxRuntimeSession(path, plan.threads) for _ in range(plan.workers)], None)
+    return Sessions([OnnxRuntimeSession(path, plan.threads, rules) for _ in range(plan.workers)], None)
 
 
 def check_golden(plan: Plan, sessions: Sequence[Session]) -> float:
@@ -196,28 +286,48 @@ def check_golden(plan: Plan, sessions: Sequence[Session]) -> float:
     from quartermap_deploy.validation.golden import read_golden
     from quartermap_deploy.validation.tolerances import tolerance_for
 
-    cases, outputs = read_golden(plan.bundle.path)
-    tolerance = tolerance_for(plan.bundle.manifest["recipe"]["precision"])
+    manifest = plan.bundle.manifest
+    cases, outputs = read_golden(plan.bundle.path, manifest["golden"])
+    tolerance = tolerance_for(manifest["recipe"]["precision"])
     worst = 0.0
     for session in sessions:
-        for (case, images), expected in zip(cases.items(), outputs, strict=True):
-            ((name, wanted),) = expected.items()
-            found = session.run(images.astype(getattr(session, "input_type", np.float32), copy=False))
-            compared = compare_output(name, wanted, found.astype(np.float32, copy=False), tolerance.relative)
-            if not compared.passed:
-                raise ParityError(
-                    f"{plan.bundle.path} is not served: {plan.target} departs from the golden outputs on {case!r}: "
-                    f"{compared.detail}. `quartermap validate {plan.bundle.path} --target {plan.target}` says more"
-                )
-            worst = max(worst, compared.relative_error)
+        for (case, given), expected in zip(cases.items(), outputs, strict=True):
+            feeds = {
+                item.name: given[item.name].astype(item.type, copy=False)
+                for item in session.inputs
+                if item.name in given
+            }
+            found = session.infer(feeds)
+            for name, wanted in expected.items():
+                values = found[name].astype(wanted.dtype, copy=False) if name in found else None
+                compared = compare_output(name, wanted, values, tolerance.relative)
+                if not compared.passed:
+                    raise ParityError(
+                        f"{plan.bundle.path} is not served: {plan.target} departs from the golden outputs on {case!r}, "
+                        f"in {name}: {compared.detail}. `quartermap validate {plan.bundle.path} --target "
+                        f"{plan.target}` says more"
+                    )
+                worst = max(worst, compared.relative_error)
     return worst
 
 
-def _specs(value: dict[str, Any], target: str) -> tuple[TensorSpec, ...]:
+def _spec(item: TensorInfo, target: str) -> TensorSpec:
+    """What clients are told about an input or output.
+
+    Raises:
+        ServeError: if it has an element type that the protocol has not.
+    """
     # Engines take and give float32 whatever is in them.
-    kind = value["type"] if target == DEFAULT else "float32"
-    shape = tuple(size if isinstance(size, int) else -1 for size in value["shape"])
-    return (TensorSpec(value["name"], datatype_of(kind), shape),)
+    kind = "float32" if target != DEFAULT and item.type.startswith(("float", "bfloat")) else item.type
+    datatype = datatype_of(kind)
+    if datatype is None:
+        raise ServeError(
+            f"{item.name} is of {item.type}, and the protocol has no such type; compile the bundle with io = "
+            '"float32"'
+        )
+    return TensorSpec(
+        item.name, datatype, tuple(size if isinstance(size, int) else -1 for size in item.shape)
+    )
 
 
 def _platform(target: str) -> str:

@@ -18,8 +18,17 @@ from numpy.typing import NDArray
 from quartermap_deploy.serving.refusal import Refusal, invalid
 
 BYTES = "BYTES"
-_NUMBERS: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "FP16": np.dtype("<f2")}
-_NAMES = {"float32": "FP32", "float16": "FP16"}
+_NUMBERS: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype("?"),
+    **{f"UINT{8 * size}": np.dtype(f"<u{size}") for size in (1, 2, 4, 8)},
+    **{f"INT{8 * size}": np.dtype(f"<i{size}") for size in (1, 2, 4, 8)},
+    "FP16": np.dtype("<f2"),
+    "FP32": np.dtype("<f4"),
+    "FP64": np.dtype("<f8"),
+}
+_NAMES = {element.name: name for name, element in _NUMBERS.items()}
+_KINDS = {"b": "b", "u": "iu", "i": "iu", "f": "iuf"}
+"""Kinds of NumPy's numbers that numbers of a kind may be written as in JSON."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +37,8 @@ class TensorSpec:
 
     Attributes:
         name: its name.
-        datatype: "FP32", "FP16" or "BYTES".
-        shape: its sizes; -1 for an open one. The first is the batch.
+        datatype: "BYTES", or a type of numbers such as "FP32", "INT64" or "BOOL".
+        shape: its sizes; -1 for an open one. An open first one is the batch.
         optional_sides: how many of the last sizes may be left out, each of them 1.
     """
 
@@ -40,6 +49,11 @@ class TensorSpec:
 
     def check(self, datatype: object, shape: object, max_batch: int) -> tuple[int, ...]:
         """Check what a request says about this input, before any of its values are read.
+
+        Args:
+            datatype: what the request says.
+            shape: likewise.
+            max_batch: the largest batch, where that is open.
 
         Returns:
             The shape.
@@ -56,6 +70,8 @@ class TensorSpec:
                 f"input {self.name!r} has shape {_short(list(sizes))}, the model takes {list(self.shape)}, where -1 "
                 "is any size"
             )
+        if not self.shape or self.shape[0] != -1:
+            return sizes
         if sizes[0] == 0:
             raise invalid(f"input {self.name!r} is an empty batch; send at least one image")
         if sizes[0] > max_batch:
@@ -65,14 +81,19 @@ class TensorSpec:
         return sizes
 
 
-def datatype_of(element_type: str) -> str:
-    """The protocol's name of NumPy's float32 or float16."""
-    return _NAMES[element_type]
+def datatype_of(element_type: str) -> str | None:
+    """The protocol's name of one of NumPy's element types, such as float32; None where it has none."""
+    return _NAMES.get(element_type)
 
 
 def element_type_of(datatype: str) -> np.dtype[Any]:
     """The element type of numbers."""
     return _NUMBERS[datatype]
+
+
+def datatype_of_values(values: NDArray[Any]) -> str:
+    """The protocol's name for what is in an array of an answer: numbers, or strings."""
+    return BYTES if values.dtype == object else _NAMES[values.dtype.name]
 
 
 def count_of(shape: Sequence[int]) -> int:
@@ -88,7 +109,7 @@ def from_raw(spec: TensorSpec, shape: tuple[int, ...], data: memoryview) -> NDAr
     """Read raw values.
 
     Raises:
-        Refusal: if their number does not fit the shape, or if a number is NaN or infinite.
+        Refusal: if their number does not fit the shape, or if one is NaN or infinite, or neither true nor false.
     """
     if spec.datatype == BYTES:
         return _strings(list(_split(spec.name, data, count_of(shape))), shape)
@@ -97,6 +118,10 @@ def from_raw(spec: TensorSpec, shape: tuple[int, ...], data: memoryview) -> NDAr
     if len(data) != expected:
         raise invalid(
             f"input {spec.name!r} has {len(data)} bytes, its shape {list(shape)} of {spec.datatype} needs {expected}"
+        )
+    if element.kind == "b" and np.frombuffer(data, dtype=np.uint8).max(initial=0) > 1:
+        raise invalid(
+            f"input {spec.name!r} has bytes that are neither 0 nor 1, which is what BOOL is made of"
         )
     return _finite(spec.name, np.frombuffer(data, dtype=element).reshape(shape))
 
@@ -118,9 +143,11 @@ def from_json(spec: TensorSpec, shape: tuple[int, ...], data: object) -> NDArray
         values = np.asarray(data)
     except (ValueError, OverflowError):
         values = np.empty(0, dtype=object)
-    if values.dtype.kind not in "fiu":
+    kinds = _KINDS[_NUMBERS[spec.datatype].kind]
+    if values.dtype.kind not in kinds:
+        what = {"b": "true and false", "iu": "whole numbers", "iuf": "numbers"}[kinds]
         raise invalid(
-            f"the data of input {spec.name!r} has something other than numbers, or rows of unequal length"
+            f"the data of input {spec.name!r} has something other than {what}, or rows of unequal length"
         )
     if values.ndim > 1 and values.shape != shape:
         raise _other_nesting(spec.name, values.shape, shape)
@@ -131,14 +158,24 @@ def from_values(spec: TensorSpec, shape: tuple[int, ...], values: NDArray[Any]) 
     """Read numbers of any type.
 
     Raises:
-        Refusal: if their number does not fit the shape, or one is NaN or infinite in the type of the input.
+        Refusal: if their number does not fit the shape, or one is NaN or infinite in the type of the input, or out of
+            the range of its whole numbers.
     """
     if values.size != count_of(shape):
         raise invalid(
             f"input {spec.name!r} has {values.size} values, its shape {list(shape)} needs {count_of(shape)}"
         )
+    element = _NUMBERS[spec.datatype]
+    if element.kind in "iu" and values.size:
+        limits = np.iinfo(element)
+        smallest, largest = int(values.min()), int(values.max())
+        if smallest < limits.min or largest > limits.max:
+            raise invalid(
+                f"input {spec.name!r} has values from {smallest} to {largest}; {spec.datatype} holds {limits.min} to "
+                f"{limits.max}"
+            )
     with np.errstate(over="ignore"):
-        return _finite(spec.name, values.astype(_NUMBERS[spec.datatype]).reshape(shape))
+        return _finite(spec.name, values.astype(element).reshape(shape))
 
 
 def from_strings(spec: TensorSpec, shape: tuple[int, ...], strings: Sequence[bytes]) -> NDArray[Any]:
@@ -187,7 +224,7 @@ def _fits(sizes: tuple[int, ...], expected: tuple[int, ...]) -> bool:
 
 
 def _finite(name: str, values: NDArray[Any]) -> NDArray[Any]:
-    if not np.isfinite(values).all():
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise invalid(f"input {name!r} has values that are NaN or infinite")
     return values
 

@@ -16,7 +16,7 @@ from quartermap_deploy.pruning.plan import QuarterMap
 from quartermap_deploy.pruning.reference import prune
 from quartermap_deploy.sources.cases import image_cases
 from quartermap_deploy.sources.description import Feeds, Pictures, SourceBlock, WeightsOrigin
-from quartermap_deploy.sources.outputs import output_infos
+from quartermap_deploy.sources.graph_facts import output_infos
 from quartermap_deploy.sources.reference import Reference
 from quartermap_deploy.sources.signature import Signature
 from quartermap_deploy.sources.source_model import SourceModel, Traced
@@ -214,6 +214,7 @@ def card_source(
             weights.new_head,
             None if checkpoint is None else checkpoint.name,
             None if checkpoint is None else file_hash(checkpoint),
+            notes=weights.notes,
         ),
         size=size,
         card=card,

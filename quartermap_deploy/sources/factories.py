@@ -37,6 +37,7 @@ class UserModule:
         arguments: keyword arguments of the factory.
         strict_weights: refuse weights whose keys are not exactly the module's.
         stages: how many blocks each stage has; None tells stages apart by the length of their sequences.
+        scans: adapters for scans that this package does not know, both as `package.module:name`; see `public_code`.
 
     Raises:
         RecipeError: if a value is of the wrong kind.
@@ -47,6 +48,7 @@ class UserModule:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     strict_weights: bool = True
     stages: tuple[int, ...] | None = None
+    scans: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.factory, str) or not _split(self.factory):
@@ -70,6 +72,15 @@ class UserModule:
                 )
             object.__setattr__(self, "stages", stages)
 
+        named = isinstance(self.scans, Mapping) and all(
+            isinstance(text, str) and _split(text) for pair in self.scans.items() for text in pair
+        )
+        if not named:
+            raise RecipeError(
+                f"scans = {self.scans!r} is no table of scans and adapters, such as "
+                '{ "package.ops:my_scan" = "my_adapters:my_scan" }'
+            )
+
     @property
     def name(self) -> str:
         """The name of the factory."""
@@ -84,7 +95,9 @@ class UserModule:
             "arguments": dict(self.arguments),
             "strict_weights": self.strict_weights,
         }
-        return values if self.stages is None else {**values, "stages": list(self.stages)}
+        if self.stages is not None:
+            values["stages"] = list(self.stages)
+        return {**values, "scans": dict(self.scans)} if self.scans else values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], folder: Path = Path()) -> UserModule:
@@ -93,7 +106,7 @@ class UserModule:
         Raises:
             RecipeError: if a key is unknown or missing, or a value is wrong.
         """
-        known = ("factory", "example", "arguments", "strict_weights", "stages")
+        known = ("factory", "example", "arguments", "strict_weights", "stages", "scans")
         for key in values:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
@@ -175,6 +188,15 @@ def build_module(wanted: UserModule) -> nn.Module:
             "returns one"
         )
     return made
+
+
+def find_scans(wanted: UserModule) -> dict[str, Any] | None:
+    """Import the adapters of scans that the user named, by the scans; None if there are none.
+
+    Raises:
+        InputError: if one is not there.
+    """
+    return {scan: _find(adapter) for scan, adapter in wanted.scans.items()} or None
 
 
 def _split(factory: str) -> tuple[str, str] | None:

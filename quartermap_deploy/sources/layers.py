@@ -6,6 +6,7 @@ Parameters have the names of the originals, so that checkpoints load; the code i
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -71,6 +72,9 @@ def rms_norm(
 ) -> Any:
     """`layer_norm` by the root of the mean square alone (arXiv 1910.07467): mamba-ssm's `rms_norm_fn`."""
     return layer_norm(x, weight, bias, residual, **{**rest, "is_rms_norm": True})
+
+
+rms_norm.__signature__ = inspect.signature(layer_norm)  # type: ignore[attr-defined]
 
 
 class RMSNorm(nn.Module):

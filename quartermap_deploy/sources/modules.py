@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -20,24 +19,17 @@ from quartermap_deploy.errors import ExportError, InputError, UnknownNameError
 from quartermap_deploy.frontend.exporter import trace_module
 from quartermap_deploy.pruning.plan import QuarterMap
 from quartermap_deploy.pruning.scan_call import PrunedScans
-from quartermap_deploy.size_rules import SizeRules, is_rule
+from quartermap_deploy.size_rules import is_rule
 from quartermap_deploy.sources.cases import module_cases
 from quartermap_deploy.sources.description import TASKS, Feeds, Pictures, SourceBlock, WeightsOrigin
 from quartermap_deploy.sources.discovery import Discovery, discover
-from quartermap_deploy.sources.outputs import output_infos
+from quartermap_deploy.sources.graph_facts import orders_at, output_infos
 from quartermap_deploy.sources.public_code import public_code
 from quartermap_deploy.sources.reference import Reference
 from quartermap_deploy.sources.signature import BASE_NAMES, OTHER, Signature, input_names
 from quartermap_deploy.sources.source_model import SourceModel, Traced
 from quartermap_deploy.tensor_info import TensorInfo
 
-_OTHER_SIZES: tuple[Callable[[int, int], tuple[int, int]], ...] = (
-    lambda height, width: (height + 64, width + 32),
-    lambda height, width: (height + 32, width),
-    lambda height, width: (2 * height, width),
-    lambda height, width: (2 * height, 2 * width),
-)
-"""Sizes other than the example's at which a graph of open sizes is looked at, the first first."""
 Scans = Mapping[str, Callable[..., Any]]
 SPREAD = 1e-5
 """Largest difference of two runs on the same inputs, as a share of the largest value, that may be rounding."""
@@ -108,8 +100,12 @@ class ModuleSource(SourceModel):
             )
         refuse_random(graph.model)
         rules = self._kept_rules(graph.rules)
-        model, report = recover_2d(graph.model, self._probing_sizes(rules))
-        traced = Traced(model, output_infos(model), rules, report.orders, (report,))
+        recovered = recover_2d(graph.model, self.example_shapes)
+        orders = recovered.orders
+        if any("height" in item.shape for item in self.inputs):
+            orders = orders_at(recovered.model, self.example_shapes, orders)
+        outputs = output_infos(recovered.model)
+        traced = Traced(recovered.model, outputs, rules, orders, (recovered.report,))
         if self.dynamic_batch:
             self._require_open_batch(traced)
         return traced
@@ -179,30 +175,6 @@ class ModuleSource(SourceModel):
             )
         return tuple(rules)
 
-    def _probing_sizes(self, rules: Sequence[str]) -> list[dict[str, tuple[int, ...]]] | None:
-        """Two sets of shapes at which a graph of open sizes is run; the first is that of the example inputs.
-
-        Raises:
-            ExportError: if no other size than the example's fulfils the rules.
-        """
-        opened = [item.name for item in self.inputs if "height" in item.shape]
-        if not opened:
-            return None
-        known = SizeRules(rules)
-        first = {name: tuple(tensor.shape) for name, tensor in self.feeds(2).items()}
-        for change in _OTHER_SIZES:
-            other = {
-                name: (*shape[:2], *change(*shape[2:])) if name in opened else shape
-                for name, shape in first.items()
-            }
-            with contextlib.suppress(InputError):
-                known.check(other)
-                return [first, other]
-        raise ExportError(
-            "the module was to have open sizes, but it decides by them, and none that were tried goes the way of its "
-            f"example inputs: {'; '.join(rules[:3])}; fix the size, or give example inputs of another one"
-        )
-
     def _require_open_batch(self, traced: Traced) -> None:
         """Refuse a graph that fixes the batch of an output which follows that of the inputs.
 
@@ -217,7 +189,7 @@ class ModuleSource(SourceModel):
                         f"the output {name!r} has {one} entries on axis {axis} for a batch of 2 and {other} for one of "
                         f"3, but the graph always has {graph[name][axis]}: the module makes a number of its batch, as "
                         "int(x.shape[0] / 2) does. Write // instead, or fix the batch with dynamic_batch=False "
-                        "(--batch 1)"
+                        "(--static-batch)"
                     )
 
     def _output_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
@@ -228,7 +200,7 @@ class ModuleSource(SourceModel):
         except Exception as error:
             raise ExportError(
                 f"the module fails on a batch of {batch}, so its batch cannot be open: {type(error).__name__}: "
-                f"{' '.join(str(error).split())[:300]}; fix the batch with dynamic_batch=False (--batch 1)"
+                f"{' '.join(str(error).split())[:300]}; fix the batch with dynamic_batch=False (--static-batch)"
             ) from error
         return {name: tuple(value.shape) for name, value in outputs.items()}
 
@@ -287,7 +259,7 @@ def module_source(
         task = guessed_task(example, found.outputs)
         renamed = dataclasses.replace(signature, base=BASE_NAMES.get(task, OTHER))
         outputs = dict(zip(_renamed(found.outputs, renamed), found.outputs.values(), strict=True))
-        signature, found = renamed, _with_outputs(found, outputs)
+        signature, found = renamed, dataclasses.replace(found, outputs=outputs)
     _check_labels(task, labels, found.outputs)
     _check_preprocessing(preprocessing, inputs)
     return ModuleSource(
@@ -423,15 +395,15 @@ def _require_deterministic(
 
 
 def _renamed(outputs: Mapping[str, Tensor], signature: Signature) -> list[str]:
-    base = signature.base
-    return [
-        base if name == OTHER else base + name[len(OTHER) :] if name.startswith(f"{OTHER}_") else name
-        for name in outputs
-    ]
-
-
-def _with_outputs(found: Discovery, outputs: Mapping[str, Tensor]) -> Discovery:
-    return dataclasses.replace(found, outputs=outputs)
+    """The names of outputs once the task is known: those that have none of their own begin with its word."""
+    found = []
+    for name in outputs:
+        plain = name.removesuffix("_output") if name != OTHER else name
+        if plain == OTHER or plain.startswith(f"{OTHER}_"):
+            name = signature.base + plain[len(OTHER) :]
+            name = f"{name}_output" if name in signature.inputs else name
+        found.append(name)
+    return found
 
 
 def _check_labels(task: str, labels: Sequence[str], outputs: Mapping[str, Tensor]) -> None:

@@ -4,8 +4,8 @@ A function is redirected by its code: the new code passes the arguments on, so t
 (from-imports, `self.selective_scan = selective_scan_fn`, `functools.partial`) follows. What is redirected:
 
 - in mamba-ssm, causal-conv1d and their like, the functions that `stand_ins.FUNCTIONS` names;
-- in a model's own code, these too, and every function and autograd function that takes (u, delta, A, B, C, …), such as
-  the loops over positions that most repositories carry, which would be unrolled otherwise;
+- in a model's own code, these too, and every function, method and autograd function that takes (u, delta, A, B, C, …),
+  such as the loops over positions that most repositories carry, which would be unrolled otherwise;
 - the kernels of CUDA extensions;
 - the names that code uses and that an import that failed has left undefined, or None.
 """
@@ -32,11 +32,15 @@ from quartermap_deploy.sources.patches import Code, Item, Patches
 Namespace = dict[str, Any]
 Target = Callable[..., Any]
 
-SPELLINGS = (("u", "delta", "A", "B", "C"), ("us", "dts", "As", "Bs", "Cs"))
+SPELLINGS = (
+    ("u", "delta", "A", "B", "C"),
+    ("x", "delta", "A", "B", "C"),
+    ("us", "dts", "As", "Bs", "Cs"),
+)
 """How a scan names its first arguments."""
 _MEANING = {
-    **dict(zip(SPELLINGS[1], SPELLINGS[0], strict=True)),
-    **{name: name for name in (*SPELLINGS[0], "D", "z", "delta_bias", "delta_softplus", "return_last_state")},
+    **{name: meant for names in SPELLINGS for name, meant in zip(names, SPELLINGS[0], strict=True)},
+    **{name: name for name in ("D", "z", "delta_bias", "delta_softplus", "return_last_state")},
     "Ds": "D",
     "dt_bias": "delta_bias",
     "dt_softplus": "delta_softplus",
@@ -45,6 +49,8 @@ _MEANING = {
 }
 _IGNORED = frozenset({"nrows", "backnrows", "backend", "mode", "chunksize", "chunk_size", "HWDC"})
 """Arguments that choose or tune a kernel and change no number."""
+_BEFORE = (("self",), ("ctx",), ("context",))
+"""What comes before the arguments of a method, and of an autograd function."""
 
 _targets: weakref.WeakValueDictionary[int, Target] = weakref.WeakValueDictionary()
 _serials = itertools.count()
@@ -88,10 +94,10 @@ def scan_target(function: types.FunctionType, skip: int = 0) -> Target | None:
 
     Args:
         function: of a model's own code, not redirected.
-        skip: arguments before the first, such as the context of an autograd function.
+        skip: arguments before the first: self, or the context of an autograd function.
     """
     code = function.__code__
-    names = code.co_varnames[: code.co_argcount][skip:]
+    names = code.co_varnames[skip : code.co_argcount]
     if names[:5] not in SPELLINGS or "dout" in names:
         return None
     signature = inspect.signature(function, follow_wrapped=False)
@@ -109,34 +115,45 @@ def scan_target(function: types.FunctionType, skip: int = 0) -> Target | None:
                 continue
             elif value is not None and value is not parameter.default:
                 scans.refuse(f"{label} with {name}", "it is not known what this argument does")
-        if "float_output" in meant:
-            meant["float_output"] = bool(meant["float_output"])
-        return scans.selective_scan(**meant)
+        return _scan_either_way(label, meant)
 
     return target
+
+
+def _scan_either_way(label: str, arguments: dict[str, Any]) -> Tensor:
+    """Scan (batch, channels, L) or (batch, L, channels): loops over positions are written for both."""
+    u, A, B = arguments["u"], arguments["A"], arguments["B"]
+    if u.dim() != 3 or A.dim() != 2 or B.dim() != 3 or u.shape[2] != A.shape[0]:
+        return scans.selective_scan(**arguments)
+    if u.shape[1] == A.shape[0]:
+        # As many positions as channels: B, (batch, N, L) or (batch, L, N), tells which are which.
+        if B.shape[1] == B.shape[2]:
+            scans.refuse(
+                label, f"with u {tuple(u.shape)} and B {tuple(B.shape)} either axis may be the positions"
+            )
+        if B.shape[1] == A.shape[1]:
+            return scans.selective_scan(**arguments)
+    turned: dict[str, Any] = {
+        name: value.transpose(1, 2) if isinstance(value, Tensor) and value.dim() == 3 else value
+        for name, value in arguments.items()
+    }
+    return scans.selective_scan(**turned).transpose(1, 2)
 
 
 def named_target(function: types.FunctionType) -> Target | None:
     """Return what a function of a package we know, or a copy of one, is redirected to, by its name and arguments."""
     ours = stand_ins.FUNCTIONS.get(function.__name__)
-    if ours is None or function.__module__.split(".")[0] == "quartermap_deploy":
-        return None
-    if (scan := scan_target(function)) is not None:
-        return scan
-    first = function.__code__.co_varnames[:1]
-    if first not in (("x",), ("xz",)):
+    if ours is None:
         return None
     signature = inspect.signature(function, follow_wrapped=False)
+    # A function of the same name that takes something else is another function.
+    if not set(signature.parameters) <= set(inspect.signature(ours).parameters):
+        return None
 
     def target(*arguments: Any, **keywords: Any) -> Any:
-        bound = signature.bind(*arguments, **keywords)
-        return ours(**bound.arguments)
+        return ours(**signature.bind(*arguments, **keywords).arguments)
 
     return target
-
-
-def _is_ours(function: types.FunctionType) -> bool:
-    return str(function.__globals__.get("__name__", "")).split(".")[0] == "quartermap_deploy"
 
 
 def _unwrapped(value: Any) -> types.FunctionType | None:
@@ -150,33 +167,28 @@ def _unwrapped(value: Any) -> types.FunctionType | None:
 
 
 def redirect_namespace(patches: Patches, owner: object, space: Namespace, found: list[str]) -> None:
-    """Redirect what the globals of a module hold: functions that scan, and the autograd functions around kernels."""
+    """Redirect what the globals of a module hold: functions and methods that scan, and autograd functions that do."""
     for value in list(space.values()):
-        if isinstance(value, type) and issubclass(value, torch.autograd.Function):
-            _redirect_autograd(patches, owner, value, found)
-            continue
-        function = _unwrapped(value) if isinstance(value, types.FunctionType) else None
-        if function is not None and not _is_ours(function):
-            _redirect_function(patches, owner, function, found)
+        if isinstance(value, types.FunctionType):
+            _redirect_function(patches, owner, value, found)
+        elif isinstance(value, type) and value.__module__ == space.get("__name__"):
+            for member in list(vars(value).values()):
+                _redirect_function(patches, owner, member, found)
 
 
-def _redirect_function(
-    patches: Patches, owner: object, function: types.FunctionType, found: list[str], skip: int = 0
-) -> None:
+def _redirect_function(patches: Patches, owner: object, value: Any, found: list[str]) -> None:
+    function = _unwrapped(value)
+    if function is None or imports.foreign(str(function.__globals__.get("__name__", ""))):
+        return
     if patches.holds(Code(function)):
         # Redirected by a block around this one, or in another thread, and it must outlive that one.
         patches.share(owner, Code(function))
         return
-    target = scan_target(function, skip) or named_target(function)
+    first = function.__code__.co_varnames[:1]
+    target = scan_target(function, skip=1 if first in _BEFORE else 0) or named_target(function)
     if target is not None:
         redirect(patches, owner, function, target)
         found.append(f"{function.__module__}.{function.__qualname__}")
-
-
-def _redirect_autograd(patches: Patches, owner: object, kind: type, found: list[str]) -> None:
-    forward = _unwrapped(vars(kind).get("forward"))
-    if forward is not None and not _is_ours(forward):
-        _redirect_function(patches, owner, forward, found, skip=1)
 
 
 def redirect_extension(patches: Patches, owner: object, module: types.ModuleType, found: list[str]) -> None:

@@ -73,7 +73,7 @@ def selective_scan(
     )
     if z is not None:
         y = y * functional.silu(z.to(wide))
-    return y if float_output else y.to(u.dtype)
+    return y if bool(float_output) else y.to(u.dtype)
 
 
 def refuse(what: str, why: str) -> NoReturn:

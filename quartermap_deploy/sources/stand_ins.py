@@ -190,12 +190,10 @@ def contents(name: str) -> Mapping[str, Any] | None:
 
 
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {
-    **_SCANS,
-    **_NORMS,
+    **{name: value for name, value in (_SCANS | _NORMS).items() if not name.endswith("_ref")},
     "causal_conv1d_fn": scans.causal_conv1d,
-    "causal_conv1d_ref": scans.causal_conv1d,
 }
-"""The functions that are redirected where they are loaded, by their names in the packages."""
+"""The functions that are redirected by their names where they are loaded; references run as they are, or are scans."""
 
 GLOBALS: Mapping[str, Any] = {
     **_SCANS,

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from quartermap_deploy.tables.layout import with_verdict
-from quartermap_deploy.tables.words import count_text, error_text, plan_text, weights_text, worst_error
+from quartermap_deploy.tables.words import (
+    count_text,
+    error_text,
+    origin_text,
+    plan_text,
+    preprocessing_text,
+    reference_text,
+    task_text,
+    tensor_text,
+    weights_text,
+    worst_error,
+)
 
 if TYPE_CHECKING:
     from quartermap_deploy.bundle import Bundle
-    from quartermap_deploy.tensor_info import TensorInfo
 
 
 def bundle_facts(bundle: Bundle) -> dict[str, object]:
@@ -21,12 +30,16 @@ def bundle_facts(bundle: Bundle) -> dict[str, object]:
     tolerance = bundle.report["tolerance"]
     cases = bundle.report["cases"]
     checks = sum(len(case["outputs"]) for case in cases)
+    reference, rules = reference_text(manifest, bundle.report), manifest["size_rules"]
     return {
+        "model": origin_text(manifest),
+        "task": task_text(manifest),
         "parity": with_verdict(
             bundle.report["passed"],
             f"{checks} outputs in {len(cases)} cases, worst error {error_text(worst_error(bundle.report))} of the "
             f"largest value, tolerance {tolerance['relative']:.0e} ({tolerance['element_type']})",
         ),
+        **({} if reference is None else {"reference": reference}),
         "pruned": f"blocks {', '.join(map(str, pruned))} of {len(manifest['blocks'])}"
         if pruned
         else "nothing",
@@ -35,16 +48,14 @@ def bundle_facts(bundle: Bundle) -> dict[str, object]:
         "FLOPs": f"{count_text(totals['flops'])}{_of(totals['flops'], totals['flops_unpruned'])}",
         "nodes": f"{graph['nodes']}, as exported {graph['before']['nodes']}",
         "weights": weights_text(manifest["model"]),
-        "inputs": _values_text(bundle.inputs),
-        "outputs": _values_text(bundle.outputs),
+        "inputs": ", ".join(map(tensor_text, manifest["inputs"])),
+        "outputs": ", ".join(map(tensor_text, manifest["outputs"])),
+        "images": preprocessing_text(bundle.preprocessing),
+        **({"sizes": f"only with {' and '.join(rules)}"} if rules else {}),
         "targets": ", ".join(manifest["targets"]),
         "size": f"{size / 1e6:.1f} MB in {len(manifest['files']) + 1} files",
         "where": bundle.path,
     }
-
-
-def _values_text(values: Iterable[TensorInfo]) -> str:
-    return ", ".join(f"{value.name} ({', '.join(map(str, value.shape))})" for value in values)
 
 
 def _of(part: int, whole: int) -> str:

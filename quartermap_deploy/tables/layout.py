@@ -31,7 +31,10 @@ def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[obj
         result.add_column(column.removeprefix(">"), justify="right" if right else "left", overflow="fold")
     for row in rows:
         result.add_row(
-            *("–" if cell is None else cell if isinstance(cell, Text) else Text(str(cell)) for cell in row)
+            *(
+                "–" if cell is None else cell if isinstance(cell, Text) else Text(printable(str(cell)))
+                for cell in row
+            )
         )
     return result
 
@@ -45,8 +48,18 @@ def facts(title: str | None, rows: Mapping[str, object]) -> Table:
     result.add_column(style="dim", no_wrap=True)
     result.add_column(overflow="fold")
     for name, value in rows.items():
-        result.add_row(name, "–" if value is None else value if isinstance(value, Text) else Text(str(value)))
+        result.add_row(
+            name, "–" if value is None else value if isinstance(value, Text) else Text(printable(str(value)))
+        )
     return result
+
+
+def printable(text: str) -> str:
+    """Return a text with escapes for what is no letter, as names in files may hold: a terminal would obey it."""
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode("ascii")
+        for letter in text
+    )
 
 
 def with_verdict(passed: bool, text: str) -> Text:
@@ -61,4 +74,4 @@ def _title(title: str | None) -> Text | None:
     from rich.text import Text
 
     # A Text, as brackets in a string would be markup: VMamba-T [s1l8].
-    return None if title is None else Text(title, style="bold")
+    return None if title is None else Text(printable(title), style="bold")

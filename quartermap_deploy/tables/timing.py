@@ -15,7 +15,7 @@ def result_table(values: Mapping[str, Any]) -> Table:
     """Return the table of what `--json` prints."""
     return table(
         f"batch {values['batch']}, {values['threads']} threads, {values['repeats']} rounds",
-        ["bundle", "target", ">median ms", ">fastest", ">slowest", ">images/s", ">speed"],
+        ["bundle", "target", ">median ms", ">fastest", ">slowest", f">{values['unit']}/s", ">speed"],
         [_row(result) for result in values["bundles"]],
     )
 

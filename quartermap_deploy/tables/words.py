@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quartermap_deploy.data.preprocessing import Preprocessing
 
 WEIGHTS = {
     "checkpoint": "from a checkpoint",
     "included": "those that come with the package",
     "new": "newly initialised, not trained",
+    "given": "those that the module had",
 }
+SHOWN_LABELS = 4
+"""Names of classes that are shown where there are more."""
 
 
 def size_text(size: Sequence[int | str]) -> str:
@@ -62,11 +68,77 @@ def plan_text(plan: Mapping[str, Any] | None) -> str | None:
 
 
 def weights_text(model: Mapping[str, Any]) -> str:
-    """Return in words where the weights of a manifest's model come from."""
+    """Return in words where the weights of a manifest's model come from, and what has to be said about them."""
     text = WEIGHTS.get(model["weights"], str(model["weights"]))
+    if model["weights"] == "checkpoint" and model.get("weights_file"):
+        text = f"from the checkpoint {model['weights_file']}"
     if model["weights"] != "new" and model.get("head") == "new":
         text += f"; the last layer, for {model['num_classes']} classes, newly initialised"
-    return text
+    return "; ".join((text, *model.get("notes", ())))
+
+
+def tensor_text(item: Mapping[str, Any]) -> str:
+    """Return "images (batch, 3, 64, 64)" for an input or output of a manifest, with its type if that is not float32."""
+    kind = "" if item["type"] == "float32" else f" {item['type']}"
+    return f"{item['name']} ({', '.join(map(str, item['shape']))}){kind}"
+
+
+def task_text(manifest: Mapping[str, Any]) -> str:
+    """Return "classification, 10 classes: 0, 1, 2, 3 and 6 more" for a manifest."""
+    count, names = manifest["model"].get("num_classes"), manifest["labels"]
+    if count is None:
+        return str(manifest["task"])
+    return f"{manifest['task']}, {count:,} classes: {names_text(names) or 'without names'}"
+
+
+def names_text(names: Sequence[str]) -> str:
+    """Return the first names of a list, and how many more there are."""
+    rest = len(names) - SHOWN_LABELS
+    return ", ".join(names[:SHOWN_LABELS]) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def preprocessing_text(preprocessing: Preprocessing | None) -> str:
+    """Return how an image becomes the input, in words."""
+    if preprocessing is None:
+        return "not said: it takes arrays alone"
+    crop, resize = size_text(preprocessing.crop), size_text(preprocessing.resize)
+    cut = "" if crop == resize else f", cropped to {crop}"
+    scale = preprocessing.scale
+    factor = f"1/{1 / scale:.6g}" if scale < 1 else f"{scale:.6g}"
+    mean, std = (
+        ", ".join(f"{value:.6g}" for value in values) for values in (preprocessing.mean, preprocessing.std)
+    )
+    return (
+        f"{preprocessing.color}, resized to {resize} ({preprocessing.fit}, {preprocessing.interpolation}){cut}, times "
+        f"{factor}, mean {mean}, std {std}"
+    )
+
+
+def origin_text(manifest: Mapping[str, Any]) -> str:
+    """Return where the model of a manifest comes from."""
+    if manifest["model"].get("source") != "module":
+        return "a card of this package"
+    module = manifest["recipe"].get("module")
+    maker = "" if module is None else f", made by {module['factory']}"
+    return f"a module of the user's{maker}"
+
+
+def reference_text(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> str | None:
+    """Return what a module of the user's was compared with outside this machine; None for a model of a card."""
+    if manifest["model"].get("source") != "module":
+        return None
+    given = report.get("given_reference")
+    if given is None:
+        return (
+            "none was given: parity is with PyTorch on this machine, which computes the module's scans as this package "
+            "reads them, so that reading is proved against nothing else"
+        )
+    errors = [output["relative_error"] for output in given["outputs"]]
+    outputs = "output" if len(errors) == 1 else "outputs"
+    return (
+        f"given: the unpruned graph gives what was saved elsewhere, {len(errors)} {outputs}, "
+        f"worst error {error_text(max(errors))} of the largest value, tolerance {given['tolerance']['relative']:.0e}"
+    )
 
 
 def speed_text(speed: float | None, quartiles: Sequence[float] | None) -> str | None:

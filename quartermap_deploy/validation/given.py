@@ -7,6 +7,7 @@ reading of the scan. Tensors that the module's own kernels made say it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -74,8 +75,6 @@ def given_reference(source: ModuleSource, inputs: Any, outputs: Any) -> GivenRef
     Raises:
         InputError: if something is missing, unknown, or of another shape than the module takes.
     """
-    from quartermap_deploy.sources.signature import as_tensors
-
     names = list(source.signature.inputs)
     fed = _by_name(inputs, names, "inputs")
     wanted = list(source.discovery.outputs)
@@ -88,8 +87,37 @@ def given_reference(source: ModuleSource, inputs: Any, outputs: Any) -> GivenRef
         raise InputError(
             f"the reference has the output {unknown[0]!r}; the module has {', '.join(wanted)}, in this order"
         )
-    as_tensors(fed)
     return GivenReference(fed, {name: _float32(array) for name, array in returned.items()})
+
+
+def read_reference(source: ModuleSource, path: Path) -> GivenReference:
+    """Read an .npz file that holds the module's inputs and outputs by their names.
+
+    Raises:
+        InputError: if it cannot be read, holds pickled objects, or something is missing or unknown.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except Exception as error:
+        raise InputError(
+            f"the reference {path} cannot be read: {' '.join(str(error).split())[:200]}; expected an .npz file with an "
+            f"array for each of {', '.join(_wanted(source))}"
+        ) from error
+    unknown = [name for name in arrays if name not in _wanted(source)]
+    absent = [name for name in source.signature.inputs if name not in arrays]
+    if unknown or absent or len(arrays) == len(source.signature.inputs):
+        outputs = ", ".join(source.discovery.outputs)
+        raise InputError(
+            f"the reference {path} holds {', '.join(sorted(arrays))}; expected the inputs "
+            f"{', '.join(source.signature.inputs)}, and one at least of the outputs {outputs}"
+        )
+    inputs = {name: arrays.pop(name) for name in source.signature.inputs}
+    return given_reference(source, inputs, arrays)
+
+
+def _wanted(source: ModuleSource) -> list[str]:
+    return [*source.signature.inputs, *source.discovery.outputs]
 
 
 def _by_name(values: Any, names: list[str], what: str) -> dict[str, NDArray[Any]]:

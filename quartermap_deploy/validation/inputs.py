@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from quartermap_deploy.data.image_files import images_in
 from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.errors import InputError
 
 COUNT = 2
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def real_images(
@@ -48,9 +48,4 @@ def _files(folder: Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder} with images to validate on")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise InputError(
-            f"the folder {folder} holds no image; expected files ending in {', '.join(IMAGE_SUFFIXES)}"
-        )
-    return files
+    return images_in(folder)

@@ -144,14 +144,11 @@ def _fixed_values(index: GraphIndex) -> set[str]:
     for node in index.nodes:
         if node.op_type in ("Shape", "Size"):
             fixed.update(node.output)
-        elif (
-            node.op_type.startswith("Random")
-            or node.op_type in ("Bernoulli", "Multinomial")
-            or has_subgraph(node)
-            or node.domain not in ("", "ai.onnx")
-        ):
             continue
-        elif all(name in fixed or index.is_constant(name) for name in node.input if name):
+        random = node.op_type.startswith("Random") or node.op_type in ("Bernoulli", "Multinomial")
+        if random or has_subgraph(node) or node.domain not in ("", "ai.onnx"):
+            continue
+        if all(name in fixed or index.is_constant(name) for name in node.input if name):
             fixed.update(name for name in node.output if name)
     return fixed
 

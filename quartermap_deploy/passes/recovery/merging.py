@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quartermap_deploy.passes.recovery.concrete import Concrete
-from quartermap_deploy.passes.recovery.graph_index import GraphIndex
 from quartermap_deploy.passes.recovery.group import GroupSizes, ScanGroup
 from quartermap_deploy.passes.recovery.maps import MapForm
 from quartermap_deploy.passes.recovery.operators import moves, sums
@@ -60,11 +59,10 @@ def read_merge(group: ScanGroup, unrolling: Unrolling, concrete: Concrete) -> Me
         Refused: if there is none that is the map again.
     """
     merged = _reached(group, concrete)
-    targets = [value for value in merged if not _leaks(group, value, set(merged), concrete)]
+    inside = set(merged)
+    targets = [value for value in merged if not _leaving(group, inside, concrete, value)]
     if not targets:
-        raise Refused(
-            f"its directions are not merged by a sum: {_leaving(group, set(merged), concrete.index)}"
-        )
+        raise Refused(f"its directions are not merged by a sum: {_leaving(group, inside, concrete)}")
     refusals = []
     # The last one first: behind it stands what reads the map, in the layout in which it reads it.
     for value in reversed(targets):
@@ -151,13 +149,9 @@ def _reached(group: ScanGroup, concrete: Concrete) -> list[str]:
     return sorted(reached, key=lambda value: index.made_by[value])
 
 
-def _leaks(group: ScanGroup, target: str, merged: set[str], concrete: Concrete) -> bool:
-    """Whether something of the scans reaches the rest of the graph past `target`."""
-    return bool(_leaving(group, merged, concrete.index, target))
-
-
-def _leaving(group: ScanGroup, merged: set[str], index: GraphIndex, target: str = "") -> str:
+def _leaving(group: ScanGroup, merged: set[str], concrete: Concrete, target: str = "") -> str:
     """What reads the scans' outputs outside of their merge, past `target`, in words; empty if nothing does."""
+    index = concrete.index
     pending, seen = [value for value in group.outputs if value != target], set()
     while pending:
         value = pending.pop()
@@ -168,7 +162,9 @@ def _leaving(group: ScanGroup, merged: set[str], index: GraphIndex, target: str 
             return f"{value} is an output of the model"
         for place in index.read_by.get(value, []):
             node = index.nodes[place]
-            if not any(name in merged for name in node.output):
+            made = [name for name in node.output if name]
+            # A size that is asked of the merge, and used in it alone, goes with it.
+            if not all(name in merged or concrete.is_fixed(name) for name in made):
                 return f"{node.op_type} {node.name} reads {value}"
-            pending += [name for name in node.output if name and name != target]
+            pending += [name for name in made if name != target]
     return ""

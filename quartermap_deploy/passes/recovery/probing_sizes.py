@@ -34,69 +34,69 @@ _FEWEST_STEPS = 6
 
 
 def probing_graphs(
-    index: GraphIndex, sizes: Sequence[Mapping[str, Sequence[int]]] | None = None
+    index: GraphIndex, example: Mapping[str, Sequence[int]] | None = None
 ) -> tuple[Concrete, ...]:
     """The graph at the sizes to probe it at: one if none is open, else two.
 
     Args:
         index: the graph.
-        sizes: shapes of the inputs to use, for a graph that takes few; None chooses them.
+        example: shapes of its inputs that it takes, or None.
 
     Raises:
-        PassError: if the graph cannot be run at the sizes that are given, or at none that is tried.
+        PassError: if the graph cannot be run at the sizes that are tried.
     """
-    if sizes is not None:
-        try:
-            return tuple(
-                concrete_graph(index, {name: tuple(shape) for name, shape in one.items()}) for one in sizes
-            )
-        except Refused as refusal:
-            raise PassError(f"the graph cannot be run at the sizes {list(sizes)}: {refusal}") from refusal
+    wanted = 2 if _has_open_axes(index.model) else 1
     found: list[Concrete] = []
     why = ""
-    wanted = 2 if _open_axes(index.model) else 1
-    for shapes in _candidates(index.model):
+    for shapes in _candidates(index.model, example or {}):
         try:
             concrete = concrete_graph(index, shapes)
-            if _large_enough(concrete) or wanted == 1:
+            if wanted == 1 or _is_large_enough(concrete):
                 found.append(concrete)
         except Refused as refusal:
             why = str(refusal)
         if len(found) == wanted:
             return tuple(found)
     raise PassError(
-        f"the graph has open sizes, and of the sizes tried it can be run at {len(found)}, not at two; give the sizes "
-        f"that it takes. {why}"
+        f"the graph's sizes are open, but of those tried it runs at {len(found)}, not at two, so that what its scans "
+        f"do cannot be seen; leave its sizes closed, or trace it with an example of other sizes. {why}".rstrip()
     )
 
 
-def _large_enough(concrete: Concrete) -> bool:
+def _is_large_enough(concrete: Concrete) -> bool:
     index = concrete.index
     lengths = [concrete.shape(index.nodes[place].input[0])[-1] for place in index.scans()]
     return all(length >= _FEWEST_STEPS for length in lengths)
 
 
-def _candidates(model: onnx.ModelProto) -> Iterator[dict[str, Shape]]:
-    """Shapes of the inputs, with numbers for the open axes; an axis's name has one number in all inputs."""
-    for number, (height, width) in enumerate(_SIDES):
-        batch = BATCHES[number % len(BATCHES)]
+def _candidates(model: onnx.ModelProto, example: Mapping[str, Sequence[int]]) -> Iterator[dict[str, Shape]]:
+    """Shapes of the inputs, with numbers for the open axes; axes of one name have one number."""
+    own = next((tuple(shape[2:]) for shape in example.values() if len(shape) == 4), ())
+    multiples = [(own[0], 2 * own[1]), (2 * own[0], own[1]), (2 * own[0], 3 * own[1])] if own else []
+    for number, sides in enumerate((*_SIDES, *multiples)):
         chosen: dict[str, int] = {}
-        shapes = {}
-        for value in model.graph.input:
-            shape = []
-            for axis, dim in enumerate(value.type.tensor_type.shape.dim):
-                if dim.HasField("dim_value"):
-                    shape.append(dim.dim_value)
-                    continue
-                name = dim.dim_param or f"{value.name}.{axis}"
-                sides = [size for key, size in chosen.items() if key != "batch" and size > max(BATCHES)]
-                new = batch if axis == 0 else (height, width)[len(sides) % 2]
-                shape.append(chosen.setdefault(name, new))
-            shapes[value.name] = tuple(shape)
-        yield shapes
+        yield {
+            value.name: tuple(
+                _size(value, axis, chosen, BATCHES[number % len(BATCHES)], sides)
+                for axis in range(len(value.type.tensor_type.shape.dim))
+            )
+            for value in model.graph.input
+        }
 
 
-def _open_axes(model: onnx.ModelProto) -> bool:
+def _size(
+    value: onnx.ValueInfoProto, axis: int, chosen: dict[str, int], batch: int, sides: tuple[int, int]
+) -> int:
+    """The size of one axis; height and width are the last two of an input, in turns."""
+    dim = value.type.tensor_type.shape.dim[axis]
+    if dim.HasField("dim_value"):
+        return int(dim.dim_value)
+    rank = len(value.type.tensor_type.shape.dim)
+    new = batch if axis == 0 else sides[(axis - rank) % 2]
+    return chosen.setdefault(dim.dim_param or f"{value.name}.{axis}", new)
+
+
+def _has_open_axes(model: onnx.ModelProto) -> bool:
     return any(
         not dim.HasField("dim_value")
         for value in model.graph.input

@@ -173,7 +173,7 @@ class _Part:
         return name
 
     def _add_convolution(self, node: onnx.NodeProto) -> None:
-        """Y = Conv(x, w, b) with a kernel of one position, as a product of matrices for each group."""
+        """Write y = Conv(x, w, b) with a kernel of one position as a product of matrices for each group."""
         weight = self.concrete.array(node.input[1]).astype(np.float64)
         if not acts_on_single_positions(node, weight.shape):
             raise Refused(f"the convolution {node.name} reads more than one position")

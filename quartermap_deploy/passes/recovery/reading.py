@@ -28,6 +28,7 @@ class Reading:
 
     Attributes:
         group: the scans.
+        directions: K of each of them.
         unrolling: where their steps come from.
         merge: where their outputs go.
         projections: their projections.
@@ -36,6 +37,7 @@ class Reading:
     """
 
     group: ScanGroup
+    directions: tuple[int, ...] | None = None
     unrolling: Unrolling | None = None
     merge: Merge | None = None
     projections: Projections | None = None
@@ -43,28 +45,33 @@ class Reading:
     refused: str | None = None
 
     @property
-    def order(self) -> ScanOrder | None:
-        """The order of the steps, where it is known."""
-        if self.unrolling is None:
-            return None
-        merged = self.merge is not None and self.merge.is_in_place(self.unrolling)
-        return ScanOrder(self.unrolling.height, self.unrolling.width, self.unrolling.order, merged)
+    def orders(self) -> dict[str, ScanOrder]:
+        """The order of each scan, by its name, where it is known."""
+        if self.unrolling is None or self.directions is None:
+            return {}
+        unrolling = self.unrolling
+        merged = self.merge is not None and self.merge.is_in_place(unrolling)
+        parts = np.split(unrolling.order, np.cumsum(self.directions)[:-1])
+        return {
+            name: ScanOrder(unrolling.height, unrolling.width, part, merged)
+            for name, part in zip(self.group.names, parts, strict=True)
+        }
 
 
 def read_group(group: ScanGroup, probes: Sequence[Concrete]) -> Reading:
     """Read a group of scans and write the one scan of a map that it is, or say why it is none."""
     reading = Reading(group)
     try:
+        reading = replace(reading, directions=GroupSizes.of(group, probes[0]).directions)
         unrolling = read_unrolling(group, probes[0])
         reading = replace(reading, unrolling=unrolling)
         merge = read_merge(group, unrolling, probes[0])
         reading = replace(reading, merge=merge)
         directions = _require_map_scan(unrolling, merge)
-        _require_same_at(probes, group, unrolling, merge)
+        others = [_same_at(concrete, group, unrolling, merge) for concrete in probes[1:]]
         projections = read_projections(group, unrolling, probes[0])
         reading = replace(reading, projections=projections)
-        for concrete in probes[1:]:
-            other = read_unrolling_from(unrolling.source, _form_at(unrolling, concrete), group, concrete)
+        for concrete, other in zip(probes[1:], others, strict=True):
             check_projections(projections, group, other, concrete)
         replacement = write_map_scan(
             group.names[0],
@@ -131,34 +138,31 @@ def _require_map_scan(unrolling: Unrolling, merge: Merge) -> tuple[str, ...]:
     return names
 
 
-def _require_same_at(
-    probes: Sequence[Concrete], group: ScanGroup, unrolling: Unrolling, merge: Merge
-) -> None:
-    """Refuse what is another scan at another size.
+def _same_at(concrete: Concrete, group: ScanGroup, unrolling: Unrolling, merge: Merge) -> Unrolling:
+    """The unrolling at another size.
 
     Raises:
-        Refused: if directions, layouts or weights are not the same at all sizes, or a side is missing in the graph.
+        Refused: if directions, layouts or weights are not the same there, or the graph does not tell a side.
     """
-    for concrete in probes[1:]:
-        other = read_unrolling_from(unrolling.source, _form_at(unrolling, concrete), group, concrete)
-        found = read_merge_at(merge.target, group, other, concrete)
-        same = (
-            other.directions == unrolling.directions
-            and found.form.layout == merge.form.layout
-            and found.is_in_place(other)
-            and np.array_equal(found.share, merge.share)
+    other = read_unrolling_from(unrolling.source, _form_at(unrolling, concrete), group, concrete)
+    found = read_merge_at(merge.target, group, other, concrete)
+    same = (
+        other.directions == unrolling.directions
+        and found.form.layout == merge.form.layout
+        and found.is_in_place(other)
+        and np.array_equal(found.share, merge.share)
+    )
+    if not same:
+        raise Refused(
+            f"it scans a map of {other.height}×{other.width} otherwise than one of "
+            f"{unrolling.height}×{unrolling.width}"
         )
-        if not same:
-            raise Refused(
-                f"it scans a map of {other.height}×{other.width} otherwise than one of "
-                f"{unrolling.height}×{unrolling.width}"
-            )
-        sides = (other.height, other.width)
-        if len(unrolling.form.sides) == 1 and sides != (unrolling.height, unrolling.width):
-            raise Refused(
-                f"the sides of the map are open, and {unrolling.source}, which holds it as a sequence, does not tell "
-                "them"
-            )
+    sides = (other.height, other.width)
+    if len(unrolling.form.sides) == 1 and sides != (unrolling.height, unrolling.width):
+        raise Refused(
+            f"the sides of the map are open, and {unrolling.source}, which holds it as a sequence, does not tell them"
+        )
+    return other
 
 
 def _form_at(unrolling: Unrolling, concrete: Concrete) -> MapForm:

@@ -67,7 +67,7 @@ class Profile:
                 large for TensorRT.
         """
         self._check_fixed(inputs)
-        found = {}
+        found: dict[str, tuple[tuple[int, ...], ...]] = {}
         for name, shape in inputs.items():
             ranges = [
                 (size,) * 3 if isinstance(size, int) else self._range(size, name, shape) for size in shape
