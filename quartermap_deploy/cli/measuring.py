@@ -43,7 +43,7 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="weights, .pth or .safetensors (default: the recipe's, those that come with the package, or new ones)",
     )
-    add_preprocessing_option(parser)
+    add_preprocessing_option(parser, "as the recipe or the model's card says")
 
 
 def add_measuring_options(group: argparse._ArgumentGroup) -> None:
