@@ -130,6 +130,8 @@ def test_a_recipe_of_a_module_is_evaluated(tmp_path: Path) -> None:
         *("--preprocessing", "std=0.5,0.5,0.5", "--labels", "digits"),
     ).json
     assert values["overridden"] == ["labels", "std"] and values["preprocessing"]["std"] == [0.5] * 3
+    for source in (FACTORY, "my_package.models:Net"):
+        assert "write a recipe with it in [module]" in refused("eval", source)
     assert "a recipe names its factory itself" in refused("eval", recipe, "--factory", FACTORY, "--limit", 2)
 
 

@@ -128,6 +128,11 @@ def runner_for(
         return _bundle_runner(bundle, target or bundle.default_target, given, progress)
     from quartermap_deploy.compiler import as_recipe
 
+    if isinstance(source, str) and names_a_factory(source):
+        raise InputError(
+            f"{source} names a module of yours; write a recipe with it in [module], its example input, and in "
+            "[preprocessing] how images are prepared for it, and give that; or compile it, and give the bundle"
+        )
     if factory is not None:
         raise InputError(
             f"{source} is no bundle, and a recipe names its factory itself, in [module]; leave {factory} out"
@@ -140,7 +145,15 @@ def runner_for(
 def _is_bundle(source: str | Path) -> bool:
     text = str(source)
     # The name of a model is no path, unless there is such a folder; what looks like a path gets an error about bundles.
-    return not text.endswith(".toml") and (Path(source).is_dir() or "/" in text or "\\" in text)
+    if text.endswith(".toml") or names_a_factory(text):
+        return False
+    return Path(source).is_dir() or "/" in text or "\\" in text
+
+
+def names_a_factory(source: str) -> bool:
+    """Whether a text is package.module:name, or path/to/model.py:name."""
+    where, colon, name = source.rpartition(":")
+    return bool(where and colon) and name.isidentifier() and not Path(source).exists()
 
 
 def _bundle_runner(bundle: Bundle, target: str, given: Given, progress: Progress) -> Runner:
