@@ -198,13 +198,13 @@ class _Tuning:
         calibration, verification = (
             dataset.for_model(count, names) for dataset in (calibration, verification)
         )
-        # Both may be parts of one set.
-        self.warnings += dict.fromkeys((*calibration.warnings, *verification.warnings))
         if not self.source.weights.trained:
             self.warnings.append(
                 f"{self.recipe.model} has newly initialised weights, so its answers, and what is chosen by them, mean "
                 "nothing; give the trained ones"
             )
+        # Both may be parts of one set.
+        self.warnings += dict.fromkeys((*calibration.warnings, *verification.warnings))
         return calibration, verification
 
     def _trials(self, calibration: Dataset, verification: Dataset, labels: bool) -> tuple[Trial, Trial]:
