@@ -30,7 +30,7 @@ from quartermap_deploy.files import write_whole
 from quartermap_deploy.frontend.exporter import to_onnx
 from quartermap_deploy.lowering.operator import SELECTIVE_SCAN
 from quartermap_deploy.passes import lower
-from quartermap_deploy.scan.definition import selective_scan_definition
+from quartermap_deploy.scan.definition import cross_merge, cross_scan, selective_scan_definition
 
 TOLERANCE = 1e-5
 NAMES = sorted(SPELLINGS)
@@ -478,6 +478,51 @@ def launch(x):
     assert not has_triton_package()
 
 
+TRITON_MAPS = """
+import torch, triton
+
+@triton.jit
+def unroll(x, y):
+    pass
+
+class CrossScanTriton(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        unroll[(1,)](x, x)
+
+class CrossScanTriton1b1(CrossScanTriton):
+    @staticmethod
+    def forward(ctx, x):
+        unroll[(1,)](x, x)
+
+class CrossMergeTriton(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        unroll[(1,)](y, y)
+
+class Other(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        unroll[(1,)](y, y)
+"""
+
+
+def test_maps_are_unrolled_without_triton(repository: Callable[..., None]) -> None:
+    repository(ours_csm=TRITON_MAPS)
+    maps = torch.randn(2, 4, 3, 2, 5, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        with qm.public_code():
+            csm = importlib.import_module("ours_csm")
+            assert torch.equal(csm.CrossScanTriton.apply(maps[:, 0]), cross_scan(maps[:, 0]))
+            each = csm.CrossScanTriton1b1.apply(maps)
+            for k in range(4):
+                assert torch.equal(each[:, k], cross_scan(maps[:, k])[:, k])
+            merged = csm.CrossMergeTriton.apply(maps)
+            assert error(merged, cross_merge(maps.flatten(3), 2, 5).flatten(2)) <= TOLERANCE
+            with pytest.raises(UnsupportedScanError, match=r"Triton kernel ours_csm\.unroll"):
+                csm.Other.apply(maps)
+
+
 @torch.no_grad()
 def test_cuda_becomes_the_cpu() -> None:
     layer = nn.Linear(6, 3)
@@ -601,6 +646,7 @@ def test_the_causal_convolution() -> None:
     with qm.public_code():
         import causal_conv1d_cuda
         from causal_conv1d import causal_conv1d_fn
+        from causal_conv1d.cpp_functions import causal_conv1d_fwd_function
 
     assert error(causal_conv1d_fn(X, weight, layer.bias), wanted) <= TOLERANCE
     for activated in (
@@ -608,6 +654,7 @@ def test_the_causal_convolution() -> None:
         causal_conv1d_fn(X, weight, layer.bias, "silu"),
         causal_conv1d_cuda.causal_conv1d_fwd(X, weight, layer.bias, True),
         causal_conv1d_cuda.causal_conv1d_fwd(X, weight, layer.bias, None, None, None, True),
+        causal_conv1d_fwd_function(X, weight, layer.bias, None, None, None, True),
     ):
         assert error(activated, functional.silu(wanted)) <= TOLERANCE
 
@@ -726,6 +773,21 @@ def test_what_cannot_be_expressed_is_refused_by_name(case: str) -> None:
     with pytest.raises(UnsupportedScanError, match=message):
         call()
     assert issubclass(UnsupportedScanError, ExportError)
+
+
+def test_a_refusal_reaches_the_user_of_the_compiler(repository: Callable[..., None]) -> None:
+    from quartermap_deploy.sources.modules import module_source
+
+    repository(
+        ours_ops=LOOP,
+        ours_model=MODEL.format(package="ours_ops", scan="selective_scan_ref").replace(
+            "states, states)", "states, states, return_last_state=True)"
+        ),
+    )
+    with pytest.raises(
+        UnsupportedScanError, match=r"^the model calls selective_scan_fn\(return_last_state=True\)"
+    ):
+        module_source(made("ours_model"), X)
 
 
 def test_an_argument_that_is_not_known_is_refused(repository: Callable[..., None]) -> None:

@@ -174,21 +174,41 @@ def redirect_namespace(patches: Patches, owner: object, space: Namespace, found:
         elif isinstance(value, type) and value.__module__ == space.get("__name__"):
             for member in list(vars(value).values()):
                 _redirect_function(patches, owner, member, found)
+            if value.__name__ in stand_ins.AUTOGRAD and issubclass(value, torch.autograd.Function):
+                _redirect_triton(patches, owner, value, found)
 
 
 def _redirect_function(patches: Patches, owner: object, value: Any, found: list[str]) -> None:
     function = _unwrapped(value)
     if function is None or imports.foreign(str(function.__globals__.get("__name__", ""))):
         return
-    if patches.holds(Code(function)):
-        # Redirected by a block around this one, or in another thread, and it must outlive that one.
-        patches.share(owner, Code(function))
+    if _shared(patches, owner, function):
         return
     first = function.__code__.co_varnames[:1]
     target = scan_target(function, skip=1 if first in _BEFORE else 0) or named_target(function)
     if target is not None:
         redirect(patches, owner, function, target)
         found.append(f"{function.__module__}.{function.__qualname__}")
+
+
+def _shared(patches: Patches, owner: object, function: types.FunctionType) -> bool:
+    """Whether a function is redirected by a block around this one, or in another thread; then it outlives that one."""
+    if not patches.holds(Code(function)):
+        return False
+    patches.share(owner, Code(function))
+    return True
+
+
+def _redirect_triton(
+    patches: Patches, owner: object, kind: type[torch.autograd.Function], found: list[str]
+) -> None:
+    """Let an autograd function that launches a Triton kernel do in torch what the kernel does."""
+    forward = _unwrapped(vars(kind).get("forward"))
+    if forward is None or _shared(patches, owner, forward) or forward.__code__.co_argcount != 2:
+        return
+    target = stand_ins.AUTOGRAD[kind.__name__]
+    redirect(patches, owner, forward, lambda context, maps: target(maps))
+    found.append(f"{forward.__module__}.{forward.__qualname__}")
 
 
 def redirect_extension(patches: Patches, owner: object, module: types.ModuleType, found: list[str]) -> None:
