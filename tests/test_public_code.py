@@ -439,9 +439,47 @@ class Model(nn.Module):
     for x in (X, X[..., :4], X[..., :3]):
         with qm.public_code(model), torch.no_grad():
             assert error(model(x), expected(model, x)) <= TOLERANCE
+    # As many positions as channels as states: mamba-ssm's interface is known, a plain loop's is not.
     with qm.public_code(model), pytest.raises(UnsupportedScanError, match="either axis"):
         square = X[..., :4]
         model.selective_scan(square, square, model.A, square[:, :2, :2], square[:, :2, :2], None)  # type: ignore[operator]
+
+
+@torch.no_grad()
+def test_the_interface_of_mamba_ssm_has_its_channels_first(repository: Callable[..., None]) -> None:
+    repository(ours_ops=LOOP, ours_model=MODEL.format(package="ours_ops", scan="selective_scan_ref"))
+    model = made("ours_model")
+    model.A = nn.Parameter(torch.zeros(2, 2))
+    square = X[:, :2, :2]
+    with qm.public_code(model):
+        assert error(model(square), expected(model, square)) <= TOLERANCE
+
+
+def test_gradients_of_kernels_are_refused(repository: Callable[..., None]) -> None:
+    text = """
+import torch
+
+class Fn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, delta, A, B, C):
+        ctx.save_for_backward(u)
+        return u
+
+    @staticmethod
+    def backward(ctx, grad):
+        (u,) = ctx.saved_tensors
+        return grad, None, None, None, None
+"""
+    repository(ours_ops=text)
+    with qm.public_code():
+        fn = importlib.import_module("ours_ops").Fn
+        x, states = X.clone().requires_grad_(), X[:, :2]
+        y = fn.apply(x, x.detach(), -torch.ones(4, 2), states, states)
+        with pytest.raises(UnsupportedScanError, match=r"the gradient of ours_ops\.Fn"):
+            y.sum().backward()
+        # The functions themselves are differentiable.
+        qm.selective_scan(x, x, -torch.ones(4, 2), states, states).sum().backward()
+        assert x.grad is not None and x.grad.abs().sum() > 0
 
 
 def test_torch_never_sees_a_triton(repository: Callable[..., None]) -> None:
@@ -823,6 +861,15 @@ class Fn(torch.autograd.Function):
     def forward(ctx, sequence, step, decay, states):
         raise AssertionError("the loop ran")
 
+class SetUp(torch.autograd.Function):
+    @staticmethod
+    def forward(sequence, step, decay, states):
+        raise AssertionError("the loop ran")
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
 native = len
 number = 3
 """
@@ -845,13 +892,14 @@ class Model(nn.Module):
             return ours_ops.Holder.scan(x, x, A, states)
         if self.call == "native":
             return ours_ops.native(x, x, A, states)
-        return ours_ops.Fn.apply(x, x, A, states)
+        return (ours_ops.Fn if self.call == "autograd" else ours_ops.SetUp).apply(x, x, A, states)
 """
 PATHS = {
     "function": "ours_ops:my_scan",
     "method": "ours_ops:Holder.scan",
     "native": "ours_ops:native",
     "autograd": "ours_ops:Fn",
+    "set up": "ours_ops:SetUp",
 }
 
 

@@ -104,15 +104,20 @@ def _refused(name: str, why: str) -> Callable[..., Any]:
     return refused
 
 
+def no_gradients(what: str) -> Callable[..., Any]:
+    """Return a function that refuses to compute gradients."""
+    return _refused(what, _TRAINING)
+
+
 _STATES = "a compiled model keeps no state between its calls"
-_TRAINING = "gradients are not available; train where the extension is installed"
+_TRAINING = "it is for inference; train where the extensions are installed"
 
 
 def _extension(name: str) -> dict[str, Any]:
     if name == "causal_conv1d_cuda":
         return {
             "causal_conv1d_fwd": convolution_kernel,
-            "causal_conv1d_bwd": _refused("causal_conv1d_cuda.causal_conv1d_bwd", _TRAINING),
+            "causal_conv1d_bwd": no_gradients("causal_conv1d_cuda.causal_conv1d_bwd"),
             "causal_conv1d_update": _refused("causal_conv1d_cuda.causal_conv1d_update", _STATES),
         }
     kernel: Callable[..., Any] = kernel_without_gate
@@ -120,7 +125,7 @@ def _extension(name: str) -> dict[str, Any]:
         kernel = kernel_with_gate
     elif name.endswith("_ndstate"):
         kernel = kernel_without_states
-    return {"fwd": kernel, "bwd": _refused(f"{name}.bwd", _TRAINING)}
+    return {"fwd": kernel, "bwd": no_gradients(f"{name}.bwd")}
 
 
 # Modules --------------------------------------------------------------------------------------------------------
@@ -183,7 +188,7 @@ _MODULES: dict[str, Mapping[str, Any]] = {
     },
     "causal_conv1d.cpp_functions": {
         "causal_conv1d_fwd_function": scans.causal_conv1d_forward,
-        "causal_conv1d_bwd_function": _refused("causal_conv1d_bwd_function", _TRAINING),
+        "causal_conv1d_bwd_function": no_gradients("causal_conv1d_bwd_function"),
         "causal_conv1d_update_function": _refused("causal_conv1d_update_function", _STATES),
     },
 }
