@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quartermap_deploy.errors import ExportError, InputError
+from quartermap_deploy.errors import ExportError, InputError, UnsupportedScanError
 from quartermap_deploy.frontend.exporter import ModuleCall
 from quartermap_deploy.frontend.node_names import scan_name
 from quartermap_deploy.sources.description import SourceBlock
@@ -83,7 +83,7 @@ def discover(
             outputs = signature.call(module, feeds)
         with torch.no_grad(), running():
             again = signature.call(module, feeds)
-    except InputError:
+    except (InputError, UnsupportedScanError):
         raise
     except Exception as error:
         shapes = ", ".join(f"{name} {tuple(value.shape)} {value.dtype}" for name, value in feeds.items())
