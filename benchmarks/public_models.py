@@ -173,9 +173,12 @@ def _make(model: PublicModel, result: dict[str, Any], folder: Path, options: arg
     assert checkout is not None
     torch.manual_seed(0)
     with qm.public_code() as block:
-        made = model.build(checkout).eval()
+        made = model.build(checkout)
+    # Some repositories' train() returns nothing, and so does eval().
+    made.eval()
     enliven(made)
-    shapes = {name: _sized(shape, options.size) for name, shape in model.inputs.items()}
+    size = options.size if model.any_size else None
+    shapes = {name: _sized(shape, size) for name, shape in model.inputs.items()}
     result["supplied"] = block.supplied
     result["_model"] = made
     result["_inputs"] = tuple(torch.rand(shape) for shape in shapes.values())

@@ -197,7 +197,7 @@ def listed(files: ImageLike | Iterable[ImageLike]) -> list[tuple[str, ImageLike]
     """Return images with names for messages, those in folders among them.
 
     Args:
-        files: files, folders, arrays or Pillow images, or one of them.
+        files: files, folders, arrays or Pillow images, or one of them, or an array of several images.
 
     Raises:
         InputError: if there is none, or a folder holds none.
@@ -222,9 +222,9 @@ def _text(path: str | PathLike[str]) -> str:
 
 
 def _is_one(files: Any) -> bool:
-    """Whether this is an image, not several: a text is no list of letters, and an array of three axes is an image."""
+    """Whether this is an image, not several: a text is no list of letters, and (H, W, 3) is no list of rows."""
     if isinstance(files, np.ndarray):
-        return files.ndim < 4
+        return files.ndim < 3 or (files.ndim == 3 and files.shape[2] in (3, 4))
     return isinstance(files, (str, PathLike)) or not isinstance(files, Iterable)
 
 

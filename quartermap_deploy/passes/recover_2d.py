@@ -22,10 +22,12 @@ from dataclasses import dataclass, field
 
 import onnx
 
+from quartermap_deploy.errors import PassError
 from quartermap_deploy.frontend.node_names import read_name
 from quartermap_deploy.passes.base import PassReport
 from quartermap_deploy.passes.recovery.concrete import Concrete
 from quartermap_deploy.passes.recovery.graph_index import GraphIndex, read_values
+from quartermap_deploy.passes.recovery.grids import infer_order
 from quartermap_deploy.passes.recovery.group import GroupSizes, ScanGroup
 from quartermap_deploy.passes.recovery.probing_sizes import probing_graphs
 from quartermap_deploy.passes.recovery.reading import Reading, read_group
@@ -51,6 +53,7 @@ class ScanRecovery:
         d_state: N.
         rank: R of the time step; None if it has none, or was not looked for.
         source: the value that is the map, and its layout, as "silu (NCHW)"; None if it was not found.
+        inferred: where the order of a one-dimensional scan was inferred from, in words, or None.
     """
 
     scans: tuple[str, ...]
@@ -61,12 +64,14 @@ class ScanRecovery:
     d_state: int
     rank: int | None
     source: str | None
+    inferred: str | None = None
 
     def describe(self) -> str:
         """One line."""
         names = ", ".join(self.scans)
         if self.refused is not None:
-            return f"{names}: stays one-dimensional: {self.refused}"
+            known = "" if self.inferred is None else f"; its steps follow {self.inferred}"
+            return f"{names}: stays one-dimensional: {self.refused}{known}"
         orders = [self.orders[name] for name in self.scans]
         directions = ", ".join(name for order in orders for name in order.directions or ())
         rank = "full rank" if self.rank is None else f"rank {self.rank}"
@@ -115,13 +120,20 @@ def recover_2d(model: onnx.ModelProto, example: Mapping[str, Sequence[int]] | No
             sizes that most models take, or at multiples of these.
 
     Raises:
-        PassError: if the model has open sizes and cannot be run at two of those that are tried.
+        PassError: if the graph contradicts itself.
     """
     report = RecoveryReport(NAME)
     index = GraphIndex(model)
     if not index.scans():
         return Recovered(infer_shapes(model), report)
-    probes = probing_graphs(index, example)
+    try:
+        probes = probing_graphs(index, example)
+    except PassError as error:
+        # What cannot be looked at stays as it is, which is a legal model.
+        for place in index.scans():
+            if (name := read_name(index.nodes[place].name)) is not None:
+                report.refused.setdefault(name.block, str(error))
+        return Recovered(infer_shapes(model), report)
     readings = [reading for group in _groups(index, probes[0]) for reading in _read(group, probes)]
     readings.sort(key=lambda reading: reading.group.places)
     for reading in readings:
@@ -161,15 +173,22 @@ def _recovery(reading: Reading, concrete: Concrete) -> ScanRecovery:
     except Refused:
         d_inner = d_state = 0
     replacement, projections = reading.replacement, reading.projections
+    orders, inferred = reading.orders, None
+    if reading.refused is not None and all(order.height == 1 for order in orders.values()):
+        found = infer_order(group, concrete) if len(group.places) == 1 else None
+        if found is not None:
+            orders = {group.names[0]: found.order}
+            inferred = f"the {found.order.height}×{found.order.width} positions of {found.grid}"
     return ScanRecovery(
         scans=group.names,
         nodes=group.names if replacement is None else replacement.scans,
         refused=reading.refused,
-        orders=reading.orders,
+        orders=orders,
         d_inner=d_inner,
         d_state=d_state,
         rank=None if projections is None else projections.rank,
         source=None if unrolling is None else f"{unrolling.source} ({unrolling.form.layout})",
+        inferred=inferred,
     )
 
 

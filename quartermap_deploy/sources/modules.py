@@ -287,7 +287,10 @@ def _prepared(model: nn.Module) -> nn.Module:
             f"the module {type(model).__name__} cannot be copied ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}); it may hold a tensor that was computed with gradients: detach it"
         ) from error
-    return copied.cpu().float().eval()
+    copied = copied.cpu().float()
+    # Not chained: a module whose own train() returns nothing makes eval() return nothing.
+    copied.eval()
+    return copied
 
 
 def _named_example(model: nn.Module, example: Any) -> tuple[Feeds, bool]:
