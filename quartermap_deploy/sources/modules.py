@@ -130,7 +130,7 @@ class ModuleSource(SourceModel):
             self.signature,
             running=self.running,
             scans=scans,
-            float64=False,
+            float64=self.discovery.float64,
         )
 
     def cases(self, pictures: Pictures | None) -> dict[str, Feeds]:
