@@ -15,7 +15,6 @@ import contextlib
 import itertools
 import json
 import math
-
 import subprocess
 import sys
 import tempfile

@@ -19,7 +19,6 @@ from quartermap_deploy.frontend.node_names import scan_name
 from quartermap_deploy.sources.description import SourceBlock
 from quartermap_deploy.sources.signature import Signature
 
-
 FLOAT32_ERROR = 1e-2
 """Largest difference of a module in float64 from itself in float32, as a share of the largest value, that may be
 rounding."""
