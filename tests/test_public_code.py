@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from helpers import error, session
-from made_once import made_once
+from helpers import error
 from spellings import SPELLINGS
 from torch import Tensor, nn
 from torch.nn import functional
@@ -26,10 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import quartermap_deploy as qm
 from quartermap_deploy.errors import ExportError, UnknownNameError, UnsupportedScanError
-from quartermap_deploy.files import write_whole
-from quartermap_deploy.frontend.exporter import to_onnx
-from quartermap_deploy.lowering.operator import SELECTIVE_SCAN
-from quartermap_deploy.passes import lower
 from quartermap_deploy.scan.definition import cross_merge, cross_scan, selective_scan_definition
 
 TOLERANCE = 1e-5
@@ -61,20 +55,6 @@ def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         return as_list(model(*inputs))
 
 
-def exported(name: str) -> onnx.ModelProto:
-    """A spelling as ONNX, exported once in a test run."""
-    spelling = SPELLINGS[name]
-
-    def make(path: Path) -> None:
-        model, inputs = spelling.make(), spelling.examples()
-        shapes = tuple({0: torch.export.Dim("batch")} for _ in inputs)
-        with qm.public_code(model):
-            graph = to_onnx(model, inputs, dynamic_shapes=shapes, input_names=list(spelling.inputs))
-        write_whole(path, graph.SerializeToString())
-
-    return onnx.load_from_string(made_once(f"spelling_{name}.onnx", make, 600).read_bytes())
-
-
 # Whole models -------------------------------------------------------------------------------------------------------
 
 
@@ -88,18 +68,6 @@ def test_a_spelling_calls_its_scans_and_they_matter(name: str) -> None:
     with Scans(silent=True):
         without = run(model, inputs)
     assert all(error(a, b) > 0.02 for a, b in zip(without, outputs, strict=True))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_spelling_exports_one_node_for_each_scan(name: str) -> None:
-    spelling, graph = SPELLINGS[name], exported(name)
-    assert sum(node.op_type == SELECTIVE_SCAN for node in graph.graph.node) == spelling.scans
-    assert not any(node.op_type in ("Loop", "Scan") for node in graph.graph.node)
-    ready, model, inputs = session(lower(graph)), spelling.make(), spelling.examples()
-    for given in (inputs, tuple(torch.cat([item, item.flip(0)[:1]]) for item in inputs)):
-        found = ready.run(None, {k: v.numpy() for k, v in zip(spelling.inputs, given, strict=True)})
-        for actual, expected in zip(found, run(model, given), strict=True):
-            assert error(actual, expected) <= TOLERANCE
 
 
 def test_there_are_enough_spellings() -> None:
