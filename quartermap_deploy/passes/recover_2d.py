@@ -69,7 +69,7 @@ class ScanRecovery:
         """One line."""
         names = ", ".join(self.scans)
         if self.refused is not None:
-            known = "" if self.inferred is None else f"; its steps follow {self.inferred}"
+            known = "" if self.inferred is None else f"; for pruning, its steps are {self.inferred}"
             return f"{names}: stays one-dimensional: {self.refused}{known}"
         orders = [self.orders[name] for name in self.scans]
         directions = ", ".join(name for order in orders for name in order.directions or ())
