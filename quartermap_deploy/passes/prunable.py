@@ -62,7 +62,7 @@ def why_not_whole(order: ScanOrder) -> str:
 
 def _why_not_by_steps(scan: ScanNode, order: ScanOrder, selection: Selection) -> str:
     length = scan.node.inputs[INPUTS_1D.index("u")].shape[-1]
-    if not order.covers_map:
+    if not order.walks_lines:
         return why_not_whole(order)
     if min(order.height, order.width) < 2:
         return f"its scan {scan.name} follows a sequence that is no map"
