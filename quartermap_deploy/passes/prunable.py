@@ -67,7 +67,11 @@ def _why_not_by_steps(scan: ScanNode, order: ScanOrder, selection: Selection) ->
     if min(order.height, order.width) < 2:
         return f"its scan {scan.name} follows a sequence that is no map"
     if length != order.order.shape[1]:
-        found = f"{length} steps" if isinstance(length, int) else "as many steps as the size of the input gives it"
+        found = (
+            f"{length} steps"
+            if isinstance(length, int)
+            else "as many steps as the size of the input gives it"
+        )
         return f"its scan {scan.name} has {found}, and its order is known for {order.order.shape[1]}"
     if selection.subsample.upsample != "nearest":
         return (
