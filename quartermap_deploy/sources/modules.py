@@ -109,7 +109,7 @@ class ModuleSource(SourceModel):
             for name in scan.scans
         }
         orders = recovered.orders
-        if any("height" in item.shape for item in self.inputs):
+        if any(isinstance(size, str) for item in self.inputs for size in item.shape[1:]):
             orders = orders_at(recovered.model, self.example_shapes, orders, nodes)
         traced = Traced(recovered.model, outputs, rules, orders, nodes, (recovered.report,))
         if self.dynamic_batch:
@@ -327,13 +327,17 @@ def _named_example(model: nn.Module, example: Any) -> tuple[Feeds, bool]:
 def _inputs(example: Feeds, dynamic_batch: bool, dynamic_size: bool) -> list[TensorInfo]:
     first = next(iter(example.values()))
     batch = first.shape[0] if first.ndim else None
-    found = []
+    found: list[TensorInfo] = []
+    sides: tuple[int, ...] | None = None
     for name, array in example.items():
         shape: list[int | str] = list(array.shape)
         if dynamic_batch and array.ndim and array.shape[0] == batch:
             shape[0] = "batch"
         if dynamic_size and array.ndim == 4:
-            shape[2:] = ["height", "width"]
+            # Axes of one name have one size, so an input of another size has names of its own.
+            sides = sides or array.shape[2:]
+            prefix = "" if array.shape[2:] == sides else f"{name}_"
+            shape[2:] = [f"{prefix}height", f"{prefix}width"]
         found.append(TensorInfo(name, tuple(shape), str(array.dtype)))
     return found
 
