@@ -50,9 +50,10 @@ FEW, MANY = 4, 16
 class Load:
     """Clients that send one request again and again."""
 
-    def __init__(self, server: Served, model: str, images: Any, clients: int) -> None:
+    def __init__(self, server: Served, bundle: qm.Bundle, images: Any, clients: int) -> None:
+        model, name = bundle.manifest["model"]["name"], bundle.inputs[0].name
         entry = {
-            "name": "images",
+            "name": name,
             "shape": list(images.shape),
             "datatype": "FP32",
             "parameters": {"binary_data_size": images.nbytes},
@@ -103,8 +104,8 @@ class Load:
 
 def throughput(bundle: qm.Bundle, options: argparse.Namespace) -> dict[str, Any]:
     """Compare the server with the session, and batches with none, in turns."""
-    if bundle.preprocessing is None:
-        raise SystemExit(f"{bundle.path} does not say how images are prepared; take a bundle that does")
+    if bundle.preprocessing is None or len(bundle.inputs) != 1:
+        raise SystemExit(f"{bundle.path} takes no images; give a bundle with one input for images")
     images = real_images(bundle.preprocessing, count=options.batch)
     session = OnnxRuntimeSession(bundle.model_path, options.threads)
     expected = session.run(images)
@@ -114,11 +115,11 @@ def throughput(bundle: qm.Bundle, options: argparse.Namespace) -> dict[str, Any]
         serving(bundle.path, "--max-batch", 1, *arguments, threads=options.threads) as single,
     ):
         name = server.until("ready") and bundle.manifest["model"]["name"]
-        check(server, name, images, expected)
+        check(server, bundle, images, expected)
         loads = {
-            "full batches": Load(server, name, images, FEW),
-            "single images": Load(server, name, images[:1], MANY),
-            "no batches": Load(single, name, images[:1], MANY),
+            "full batches": Load(server, bundle, images, FEW),
+            "single images": Load(server, bundle, images[:1], MANY),
+            "no batches": Load(single, bundle, images[:1], MANY),
         }
         rates: dict[str, list[float]] = {"direct": [], **{name: [] for name in loads}}
         for round_number in range(options.rounds + 1):
@@ -162,9 +163,9 @@ def direct(session: OnnxRuntimeSession, images: Any, seconds: float) -> float:
     return count / elapsed
 
 
-def check(server: Served, name: str, images: Any, expected: Any) -> None:
+def check(server: Served, bundle: qm.Bundle, images: Any, expected: Any) -> None:
     """Check one answer of the server; nothing is timed that is not right."""
-    load = Load(server, name, images, 1)
+    load = Load(server, bundle, images, 1)
     connection = http.client.HTTPConnection(server.http, timeout=600)
     connection.request("POST", load.path, load.body, load.headers)
     answer = connection.getresponse()

@@ -39,6 +39,29 @@ IMAGE = Description(
     LABELS,
 )
 VALUES = np.arange(8, dtype=np.float32).reshape(2, 1, 2, 2)
+SEVERAL = Description(
+    "s",
+    "onnxruntime_onnx",
+    (TensorSpec("tokens", "INT64", (-1, 3)), TensorSpec("keep", "BOOL", (-1,))),
+    (TensorSpec("scores", "FP32", (-1, 2)), TensorSpec("best", "INT64", (-1,))),
+    4,
+    0.001,
+    (),
+)
+WHOLE = Description(
+    "w",
+    "onnxruntime_onnx",
+    (
+        TensorSpec("images", "FP32", (2, 3)),
+        TensorSpec("scale", "FP32", ()),
+        TensorSpec("bytes", "UINT8", (-1, 2)),
+    ),
+    (TensorSpec("total", "FP64", ()),),
+    4,
+    0.001,
+    (),
+    batch_axis=False,
+)
 
 
 def entry(**changes: Any) -> dict[str, Any]:
@@ -131,6 +154,91 @@ def test_the_largest_json_of_a_model_is_taken_however_it_is_written() -> None:
             np.testing.assert_array_equal(
                 http_codec.parse_request(body, None, TENSOR).inputs["images"], values
             )
+
+
+def typed(name: str, datatype: str, values: Any, shape: list[int], **changes: Any) -> dict[str, Any]:
+    return entry(name=name, datatype=datatype, data=values, shape=shape, **changes)
+
+
+def test_several_inputs_of_several_types_are_read() -> None:
+    tokens = typed("tokens", "INT64", [[1, 2, -3], [4, 5, 1 << 40]], [2, 3])
+    keep = typed("keep", "BOOL", [True, False], [2])
+    parsed = http_codec.parse_request(request(keep, tokens), None, SEVERAL)
+    assert parsed.inputs["tokens"].tolist() == [[1, 2, -3], [4, 5, 1 << 40]]
+    assert parsed.inputs["tokens"].dtype == np.int64 and parsed.inputs["keep"].tolist() == [True, False]
+    assert parsed.outputs == [RequestedOutput("scores"), RequestedOutput("best")]
+    body = request(keep, entry(**{**tokens, "data": ..., "parameters": {"binary_data_size": 48}}))
+    data = np.arange(6, dtype="<i8").tobytes()
+    found = http_codec.parse_request(body + data, str(len(body)), SEVERAL)
+    assert found.inputs["tokens"].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_inputs_without_a_batch_and_without_axes_are_read() -> None:
+    inputs = [
+        typed("images", "FP32", [1.5] * 6, [2, 3]),
+        typed("scale", "FP32", [0.5], []),
+        typed("bytes", "UINT8", [0, 255], [1, 2]),
+    ]
+    parsed = http_codec.parse_request(request(*inputs), None, WHOLE)
+    assert parsed.inputs["scale"].shape == () and parsed.inputs["scale"] == 0.5
+    assert parsed.inputs["bytes"].tolist() == [[0, 255]] and parsed.inputs["bytes"].dtype == np.uint8
+    assert WHOLE.images(parsed.inputs) == 1 and not WHOLE.joins
+    answer, _ = http_codec.build_response(WHOLE, parsed, {"total": np.array(2.5)})
+    (output,) = json.loads(answer)["outputs"]
+    assert output == {"name": "total", "datatype": "FP64", "shape": [], "data": [2.5]}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ([typed("tokens", "INT64", [1] * 3, [1, 3])], "the inputs are 'tokens'; expected 'tokens', 'keep'"),
+        (
+            [typed("tokens", "INT64", [1] * 6, [2, 3]), typed("keep", "BOOL", [True] * 3, [3])],
+            "'keep' is a batch of 3, and 'tokens' one of 2",
+        ),
+        (
+            [typed("tokens", "INT64", [1.0] * 3, [1, 3]), typed("keep", "BOOL", [True], [1])],
+            "other than whole numbers",
+        ),
+        (
+            [typed("tokens", "INT64", [1 << 63] * 3, [1, 3]), typed("keep", "BOOL", [True], [1])],
+            "INT64 holds -9223372036854775808 to",
+        ),
+        (
+            [typed("tokens", "INT64", [1] * 3, [1, 3]), typed("keep", "BOOL", [1], [1])],
+            "other than true and false",
+        ),
+        (
+            [typed("tokens", "INT64", [True] * 3, [1, 3]), typed("keep", "BOOL", [True], [1])],
+            "other than whole numbers",
+        ),
+        (
+            [typed("tokens", "FP32", [1] * 3, [1, 3]), typed("keep", "BOOL", [True], [1])],
+            "'FP32', the model takes INT64",
+        ),
+    ],
+)
+def test_inputs_that_do_not_go_together_are_refused(inputs: list[dict[str, Any]], message: str) -> None:
+    assert message in refusal(request(*inputs), None, SEVERAL)
+
+
+def test_bytes_that_are_no_truth_values_are_refused() -> None:
+    keep = typed("keep", "BOOL", ..., [2], parameters={"binary_data_size": 2})
+    tokens = typed("tokens", "INT64", [1] * 6, [2, 3])
+    body = request(tokens, keep)
+    assert "neither 0 nor 1" in refusal(body + b"\1\2", str(len(body)), SEVERAL)
+    found = http_codec.parse_request(body + b"\1\0", str(len(body)), SEVERAL)
+    assert found.inputs["keep"].tolist() == [True, False]
+
+
+def test_only_outputs_with_classes_come_as_classes() -> None:
+    inputs = [typed("tokens", "INT64", [1] * 3, [1, 3]), typed("keep", "BOOL", [True], [1])]
+
+    def wanted(name: str) -> bytes:
+        return request(*inputs, outputs=[{"name": name, "parameters": {"classification": 2}}])
+
+    assert http_codec.parse_request(wanted("scores"), None, SEVERAL).outputs[0].classes == 2
+    assert "only one of (batch, classes) comes as classes" in refusal(wanted("best"), None, SEVERAL)
 
 
 def test_binary_values_are_read_behind_the_json() -> None:
@@ -281,6 +389,7 @@ def test_the_most_probable_classes() -> None:
     found = classified(np.array([[0.5, 0.25, 0.5]], dtype=np.float32), 2, ("x", "y", "z"))
     assert found.tolist() == [[b"0.500000:0:x", b"0.500000:2:z"]]
     assert classified(np.zeros((1, 2), np.float32), 9, LABELS).shape == (1, 2)
+    assert classified(np.array([[1.0, 2.0]]), 1, ()).tolist() == [[b"2.000000:1"]]
 
 
 def test_raw_strings_survive_a_round_trip() -> None:
@@ -314,6 +423,67 @@ def test_messages_are_read_with_raw_and_with_typed_contents() -> None:
     np.testing.assert_array_equal(found.inputs["images"], VALUES)
     answer = grpc_codec.build_response(TENSOR, found, {"logits": VALUES.reshape(4, 2)})
     assert not answer.raw_output_contents and list(answer.outputs[0].contents.fp32_contents) == list(range(8))
+
+
+def test_messages_of_several_types_are_read_and_answered() -> None:
+    inputs = [
+        {"name": "tokens", "datatype": "INT64", "shape": [2, 3]},
+        {"name": "keep", "datatype": "BOOL", "shape": [2]},
+    ]
+    typed = messages()["ModelInferRequest"](model_name="s", inputs=inputs)
+    typed.inputs[0].contents.int64_contents.extend([1, 2, -3, 4, 5, 1 << 40])
+    typed.inputs[1].contents.bool_contents.extend([True, False])
+    raw = messages()["ModelInferRequest"](model_name="s", inputs=inputs)
+    raw.raw_input_contents.extend([np.array([1, 2, -3, 4, 5, 1 << 40], "<i8").tobytes(), b"\1\0"])
+    outputs = {"scores": np.ones((2, 2), np.float32), "best": np.array([3, -4])}
+    for message in (typed, raw):
+        found = grpc_codec.parse_request(message, SEVERAL)
+        assert found.inputs["tokens"].tolist() == [[1, 2, -3], [4, 5, 1 << 40]]
+        assert found.inputs["keep"].dtype == np.bool_ and found.inputs["keep"].tolist() == [True, False]
+        answer = grpc_codec.build_response(SEVERAL, found, outputs)
+        assert [(one.name, one.datatype, list(one.shape)) for one in answer.outputs] == [
+            ("scores", "FP32", [2, 2]),
+            ("best", "INT64", [2]),
+        ]
+        if found.raw:
+            assert answer.raw_output_contents[1] == np.array([3, -4], "<i8").tobytes()
+        else:
+            assert list(answer.outputs[1].contents.int64_contents) == [3, -4]
+    wrong = messages()["ModelInferRequest"](model_name="s", inputs=inputs)
+    wrong.inputs[0].contents.int_contents.extend([1] * 6)
+    wrong.inputs[1].contents.bool_contents.extend([True, False])
+    with pytest.raises(Refusal, match="'tokens' has 0 values"):
+        grpc_codec.parse_request(wrong, SEVERAL)
+
+
+def test_small_whole_numbers_out_of_their_range_are_refused() -> None:
+    model = Description("b", "", (TensorSpec("x", "UINT8", (-1,)),), TENSOR.outputs, 4, 0.0, ())
+    message = messages()["ModelInferRequest"](inputs=[{"name": "x", "datatype": "UINT8", "shape": [2]}])
+    message.inputs[0].contents.uint_contents.extend([255, 256])
+    with pytest.raises(Refusal, match="from 255 to 256; UINT8 holds 0 to 255"):
+        grpc_codec.parse_request(message, model)
+
+
+def test_an_answer_with_16_bits_in_it_is_raw_as_a_whole() -> None:
+    asked = InferRequest({}, [RequestedOutput("a"), RequestedOutput("b")], raw=False)
+    outputs = {"a": np.ones((1, 2), np.float16), "b": np.zeros((1, 2), np.float32)}
+    answer = grpc_codec.build_response(TENSOR, asked, outputs)
+    assert len(answer.raw_output_contents) == 2 and not answer.outputs[1].contents.fp32_contents
+
+
+def test_configurations_have_all_inputs_and_outputs() -> None:
+    joint, whole = grpc_codec.configuration(SEVERAL), grpc_codec.configuration(WHOLE)
+    assert joint["max_batch_size"] == 4 and "dynamic_batching" in joint
+    assert [(one["name"], one["data_type"], one["dims"]) for one in joint["input"] + joint["output"]] == [
+        ("tokens", 9, [3]),
+        ("keep", 1, []),
+        ("scores", 11, [2]),
+        ("best", 9, []),
+    ]
+    # Requests of a model without a batch are never put together.
+    assert whole["max_batch_size"] == 0 and "dynamic_batching" not in whole
+    assert [one["dims"] for one in whole["input"] + whole["output"]] == [[2, 3], [], [-1, 2], []]
+    assert grpc_codec.CONFIG_NAMES[9] == "TYPE_INT64" and grpc_codec.CONFIG_NAMES[13] == "TYPE_STRING"
 
 
 @pytest.mark.parametrize(
@@ -386,9 +556,15 @@ junk = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
 )
-names = st.sampled_from(["images", "image", "logits", "probabilities"]) | junk
-shapes = st.lists(st.integers(-1, 5), max_size=5) | st.sampled_from([[2, 1, 2, 2], [1], [2, 1]]) | junk
-numbers = st.lists(st.floats(width=32) | st.integers(), max_size=9)
+names = st.sampled_from(["images", "image", "tokens", "keep", "logits", "scores", "probabilities"]) | junk
+shapes = (
+    st.lists(st.integers(-1, 5), max_size=5) | st.sampled_from([[2, 1, 2, 2], [1], [2, 1], [1, 3]]) | junk
+)
+numbers = (
+    st.lists(st.floats(width=32) | st.integers(), max_size=9)
+    | st.lists(st.integers(), max_size=3)
+    | st.lists(st.booleans(), max_size=1)
+)
 parameters = st.dictionaries(
     st.sampled_from(["binary_data_size", "binary_data", "classification", "shared_memory_region"]),
     junk,
@@ -406,8 +582,12 @@ bodies = somewhat(
         somewhat(
             name=names,
             shape=shapes,
-            datatype=st.sampled_from(["FP32", "BYTES"]) | junk,
-            data=numbers | st.lists(st.sampled_from(["YQ==", "x"]), max_size=3) | junk,
+            datatype=st.sampled_from(["FP32", "BYTES", "INT64", "BOOL"]) | junk,
+            data=numbers
+            | st.lists(st.integers(), max_size=3)
+            | st.lists(st.booleans(), max_size=1)
+            | st.lists(st.sampled_from(["YQ==", "x"]), max_size=3)
+            | junk,
             parameters=parameters | junk,
         ),
         max_size=3,
@@ -427,13 +607,15 @@ def read_or_refused(body: bytes, length: str | None, model: Description) -> None
         assert refused.status == 400 and refused.message
         json.dumps(refused.message).encode("ascii")
         return
-    (values,) = parsed.inputs.values()
-    assert 1 <= len(values) <= model.max_batch and parsed.outputs
-    if values.dtype != object:
-        assert values.shape[1:] == (1, 2, 2) and np.isfinite(values).all()
+    assert list(parsed.inputs) and parsed.outputs
+    for spec in model.inputs:
+        values = parsed.inputs[spec.name]
+        assert 1 <= len(values) <= model.max_batch
+        if values.dtype != object:
+            assert values.shape[1:] == spec.shape[1:] and np.isfinite(values).all()
 
 
-@given(bodies, st.sampled_from([TENSOR, IMAGE]))
+@given(bodies, st.sampled_from([TENSOR, IMAGE, SEVERAL]))
 def test_any_json_is_read_or_refused(body: dict[str, Any], model: Description) -> None:
     read_or_refused(json.dumps(body).encode(), None, model)
 

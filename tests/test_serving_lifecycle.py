@@ -359,13 +359,13 @@ images.ImageFile.prepare = lambda self: time.sleep(1000)
 # A session that is in the middle of ONNX Runtime's own code, as a large model on a slow machine is.
 SLOW_MODEL = """
 import numpy as np
-plain = startup.OnnxRuntimeSession.run
+plain = startup.OnnxRuntimeSession.infer
 class Slow(startup.OnnxRuntimeSession):
     proved = 0
-    def run(self, images):
-        result = plain(self, images)
+    def infer(self, feeds):
+        result = plain(self, feeds)
         while threading.current_thread().name.startswith("worker"):
-            plain(self, np.repeat(images, 64, axis=0))
+            plain(self, {name: np.repeat(values, 64, axis=0) for name, values in feeds.items()})
         return result
 startup.OnnxRuntimeSession = Slow
 """

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from deploy_bundles import dynamic_bundle
 from served import MODEL, Served, ask, digits, file_of, serving
+from task_bundles import change_bundle, segmenter_bundle
 
 import quartermap_deploy as qm
+from quartermap_deploy.data.images import sample_photographs
 
 pytest.importorskip("aiohttp", reason="the extra serve is not installed")
 from browser import find as find_browser
@@ -129,3 +131,35 @@ def test_what_is_no_image_gets_a_message(server: Served, tmp_path: Path) -> None
             assert "cannot be read as JPEG or PNG" in text and "no.png" in text
 
     asyncio.run(inside())
+
+
+@needs_browser
+def test_a_dropped_image_is_segmented(tmp_path: Path) -> None:
+    (tmp_path / "photograph.png").write_bytes(file_of(next(iter(sample_photographs().values()))))
+
+    async def look(page: Page) -> None:
+        assert await page.evaluate("document.getElementById('try').textContent") == "Segment an image"
+        await page.choose("#file", tmp_path / "photograph.png")
+        await page.until("document.querySelectorAll('.result img.output').length === 1")
+        await page.until("document.querySelector('.result img.output').naturalWidth === 32")
+        legend = await page.evaluate("document.querySelector('.result .legend').innerText")
+        (one,) = qm.load_bundle(segmenter_bundle()).predict(tmp_path / "photograph.png")
+        assert all(label in legend for label in one.labels.values()) and "%" in legend
+        color = "getComputedStyle(document.querySelector('.legend .key')).backgroundColor"
+        assert (await page.evaluate(color)).startswith("rgb(")
+
+    with serving(segmenter_bundle()) as server:
+        visit(server, look)
+
+
+@needs_browser
+def test_a_model_of_arrays_has_no_place_for_images_and_says_why() -> None:
+    async def look(page: Page) -> None:
+        assert await page.evaluate("document.getElementById('drop').offsetParent === null")
+        text = await page.evaluate("document.body.innerText")
+        assert "This model takes arrays alone: the model takes first (batch, 3, 32, 32) and second" in text
+        assert "first (batch, 3, 32, 32), second (batch, 3, 32, 32) → change (batch, 1, 8, 8), score" in text
+        assert await page.evaluate("document.querySelectorAll('#errors rect').length") >= 1
+
+    with serving(change_bundle()) as server:
+        visit(server, look)

@@ -13,7 +13,7 @@ import quartermap_deploy as qm
 from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.errors import ExportError, InputError, PlanError, UnknownNameError
 from quartermap_deploy.pruning.plan import QuarterMap
-from quartermap_deploy.sources.modules import module_source
+from quartermap_deploy.sources.modules import _inputs, module_source
 
 
 class Scan(nn.Module):
@@ -152,6 +152,14 @@ def test_inputs_by_keyword_and_by_position() -> None:
     assert [item.name for item in by_position.inputs] == ["first", "second"]
     assert by_position.inputs[0].shape == ("batch", 6, 4)
     assert source(dynamic_batch=False).inputs[0].shape == (2, 6, 4)
+
+
+def test_axes_of_one_name_have_one_size() -> None:
+    example = {"first": torch.randn(2, 6, 4), "second": torch.randn(2, 6, 4)}
+    assert [item.shape for item in source(example=example, dynamic_size=True).inputs] == [("batch", 6, 4)] * 2
+    images = {"a": np.zeros((1, 3, 8, 8)), "b": np.zeros((1, 3, 8, 8)), "c": np.zeros((1, 1, 4, 4))}
+    shapes = [item.shape[2:] for item in _inputs(images, True, True)]
+    assert shapes == [("height", "width"), ("height", "width"), ("c_height", "c_width")]
 
 
 def test_arrays_and_other_types_become_float32() -> None:

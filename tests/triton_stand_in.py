@@ -19,7 +19,12 @@ from tritonclient.grpc import model_config_pb2
 
 Array = np.ndarray[Any, Any]
 
-TYPES = {"TYPE_FP32": np.dtype("<f4"), "TYPE_FP16": np.dtype("<f2")}
+TYPES = {
+    "TYPE_FP32": np.dtype("<f4"),
+    "TYPE_FP16": np.dtype("<f2"),
+    "TYPE_INT64": np.dtype("<i8"),
+    "TYPE_BOOL": np.dtype("?"),
+}
 
 
 class Tensor:

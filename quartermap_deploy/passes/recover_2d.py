@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 
 import onnx
 
-from quartermap_deploy.errors import PassError
 from quartermap_deploy.frontend.node_names import read_name
 from quartermap_deploy.passes.base import PassReport
 from quartermap_deploy.passes.recovery.concrete import Concrete
@@ -70,7 +69,7 @@ class ScanRecovery:
         """One line."""
         names = ", ".join(self.scans)
         if self.refused is not None:
-            known = "" if self.inferred is None else f"; its steps follow {self.inferred}"
+            known = "" if self.inferred is None else f"; for pruning, its steps are {self.inferred}"
             return f"{names}: stays one-dimensional: {self.refused}{known}"
         orders = [self.orders[name] for name in self.scans]
         directions = ", ".join(name for order in orders for name in order.directions or ())
@@ -126,25 +125,30 @@ def recover_2d(model: onnx.ModelProto, example: Mapping[str, Sequence[int]] | No
     index = GraphIndex(model)
     if not index.scans():
         return Recovered(infer_shapes(model), report)
-    try:
-        probes = probing_graphs(index, example)
-    except PassError as error:
-        # What cannot be looked at stays as it is, which is a legal model.
-        for place in index.scans():
-            if (name := read_name(index.nodes[place].name)) is not None:
-                report.refused.setdefault(name.block, str(error))
-        return Recovered(infer_shapes(model), report)
-    readings = [reading for group in _groups(index, probes[0]) for reading in _read(group, probes)]
-    readings.sort(key=lambda reading: reading.group.places)
-    for reading in readings:
-        recovery = _recovery(reading, probes[0])
-        report.scans.append(recovery)
+    readings, recoveries = _recovered(index, example)
+    report.scans += recoveries
+    for recovery in recoveries:
         if recovery.refused is None:
             report.changed.append(recovery.describe())
         elif (name := read_name(recovery.scans[0])) is not None:
             report.refused.setdefault(name.block, recovery.refused)
     replacements = [reading.replacement for reading in readings if reading.replacement is not None]
     return Recovered(infer_shapes(_replaced(model, index, replacements)), report)
+
+
+def _recovered(
+    index: GraphIndex, example: Mapping[str, Sequence[int]] | None
+) -> tuple[list[Reading], list[ScanRecovery]]:
+    """What was read of each group of scans, in graph order, and what becomes of it."""
+    try:
+        probes = probing_graphs(index, example)
+    except Refused as refusal:
+        # What cannot be looked at stays as it is, which is a legal model.
+        alone = [Reading(ScanGroup(index, (place,)), refused=str(refusal)) for place in index.scans()]
+        return alone, [_unread(reading) for reading in alone]
+    readings = [reading for group in _groups(index, probes[0]) for reading in _read(group, probes)]
+    readings.sort(key=lambda reading: reading.group.places)
+    return readings, [_recovery(reading, probes[0]) for reading in readings]
 
 
 def _groups(index: GraphIndex, concrete: Concrete) -> list[ScanGroup]:
@@ -162,6 +166,11 @@ def _read(group: ScanGroup, probes: Sequence[Concrete]) -> list[Reading]:
     if together.refused is None or len(group.places) == 1:
         return [together]
     return [read_group(ScanGroup(group.index, (place,)), probes) for place in group.places]
+
+
+def _unread(reading: Reading) -> ScanRecovery:
+    names = reading.group.names
+    return ScanRecovery(names, names, reading.refused, {}, d_inner=0, d_state=0, rank=None, source=None)
 
 
 def _recovery(reading: Reading, concrete: Concrete) -> ScanRecovery:

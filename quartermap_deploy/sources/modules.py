@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.errors import ExportError, InputError, UnknownNameError
 from quartermap_deploy.frontend.exporter import trace_module
-from quartermap_deploy.pruning.plan import QuarterMap
+from quartermap_deploy.pruning.plan import QuarterMap, Subsample
 from quartermap_deploy.pruning.scan_call import PrunedScans
 from quartermap_deploy.size_rules import is_rule
 from quartermap_deploy.sources.cases import module_cases
@@ -101,11 +101,17 @@ class ModuleSource(SourceModel):
         refuse_random(graph.model)
         rules = self._kept_rules(graph.rules)
         recovered = recover_2d(graph.model, self.example_shapes)
-        orders = recovered.orders
-        if any("height" in item.shape for item in self.inputs):
-            orders = orders_at(recovered.model, self.example_shapes, orders)
         outputs = output_infos(recovered.model)
-        traced = Traced(recovered.model, outputs, rules, orders, (recovered.report,))
+        nodes = {
+            name: scan.nodes[0]
+            for scan in recovered.report.scans
+            if scan.refused is None and len(scan.nodes) == 1
+            for name in scan.scans
+        }
+        orders = recovered.orders
+        if any(isinstance(size, str) for item in self.inputs for size in item.shape[1:]):
+            orders = orders_at(recovered.model, self.example_shapes, orders, nodes)
+        traced = Traced(recovered.model, outputs, rules, orders, nodes, (recovered.report,))
         if self.dynamic_batch:
             self._require_open_batch(traced)
         return traced
@@ -114,8 +120,9 @@ class ModuleSource(SourceModel):
         """The module in PyTorch, with the scans of the plan's blocks pruned in their calls."""
         selected = self.selected(plan)
         pruned = frozenset(site.name for site in self.discovery.sites if site.block in selected)
-        orders = {} if traced is None else traced.orders
-        scans = PrunedScans(orders) if plan is None else PrunedScans(orders, pruned, plan.subsample)
+        orders, nodes = ({}, {}) if traced is None else (traced.orders, traced.nodes)
+        subsample = Subsample() if plan is None else plan.subsample
+        scans = PrunedScans(orders, pruned, subsample, nodes)
         return Reference(
             self.module,
             self.inputs,
@@ -123,7 +130,7 @@ class ModuleSource(SourceModel):
             self.signature,
             running=self.running,
             scans=scans,
-            float64=False,
+            float64=self.discovery.float64,
         )
 
     def cases(self, pictures: Pictures | None) -> dict[str, Feeds]:
@@ -320,13 +327,17 @@ def _named_example(model: nn.Module, example: Any) -> tuple[Feeds, bool]:
 def _inputs(example: Feeds, dynamic_batch: bool, dynamic_size: bool) -> list[TensorInfo]:
     first = next(iter(example.values()))
     batch = first.shape[0] if first.ndim else None
-    found = []
+    found: list[TensorInfo] = []
+    sides: tuple[int, ...] | None = None
     for name, array in example.items():
         shape: list[int | str] = list(array.shape)
         if dynamic_batch and array.ndim and array.shape[0] == batch:
             shape[0] = "batch"
         if dynamic_size and array.ndim == 4:
-            shape[2:] = ["height", "width"]
+            # Axes of one name have one size, so an input of another size has names of its own.
+            sides = sides or array.shape[2:]
+            prefix = "" if array.shape[2:] == sides else f"{name}_"
+            shape[2:] = [f"{prefix}height", f"{prefix}width"]
         found.append(TensorInfo(name, tuple(shape), str(array.dtype)))
     return found
 

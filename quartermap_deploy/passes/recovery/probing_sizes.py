@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import onnx
 
-from quartermap_deploy.errors import PassError
 from quartermap_deploy.passes.recovery.concrete import Concrete, Shape, concrete_graph
 from quartermap_deploy.passes.recovery.graph_index import GraphIndex
 from quartermap_deploy.passes.recovery.refusal import Refused
@@ -43,7 +42,7 @@ def probing_graphs(
         example: shapes of its inputs that it takes, or None.
 
     Raises:
-        PassError: if the graph cannot be run at the sizes that are tried.
+        Refused: if the graph cannot be run at the sizes that are tried.
     """
     opened = _open_axes(index.model)
     wanted = 2 if opened else 1
@@ -60,7 +59,7 @@ def probing_graphs(
             why = str(refusal)
         if len(found) == wanted:
             return tuple(found)
-    raise PassError(
+    raise Refused(
         f"the graph's sizes are open, but of those tried it runs at {len(found)}, not at two, so that what its scans "
         f"do cannot be seen; leave its sizes closed, or trace it with an example of other sizes. {why}".rstrip()
     )
