@@ -229,6 +229,11 @@ def test_libraries_refuse_them_too(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_backbones_are_no_subject_of_comparisons() -> None:
+    with pytest.raises(RecipeError, match="leave features_only out"):
+        compare(Recipe("vmamba_digits", features_only=True))
+
+
 # bench ------------------------------------------------------------------------------------------------------------
 
 

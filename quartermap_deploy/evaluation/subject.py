@@ -28,6 +28,12 @@ def require_card(recipe: Recipe) -> None:
     """
     if recipe.module is not None:
         raise RecipeError(f"{recipe.model} is a module of yours ({recipe.module.factory}), and {CARDS_ALONE}")
+    if recipe.features_only:
+        raise RecipeError(
+            f"the recipe asks for the backbone of {recipe.model}, and compare, ablate and tune are for classifiers, "
+            "whose logits they judge by: leave features_only out, or compile it without a plan and with some, and time "
+            "the bundles with `quartermap bench`"
+        )
 
 
 def load_subject(recipe: Recipe, progress: Progress) -> ArchitectureSource:
@@ -44,10 +50,4 @@ def load_subject(recipe: Recipe, progress: Progress) -> ArchitectureSource:
     with progress.step(f"loading {recipe.model}"):
         source = load_source(recipe)
     assert isinstance(source, ArchitectureSource)
-    if source.task != "classification":
-        raise RecipeError(
-            f"{recipe.model} is asked for as a model of the task {source.task!r}, and compare, ablate and tune are for "
-            "classifiers: they judge by logits. Compile it without a plan and with some, and time the bundles with "
-            "`quartermap bench`"
-        )
     return source
