@@ -357,9 +357,10 @@ def test_what_is_installed_but_broken_is_replaced(repository: Callable[..., None
         ours_broken="import a_package_that_is_missing",
     )
     before = state()
-    with qm.public_code():
+    with qm.public_code() as block:
         kernel = importlib.import_module("selective_scan_cuda_core")
         package = importlib.import_module("mamba_ssm")
+        assert block.supplied == ["selective_scan_cuda_core", "mamba_ssm.utils.generation"]
         assert package.local == 1 and isinstance(package.GenerationMixin, type)
         states = X[:, None, :2]
         A = -torch.ones(4, 2)

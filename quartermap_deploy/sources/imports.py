@@ -95,8 +95,10 @@ def is_stand_in(module: ModuleType | None) -> bool:
 class _WatchedLoader(Loader):
     """Loads as another loader does, and reports the module; stands in where that fails."""
 
-    def __init__(self, own: Any, loaded: Callable[[ModuleType], None]) -> None:
-        self._own, self._loaded = own, loaded
+    def __init__(
+        self, own: Any, loaded: Callable[[ModuleType], None], supplied: Callable[[str], None]
+    ) -> None:
+        self._own, self._loaded, self._supplied = own, loaded, supplied
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         # Nobody but importlib, which goes on with the loader that the spec has, shall see this one.
@@ -106,6 +108,7 @@ class _WatchedLoader(Loader):
         except ImportError:
             if stand_ins.contents(spec.name) is None:
                 raise
+            self._supplied(spec.name)
             spec.loader = _StandInLoader()
             return None
         spec.loader = self
@@ -120,6 +123,7 @@ class _WatchedLoader(Loader):
         except ImportError:
             if stand_ins.contents(spec.name) is None:
                 raise
+            self._supplied(spec.name)
             spec.loader = module.__loader__ = _StandInLoader()
             spec.loader.exec_module(module)
         self._loaded(module)
@@ -144,8 +148,8 @@ class Supplier(MetaPathFinder):
 class Watcher(MetaPathFinder):
     """Wraps the loaders of what may hold scans; finds nothing itself."""
 
-    def __init__(self, loaded: Callable[[ModuleType], None]) -> None:
-        self._loaded = loaded
+    def __init__(self, loaded: Callable[[ModuleType], None], supplied: Callable[[str], None]) -> None:
+        self._loaded, self._supplied = loaded, supplied
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -162,7 +166,7 @@ class Watcher(MetaPathFinder):
         else:
             return None
         if hasattr(spec.loader, "exec_module") and may_hold_scans(name, spec.origin):
-            spec.loader = _WatchedLoader(spec.loader, self._loaded)
+            spec.loader = _WatchedLoader(spec.loader, self._loaded, self._supplied)
         return spec
 
 

@@ -41,7 +41,7 @@ class PublicCode:
 
     Attributes:
         redirected: functions and kernels that lead to our operator in the block, by their full names.
-        supplied: modules that were missing and that the block has imported, by name.
+        supplied: modules that were missing or could not be loaded, and that the block has imported, by name.
     """
 
     redirected: list[str] = field(default_factory=list)
@@ -56,7 +56,7 @@ class _State:
         self.patches = Patches()
         self.open: list[PublicCode] = []
         self.supplier = imports.Supplier(self.supplied)
-        self.watcher = imports.Watcher(self.loaded)
+        self.watcher = imports.Watcher(self.loaded, self.supplied)
         # Modules that were imported in a block: their functions are redirected in later blocks, too.
         self.seen: weakref.WeakValueDictionary[str, ModuleType] = weakref.WeakValueDictionary()
 
