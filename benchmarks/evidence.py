@@ -130,8 +130,8 @@ def run(step: Step, work: Path) -> None:
 
 def collect(work: Path, folder: Path, repeats: int) -> None:
     """Put the results into the folder beside the page."""
-    from quartermap_deploy.compiler import versions
     from quartermap_deploy.machine import describe_machine
+    from quartermap_deploy.manifest import versions
 
     folder.mkdir(parents=True, exist_ok=True)
     seconds = json.loads((work / "seconds.json").read_text(encoding="utf-8"))

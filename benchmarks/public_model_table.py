@@ -28,6 +28,7 @@ class PublicModel:
         inputs: shape of each example input, by name.
         needs: packages that its code imports.
         hollow: packages of the checkout whose `__init__` imports what training needs; only their folders are used.
+        any_size: whether it takes other sizes than that of `inputs`.
         note: what is special about it.
     """
 
@@ -37,6 +38,7 @@ class PublicModel:
     inputs: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: IMAGE)
     needs: tuple[str, ...] = ("einops", "timm")
     hollow: tuple[str, ...] = ()
+    any_size: bool = True
     note: str = ""
 
     def folder(self, root: Path) -> Path | None:
@@ -175,17 +177,23 @@ MODELS: dict[str, PublicModel] = {
             upsampler="pixelshuffledirect",
         ),
         inputs={"x": (1, 3, 64, 64)},
-        hollow=("basicsr", "basicsr.archs", "basicsr.utils"),
+        hollow=("basicsr", "basicsr.archs"),
+        needs=("einops", "timm", "opencv-python-headless"),
     ),
     "mambairv2_light": PublicModel(
         ("MambaIR",),
         _call("basicsr.archs.mambairv2light_arch", "MambaIRv2Light", upscale=2, img_size=64),
         inputs={"x": (1, 3, 64, 64)},
-        hollow=("basicsr", "basicsr.archs", "basicsr.utils"),
+        hollow=("basicsr", "basicsr.archs"),
+        needs=("einops", "timm", "opencv-python-headless"),
         note="its output is random, also in eval mode",
     ),
     "plainmamba_l1": PublicModel(
-        ("PlainMamba",), _plain_mamba, needs=_MMCV, hollow=("mmcls.models", "mmcls.models.backbones")
+        ("PlainMamba",),
+        _plain_mamba,
+        needs=_MMCV,
+        hollow=("mmcls.models", "mmcls.models.backbones"),
+        any_size=False,
     ),
     "vim_tiny": PublicModel(
         ("Vim",),
@@ -194,6 +202,7 @@ MODELS: dict[str, PublicModel] = {
             "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2",
         ),
         ("vim", "mamba-1p1p1"),
+        any_size=False,
         note="with the repository's own mamba_ssm",
     ),
     "vim_tiny_stand_in": PublicModel(
@@ -203,6 +212,7 @@ MODELS: dict[str, PublicModel] = {
             "vim_tiny_patch16_224_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2",
         ),
         ("vim",),
+        any_size=False,
         note="without any mamba_ssm",
     ),
     "local_vssm_tiny": PublicModel(
@@ -217,6 +227,7 @@ MODELS: dict[str, PublicModel] = {
         _call("lib.models.local_vim", "local_vim_tiny"),
         ("classification", "mamba-1p1p1"),
         hollow=("lib.models",),
+        any_size=False,
     ),
     "efficientvmamba_t": PublicModel(
         ("EfficientVMamba",),

@@ -12,11 +12,9 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import functools
 import itertools
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -52,8 +50,9 @@ examples:
   public_models.py checkouts                                   all models whose repositories are there
   public_models.py checkouts --list                            what is known, and what is missing
   public_models.py checkouts --only vmamba_tiny_s1l8 vim_tiny  two of them
-  public_models.py checkouts --size 64 --no-timing             quickly: small images, where the model takes them
+  public_models.py checkouts --size 96 --no-timing             quickly: small images, where the model takes them
   public_models.py checkouts --json results.json               all figures and reasons, for other programs
+  public_models.py checkouts --markdown table.md               the table for docs/your-own-model.md
 """
 
 MARK = "public_models result: "
@@ -77,9 +76,12 @@ def main() -> int:
     if options.list:
         _print_list(options.folder, names)
         return 0
-    results = [_in_own_process(name, options) for name in names if MODELS[name].folder(options.folder)]
+    present = [name for name in names if MODELS[name].folder(options.folder)]
+    results = [_in_own_process(name, options, first=not place) for place, name in enumerate(present)]
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
+    if options.markdown:
+        options.markdown.write_text(_as_markdown(results))
     if missing := sorted({MODELS[n].repository[0] for n in names if not MODELS[n].folder(options.folder)}):
         print(f"not in {options.folder}: {', '.join(missing)}")
     return 1 if any("error" in result for result in results) or not results else 0
@@ -95,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--only", metavar="MODEL", nargs="+", help="these models alone")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures and reasons to a file")
+    parser.add_argument("--markdown", metavar="FILE", type=Path, help="write the table as Markdown")
     parser.add_argument(
         "--size", metavar="N", type=int, help="height and width of the images, instead of the usual ones"
     )
@@ -124,8 +127,8 @@ def _print_list(folder: Path, names: Sequence[str]) -> None:
 # One model, in a process of its own ---------------------------------------------------------------------------------
 
 
-def _in_own_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure a model and print its line."""
+def _in_own_process(name: str, options: argparse.Namespace, first: bool) -> dict[str, Any]:
+    """Measure a model and print its line, the first one with a header."""
     command = [sys.executable, "-W", "ignore", __file__, *_arguments(options), "--only", name, "--worker"]
     try:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout)
@@ -135,7 +138,7 @@ def _in_own_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
         lines = [line for line in ran.stdout.splitlines() if line.startswith(MARK)]
         last = (ran.stderr.strip().splitlines() or ["it ended without a word"])[-1]
         result = json.loads(lines[-1][len(MARK) :]) if lines else {"model": name, "error": last}
-    print(line_of(result), flush=True)
+    print(_as_text(result, first=first), flush=True)
     return result
 
 
@@ -150,8 +153,10 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Compile a model; the figures and reasons, and under "error" what did not work."""
     import torch
 
+    from quartermap_deploy.machine import usable_cores
+
     warnings.simplefilter("ignore")
-    torch.set_num_threads(options.threads or os.cpu_count() or 1)
+    torch.set_num_threads(options.threads or usable_cores())
     model, result = MODELS[name], {"model": name}
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         for step in (_make, _compile, _prune, _time):
@@ -173,9 +178,12 @@ def _make(model: PublicModel, result: dict[str, Any], folder: Path, options: arg
     assert checkout is not None
     torch.manual_seed(0)
     with qm.public_code() as block:
-        made = model.build(checkout).eval()
+        made = model.build(checkout)
+    # Some repositories' train() returns nothing, and so does eval().
+    made.eval()
     enliven(made)
-    shapes = {name: _sized(shape, options.size) for name, shape in model.inputs.items()}
+    size = options.size if model.any_size else None
+    shapes = {name: _sized(shape, size) for name, shape in model.inputs.items()}
     result["supplied"] = block.supplied
     result["_model"] = made
     result["_inputs"] = tuple(torch.rand(shape) for shape in shapes.values())
@@ -310,36 +318,45 @@ COLUMNS = {
     "eager": 7,
     "ORT": 7,
 }
+"""The columns of the table and their widths."""
 
 
-@functools.cache
-def _header() -> str:
-    return " ".join(f"{name:<{width}}" for name, width in COLUMNS.items())
-
-
-def line_of(result: dict[str, Any]) -> str:
-    """A result as a line of the table, with the header before the first and reasons below."""
-    head = "" if _header.cache_info().currsize else f"{_header()}\n"
+def _cells(result: dict[str, Any]) -> dict[str, str]:
+    """A result as cells of the table."""
 
     def number(key: str, form: str) -> str:
         return format(result[key], form) if result.get(key) is not None else "–"
 
-    cells = {
+    return {
         "model": result["model"],
         "runs": "yes" if result.get("runs") else "no",
         "exports": "yes" if "nodes" in result else "no",
         "scans": number("scans", "d"),
         "2-D": number("two_dimensional", "d"),
         "parity": number("parity", ".1e"),
-        "pruned": number("pruned_parity", ".1e"),
+        "pruned": "refused" if "pruning_refused" in result else number("pruned_parity", ".1e"),
         "nodes": number("nodes", "d"),
         "seconds": number("seconds", ".0f"),
         "eager": number("eager_ms", ".0f"),
         "ORT": number("onnxruntime_ms", ".0f"),
     }
-    text = head + " ".join(f"{cells[name]:<{width}}" for name, width in COLUMNS.items())
-    reasons = list(_reasons(result))
-    return "\n".join([text.rstrip(), *(f"    {reason}" for reason in reasons)])
+
+
+def _as_text(result: dict[str, Any], first: bool) -> str:
+    """A result as a line of the table, with the header before the first, and reasons below."""
+    cells = _cells(result)
+    rows = [{name: name for name in COLUMNS}] if first else []
+    lines = [
+        " ".join(f"{row[name]:<{width}}" for name, width in COLUMNS.items()).rstrip()
+        for row in [*rows, cells]
+    ]
+    return "\n".join([*lines, *(f"    {reason}" for reason in _reasons(result))])
+
+
+def _as_markdown(results: Sequence[dict[str, Any]]) -> str:
+    """The table as Markdown."""
+    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *(list(_cells(result).values()) for result in results)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _reasons(result: dict[str, Any]) -> Iterator[str]:

@@ -41,6 +41,7 @@ from quartermap_deploy.bench import Timing, interleave
 from quartermap_deploy.exporting.export import export
 from quartermap_deploy.passes import CANONICAL, OPTIMIZED, Selection, lower, run_passes
 from quartermap_deploy.scan.operators import selective_scan_2d
+from quartermap_deploy.sources.architectures import architecture_source
 from quartermap_deploy.targets.onnxruntime_cpu import OnnxRuntimeSession
 from quartermap_deploy.validation.inputs import real_images
 from quartermap_deploy.validation.tolerances import tolerance_for
@@ -53,18 +54,18 @@ def benchmark(name: str, batch: int, threads: int, repeats: int, step_by_step: b
     """Build everything for one model, check it, and time it in turns."""
     card = qm.load_card(name)
     size = card.preprocessing.crop
-    images = real_images(card, size, count=batch)
+    images = real_images(card.preprocessing, count=batch, digits=name == "vmamba_digits")
     torch.manual_seed(0)
     model = qm.create_model(name)
     start = time.perf_counter()
-    exported = export(model, (1, 3, *size))
+    exported = export(architecture_source(model, (1, 3, *size)))
     export_seconds = time.perf_counter() - start
-    plain = exported.model
+    plain, traced = exported.model, exported.traced.model
     selection = Selection(PLAN.select(model.depths), PLAN.subsample)
     graphs = {
         "onnx": plain,
-        "onnx k=3": lower(run_passes(exported.traced, selection, OPTIMIZED)[0]),
-        "canonical k=3": lower(run_passes(exported.traced, selection, CANONICAL)[0]),
+        "onnx k=3": lower(run_passes(traced, selection, OPTIMIZED)[0]),
+        "canonical k=3": lower(run_passes(traced, selection, CANONICAL)[0]),
         "floor": floor_onnx(plain),
     }
     sessions, loading = {}, {}

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from quartermap_deploy.data.preprocessing import Preprocessing
-from quartermap_deploy.errors import BundleError, UnknownNameError
+from quartermap_deploy.errors import BundleError, InputError, UnknownNameError
 from quartermap_deploy.files import FolderKind, file_hash
 from quartermap_deploy.progress import SILENT, Progress
+from quartermap_deploy.size_rules import SizeRules
 from quartermap_deploy.targets import DEFAULT, ENGINE_TARGETS, Session, load_target
 from quartermap_deploy.tensor_info import TensorInfo
 
@@ -295,11 +296,35 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
     wrong = [key for key, kind in _KINDS.items() if not isinstance(manifest.get(key, ...), kind)]
     if wrong:
         raise BundleError(f"{folder / MANIFEST} has no proper {', '.join(wrong)}; {_MEND}")
+    _check_values(folder, manifest)
     _verify(folder, manifest["files"])
     report = _read_json(folder / REPORT)
     if not isinstance(report, dict) or not isinstance(report.get("cases"), list) or "passed" not in report:
         raise BundleError(f"{folder / REPORT} is not the report of a bundle; compile it again")
     return Bundle(folder, manifest, report)
+
+
+def _check_values(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Check what a manifest says of inputs, outputs, preprocessing, class names and sizes.
+
+    Raises:
+        BundleError: if something of it means nothing.
+    """
+    try:
+        for key in ("inputs", "outputs"):
+            if not manifest[key] or not all(isinstance(entry, dict) for entry in manifest[key]):
+                raise InputError(f"it has no {key}")
+            for entry in manifest[key]:
+                TensorInfo.from_dict(entry)
+        for key in ("labels", "golden"):
+            if not all(isinstance(name, str) for name in manifest[key]):
+                raise InputError(f"{key} are no texts")
+        if manifest["preprocessing"] is not None:
+            Preprocessing.from_dict(manifest["preprocessing"])
+        SizeRules(manifest["size_rules"])
+    except (InputError, BundleError, KeyError, TypeError, ValueError) as error:
+        said = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+        raise BundleError(f"{folder / MANIFEST} cannot be read: {said}; {_MEND}") from error
 
 
 def bundle_labels(paths: Sequence[Path]) -> list[str]:

@@ -51,9 +51,10 @@ def image_interface(bundle: ModelFacts, overrides: Mapping[str, Any] | None = No
             f"the model takes {_shown(item)} of {item.type}, which is no image: (batch, channels, height, width) with "
             f"1, 3 or 4 channels; {ARRAYS}"
         )
-    preprocessing = _replaced(bundle, item, overrides)
-    _check(item, preprocessing)
-    return ImageInterface(item, preprocessing)
+    owner = f"the bundle {bundle.path}"
+    return ImageInterface(
+        item, fitting_preprocessing(owner, item, bundle.preprocessing, overrides, f", or {ARRAYS}")
+    )
 
 
 def no_image_model(bundle: ModelFacts) -> str | None:
@@ -79,18 +80,39 @@ def _free_name(wanted: str, taken: Collection[str]) -> str:
     return name
 
 
-def _replaced(bundle: ModelFacts, item: TensorInfo, overrides: Mapping[str, Any] | None) -> Preprocessing:
-    stored = bundle.preprocessing
+def fitting_preprocessing(
+    owner: str,
+    item: TensorInfo,
+    stored: Preprocessing | None,
+    overrides: Mapping[str, Any] | None = None,
+    instead: str = "",
+) -> Preprocessing:
+    """How an image becomes an input of images.
+
+    Args:
+        owner: whose input it is, for messages, as "the bundle bundles/tiny".
+        item: the input, of four axes.
+        stored: what the owner says, or None.
+        overrides: values that replace those, by name; all that are needed where nothing is stored.
+        instead: what else may be done where nobody says, for the message.
+
+    Raises:
+        InputError: if nobody says how, a value is wrong, or what comes out does not fit the input.
+    """
     if stored is not None:
-        return stored.replace(overrides) if overrides else stored
-    if not overrides:
+        found = stored.replace(overrides) if overrides else stored
+    elif overrides:
+        sides = [size for size in item.shape[2:] if isinstance(size, int)]
+        size = (sides[0], sides[1]) if len(sides) == 2 else None
+        color = _COLORS.get(item.shape[1]) if isinstance(item.shape[1], int) else None
+        found = Preprocessing.from_dict({**({} if color is None else {"color": color}), **overrides}, size)
+    else:
         raise InputError(
-            f"the bundle {bundle.path} does not say how an image becomes its input {_shown(item)}; say so by the mean "
-            f"and std of its preprocessing (--preprocessing mean=0.5,0.5,0.5 std=0.5,0.5,0.5), or {ARRAYS}"
+            f"{owner} does not say how an image becomes its input {_shown(item)}; say so by the mean and std of its "
+            f"preprocessing (--preprocessing mean=0.5,0.5,0.5 std=0.5,0.5,0.5){instead}"
         )
-    sides = [size for size in item.shape[2:] if isinstance(size, int)]
-    size = (sides[0], sides[1]) if len(sides) == 2 else None
-    return Preprocessing.from_dict({"color": _COLORS[int(item.shape[1])], **overrides}, size)
+    _check(item, found)
+    return found
 
 
 def _check(item: TensorInfo, preprocessing: Preprocessing) -> None:

@@ -6,6 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from quartermap_deploy.errors import InputError
+
+TYPES = (
+    *("float16", "bfloat16", "float32", "float64", "bool"),
+    *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+)
+"""Element types that an input or output may have."""
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -32,5 +40,15 @@ class TensorInfo:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TensorInfo:
-        """Read what `to_dict` wrote."""
-        return cls(str(values["name"]), tuple(values["shape"]), str(values["type"]))
+        """Read what `to_dict` wrote.
+
+        Raises:
+            InputError: if a value is missing or of another kind.
+        """
+        name, shape, kind = values.get("name"), values.get("shape"), values.get("type")
+        fits = isinstance(shape, (list, tuple)) and all(
+            (type(size) is int and size >= 0) or isinstance(size, str) for size in shape
+        )
+        if not isinstance(name, str) or shape is None or not fits or kind not in TYPES:
+            raise InputError(f"{dict(values)!r} is no input or output; expected name, shape and type")
+        return cls(name, tuple(shape), kind)

@@ -321,6 +321,7 @@ def text_model(
     width: int | str = "width",
     weights: Mapping[str, Array] | None = None,
     outputs: Sequence[str] = ("y",),
+    rank: int = 4,
 ) -> onnx.ModelProto:
     """Parse the nodes of a graph that reads x, (batch, 4, height, width), and the weights that it names.
 
@@ -331,6 +332,7 @@ def text_model(
         width: of x.
         weights: arrays by name, beside those of `block_weights`; only those that are read are kept.
         outputs: values to return.
+        rank: axes of each of them.
     """
     header = '<ir_version: 10, opset_import: ["": 20, "quartermap": 1]>\n'
     signature = f"block (float[batch, {CHANNELS}, {height}, {width}] x) => ({', '.join(outputs)}) {{"
@@ -346,7 +348,7 @@ def text_model(
         if name in read:
             model.graph.initializer.append(numpy_helper.from_array(array, name))
     for output in model.graph.output:
-        output.CopyFrom(helper.make_tensor_value_info(output.name, onnx.TensorProto.FLOAT, [None] * 4))
+        output.CopyFrom(helper.make_tensor_value_info(output.name, onnx.TensorProto.FLOAT, [None] * rank))
     return model
 
 
@@ -375,6 +377,12 @@ def _renamed_values(text: str, names: Mapping[str, str]) -> str:
         )
         lines.append(f"    {left} = {operator.strip()} ({arguments})\n")
     return "\n" + "".join(lines)
+
+
+def edited(text: str, old: str, new: str) -> str:
+    """Replace a part of a graph's text, which must be there."""
+    assert text.count(old) == 1, old
+    return text.replace(old, new)
 
 
 def image(height: int, width: int, batch: int = 2, seed: int = 0) -> Array:

@@ -269,3 +269,25 @@ def test_wrong_images_are_refused(digits_bundle: qm.Bundle, images: Any, mend: s
 def test_an_unknown_target_is_refused(digits_bundle: qm.Bundle, images: Any) -> None:
     with pytest.raises(UnknownNameError, match="onnxruntime"):
         digits_bundle.run(images, target="tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"inputs": []}, "no inputs"),
+        ({"inputs": [{"name": "images"}]}, "is no input or output"),
+        ({"outputs": [{"name": "x", "shape": [1], "type": "object"}]}, "is no input or output"),
+        ({"outputs": [{"name": "x", "shape": [True], "type": "int8"}]}, "is no input or output"),
+        ({"labels": [1]}, "labels are no texts"),
+        ({"preprocessing": {"crop": [64, 64]}}, "no mean"),
+        ({"preprocessing": {"crop": [64, 64], "mean": ["a"], "std": [1]}}, "mean"),
+        ({"size_rules": ["__import__('os')"]}, "no rule of sizes"),
+        ({"task": None}, "no proper task"),
+    ],
+)
+def test_a_manifest_that_means_nothing_is_refused(
+    copy_of_bundle: Path, values: dict[str, Any], message: str
+) -> None:
+    _set(copy_of_bundle / "manifest.json", **values)
+    with pytest.raises(BundleError, match=message):
+        qm.load_bundle(copy_of_bundle)

@@ -52,6 +52,7 @@ from quartermap_deploy.passes import Selection, infer_shapes, lower, run_passes
 from quartermap_deploy.passes.cast_precision import block_parts, cast_precision
 from quartermap_deploy.pruning.plan import QuarterMap, Subsample
 from quartermap_deploy.pruning.reference import prune
+from quartermap_deploy.sources.architectures import architecture_source
 from quartermap_deploy.validation.rounding import has_16_bits, rounded_in_float32
 from quartermap_deploy.validation.runners import with_block_outputs
 
@@ -470,7 +471,8 @@ def test_the_export_writes_types(precision: str) -> None:
     model = tiny("v2")
     images = np.random.default_rng(0).standard_normal((3, 3, 64, 64)).astype(np.float32)
     plan = QuarterMap(every=2, exclude_stages=())
-    exported = export(model, (1, 3, 64, 64), plan, precision=precision, calibration=images)
+    source = architecture_source(model, (1, 3, 64, 64))
+    exported = export(source, plan, precision=precision, calibration={INPUT: images})
     assert exported.cast is not None
     assert exported.passes[-1] is exported.cast
     assert exported.cast.operators[precision] > 20

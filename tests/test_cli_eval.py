@@ -62,6 +62,32 @@ def test_folders_and_files_are_known_by_their_looks(workplace: Path) -> None:
     assert values["data"]["name"] == "digitmnist, train" and values["images"] == 20
 
 
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def test_folders_with_the_names_of_the_models_classes_are_those(workplace: Path) -> None:
+    digit_folders(workplace / "data", WORDS, per_class=3)
+    (workplace / "words.txt").write_text("\n".join(WORDS))
+    outcome = call(*MODEL, "--data", "data", "--labels", "words.txt", "--json")
+    assert outcome.code == 0 and "numbered by name" not in outcome.err
+    values = outcome.json
+    assert values["top1"] > 0.9 and list(values["per_class"]) == list(WORDS)
+    assert values["overridden"] == ["labels"]
+    # The model's own names are 0 to 9: in the order of their names, eight would be the first class.
+    outcome = call(*MODEL, "--data", "data", "--json")
+    assert "numbered by name: eight = 0, five = 1" in outcome.err and outcome.json["top1"] < 0.5
+
+
+def test_images_are_prepared_as_the_command_line_says(workplace: Path) -> None:
+    found = names(call(*MODEL, "--limit", 60, "--preprocessing", "mean=3,3,3", "scale=1/100"))
+    assert found["set otherwise"] == "mean, scale" and float(found["top-1"][:-1]) < 90
+    (workplace / "dark.toml").write_text(
+        Recipe("vmamba_digits", preprocessing={"mean": [3.0, 3.0, 3.0]}).to_toml(workplace)
+    )
+    values = call("eval", "dark.toml", "--target", "torch", "--limit", 4, "--json").json
+    assert values["overridden"] == ["mean"] and values["preprocessing"]["mean"] == [3.0] * 3
+
+
 def test_the_worst_classes_are_shown_where_there_are_many(workplace: Path) -> None:
     (workplace / "many").mkdir()
     digit_folders(workplace / "many", {digit: str(3 * digit) for digit in range(10)}, per_class=1)
@@ -120,6 +146,11 @@ def test_broken_images_are_a_warning(workplace: Path) -> None:
         (("--resume", "state.json"), "belongs to another evaluation"),
         (("--target", "cuda"), "unknown target 'cuda'"),
         (("--checkpoint", "absent.pth"), "absent.pth"),
+        (("--factory", "mine:Net"), "is no bundle, and a recipe names its factory itself"),
+        (("--labels", "absent.txt"), "absent.txt cannot be read"),
+        (("--labels", "imagenet"), "'imagenet' have 1000 names"),
+        (("--preprocessing", "mean=1"), "has 1 number; expected 3"),
+        (("--preprocessing", "crop=48"), "makes images of (3, 48, 48)"),
     ],
 )
 def test_what_is_wrong_is_said(

@@ -84,12 +84,12 @@ _exports: dict[tuple[Any, ...], Any] = {}
 export_model = compiler.export_model
 
 
-def exported_once(recipe: qm.Recipe, *arguments: Any) -> Any:
+def exported_once(recipe: qm.Recipe, source: Any, progress: Any, traced: Any = None) -> Any:
     """`compiler.export_model`, which takes most of these tests' time, once for each recipe."""
     # A set, as the range scan and the bundle's report tell the same names in different orders.
     key = (recipe.precision, recipe.quartermap, recipe.blocks_float32, frozenset(recipe.keep_float32))
     if key not in _exports:
-        _exports[key] = export_model(recipe, *arguments)
+        _exports[key] = export_model(recipe, source, progress, traced)
     return _exports[key]
 
 
@@ -143,7 +143,8 @@ def test_the_block_at_fault_is_named_when_compiling_fails(
 def test_a_fault_in_float32_is_none_of_precision(engines: Engines, compiled: Path) -> None:
     engines.behaviour.wrong = lambda model: 1.1
     entry = qm.load_bundle(compiled).manifest["targets"]["tensorrt"]
-    settings = (recipe(precision="float32"), None, "tensorrt", tensorrt, compiled, entry, SILENT)
+    golden = qm.load_bundle(compiled).manifest["golden"]
+    settings = (recipe(precision="float32"), None, "tensorrt", tensorrt, compiled, entry, golden, SILENT)
     with pytest.raises(
         ParityError, match=r"departs from golden outputs .*\. Nothing was written; please report"
     ):
@@ -258,7 +259,7 @@ def test_localising_without_a_gpu_says_so_before_the_work(
     engines: Engines, compiled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "find_gpu", lambda: None)
-    monkeypatch.setattr(compiler, "load_model", lambda recipe: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(compiler, "load_source", lambda recipe: pytest.fail("the model was loaded"))
     bundle = qm.load_bundle(compiled)
     with pytest.raises(BundleError, match=r"localising in tensorrt builds engines .* no NVIDIA GPU"):
         localise_bundle(bundle, "tensorrt")

@@ -17,8 +17,10 @@ from reference_models import tiny
 from quartermap_deploy.errors import PassError
 from quartermap_deploy.exporting.export import export
 from quartermap_deploy.exporting.ranges import scan_ranges
+from quartermap_deploy.frontend.exporter import INPUT
 from quartermap_deploy.passes import infer_shapes, lower
 from quartermap_deploy.passes.cast_precision import cast_precision
+from quartermap_deploy.sources.architectures import architecture_reference, architecture_source
 from quartermap_deploy.validation.golden import golden_runner
 from quartermap_deploy.validation.localise import LocaliseReport, localise
 from quartermap_deploy.validation.parity import check_parity
@@ -54,7 +56,7 @@ def network(faulty: Sequence[int] = (), scale: float = 4e4, after: str = "") -> 
 
 
 def found(model: onnx.ModelProto, precision: str = "float16", **options: object) -> LocaliseReport:
-    return localise(model, precision, in_float32(model), cases(), TOLERANCE, input_name="x", **options)  # type: ignore[arg-type]
+    return localise(model, precision, in_float32(model), cases(), TOLERANCE, **options)  # type: ignore[arg-type]
 
 
 def in_float32(model: onnx.ModelProto) -> OnnxrtRunner:
@@ -62,14 +64,14 @@ def in_float32(model: onnx.ModelProto) -> OnnxrtRunner:
     return OnnxrtRunner(session(with_block_outputs(lower(model))), name="float32")
 
 
-def cases() -> Mapping[str, Array]:
-    return {"images": image(6, 7), "zeros": np.zeros((2, 4, 6, 7), np.float32)}
+def cases() -> Mapping[str, Mapping[str, Array]]:
+    return {"images": {"x": image(6, 7)}, "zeros": {"x": np.zeros((2, 4, 6, 7), np.float32)}}
 
 
 def passes_with(model: onnx.ModelProto, blocks: Sequence[int]) -> bool:
     typed, _ = cast_precision(model, "float16", blocks_float32=blocks)
     target = onnxruntime_runner(rounded_in_float32(lower(typed)))
-    return check_parity(in_float32(model), target, cases(), "x", TOLERANCE).passed
+    return check_parity(in_float32(model), target, cases(), TOLERANCE).passed
 
 
 def test_a_model_that_is_right_has_nothing_to_localise() -> None:
@@ -126,7 +128,7 @@ def test_a_fault_that_is_not_one_of_precision_is_not_blamed_on_a_block() -> None
     for tensor in other.graph.initializer:
         if tensor.name == "conv_1":
             tensor.CopyFrom(numpy_helper.from_array(block_weights()["conv"], "conv_1"))
-    report = localise(model, "float16", in_float32(other), cases(), TOLERANCE, input_name="x")
+    report = localise(model, "float16", in_float32(other), cases(), TOLERANCE)
     assert report.restoring is None
     assert report.names == ()
     assert "not one of precision" in report.describe()
@@ -145,10 +147,8 @@ def test_a_runner_of_ones_own_may_have_the_result_alone() -> None:
         forms.append(typed)
         return OnnxrtRunner(session(rounded_in_float32(typed)), name="engine")
 
-    results = [run_session(session(lower(model)), {"x": images}) for images in cases().values()]
-    report = localise(
-        model, "float16", golden_runner(results), cases(), TOLERANCE, input_name="x", runner=runner
-    )
+    results = [run_session(session(lower(model)), feeds) for feeds in cases().values()]
+    report = localise(model, "float16", golden_runner(results), cases(), TOLERANCE, runner=runner)
     assert report.names == ("block_2",)
     assert len(forms) == report.runs == BLOCKS + 2
     types = [{tensor.data_type for tensor in form.graph.initializer} for form in forms]
@@ -194,12 +194,13 @@ def test_an_overflow_in_a_block_of_a_model_is_found_and_the_range_scan_prevents_
         block.mlp.fc1.weight.mul_(300)  # type: ignore[union-attr, operator]
         block.mlp.fc2.weight.mul_(1e-3)  # type: ignore[union-attr, operator]
     images = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
-    graph = export(model, images.shape).float32
-    cases = {"images": images}
-    report = localise(graph, "float16", TorchRunner(model), cases, TOLERANCE)
+    graph = export(architecture_source(model, images.shape)).float32
+    cases = {"images": {INPUT: images}}
+    runner = TorchRunner(architecture_reference(model))
+    report = localise(graph, "float16", runner, cases, TOLERANCE)
     assert report.names == ("block_2",)
 
-    ranges = scan_ranges(lower(graph), images)
+    ranges = scan_ranges(lower(graph), {INPUT: images})
     assert any(name.startswith("gelu") for name in ranges.keep_float32)
-    kept = localise(graph, "float16", TorchRunner(model), cases, TOLERANCE, keep_float32=ranges.keep_float32)
+    kept = localise(graph, "float16", runner, cases, TOLERANCE, keep_float32=ranges.keep_float32)
     assert kept.passed

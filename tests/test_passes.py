@@ -21,6 +21,7 @@ from helpers import (
     Array,
     block_weights,
     chained,
+    edited,
     error,
     image,
     main_graph,
@@ -67,12 +68,6 @@ SUNK = (insert_quartermap, sink_resize)
 def select(*blocks: int, stride: int = 2, keep: int = 1, upsample: str = "nearest") -> Selection:
     """Return a selection of blocks."""
     return Selection(blocks, Subsample(stride, keep, upsample))  # type: ignore[arg-type]
-
-
-def edited(text: str, old: str, new: str) -> str:
-    """Replace a part of a graph's text, which must be there."""
-    assert text.count(old) == 1, old
-    return text.replace(old, new)
 
 
 def output(model: onnx.ModelProto, x: Array) -> Array:

@@ -41,7 +41,7 @@ def test_the_types_are_in_the_graph_and_the_report(half: Path) -> None:
     types = {tensor.data_type for tensor in model.graph.initializer if tensor.name.endswith("weight")}
     assert onnx.TensorProto.FLOAT16 in types
     bundle = qm.load_bundle(half)
-    assert bundle.manifest["input"]["type"] == bundle.manifest["output"]["type"] == "float32"
+    assert [item.type for item in (*bundle.inputs, *bundle.outputs)] == ["float32", "float32"]
     assert bundle.manifest["recipe"]["precision"] == "float16"
     precision = bundle.report["precision"]
     assert precision["operators"]["float16"] > precision["operators"]["float32"]
@@ -52,11 +52,13 @@ def test_the_types_are_in_the_graph_and_the_report(half: Path) -> None:
 
 def test_it_says_of_digits_what_the_float32_model_says(half: Path) -> None:
     bundle, digits = qm.load_bundle(half), load_digits().held_out
-    images = prepare(list(digits.images), qm.load_card(MODEL).preprocessing)
+    images = prepare(list(digits.images), bundle.preprocessing)
     model = qm.prune(qm.create_model(MODEL), qm.QuarterMap(every=3))
     with torch.no_grad():
         expected = model(torch.from_numpy(images)).argmax(1).numpy()
-    assert (bundle.run(images).argmax(1) == expected).mean() >= 0.995
+    logits = bundle.run(images)
+    assert isinstance(logits, np.ndarray)
+    assert (logits.argmax(1) == expected).mean() >= 0.995
 
 
 def test_validate_and_localise(half: Path) -> None:
@@ -71,20 +73,20 @@ def test_a_fault_of_precision_is_localised_when_compiling_fails(
     refused: Refuse,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    load_model = compiler.load_model
+    load_source = compiler.load_source
 
     def with_large_values(recipe: qm.Recipe) -> Any:
-        model, card, weights = load_model(recipe)
+        source = load_source(recipe)
         scale = 3e4
         # The weights fit float16, what the normalisation makes does not, and the projection behind it undoes it.
-        mixer = model.blocks()[3].mixer
+        mixer: Any = source.module.blocks()[3].mixer  # type: ignore[operator]
         with torch.no_grad():
             mixer.out_norm.weight.mul_(scale)
             mixer.out_norm.bias.mul_(scale)
             mixer.out_proj.weight.div_(scale)
-        return model, card, weights
+        return source
 
-    monkeypatch.setattr(compiler, "load_model", with_large_values)
+    monkeypatch.setattr(compiler, "load_source", with_large_values)
     # Without the range scan, which would have kept these values in float32.
     monkeypatch.setattr(compiler, "CALIBRATION_IMAGES", 1)
     monkeypatch.setattr("quartermap_deploy.exporting.ranges.RangeReport.keep_float32", ())
@@ -100,11 +102,12 @@ def test_a_bundle_in_float32_has_nothing_to_localise(tmp_path: Path) -> None:
 
 def test_input_and_output_of_the_same_type(tmp_path: Path) -> None:
     bundle = qm.compile(qm.Recipe(MODEL, precision="float16", io="same"), tmp_path / "bundle")
-    assert bundle.manifest["input"]["type"] == "float16"
-    images = prepare(list(load_digits().held_out.images[:2]), qm.load_card(MODEL).preprocessing)
+    assert [item.type for item in (*bundle.inputs, *bundle.outputs)] == ["float16", "float16"]
+    images = prepare(list(load_digits().held_out.images[:2]), bundle.preprocessing)
     with pytest.raises(qm.errors.InputError, match='astype\\("float16"\\)'):
         bundle.run(images)
     logits = bundle.run(images.astype(np.float16))
+    assert isinstance(logits, np.ndarray)
     assert logits.dtype == np.float16 and logits.shape == (2, 10)
     assert validate_bundle(bundle)["passed"]
 

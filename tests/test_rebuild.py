@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,25 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def tensors(values: Iterable[onnx.ValueInfoProto]) -> list[dict[str, Any]]:
+    """Inputs or outputs of a graph as a manifest lists them."""
+    return [
+        {
+            "name": value.name,
+            "shape": [side.dim_value or side.dim_param for side in value.type.tensor_type.shape.dim],
+            "type": str(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)),
+        }
+        for value in values
+    ]
+
+
 def write_bundle(
     folder: Path, engine: bool = True, recipe: Recipe | None = None, model: onnx.ModelProto | None = None
 ) -> Path:
     """Write a small bundle by hand, with an engine or without, and without golden files."""
     folder.mkdir()
-    onnx.save(model or small_model(), folder / "model.onnx")
+    model = model or small_model()
+    onnx.save(model, folder / "model.onnx")
     write_json(folder / "report.json", {"cases": [], "passed": True})
     targets: dict[str, Any] = {"onnxruntime": {"file": "model.onnx"}}
     if engine:
@@ -38,8 +52,8 @@ def write_bundle(
     files = {path.name: describe_file(path) for path in sorted(folder.iterdir())}
     sections: dict[str, Any] = {name: {} for name in ("model", "totals", "graph", "versions")}
     sections["recipe"] = (recipe or Recipe("small")).to_dict()
-    lists = ("blocks", "passes", "inputs", "outputs", "labels", "size_rules", "golden")
-    sections |= {name: [] for name in lists}
+    sections |= {name: [] for name in ("blocks", "passes", "labels", "size_rules", "golden")}
+    sections["inputs"], sections["outputs"] = tensors(model.graph.input), tensors(model.graph.output)
     manifest = {"format": FORMAT, **sections, "plan": None, "preprocessing": None, "task": "other"}
     write_json(folder / "manifest.json", {**manifest, "files": files, "targets": targets})
     return folder

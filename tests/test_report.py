@@ -44,7 +44,7 @@ from quartermap_deploy.report.parts import Table, markdown
 from quartermap_deploy.report.pictures import heat_colours
 from quartermap_deploy.report.plots import ablation_plot, comparison_plot, search_plots
 from quartermap_deploy.report.receptive import ReceptiveField, receptive_field
-from quartermap_deploy.report.results import plan_name, read_results, search_text
+from quartermap_deploy.report.results import accuracy_table, plan_name, read_results, search_text
 from quartermap_deploy.tables.words import ranges
 from quartermap_deploy.validation.inputs import real_images
 
@@ -214,6 +214,9 @@ def test_it_says_what_the_bundles_and_results_say(
     assert f"{len(searched['tried'])} plans were run" in text
     assert f"Chosen: blocks {ranges(searched['chosen']['blocks'])} at stride 2" in text
     assert manifest["versions"]["torch"] in text
+    assert "taskclassification, 10 classes: 0, 1, 2, 3 and 6 more" in text
+    assert "inputimages (batch, 3, 64, 64)" in text and "outputlogits (batch, 10)" in text
+    assert "weightsthose that come with the package" in text and "layers.1.blocks.0" in text
     assert "Left out" not in text
 
 
@@ -504,6 +507,13 @@ def test_several_results_in_one_file(results: list[Path], tmp_path: Path) -> Non
     path.write_text(json.dumps([json.loads(entry.read_text()) for entry in results]))
     kinds = ["eval", "eval", "bench", "validate", "compare", "ablate", "tune"]
     assert [result.kind for result in read_results([path])] == kinds
+
+
+def test_what_was_set_otherwise_stands_beside_the_accuracy(results: list[Path]) -> None:
+    own, other = (json.loads(path.read_text()) for path in results[:2])
+    assert accuracy_table([own, other]).columns[-1] == ">broken"
+    table = accuracy_table([own, {**other, "overridden": ["labels", "mean"]}])
+    assert table.columns[-1] == "set otherwise" and [row[-1] for row in table.rows] == [None, "labels, mean"]
 
 
 def test_everything_that_a_search_tried_is_drawn_where_it_is(results: list[Path]) -> None:

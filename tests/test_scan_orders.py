@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -76,3 +78,21 @@ def test_orders_are_equal_by_what_they_hold() -> None:
 def test_what_is_no_order_of_the_map_is_refused(order: list[object], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         ScanOrder(2, 2, np.array(order), merged=True)
+
+
+def test_lines_and_snakes_walk_lines_and_windows_do_not() -> None:
+    height, width = 4, 6
+    raster = np.arange(height * width).reshape(height, width)
+    snake = raster.copy()
+    snake[1::2] = snake[1::2, ::-1]
+    windows = raster.reshape(2, 2, 2, 3).transpose(0, 2, 1, 3).reshape(-1)
+    shuffled = np.random.default_rng(0).permutation(height * width)
+    token = np.insert(raster.reshape(-1), 7, OUTSIDE)
+
+    def walks(steps: np.ndarray[Any, np.dtype[np.int64]]) -> bool:
+        return ScanOrder(height, width, steps.reshape(1, -1), merged=False).walks_lines
+
+    for steps in (raster, raster.T, raster[::-1, ::-1], raster.T[::-1], snake, snake[:, ::-1], token):
+        assert walks(np.ascontiguousarray(steps).reshape(-1))
+    for steps in (windows, shuffled, raster.reshape(-1)[:12]):
+        assert not walks(steps)

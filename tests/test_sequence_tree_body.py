@@ -14,7 +14,7 @@ from test_sequence_body import Sequence, arguments, model, scan
 from torch import Tensor, nn
 
 from quartermap_deploy.frontend.exporter import to_onnx
-from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN, SequenceVariant
+from quartermap_deploy.lowering.operator import DOMAIN, INPUTS_1D, SELECTIVE_SCAN, SequenceVariant
 from quartermap_deploy.lowering.sequence_tree_body import sequence_tree_body
 from quartermap_deploy.lowering.tree_scan import OPEN_LENGTH
 from quartermap_deploy.passes import infer_shapes, lower
@@ -103,6 +103,27 @@ def test_a_sequence_that_is_too_long_for_an_open_body_fails() -> None:
     tensors = arguments(1, 1, 1, OPEN_LENGTH + 1, 1, (0.1, 1.0), 0)
     with pytest.raises(Exception, match="65536 by 65537"):
         scan([*tensors], True, "tree")
+
+
+def test_open_lengths_take_steps_for_the_longest_sequence_alone() -> None:
+    tensors: list[Tensor | None] = [*arguments(1, 2, 2, 40, 2, (0.1, 1.0), 0)]
+    bare = model(tensors, True)
+    at = [
+        {name: tensor.shape for name, tensor in zip(INPUTS_1D, tensors, strict=True) if tensor is not None},
+        {value.name: shape for value, shape in zip(bare.graph.input, shapes_of(50), strict=True)},
+    ]
+    limited = lower(bare, "tree", at)
+    (function,) = limited.functions
+    assert sum(node.op_type == "Exp" for node in function.node) == 1 + 6
+    feeds = {name: t.float() for name, t in zip(INPUTS_1D, tensors, strict=True) if t is not None}
+    rounded = [tensor.float().double() for tensor in tensors if tensor is not None]
+    expected = selective_scan_definition(*rounded, delta_softplus=True)
+    assert error(run(limited, feeds)["y"], expected) <= TOLERANCE
+
+
+def shapes_of(length: int) -> list[tuple[int, ...]]:
+    """Shapes of the inputs of a scan."""
+    return [tuple(tensor.shape) for tensor in arguments(1, 2, 2, length, 2, (0.1, 1.0), 0)]
 
 
 def test_a_nan_is_not_hidden() -> None:

@@ -556,6 +556,11 @@ def test_an_engine_with_another_input_is_refused(
     older = {key: value for key, value in entry.items() if key != "outputs"}
     with pytest.raises(BundleError, match=r"says too little .*\(outputs\); make it again"):
         tensorrt.open(tmp_path, older, plugin=plugin)
+    for wrong in ({"inputs": ["images"]}, {"inputs": {"images": None}}, {"inputs": {"images": [1.5]}}):
+        with pytest.raises(BundleError, match=r"says too little .*\(inputs\); make it again"):
+            tensorrt.open(tmp_path, {**entry, **wrong}, plugin=plugin)
+    with pytest.raises(BundleError, match=r"says too little .*\(outputs\); make it again"):
+        tensorrt.open(tmp_path, {**entry, "outputs": "logits"}, plugin=plugin)
 
 
 def test_an_engine_that_tensorrt_cannot_read_is_refused(

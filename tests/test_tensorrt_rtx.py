@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from helpers import error, run, traced_digits
+from helpers import CHANNEL_FIRST, CHANNELS, error, run, text_model, traced_digits
 from onnx import helper, numpy_helper
 
 from quartermap_deploy.errors import (
@@ -320,6 +320,19 @@ def test_several_profiles_and_open_sizes(tmp_path: Path) -> None:
     assert len(entry["options"]["profiles"]) == 2
     with pytest.raises(InputError, match="leaves its height open"):
         tensorrt_rtx.build(path, tmp_path, EngineOptions())
+
+
+@needs_rtx
+def test_scans_of_maps_of_open_sizes(tmp_path: Path) -> None:
+    path = save(lower(infer_shapes(text_model(CHANNEL_FIRST))), tmp_path)
+    profiles = (Profile((1, 1, 1), (4, 4, 4), (5, 5, 5)), Profile((1, 2, 4), (4, 6, 8), (5, 6, 9)))
+    options = EngineOptions(profiles=profiles, compute_capabilities=("8.9",), optimization_level=2)
+    entry = tensorrt_rtx.build(path, tmp_path, options)
+    assert entry["inputs"] == {"x": ["batch", CHANNELS, "height", "width"]}
+    shapes = [(1, 4, 5), (1, 4, 5), (1, 4, 5), (4, 8, 9)]
+    assert tensorrt_builder.extremes(options, entry["inputs"]) == [
+        {"x": (batch, CHANNELS, height, width)} for batch, height, width in shapes
+    ]
 
 
 @needs_rtx

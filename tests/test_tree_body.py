@@ -11,10 +11,13 @@ import onnxruntime
 import pytest
 import torch
 from helpers import (
+    CHANNEL_FIRST,
+    CHANNELS,
     Array,
     ScanCase,
     digits,
     error,
+    image,
     onnx_outputs,
     output_errors,
     run,
@@ -23,6 +26,7 @@ from helpers import (
     scan_feeds,
     scan_model,
     session,
+    text_model,
     torch_outputs,
     traced_digits,
 )
@@ -40,6 +44,7 @@ from quartermap_deploy.lowering.tree_scan import LONG, lines
 from quartermap_deploy.lowering.writer import Writer
 from quartermap_deploy.passes.inline_scans import inline_scans
 from quartermap_deploy.passes.lower import lower
+from quartermap_deploy.passes.shapes import infer_shapes
 from quartermap_deploy.scan.definition import DIRECTIONS
 
 TOLERANCE = 1e-6
@@ -239,8 +244,6 @@ def test_softplus_without_a_logarithm() -> None:
 
 
 def test_a_model_has_a_body_for_each_size_and_equals_pytorch() -> None:
-    from quartermap_deploy.passes.shapes import infer_shapes
-
     model, images = digits()
     lowered = lower(infer_shapes(traced_digits()), "tree")
     onnx.checker.check_model(lowered, full_check=True)
@@ -254,6 +257,26 @@ def test_a_model_has_a_body_for_each_size_and_equals_pytorch() -> None:
     for candidate in (lowered, inlined):
         errors = output_errors(onnx_outputs(candidate, images), expected)
         assert max(errors.values()) < 1e-4
+
+
+def test_open_sizes_take_steps_for_the_largest_map_alone() -> None:
+    def steps(model: onnx.ModelProto) -> int:
+        return sum(node.op_type == "Exp" for function in model.functions for node in function.node)
+
+    model = infer_shapes(text_model(CHANNEL_FIRST))
+    at = [{"x": (1, CHANNELS, 4, 5)}, {"x": (2, CHANNELS, 9, 11)}]
+    limited = lower(model, "tree", at)
+    # Softplus takes one exponential; 2^6 < 99 ≤ 2^7, and 65,536 is 2^16.
+    assert (steps(limited), steps(lower(model, "tree"))) == (1 + 7, 1 + 16)
+    for height, width in ((4, 5), (9, 11), (3, 33), (1, 1)):
+        x = image(height, width)
+        assert error(run(limited, {"x": x})["y"], run(lower(model), {"x": x})["y"]) <= 1e-5
+    with pytest.raises(Exception, match="99 by 100"):
+        run(limited, {"x": image(10, 10)})
+    fixed = lower(model, "tree", [{"x": (1, CHANNELS, 4, 5)}, {"x": (8, CHANNELS, 4, 5)}])
+    assert fixed.functions == lower(infer_shapes(text_model(CHANNEL_FIRST, 4, 5)), "tree").functions
+    with pytest.raises(PassError, match=r"the graph does not fit inputs of x \(1, 5, 4, 5\)"):
+        lower(model, "tree", [{"x": (1, CHANNELS + 1, 4, 5)}])
 
 
 def test_inlining_needs_a_body() -> None:

@@ -1,4 +1,4 @@
-"""Small modules with selective scans, as users have them: a classifier of images, two images, a sequence without images.
+"""Small modules with selective scans, as users have them: a classifier of images, two images, a sequence.
 
 They call the scan by this package's function, so that they run without `public_code`. Their weights come from a fixed
 seed and are such that the scans matter.
@@ -123,3 +123,11 @@ class Sequences(nn.Module):
         """Return logits."""
         logits: Tensor = self.head(self.mixer(tokens).mean(dim=1))
         return logits
+
+
+def classifier_with_another_scan() -> Classifier:
+    """The classifier with a time step of its second block that is another one: a fault that stands in one scan."""
+    model = Classifier()
+    with torch.no_grad():
+        model.mixers[1].bias += 0.3  # type: ignore[operator]
+    return model

@@ -31,10 +31,7 @@ if TYPE_CHECKING:
     from quartermap_deploy.bundle import Bundle
     from quartermap_deploy.cli.common import Subparsers
     from quartermap_deploy.progress import Progress
-
-
-BATCH = "batch"
-"""How the open first axis of an input is called."""
+    from quartermap_deploy.tensor_info import TensorInfo
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -171,6 +168,8 @@ def call(
     entry = {**bundle.manifest["targets"][target], "size_rules": bundle.manifest["size_rules"]}
     with thread_count(threads):
         session = load_target(target).open(bundle.path, entry, plugin=plugin)
+    # Engines take float32 whatever the portable model takes.
+    feeds = {item.name: feeds[item.name].astype(item.type, copy=False) for item in session.inputs}
     session.infer(feeds)
     return lambda: session.infer(feeds)
 
@@ -195,16 +194,20 @@ def golden_batch(bundle: Bundle, batch: int) -> dict[str, NDArray[Any]]:
     return {
         item.name: np.ascontiguousarray(
             inputs[item.name][np.arange(batch) % len(inputs[item.name])]
-            if item.shape and item.shape[0] == BATCH
+            if _has_open_batch(item)
             else inputs[item.name]
-        ).astype(item.type, copy=False)
+        )
         for item in bundle.inputs
     }
 
 
+def _has_open_batch(item: TensorInfo) -> bool:
+    return bool(item.shape) and isinstance(item.shape[0], str)
+
+
 def _require_batch(bundle: Bundle, batch: int) -> None:
     first = bundle.inputs[0]
-    if any(item.shape and item.shape[0] == BATCH for item in bundle.inputs):
+    if any(map(_has_open_batch, bundle.inputs)):
         return
     fixed = first.shape[0] if first.shape else 1
     if batch != fixed:

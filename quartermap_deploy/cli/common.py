@@ -156,31 +156,6 @@ def add_factory_option(options: Any, when: str) -> None:
     )
 
 
-def add_label_option(options: Any, default: str) -> None:
-    """Add names of the classes, to a parser or a group of one; `default` says what they are without it."""
-    options.add_argument(
-        "--labels",
-        type=file_or_folder,
-        metavar="FILE|SET",
-        help="the name of a class on each line, or a set that comes with this package: imagenet, digits, or one of "
-        f"MedMNIST, as bloodmnist (default: {default})",
-    )
-
-
-def add_preprocessing_option(options: Any) -> None:
-    """Add values of the preprocessing of a bundle that are replaced, to a parser or a group of one."""
-    options.add_argument(
-        "--preprocessing",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME=VALUE",
-        help="how an image becomes the input, where that is otherwise than the bundle says, such as mean=0.5,0.5,0.5 "
-        "std=0.5,0.5,0.5 color=bgr scale=1/255 interpolation=bicubic resize=256 crop=224x224 fit=stretch (default: as "
-        "the bundle says)",
-    )
-
-
 # Values of options ----------------------------------------------------------------------------------------------
 
 

@@ -29,9 +29,9 @@ from quartermap_deploy.cli.common import (
 from quartermap_deploy.cli.module_options import (
     add_module_options,
     module_options_of,
-    preprocessing_setting,
     user_module,
 )
+from quartermap_deploy.cli.overrides import add_labels_option, add_preprocessing_option, read_preprocessing
 from quartermap_deploy.cli.rebuild import engine_facts, engine_warnings, engines_of
 from quartermap_deploy.data.labels import label_sets
 from quartermap_deploy.errors import PlanError, RecipeError
@@ -167,21 +167,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="compile the backbone, whose outputs are the maps of its stages (default: the classifier)",
     )
-    group.add_argument(
-        "--labels",
-        metavar="FILE|SET",
-        default=argparse.SUPPRESS,
-        help=f"names of the classes: a file with one on each line, or one of {', '.join(label_sets())} (default: the "
-        "card's)",
-    )
-    group.add_argument(
-        "--preprocessing",
-        type=preprocessing_setting,
-        nargs="+",
-        metavar="NAME=VALUE",
-        default=argparse.SUPPRESS,
-        help="how images are prepared, where it is otherwise than the card says, such as mean=0.5,0.5,0.5 color=bgr; "
-        "for a module of your own all of resize, crop, fit, interpolation, mean and std (default: the card's)",
+    add_labels_option(group, "the card's", argparse.SUPPRESS)
+    add_preprocessing_option(
+        group, "as the card says; a module of your own takes arrays alone", argparse.SUPPRESS
     )
     group.add_argument(
         "--seed",
@@ -382,7 +370,7 @@ def recipe_and_folder(options: argparse.Namespace) -> tuple[Recipe, Path]:
     if engine is not None:
         given["engine"] = engine
     if "preprocessing" in given:
-        given["preprocessing"] = dict(pair for pairs in given["preprocessing"] for pair in pairs.items())
+        given["preprocessing"] = read_preprocessing(given["preprocessing"])
     if isinstance(given.get("labels"), str) and given["labels"] not in label_sets():
         given["labels"] = Path(given["labels"])
     is_module = ":" in source and not source.endswith(".toml")

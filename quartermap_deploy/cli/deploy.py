@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 from quartermap_deploy.cli.common import (
     add_bundle_argument,
     add_command,
-    add_label_option,
     add_output_options,
-    add_preprocessing_option,
     at_least_one,
     delay_ms,
     file_or_folder,
@@ -20,6 +18,7 @@ from quartermap_deploy.cli.common import (
     results_only,
     show,
 )
+from quartermap_deploy.cli.overrides import add_labels_option, add_preprocessing_option, preprocessing_of
 from quartermap_deploy.tables.layout import facts, table
 
 if TYPE_CHECKING:
@@ -193,7 +192,7 @@ def _add_model_options(parser: CommandParser) -> None:
     model.add_argument(
         "--model-version", type=at_least_one, default=1, metavar="N", help="version of the model (default: 1)"
     )
-    add_label_option(model, "the bundle's, or numbers from 0")
+    add_labels_option(model)
     add_preprocessing_option(model)
     model.add_argument(
         "--max-batch",
@@ -249,7 +248,6 @@ def _zero_or_more(text: str) -> int:
 
 
 def _triton_options(options: argparse.Namespace, **more: Any) -> TritonOptions:
-    from quartermap_deploy.data.preprocessing import parse_overrides
     from quartermap_deploy.deploy.triton import TritonOptions
 
     return TritonOptions(
@@ -257,7 +255,7 @@ def _triton_options(options: argparse.Namespace, **more: Any) -> TritonOptions:
         name=options.name,
         version=options.model_version,
         labels=options.labels,
-        preprocessing=parse_overrides(options.preprocessing),
+        preprocessing=preprocessing_of(options),
         max_batch=options.max_batch,
         max_delay_us=round(options.max_delay_ms * 1000),
         device=options.device,

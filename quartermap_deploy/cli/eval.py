@@ -119,8 +119,8 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         "(default: the recipe's, or those that come with the package)",
     )
     add_factory_option(parser, "on the target torch, for a bundle of a module of yours")
-    add_labels_option(parser)
-    add_preprocessing_option(parser)
+    add_labels_option(parser, "the bundle's, the recipe's or those of the model's card")
+    add_preprocessing_option(parser, "as the bundle, the recipe or the model's card says")
 
 
 def run(options: argparse.Namespace) -> None:

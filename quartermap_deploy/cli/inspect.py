@@ -32,12 +32,14 @@ def add_parser(subparsers: Subparsers) -> None:
         run,
         summary="show what a bundle holds: block map, operators, passes, files",
         description="""
-            Show what a bundle holds: which blocks are pruned and what that saves, the operators of the graph before
-            and after the passes, what each pass changed, and the versions and files behind it. First the files and
-            the graph's operators are checked against the manifest, and the graph by onnx.checker. Nothing is run.
+            Show what a bundle holds: its task, inputs, outputs and class names, how images are prepared for it, where
+            its weights come from, which blocks are pruned and what that saves, the operators of the graph before and
+            after the passes, what each pass changed and refused, and the versions and files behind it. First the files
+            and the graph's operators are checked against the manifest, and the graph by onnx.checker. Nothing is run.
 
-            Tokens are the positions that a block's scan walks for one image, over its four directions. FLOPs are
-            multiply-accumulates of one image, a pruned block in its canonical form; the passes may save more.
+            Tokens are the positions that a block's scans walk for one image, or other entry of a batch, over all their
+            directions. FLOPs are multiply-accumulates of the same, a pruned block in its canonical form; the passes may
+            save more. A block that scans a sequence has a map of one row.
             """,
         examples="""
             quartermap inspect bundles/vmamba_digits_k3

@@ -43,7 +43,7 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="weights, .pth or .safetensors (default: the recipe's, those that come with the package, or new ones)",
     )
-    add_preprocessing_option(parser)
+    add_preprocessing_option(parser, "as the recipe or the model's card says")
 
 
 def add_measuring_options(group: argparse._ArgumentGroup) -> None:
@@ -117,6 +117,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     """
     from quartermap_deploy.architectures.cards import load_card
     from quartermap_deploy.bundle import MANIFEST
+    from quartermap_deploy.evaluation.sessions import names_a_factory
     from quartermap_deploy.evaluation.subject import CARDS_ALONE, require_card
     from quartermap_deploy.recipe import Recipe
 
@@ -126,7 +127,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
         require_card(recipe)
     elif (Path(source) / MANIFEST).is_file():
         raise InputError(_about_bundle(source, Path(source) / MANIFEST))
-    elif ":" in source:
+    elif names_a_factory(source):
         raise InputError(f"{source} names a module of yours by its factory, and {CARDS_ALONE}")
     else:
         load_card(source)

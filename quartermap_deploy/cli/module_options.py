@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from quartermap_deploy.cli.common import numbers
-from quartermap_deploy.data.preprocessing import parse_overrides
 from quartermap_deploy.errors import QuartermapError, RecipeError
 from quartermap_deploy.sources.description import TASKS
 from quartermap_deploy.sources.factories import UserModule, parse_example
@@ -134,12 +133,6 @@ def parse_scan(text: str) -> tuple[str, str]:
     if not equals or ":" not in scan or ":" not in adapter:
         raise RecipeError(f"{text!r} names no scan and adapter; expected package.ops:scan=my_adapters:scan")
     return scan, adapter
-
-
-def preprocessing_setting(text: str) -> dict[str, Any]:
-    """Read one setting of the preprocessing, for argparse."""
-    found: dict[str, Any] = _mendable(lambda one: parse_overrides([one]))(text)
-    return found
 
 
 def _once(flag: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:

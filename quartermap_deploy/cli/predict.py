@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quartermap_deploy.cli.common import (
     add_bundle_argument,
     add_command,
-    add_label_option,
     add_output_options,
-    add_preprocessing_option,
     at_least_one,
     file_or_folder,
     make_progress,
@@ -23,6 +21,7 @@ from quartermap_deploy.cli.common import (
     results_only,
     show,
 )
+from quartermap_deploy.cli.overrides import add_labels_option, add_preprocessing_option, preprocessing_of
 from quartermap_deploy.tables.layout import table
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--target", metavar="NAME", help="target to run (default: onnxruntime, or the bundle's only one)"
     )
-    add_label_option(parser, "the bundle's, or numbers from 0")
+    add_labels_option(parser)
     add_preprocessing_option(parser)
     add_output_options(parser)
 
@@ -116,13 +115,12 @@ def run(options: argparse.Namespace) -> None:
         QuartermapError: if the bundle cannot be run on these files.
     """
     from quartermap_deploy.bundle import load_bundle
-    from quartermap_deploy.data.preprocessing import parse_overrides
     from quartermap_deploy.errors import PredictionError
     from quartermap_deploy.files import check_outside
     from quartermap_deploy.predicting import listed, make_predictor
     from quartermap_deploy.prediction_files import FOLDER
 
-    overrides = parse_overrides(options.preprocessing)
+    overrides = preprocessing_of(options)
     if options.out is not None:
         check_outside(options.out, [options.bundle], PredictionError)
         FOLDER.check_destination(options.out, options.force)

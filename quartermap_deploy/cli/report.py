@@ -28,15 +28,16 @@ def add_parser(subparsers: Subparsers) -> None:
         run,
         summary="write one HTML page about bundles: blocks, parity, accuracy, speed, activation maps",
         description="""
-            Write one HTML page about one or several bundles: block maps, parity of every block, operators, versions,
-            and, computed by the PyTorch model, activation maps and effective receptive fields. The page holds
-            everything that it shows and fetches nothing.
+            Write one HTML page about one or several bundles: inputs and outputs, block maps, parity of every block,
+            operators, versions, and, computed by the PyTorch model, activation maps and effective receptive fields.
+            The page holds everything that it shows and fetches nothing.
 
             Accuracy, speed, ablations and the choice of blocks come from what other commands print with --json: give
             these files to --results. A section without results says so.
 
             Activation maps and receptive fields need the weights: a bundle that was compiled from a checkpoint needs
-            that very file, with --checkpoint; without it they are left out.
+            that very file, with --checkpoint; without it they are left out, and of a module of yours always: they are
+            made inside the blocks of models of cards.
             """,
         examples="""
             quartermap report bundles/vmamba_digits_k3 -o report.html

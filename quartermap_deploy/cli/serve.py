@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 from quartermap_deploy.cli.common import (
     add_bundle_argument,
     add_command,
-    add_label_option,
-    add_preprocessing_option,
     at_least_one,
     delay_ms,
     message,
     print_json,
     show,
 )
+from quartermap_deploy.cli.overrides import add_labels_option, add_preprocessing_option, preprocessing_of
 from quartermap_deploy.tables.layout import facts
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--name", metavar="NAME", help="what clients call the model (default: the bundle's name for it)"
     )
-    add_label_option(parser, "the bundle's, or numbers from 0")
+    add_labels_option(parser)
     add_preprocessing_option(parser)
     parser.add_argument(
         "--host",
@@ -174,7 +173,6 @@ def run(options: argparse.Namespace) -> None:
 
 def _serve(options: argparse.Namespace, log: EventLog) -> None:
     from quartermap_deploy.bundle import load_bundle
-    from quartermap_deploy.data.preprocessing import parse_overrides
     from quartermap_deploy.serving.options import MIB, ServeOptions
     from quartermap_deploy.serving.server import check_dependencies, serve
 
@@ -183,7 +181,7 @@ def _serve(options: argparse.Namespace, log: EventLog) -> None:
         target=options.target,
         name=options.name,
         labels=options.labels,
-        preprocessing=parse_overrides(options.preprocessing),
+        preprocessing=preprocessing_of(options),
         host=options.host,
         port=options.port,
         grpc_port=options.grpc_port,

@@ -108,7 +108,7 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="FILE",
         help="weights (default: the recipe's, or those that come with the package)",
     )
-    add_preprocessing_option(parser)
+    add_preprocessing_option(parser, "as the recipe or the model's card says")
     _add_image_options(parser)
     _add_search_options(parser)
     add_output_options(parser)

@@ -24,6 +24,7 @@ from quartermap_deploy.evaluation.runs import (
     target_sizes,
     weights_hash,
 )
+from quartermap_deploy.image_interface import fitting_preprocessing
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.pruning.plan import QuarterMap
 from quartermap_deploy.recipe import Recipe
@@ -127,6 +128,11 @@ def runner_for(
         return _bundle_runner(bundle, target or bundle.default_target, given, progress)
     from quartermap_deploy.compiler import as_recipe
 
+    if isinstance(source, str) and names_a_factory(source):
+        raise InputError(
+            f"{source} names a module of yours; write a recipe with it in [module], its example input, and in "
+            "[preprocessing] how images are prepared for it, and give that; or compile it, and give the bundle"
+        )
     if factory is not None:
         raise InputError(
             f"{source} is no bundle, and a recipe names its factory itself, in [module]; leave {factory} out"
@@ -139,7 +145,15 @@ def runner_for(
 def _is_bundle(source: str | Path) -> bool:
     text = str(source)
     # The name of a model is no path, unless there is such a folder; what looks like a path gets an error about bundles.
-    return not text.endswith(".toml") and (Path(source).is_dir() or "/" in text or "\\" in text)
+    if text.endswith(".toml") or names_a_factory(text):
+        return False
+    return Path(source).is_dir() or "/" in text or "\\" in text
+
+
+def names_a_factory(source: str) -> bool:
+    """Whether a text is package.module:name, or path/to/model.py:name."""
+    where, colon, name = source.rpartition(":")
+    return bool(where and colon) and name.isidentifier() and not Path(source).exists()
 
 
 def _bundle_runner(bundle: Bundle, target: str, given: Given, progress: Progress) -> Runner:
@@ -147,7 +161,9 @@ def _bundle_runner(bundle: Bundle, target: str, given: Given, progress: Progress
     name = bundle.path.name or str(bundle.path)
     image = image_input(name, bundle.task, bundle.inputs)
     classes = _known_classes(name, bundle.num_classes)
-    preprocessing = _prepared(name, bundle.preprocessing, given.preprocessing, image)
+    preprocessing = fitting_preprocessing(
+        f"the bundle {bundle.path}", image, bundle.preprocessing, given.preprocessing
+    )
     labels = class_names(given.labels, classes, bundle.labels)
     identity: dict[str, Any] = {"model": manifest["files"][MODEL], "target": target}
     if target == TORCH:
@@ -203,7 +219,7 @@ def _recipe_runner(recipe: Recipe, name: str, target: str, given: Given, progres
     with progress.step(f"loading {recipe.model}"):
         source = load_source(recipe)
     image = image_input(name, source.task, source.inputs)
-    preprocessing = _prepared(name, source.preprocessing, {}, image)
+    preprocessing = fitting_preprocessing(name, image, source.preprocessing)
     identity = _torch_identity(source, recipe)
     identity["target"] = target
     if target == TORCH:
@@ -293,32 +309,6 @@ def _known_classes(name: str, classes: int | None) -> int:
     return classes
 
 
-def _prepared(
-    name: str, own: Preprocessing | None, overrides: Mapping[str, Any], image: TensorInfo
-) -> Preprocessing:
-    """How images are prepared for an input.
-
-    Raises:
-        InputError: if nobody says so, or what comes out does not fit the input.
-    """
-    height, width = image.shape[2:]
-    size = (height, width) if isinstance(height, int) and isinstance(width, int) else None
-    if own is None and not overrides:
-        raise InputError(
-            f"nobody has said how an image becomes the input of {name}; say it with --preprocessing mean=… std=… and, "
-            "where they are not as usual, resize=…, fit=…, interpolation=…, color=…, scale=… (in Python: "
-            "preprocessing={…}), or give it to `quartermap compile`, which keeps it in the bundle"
-        )
-    found = Preprocessing.from_dict(overrides, size) if own is None else own.replace(overrides)
-    for wanted, made in zip(image.shape[1:], found.input_shape, strict=True):
-        if not isinstance(wanted, str) and wanted != made:
-            raise InputError(
-                f"the preprocessing makes images of {_times(found.input_shape)} (channels, height, width), but {name} "
-                f"takes {_times(image.shape[1:])}; set crop and color to it"
-            )
-    return found
-
-
 def _overridden(labels: Labels | None, preprocessing: Mapping[str, Any]) -> tuple[str, ...]:
     names = () if labels is None else ("labels",)
     return (*names, *(key for key in KEYS if key in preprocessing))
@@ -334,10 +324,6 @@ def _classes_of(source: SourceModel) -> int | None:
     assert isinstance(source, ModuleSource)
     first = next(iter(source.discovery.outputs.values()))
     return first.shape[1] if first.ndim > 1 else None
-
-
-def _times(sizes: Sequence[int | str]) -> str:
-    return "×".join(map(str, sizes))
 
 
 def _torch_identity(source: SourceModel, recipe: Recipe) -> dict[str, Any]:

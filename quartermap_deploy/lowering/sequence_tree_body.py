@@ -11,7 +11,7 @@ import onnx
 
 from quartermap_deploy.lowering.operator import INPUTS_1D, SELECTIVE_SCAN, SequenceVariant
 from quartermap_deploy.lowering.softplus_series import write_softplus_series
-from quartermap_deploy.lowering.tree_scan import write_tree_scan
+from quartermap_deploy.lowering.tree_scan import OPEN_LENGTH, write_tree_scan
 from quartermap_deploy.lowering.writer import Value, Writer, ints, scan_function, shape_of
 
 
@@ -21,9 +21,11 @@ class SequenceTreeVariant(SequenceVariant):
 
     Attributes:
         length: of the sequences, or None where it is open.
+        longest: where it is open, the most that it may be.
     """
 
     length: int | None = None
+    longest: int = OPEN_LENGTH
 
 
 def sequence_tree_body(variant: SequenceVariant, overload: str = "") -> onnx.FunctionProto:
@@ -31,16 +33,18 @@ def sequence_tree_body(variant: SequenceVariant, overload: str = "") -> onnx.Fun
 
     Args:
         variant: softplus, and which of the optional inputs are there; a `SequenceTreeVariant` may also know the length
-            of the sequences, for which fewer steps are needed.
+            of the sequences, or the most that it may be, for which fewer steps are needed.
         overload: the function's overload name, for models that hold more than one variant.
 
     Returns:
         A function in domain `quartermap` whose body has standard operators of opset 20 only, none of them a loop. It
         computes in float32 and casts the result to the type of u. Batch, groups, channels and states are read from its
-        inputs. Without a length, the body serves sequences of up to 65,536 elements and cannot run on longer ones.
+        inputs. Without a length, the body serves sequences of up to `longest` elements, 65,536 if nobody says
+        otherwise, and cannot run on longer ones.
     """
     write = Writer()
-    length = variant.length if isinstance(variant, SequenceTreeVariant) else None
+    sized = variant if isinstance(variant, SequenceTreeVariant) else SequenceTreeVariant(**vars(variant))
+    length = sized.length
     groups, states = write("Shape", "B", start=1, end=2), write("Shape", "A", start=1, end=2)
 
     def single(name: str) -> Value:
@@ -75,6 +79,7 @@ def sequence_tree_body(variant: SequenceVariant, overload: str = "") -> onnx.Fun
         columns("C"),
         length,
         (states, write("Shape", u, start=3)),
+        longest=sized.longest,
     )
     if variant.skip:
         y = write("Add", y, write("Mul", u, parameters("D")))

@@ -18,7 +18,7 @@ from quartermap_deploy.lowering.operator import (
     ScanVariant,
 )
 from quartermap_deploy.lowering.softplus_series import write_softplus_series
-from quartermap_deploy.lowering.tree_scan import write_tree_scan
+from quartermap_deploy.lowering.tree_scan import OPEN_LENGTH, write_tree_scan
 from quartermap_deploy.lowering.writer import Value, Writer, ints, scan_function, shape_of
 
 
@@ -28,9 +28,11 @@ class TreeVariant(ScanVariant):
 
     Attributes:
         size: (H, W) of the maps, or None where it is open.
+        longest: where it is open, the most positions that a map may have.
     """
 
     size: tuple[int, int] | None = None
+    longest: int = OPEN_LENGTH
 
 
 def tree_body(variant: ScanVariant, overload: str = "") -> onnx.FunctionProto:
@@ -38,13 +40,13 @@ def tree_body(variant: ScanVariant, overload: str = "") -> onnx.FunctionProto:
 
     Args:
         variant: directions, softplus, state size and rank of the time step; a `TreeVariant` may also know the size of
-            the maps, for which fewer steps are needed.
+            the maps, or the most positions that they may have, for which fewer steps are needed.
         overload: the function's overload name, for models that hold more than one variant.
 
     Returns:
         A function in domain `quartermap` whose body has standard operators of opset 20 only, none of them a loop. It
         computes in float32 and casts the result to the type of x. The batch is open. Without a size, the body serves
-        maps of up to 65,536 positions and cannot run on larger ones.
+        maps of up to `longest` positions, 65,536 if nobody says otherwise, and cannot run on larger ones.
     """
     writer = _BodyWriter(variant)
     result = writer.write_body()
@@ -60,7 +62,8 @@ class _BodyWriter:
         self.variant = variant
         self.directions = [Direction.parse(name) for name in variant.directions]
         self.count = len(self.directions)
-        size = variant.size if isinstance(variant, TreeVariant) else None
+        sized = variant if isinstance(variant, TreeVariant) else TreeVariant(**vars(variant))
+        size, self.longest = sized.size, sized.longest
         self.height: int | Value = size[0] if size else self.write("Shape", "x", start=2, end=3)
         self.width: int | Value = size[1] if size else self.write("Shape", "x", start=3, end=4)
         self.length = math.prod(size) if size else None
@@ -77,7 +80,8 @@ class _BodyWriter:
         # (K·d, N) → (K, 1, N, d), which fits sequences (batch, K, L, N, d).
         A = write("Reshape", self._float("A"), ints(count, 1, -1, n))
         A = write("Transpose", A, perm=[0, 1, 3, 2])
-        y = write_tree_scan(write, dt, x, A, B, C, self.length, (n, self.d_inner))
+        sizes = (n, self.d_inner)
+        y = write_tree_scan(write, dt, x, A, B, C, self.length, sizes, longest=self.longest)
         skip = write("ReduceSum", write("Reshape", self._float("D"), ints(count, -1)), ints(0), keepdims=0)
         total = write("Add", self._merged(y), write("Mul", raster_x, skip))
         return write("CastLike", write("Transpose", total, perm=[0, 3, 1, 2]), "x")

@@ -29,7 +29,7 @@ from quartermap_deploy.lowering.writer import Value, Writer, ints, shape_of
 LONG = 256
 """Sequences up to this length are not cut into lines: they take no more kernels in one piece."""
 OPEN_LENGTH = 1 << 16
-"""The longest sequence where the length is open, as of a map of 256 × 256."""
+"""The longest sequence where the length is open and nobody knows better, as of a map of 256 × 256."""
 POSITIONS, STATES = 2, 3
 """Axes of the sequences."""
 
@@ -43,6 +43,8 @@ def write_tree_scan(
     C: Value,
     length: int | None,
     sizes: tuple[int | Value, int | Value],
+    *,
+    longest: int = OPEN_LENGTH,
 ) -> Value:
     """Append h_t = exp(dt·A)·h_{t-1} + dt·B·x, y_t = C·h_t, and return the name of y.
 
@@ -53,9 +55,10 @@ def write_tree_scan(
         A: state matrix, (G, 1, N, d).
         B: input matrix, (batch, G, L, N, 1).
         C: output matrix, (batch, G, L, N, 1).
-        length: L, or None where it is open; then there are steps for up to 65,536 elements, and a longer sequence does
-            not fit what it is multiplied with.
+        length: L, or None where it is open.
         sizes: N and d.
+        longest: where the length is open, the most that it may be: there are steps for no more, and a longer sequence
+            does not fit what it is multiplied with.
 
     Returns:
         y, (batch, G, L, d), all float32.
@@ -63,7 +66,7 @@ def write_tree_scan(
     exponent = write("Mul", dt, A)
     drive = write("Mul", write("Mul", dt, x), B)
     if length is None:
-        states = _states_of_open_length(write, exponent, drive)
+        states = _states_of_open_length(write, exponent, drive, longest)
     else:
         states = _states(write, exponent, drive, length, sizes)
     product = write("Mul", states, C)
@@ -128,10 +131,10 @@ def _scanned(
     return exponent, drive
 
 
-def _states_of_open_length(write: Writer, exponent: Value, drive: Value) -> Value:
+def _states_of_open_length(write: Writer, exponent: Value, drive: Value, longest: int) -> Value:
     # As in `_scanned`. Past the end, everything behind `width` is empty, and a step changes nothing.
     width = 1
-    while width < OPEN_LENGTH:
+    while width < longest:
         late = _slice(write, exponent, width)
         moved = write("Mul", write("Exp", late), _slice(write, drive, 0, -width))
         joined = write("Add", _slice(write, drive, width), moved)
@@ -140,7 +143,7 @@ def _states_of_open_length(write: Writer, exponent: Value, drive: Value) -> Valu
         drive = write("Concat", _slice(write, drive, 0, width), joined, axis=POSITIONS)
         width *= 2
     # A longer sequence would be wrong: cut off, it does not fit its map.
-    return _slice(write, drive, 0, OPEN_LENGTH)
+    return _slice(write, drive, 0, longest)
 
 
 def _cut(write: Writer, value: Value, axis: int, *sizes: int) -> list[Value]:

@@ -61,13 +61,13 @@ def insert_quartermap(graph: gs.Graph, selection: Selection) -> PassReport:
     # All is looked at before anything is written.
     for scan in pending:
         require_prunable(scan, selection, NAME)
-    paths = {scan.name: _pointwise_path(graph, scan) for scan in pending if scan.of_map}
-    for group in _by_map(pending):
-        if group[0].of_map:
-            _insert(graph, group, [node for scan in group for node in paths[scan.name]], subsample)
-        else:
-            for scan in group:
-                prune_sequence(graph, scan, selection.orders[scan.name], subsample)
+    groups = _by_map([scan for scan in pending if scan.of_map])
+    paths = [_pointwise_path(graph, group) for group in groups]
+    for group, path in zip(groups, paths, strict=True):
+        _insert(graph, group, path, subsample)
+    for scan in pending:
+        if not scan.of_map:
+            prune_sequence(graph, scan, selection.orders[scan.name], subsample)
     for block in dict.fromkeys(scan.block for scan in pending):
         report.changed.append(
             f"block {block}: keep {subsample.keep} of {subsample.stride} rows and columns, restore by "
@@ -107,45 +107,44 @@ def _insert(
         last.outputs = [y]
 
 
-def _pointwise_path(graph: gs.Graph, scan: ScanNode) -> list[gs.Node]:
-    """The nodes between the map x of a scan and its dt, B and C.
+def _pointwise_path(graph: gs.Graph, scans: Sequence[ScanNode]) -> list[gs.Node]:
+    """The nodes between the map x that some scans read and their dt, B and C.
 
     Raises:
         PassError: if one of them mixes positions, or reads a map other than x.
     """
-    x = scan.node.inputs[0]
+    x, block = scans[0].node.inputs[0], scans[0].block
     found: list[gs.Node] = []
-    pending = list(scan.node.inputs[MAPS][1:])
+    pending = [value for scan in scans for value in scan.node.inputs[MAPS][1:]]
     while pending:
         value = pending.pop()
         if value is x or constant_of(value) is not None:
             continue
         node = producer(value)
         if node is None:
-            raise PassError(
-                f"{NAME}: block {scan.block} projects {value.name}, which does not come from {x.name}"
-            )
+            raise PassError(f"{NAME}: block {block} projects {value.name}, which does not come from {x.name}")
         if any(node is item for item in found):
             continue
         if not _acts_pointwise(node):
             raise PassError(
-                f"{NAME}: block {scan.block} has the node {node.name} ({node.op}) between its map and its scan, which "
+                f"{NAME}: block {block} has the node {node.name} ({node.op}) between its map and its scan, which "
                 "does not act on one position at a time; expected a 1×1 convolution and a split of channels"
             )
         found.append(node)
         pending += node.inputs
-    _require_private(graph, found, scan)
+    _require_private(graph, found, scans)
     return found
 
 
-def _require_private(graph: gs.Graph, projections: list[gs.Node], scan: ScanNode) -> None:
-    """Refuse projections that something else than the scan reads, which needs every position of them."""
-    inside = {id(scan.node), *map(id, projections)}
+def _require_private(graph: gs.Graph, projections: Sequence[gs.Node], scans: Sequence[ScanNode]) -> None:
+    """Refuse projections that something else than the scans reads, which needs every position of them."""
+    block = scans[0].block
+    inside = {*(id(scan.node) for scan in scans), *map(id, projections)}
     for value in (output for node in projections for output in node.outputs):
         outside = [node.name for node in value.outputs if id(node) not in inside]
         if outside or any(value is output for output in graph.outputs):
             raise PassError(
-                f"{NAME}: {value.name} of block {scan.block} is also read by {', '.join(outside) or 'the graph output'}"
+                f"{NAME}: {value.name} of block {block} is also read by {', '.join(outside) or 'the graph output'}"
                 ", which needs every position"
             )
 

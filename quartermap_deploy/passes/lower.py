@@ -4,7 +4,8 @@
     SelectiveScan (no body)    →  SelectiveScan + local function `quartermap.SelectiveScan`, likewise
 
 The body `scan` serves every size; `tree` is written for each size of the maps, or length of the sequences, that the
-graph has, so that such a model holds several functions, told apart by their overload names.
+graph has, so that such a model holds several functions, told apart by their overload names. Where the graph leaves it
+open, the sizes of the inputs at hand tell how large it may be.
 
 With the function in the file, ONNX Runtime and every other runtime that knows ONNX functions runs the model as it is,
 and TensorRT ≥ 10.7 still prefers a plugin of the same name when one is loaded.
@@ -14,7 +15,9 @@ Refuses: maps whose scan has a state matrix that is no constant, because the bod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -35,8 +38,12 @@ from quartermap_deploy.lowering.scan_body import scan_body
 from quartermap_deploy.lowering.sequence_body import sequence_body
 from quartermap_deploy.lowering.sequence_tree_body import SequenceTreeVariant, sequence_tree_body
 from quartermap_deploy.lowering.tree_body import TreeVariant, tree_body
+from quartermap_deploy.lowering.tree_scan import OPEN_LENGTH
+from quartermap_deploy.passes.shapes import infer_shapes_at
 
 Body = Callable[[Any, str], onnx.FunctionProto]
+InputShapes = Mapping[str, Sequence[int]]
+"""The shape of each input of a graph, by name."""
 BODIES: dict[str, dict[str, Body]] = {
     "scan": {SELECTIVE_SCAN_2D: scan_body, SELECTIVE_SCAN: sequence_body},
     "tree": {SELECTIVE_SCAN_2D: tree_body, SELECTIVE_SCAN: sequence_tree_body},
@@ -50,15 +57,18 @@ _VARIANTS: dict[str, tuple[Sequence[str], Callable[..., Any]]] = {
 }
 
 
-def lower(model: onnx.ModelProto, body: str = "scan") -> onnx.ModelProto:
+def lower(model: onnx.ModelProto, body: str = "scan", at: Sequence[InputShapes] = ()) -> onnx.ModelProto:
     """Return the model with a function for each variant of its scans; functions that are there are replaced.
 
     Args:
         model: a model with SelectiveScan2D or SelectiveScan nodes; not changed.
         body: a key of `BODIES`.
+        at: for a body that depends on sizes, shapes of all inputs between which those lie that it has to serve, such as
+            the smallest and the largest; without them it serves maps of up to 65,536 positions where sizes are open.
 
     Raises:
-        PassError: if the body is unknown, or the state matrix of a scan of maps is no constant.
+        PassError: if the body is unknown, the state matrix of a scan of maps is no constant, or the graph contradicts
+            itself at the given shapes.
     """
     if body not in BODIES:
         raise PassError(f"{NAME}: unknown body {body!r}; expected one of {', '.join(BODIES)}")
@@ -71,7 +81,7 @@ def lower(model: onnx.ModelProto, body: str = "scan") -> onnx.ModelProto:
     state_sizes = {
         tensor.name: tensor.dims[1] for tensor in result.graph.initializer if len(tensor.dims) == 2
     }
-    sizes = scanned_sizes(result) if body == "tree" else {}
+    sizes = _Sizes(result, at) if body == "tree" else None
     overloads: dict[str, dict[Any, str]] = {name: {} for name in _VARIANTS}
     for node in result.graph.node:
         if node.domain != DOMAIN or node.op_type not in _VARIANTS:
@@ -82,8 +92,8 @@ def lower(model: onnx.ModelProto, body: str = "scan") -> onnx.ModelProto:
             raise PassError(f"{NAME}: the state matrix {A} of {node.name} is no constant (K·d_inner, N)")
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         variant = variant_of(node.input, attributes, state_sizes.get(A))
-        if body == "tree":
-            variant = _tree_variant(variant, sizes.get(node.input[0]))
+        if sizes is not None:
+            variant = sizes.tree_variant(variant, node.input[0])
         # Runtimes match a plugin by name alone, so the plain name goes to the first, and mostly only, variant.
         own = overloads[node.op_type]
         node.overload = own.setdefault(variant, "" if not own else f"variant_{len(own)}")
@@ -109,21 +119,49 @@ def _match_opset(model: onnx.ModelProto) -> None:
                 entry.version = max(entry.version, version)
 
 
-def scanned_sizes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
-    """Of the values of a graph, by name, the sizes behind batch and channels, where they are known.
+class _Sizes:
+    """What is known of the size of what is scanned: of (H, W) of maps and of (L,) of sequences."""
 
-    Those are (H, W) of a map and (L,) of sequences.
-    """
+    def __init__(self, model: onnx.ModelProto, at: Sequence[InputShapes]) -> None:
+        self._known = _sides(
+            (value.name, value.type) for value in (*model.graph.input, *model.graph.value_info)
+        )
+        self._model, self._at = model, at
+
+    def tree_variant(self, variant: ScanVariant | SequenceVariant, name: str) -> Any:
+        """The variant of a `tree` body for a scan of the value `name`."""
+        sizes = {self._known[name]} if name in self._known else self._possible(name)
+        size = next(iter(sizes)) if len(sizes) == 1 else None
+        longest = max(map(math.prod, sizes), default=OPEN_LENGTH)
+        if isinstance(variant, SequenceVariant):
+            return SequenceTreeVariant(
+                **vars(variant), length=None if size is None else size[0], longest=longest
+            )
+        pair = None if size is None else (size[0], size[1])
+        return TreeVariant(**vars(variant), size=pair, longest=longest)
+
+    def _possible(self, name: str) -> set[tuple[int, ...]]:
+        """The sizes that a value has at the given shapes; none where one of them stays unknown."""
+        sizes = [found.get(name) for found in self._at_shapes]
+        return {size for size in sizes if size is not None} if None not in sizes else set()
+
+    @functools.cached_property
+    def _at_shapes(self) -> list[dict[str, tuple[int, ...]]]:
+        found = []
+        for shapes in self._at:
+            try:
+                found.append(_sides(infer_shapes_at(self._model, shapes).items()))
+            except PassError as error:
+                sizes = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
+                raise PassError(f"{NAME}: the graph does not fit inputs of {sizes}: {error}") from error
+        return found
+
+
+def _sides(values: Iterable[tuple[str, onnx.TypeProto]]) -> dict[str, tuple[int, ...]]:
+    """Of the values whose type is given by name, the sizes behind batch and channels, where all of them are known."""
     found = {}
-    for value in (*model.graph.input, *model.graph.value_info):
-        sides = value.type.tensor_type.shape.dim[2:]
+    for name, kind in values:
+        sides = kind.tensor_type.shape.dim[2:]
         if sides and all(side.dim_value > 0 for side in sides):
-            found[value.name] = tuple(side.dim_value for side in sides)
+            found[name] = tuple(side.dim_value for side in sides)
     return found
-
-
-def _tree_variant(variant: ScanVariant | SequenceVariant, size: tuple[int, ...] | None) -> Any:
-    """The variant of a `tree` body, which knows the size of what is scanned, or that it is open."""
-    if isinstance(variant, SequenceVariant):
-        return SequenceTreeVariant(**vars(variant), length=None if size is None else size[0])
-    return TreeVariant(**vars(variant), size=None if size is None else (size[0], size[1]))

@@ -62,12 +62,17 @@ def why_not_whole(order: ScanOrder) -> str:
 
 def _why_not_by_steps(scan: ScanNode, order: ScanOrder, selection: Selection) -> str:
     length = scan.node.inputs[INPUTS_1D.index("u")].shape[-1]
-    if not order.covers_map:
+    if not order.walks_lines:
         return why_not_whole(order)
     if min(order.height, order.width) < 2:
         return f"its scan {scan.name} follows a sequence that is no map"
     if length != order.order.shape[1]:
-        return f"its scan {scan.name} has {length} steps, and its order is known for {order.order.shape[1]}"
+        found = (
+            f"{length} steps"
+            if isinstance(length, int)
+            else "as many steps as the size of the input gives it"
+        )
+        return f"its scan {scan.name} has {found}, and its order is known for {order.order.shape[1]}"
     if selection.subsample.upsample != "nearest":
         return (
             f"its scan {scan.name} is one-dimensional, and {selection.subsample.upsample} interpolation needs a map; "

@@ -26,6 +26,7 @@ from quartermap_deploy.frontend.node_names import read_name
 from quartermap_deploy.passes.base import PassReport
 from quartermap_deploy.passes.recovery.concrete import Concrete
 from quartermap_deploy.passes.recovery.graph_index import GraphIndex, read_values
+from quartermap_deploy.passes.recovery.grids import infer_order
 from quartermap_deploy.passes.recovery.group import GroupSizes, ScanGroup
 from quartermap_deploy.passes.recovery.probing_sizes import probing_graphs
 from quartermap_deploy.passes.recovery.reading import Reading, read_group
@@ -51,6 +52,7 @@ class ScanRecovery:
         d_state: N.
         rank: R of the time step; None if it has none, or was not looked for.
         source: the value that is the map, and its layout, as "silu (NCHW)"; None if it was not found.
+        inferred: where the order of a one-dimensional scan was inferred from, in words, or None.
     """
 
     scans: tuple[str, ...]
@@ -61,12 +63,14 @@ class ScanRecovery:
     d_state: int
     rank: int | None
     source: str | None
+    inferred: str | None = None
 
     def describe(self) -> str:
         """One line."""
         names = ", ".join(self.scans)
         if self.refused is not None:
-            return f"{names}: stays one-dimensional: {self.refused}"
+            known = "" if self.inferred is None else f"; for pruning, its steps are {self.inferred}"
+            return f"{names}: stays one-dimensional: {self.refused}{known}"
         orders = [self.orders[name] for name in self.scans]
         directions = ", ".join(name for order in orders for name in order.directions or ())
         rank = "full rank" if self.rank is None else f"rank {self.rank}"
@@ -115,24 +119,36 @@ def recover_2d(model: onnx.ModelProto, example: Mapping[str, Sequence[int]] | No
             sizes that most models take, or at multiples of these.
 
     Raises:
-        PassError: if the model has open sizes and cannot be run at two of those that are tried.
+        PassError: if the graph contradicts itself.
     """
     report = RecoveryReport(NAME)
     index = GraphIndex(model)
     if not index.scans():
         return Recovered(infer_shapes(model), report)
-    probes = probing_graphs(index, example)
-    readings = [reading for group in _groups(index, probes[0]) for reading in _read(group, probes)]
-    readings.sort(key=lambda reading: reading.group.places)
-    for reading in readings:
-        recovery = _recovery(reading, probes[0])
-        report.scans.append(recovery)
+    readings, recoveries = _recovered(index, example)
+    report.scans += recoveries
+    for recovery in recoveries:
         if recovery.refused is None:
             report.changed.append(recovery.describe())
         elif (name := read_name(recovery.scans[0])) is not None:
             report.refused.setdefault(name.block, recovery.refused)
     replacements = [reading.replacement for reading in readings if reading.replacement is not None]
     return Recovered(infer_shapes(_replaced(model, index, replacements)), report)
+
+
+def _recovered(
+    index: GraphIndex, example: Mapping[str, Sequence[int]] | None
+) -> tuple[list[Reading], list[ScanRecovery]]:
+    """What was read of each group of scans, in graph order, and what becomes of it."""
+    try:
+        probes = probing_graphs(index, example)
+    except Refused as refusal:
+        # What cannot be looked at stays as it is, which is a legal model.
+        alone = [Reading(ScanGroup(index, (place,)), refused=str(refusal)) for place in index.scans()]
+        return alone, [_unread(reading) for reading in alone]
+    readings = [reading for group in _groups(index, probes[0]) for reading in _read(group, probes)]
+    readings.sort(key=lambda reading: reading.group.places)
+    return readings, [_recovery(reading, probes[0]) for reading in readings]
 
 
 def _groups(index: GraphIndex, concrete: Concrete) -> list[ScanGroup]:
@@ -152,6 +168,11 @@ def _read(group: ScanGroup, probes: Sequence[Concrete]) -> list[Reading]:
     return [read_group(ScanGroup(group.index, (place,)), probes) for place in group.places]
 
 
+def _unread(reading: Reading) -> ScanRecovery:
+    names = reading.group.names
+    return ScanRecovery(names, names, reading.refused, {}, d_inner=0, d_state=0, rank=None, source=None)
+
+
 def _recovery(reading: Reading, concrete: Concrete) -> ScanRecovery:
     group, unrolling = reading.group, reading.unrolling
     first = ScanGroup(group.index, group.places[:1])
@@ -161,15 +182,22 @@ def _recovery(reading: Reading, concrete: Concrete) -> ScanRecovery:
     except Refused:
         d_inner = d_state = 0
     replacement, projections = reading.replacement, reading.projections
+    orders, inferred = reading.orders, None
+    if reading.refused is not None and all(order.height == 1 for order in orders.values()):
+        found = infer_order(group, concrete) if len(group.places) == 1 else None
+        if found is not None:
+            orders = {group.names[0]: found.order}
+            inferred = f"the {found.order.height}×{found.order.width} positions of {found.grid}"
     return ScanRecovery(
         scans=group.names,
         nodes=group.names if replacement is None else replacement.scans,
         refused=reading.refused,
-        orders=reading.orders,
+        orders=orders,
         d_inner=d_inner,
         d_state=d_state,
         rank=None if projections is None else projections.rank,
         source=None if unrolling is None else f"{unrolling.source} ({unrolling.form.layout})",
+        inferred=inferred,
     )
 
 

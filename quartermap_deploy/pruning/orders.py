@@ -88,6 +88,23 @@ class ScanOrder:
         """Whether every direction visits every position; steps outside the map may stand between."""
         return bool(((self.order != OUTSIDE).sum(axis=1) == self.height * self.width).all())
 
+    @property
+    def walks_lines(self) -> bool:
+        """Whether every direction visits whole rows, or whole columns, one after the other, each in either direction.
+
+        Rows and columns of the map, forwards or backwards, and snakes do. Windows do not: they walk pieces of
+        rows.
+        """
+        return self.covers_map and all(self._walks_lines(steps[steps != OUTSIDE]) for steps in self.order)
+
+    def _walks_lines(self, steps: NDArray[np.int64]) -> bool:
+        """Whether steps go from one position to its neighbour all along each row, or all along each column."""
+        by_row = np.diff(steps.reshape(self.height, self.width), axis=1)
+        by_column = np.diff(steps.reshape(self.width, self.height), axis=1)
+        same_row = (steps // self.width).reshape(self.height, self.width)
+        rows = (np.abs(by_row) == 1).all() and (same_row == same_row[:, :1]).all()
+        return bool(rows or (np.abs(by_column) == self.width).all())
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ScanOrder):
             return NotImplemented

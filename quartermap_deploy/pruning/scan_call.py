@@ -34,11 +34,13 @@ class PrunedScans:
         orders: the order of each scan, by its name, where it is known.
         pruned: names of the scans that are pruned.
         subsample: how.
+        nodes: for scans that are one node of the graph with others, such as one for each direction, the node's name.
     """
 
     orders: Mapping[str, ScanOrder]
     pruned: frozenset[str] = frozenset()
     subsample: Subsample = field(default_factory=Subsample)
+    nodes: Mapping[str, str] = field(default_factory=dict)
 
     def run(
         self, name: str, scan: Scan, arguments: Sequence[Any], followed: Mapping[str, NDArray[Any]]
@@ -53,23 +55,23 @@ class PrunedScans:
 
         Returns:
             What the scan returns, (batch, K·d, L), and its parts by name: what the scan of the kept steps returned, in
-            the form in which the graph has it.
+            the form in which the graph has it. Parts of one name of several scans are to be added up.
 
         Raises:
             PlanError: if the scan is to be pruned and its order is unknown, or does not fit the sequence.
         """
         groups, length = arguments[3].shape[1], arguments[0].shape[-1]
-        order = self.orders.get(name)
+        order, node = self.orders.get(name), self.nodes.get(name, name)
         if name not in self.pruned:
             y = scan(*arguments)
-            return y, _parts(name, y.unflatten(1, (groups, -1)), order, followed)
+            return y, _parts(node, y.unflatten(1, (groups, -1)), order, followed)
         if order is None:
             raise PlanError(f"the order of {name} is unknown, so it cannot be pruned")
         kept = _Kept.of(order, self.subsample, groups, length)
         u, delta, A, B, C, *rest = arguments
         small = [kept.take(t.unflatten(1, (groups, -1))).flatten(1, 2) for t in (u, delta)]
         y = scan(*small, A, kept.take(B), kept.take(C), *rest).unflatten(1, (groups, -1))
-        return kept.restore(y).flatten(1, 2), _parts(name, y, kept.order, followed)
+        return kept.restore(y).flatten(1, 2), _parts(node, y, kept.order, followed)
 
 
 @dataclass(frozen=True, eq=False)

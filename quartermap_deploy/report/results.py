@@ -121,7 +121,12 @@ def _written(kind: str, entries: list[Result]) -> list[Part]:
 def accuracy_table(
     entries: Sequence[Values], caption: str = "one run of quartermap eval in each line"
 ) -> Table:
-    """Return the accuracies of several runs of `quartermap eval`."""
+    """Return the accuracies of several runs of `quartermap eval`.
+
+    Where one of them was told otherwise than its bundle or card says how images are prepared or what its classes are, a
+    column says in what.
+    """
+    otherwise = [", ".join(entry.get("overridden", ())) for entry in entries]
     rows = tuple(
         (
             entry["source"],
@@ -133,8 +138,9 @@ def accuracy_table(
             None if entry["top5"] is None else f"{entry['top5']:.2%}",
             f"{entry['images_per_second']:,.0f}",
             len(entry["broken"]),
+            *((said or None,) if any(otherwise) else ()),
         )
-        for entry in entries
+        for entry, said in zip(entries, otherwise, strict=True)
     )
     columns = (
         "model",
@@ -146,6 +152,7 @@ def accuracy_table(
         ">top-5",
         ">images/s",
         ">broken",
+        *(("set otherwise",) if any(otherwise) else ()),
     )
     return Table(caption, columns, rows)
 

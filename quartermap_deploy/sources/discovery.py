@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,11 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quartermap_deploy.errors import ExportError, InputError
+from quartermap_deploy.errors import ExportError, InputError, UnsupportedScanError
 from quartermap_deploy.frontend.exporter import ModuleCall
 from quartermap_deploy.frontend.node_names import scan_name
 from quartermap_deploy.sources.description import SourceBlock
 from quartermap_deploy.sources.signature import Signature
+
+FLOAT32_ERROR = 1e-2
+"""Largest difference of a module in float64 from itself in float32, as a share of the largest value, that may be
+rounding."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Discovery:
         outputs: what came out, by name.
         deterministic: whether a second run gave the same.
         random: an operator that draws random numbers, or None.
+        float64: whether it computes the same in float64, so that its own rounding can be kept out of comparisons.
     """
 
     blocks: tuple[SourceBlock, ...]
@@ -59,6 +65,7 @@ class Discovery:
     outputs: Mapping[str, Tensor]
     deterministic: bool
     random: str | None
+    float64: bool
 
 
 def discover(
@@ -83,7 +90,7 @@ def discover(
             outputs = signature.call(module, feeds)
         with torch.no_grad(), running():
             again = signature.call(module, feeds)
-    except InputError:
+    except (InputError, UnsupportedScanError):
         raise
     except Exception as error:
         shapes = ", ".join(f"{name} {tuple(value.shape)} {value.dtype}" for name, value in feeds.items())
@@ -101,7 +108,8 @@ def discover(
     same = outputs.keys() == again.keys() and all(
         torch.equal(torch.nan_to_num(outputs[name]), torch.nan_to_num(again[name])) for name in outputs
     )
-    return _described(module, watch, outputs, same, stages)
+    float64 = same and _computes_in_float64(module, feeds, signature, running, outputs)
+    return _described(module, watch, outputs, same, float64, stages)
 
 
 def _described(
@@ -109,6 +117,7 @@ def _described(
     watch: _Watch,
     outputs: Mapping[str, Tensor],
     deterministic: bool,
+    float64: bool,
     stages: tuple[int, ...] | None,
 ) -> Discovery:
     paths = list(dict.fromkeys(scan.path for scan in watch.found))
@@ -133,7 +142,33 @@ def _described(
         SourceBlock(index, stage, path, path, sum(call.path == path for call in calls))
         for index, (path, stage) in enumerate(zip(paths, stage_of, strict=True), start=1)
     )
-    return Discovery(blocks, tuple(calls), tuple(sites), dict(outputs), deterministic, watch.random)
+    return Discovery(blocks, tuple(calls), tuple(sites), dict(outputs), deterministic, watch.random, float64)
+
+
+def _computes_in_float64(
+    module: nn.Module,
+    feeds: Mapping[str, Tensor],
+    signature: Signature,
+    running: Callable[[], AbstractContextManager[Any]],
+    outputs: Mapping[str, Tensor],
+) -> bool:
+    """Whether a module takes float64 throughout; code that calls `.float()` on the way to its next layer does not."""
+    try:
+        wide = copy.deepcopy(module).double()
+        given = {
+            name: value.double() if value.is_floating_point() else value for name, value in feeds.items()
+        }
+        with torch.no_grad(), running():
+            found = signature.call(wide, given)
+    except Exception:
+        return False
+    return all(
+        found[name].shape == value.shape
+        and (not value.is_floating_point() or found[name].dtype == torch.float64)
+        and float((found[name].double() - value.double()).abs().max())
+        <= FLOAT32_ERROR * float(value.double().abs().max())
+        for name, value in outputs.items()
+    )
 
 
 def _stages(lengths: list[int]) -> list[int]:

@@ -34,8 +34,16 @@ class Kernel:
     __call__ = run
 
 
+class Config:
+    """`triton.Config`: some repositories choose among theirs when they are imported."""
+
+    def __init__(self, kwargs: dict[str, Any], **options: Any) -> None:
+        self.kwargs = kwargs
+        vars(self).update({"num_warps": 4, "num_stages": 2, **options})
+
+
 class Anything:
-    """Whatever else is named: a type, a configuration, a decorator with arguments."""
+    """Whatever else is named: a type, a device, a decorator with arguments; no comparison with it holds."""
 
     def __init__(self, name: str) -> None:
         self.__name__ = self.__qualname__ = name
@@ -54,6 +62,11 @@ class Anything:
 
     def __getitem__(self, item: Any) -> Anything:
         return self
+
+    def __lt__(self, other: Any) -> bool:
+        return False
+
+    __le__ = __gt__ = __ge__ = __lt__
 
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
         return (object,)
@@ -75,7 +88,7 @@ class FakeTriton(ModuleType):
         self.__path__: list[str] = []
         if name == "triton":
             self.__version__ = VERSION
-            self.cdiv, self.next_power_of_2 = _ceiling, _next_power_of_2
+            self.cdiv, self.next_power_of_2, self.Config = _ceiling, _next_power_of_2, Config
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -33,14 +33,18 @@ def output_infos(model: onnx.ModelProto) -> tuple[TensorInfo, ...]:
 
 
 def orders_at(
-    model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]], orders: Mapping[str, ScanOrder]
+    model: onnx.ModelProto,
+    shapes: Mapping[str, Sequence[int]],
+    orders: Mapping[str, ScanOrder],
+    nodes: Mapping[str, str],
 ) -> dict[str, ScanOrder]:
     """The orders of a graph's scans when its inputs have certain shapes.
 
     Args:
         model: a graph with open sizes.
         shapes: of its inputs, by name.
-        orders: of its scans, by name, at whatever size they were read off.
+        orders: of the module's scans, by name, at whatever size they were read off.
+        nodes: names of the graph's scans that several of the module's are together.
 
     Returns:
         Those that are known at these shapes.
@@ -48,13 +52,15 @@ def orders_at(
     from quartermap_deploy.passes.shapes import infer_shapes_at
 
     types = infer_shapes_at(model, shapes)
-    found: dict[str, ScanOrder] = {}
+    sizes: dict[str, tuple[int, int]] = {}
     for node in model.graph.node:
-        if node.domain != DOMAIN or node.op_type != SELECTIVE_SCAN_2D or node.name not in orders:
-            continue
-        value = types.get(node.input[0])
-        sides = [] if value is None else [dim.dim_value for dim in value.tensor_type.shape.dim[2:]]
-        if len(sides) == 2 and all(sides):
+        if node.domain == DOMAIN and node.op_type == SELECTIVE_SCAN_2D and node.input[0] in types:
+            sides = [dim.dim_value for dim in types[node.input[0]].tensor_type.shape.dim[2:]]
+            if len(sides) == 2 and all(sides):
+                sizes[node.name] = (sides[0], sides[1])
+    found: dict[str, ScanOrder] = {}
+    for name, order in orders.items():
+        if (size := sizes.get(nodes.get(name, name))) is not None:
             with contextlib.suppress(PlanError):
-                found[node.name] = orders[node.name].at(*sides)
+                found[name] = order.at(*size)
     return found

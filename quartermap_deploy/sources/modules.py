@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.errors import ExportError, InputError, UnknownNameError
 from quartermap_deploy.frontend.exporter import trace_module
-from quartermap_deploy.pruning.plan import QuarterMap
+from quartermap_deploy.pruning.plan import QuarterMap, Subsample
 from quartermap_deploy.pruning.scan_call import PrunedScans
 from quartermap_deploy.size_rules import is_rule
 from quartermap_deploy.sources.cases import module_cases
@@ -101,11 +101,17 @@ class ModuleSource(SourceModel):
         refuse_random(graph.model)
         rules = self._kept_rules(graph.rules)
         recovered = recover_2d(graph.model, self.example_shapes)
+        outputs = output_infos(recovered.model)
+        nodes = {
+            name: scan.nodes[0]
+            for scan in recovered.report.scans
+            if scan.refused is None and len(scan.nodes) == 1
+            for name in scan.scans
+        }
         orders = recovered.orders
         if any("height" in item.shape for item in self.inputs):
-            orders = orders_at(recovered.model, self.example_shapes, orders)
-        outputs = output_infos(recovered.model)
-        traced = Traced(recovered.model, outputs, rules, orders, (recovered.report,))
+            orders = orders_at(recovered.model, self.example_shapes, orders, nodes)
+        traced = Traced(recovered.model, outputs, rules, orders, nodes, (recovered.report,))
         if self.dynamic_batch:
             self._require_open_batch(traced)
         return traced
@@ -114,8 +120,9 @@ class ModuleSource(SourceModel):
         """The module in PyTorch, with the scans of the plan's blocks pruned in their calls."""
         selected = self.selected(plan)
         pruned = frozenset(site.name for site in self.discovery.sites if site.block in selected)
-        orders = {} if traced is None else traced.orders
-        scans = PrunedScans(orders) if plan is None else PrunedScans(orders, pruned, plan.subsample)
+        orders, nodes = ({}, {}) if traced is None else (traced.orders, traced.nodes)
+        subsample = Subsample() if plan is None else plan.subsample
+        scans = PrunedScans(orders, pruned, subsample, nodes)
         return Reference(
             self.module,
             self.inputs,
@@ -123,7 +130,7 @@ class ModuleSource(SourceModel):
             self.signature,
             running=self.running,
             scans=scans,
-            float64=False,
+            float64=self.discovery.float64,
         )
 
     def cases(self, pictures: Pictures | None) -> dict[str, Feeds]:
@@ -259,7 +266,7 @@ def module_source(
         task = guessed_task(example, found.outputs)
         renamed = dataclasses.replace(signature, base=BASE_NAMES.get(task, OTHER))
         outputs = dict(zip(_renamed(found.outputs, renamed), found.outputs.values(), strict=True))
-        signature, found = renamed, _with_outputs(found, outputs)
+        signature, found = renamed, dataclasses.replace(found, outputs=outputs)
     _check_labels(task, labels, found.outputs)
     _check_preprocessing(preprocessing, inputs)
     return ModuleSource(
@@ -287,7 +294,10 @@ def _prepared(model: nn.Module) -> nn.Module:
             f"the module {type(model).__name__} cannot be copied ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}); it may hold a tensor that was computed with gradients: detach it"
         ) from error
-    return copied.cpu().float().eval()
+    copied = copied.cpu().float()
+    # Not chained: a module whose own train() returns nothing makes eval() return nothing.
+    copied.eval()
+    return copied
 
 
 def _named_example(model: nn.Module, example: Any) -> tuple[Feeds, bool]:
@@ -395,15 +405,15 @@ def _require_deterministic(
 
 
 def _renamed(outputs: Mapping[str, Tensor], signature: Signature) -> list[str]:
-    base = signature.base
-    return [
-        base if name == OTHER else base + name[len(OTHER) :] if name.startswith(f"{OTHER}_") else name
-        for name in outputs
-    ]
-
-
-def _with_outputs(found: Discovery, outputs: Mapping[str, Tensor]) -> Discovery:
-    return dataclasses.replace(found, outputs=outputs)
+    """The names of outputs once the task is known: those that have none of their own begin with its word."""
+    found = []
+    for name in outputs:
+        plain = name.removesuffix("_output") if name != OTHER else name
+        if plain == OTHER or plain.startswith(f"{OTHER}_"):
+            name = signature.base + plain[len(OTHER) :]
+            name = f"{name}_output" if name in signature.inputs else name
+        found.append(name)
+    return found
 
 
 def _check_labels(task: str, labels: Sequence[str], outputs: Mapping[str, Tensor]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -35,13 +34,19 @@ def _is_cuda(device: Any) -> bool:
     return isinstance(device, str) and device.split(":")[0] == "cuda"
 
 
-def device_context(real: Any) -> Any:
-    """Return a `torch.cuda.device` that does nothing for what is on no GPU."""
+class Device(torch.cuda.device):
+    """`torch.cuda.device` that does nothing for what is on no GPU: public code names that of its input."""
 
-    def device(index: Any) -> Any:
-        wanted = index.type if isinstance(index, torch.device) else index
-        if wanted is None or wanted == "cpu" or not torch.cuda.is_available():
-            return contextlib.nullcontext()
-        return real(index)
+    def __init__(self, device: Any) -> None:
+        kind = device.type if isinstance(device, torch.device) else device
+        self._real = torch.cuda.is_available() and kind not in (None, "cpu")
+        if self._real:
+            super().__init__(device)
 
-    return device
+    def __enter__(self) -> None:
+        if self._real:
+            super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        if self._real:
+            super().__exit__(*error)

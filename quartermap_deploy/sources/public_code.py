@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from quartermap_deploy.sources import imports, redirect, stand_ins
-from quartermap_deploy.sources.on_cpu import OnCPU, device_context
+from quartermap_deploy.sources.on_cpu import Device, OnCPU
 from quartermap_deploy.sources.patches import Item, Patches
 
 
@@ -66,7 +66,7 @@ class _State:
         sys.meta_path.append(self.supplier)
         if (importer := imports.triton_importer(builtins.__import__)) is not None:
             self.patches.put(self, Item(vars(builtins), "__import__"), importer)
-        self.patches.put(self, Item(vars(torch.cuda), "device"), device_context(torch.cuda.device))
+        self.patches.put(self, Item(vars(torch.cuda), "device"), Device)
 
     def uninstall(self) -> None:
         """Close the last block."""

@@ -12,6 +12,7 @@ A function is redirected by its code: the new code passes the arguments on, so t
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import itertools
@@ -49,7 +50,8 @@ _MEANING = {
 }
 _IGNORED = frozenset({"nrows", "backnrows", "backend", "mode", "chunksize", "chunk_size", "HWDC"})
 """Arguments that choose or tune a kernel and change no number."""
-_BEFORE = (("self",), ("ctx",), ("context",))
+_MAMBA_SSM = frozenset({"delta_bias", "delta_softplus", "dt_bias"})
+_BEFORE = (("self",), ("cls",), ("ctx",), ("context",))
 """What comes before the arguments of a method, and of an autograd function."""
 
 _targets: weakref.WeakValueDictionary[int, Target] = weakref.WeakValueDictionary()
@@ -102,6 +104,10 @@ def scan_target(function: types.FunctionType, skip: int = 0) -> Target | None:
         return None
     signature = inspect.signature(function, follow_wrapped=False)
     label = f"{function.__module__}.{function.__qualname__}"
+    # What takes a bias of the steps has the interface of mamba-ssm, and with it the channels before the positions.
+    run = (
+        scans.selective_scan if _MAMBA_SSM.intersection(names) else functools.partial(_scan_either_way, label)
+    )
 
     def target(*arguments: Any, **keywords: Any) -> Tensor:
         bound = signature.bind(*arguments, **keywords)
@@ -115,12 +121,12 @@ def scan_target(function: types.FunctionType, skip: int = 0) -> Target | None:
                 continue
             elif value is not None and value is not parameter.default:
                 scans.refuse(f"{label} with {name}", "it is not known what this argument does")
-        return _scan_either_way(label, meant)
+        return run(**meant)
 
     return target
 
 
-def _scan_either_way(label: str, arguments: dict[str, Any]) -> Tensor:
+def _scan_either_way(label: str, **arguments: Any) -> Tensor:
     """Scan (batch, channels, L) or (batch, L, channels): loops over positions are written for both."""
     u, A, B = arguments["u"], arguments["A"], arguments["B"]
     if u.dim() != 3 or A.dim() != 2 or B.dim() != 3 or u.shape[2] != A.shape[0]:
@@ -172,23 +178,55 @@ def redirect_namespace(patches: Patches, owner: object, space: Namespace, found:
         if isinstance(value, types.FunctionType):
             _redirect_function(patches, owner, value, found)
         elif isinstance(value, type) and value.__module__ == space.get("__name__"):
-            for member in list(vars(value).values()):
-                _redirect_function(patches, owner, member, found)
+            _redirect_class(patches, owner, value, found)
 
 
-def _redirect_function(patches: Patches, owner: object, value: Any, found: list[str]) -> None:
+def _redirect_function(patches: Patches, owner: object, value: Any, found: list[str]) -> bool:
+    """Redirect a function if it scans; returns whether it is redirected."""
     function = _unwrapped(value)
     if function is None or imports.foreign(str(function.__globals__.get("__name__", ""))):
-        return
-    if patches.holds(Code(function)):
-        # Redirected by a block around this one, or in another thread, and it must outlive that one.
-        patches.share(owner, Code(function))
-        return
+        return False
+    if _shared(patches, owner, function):
+        return True
     first = function.__code__.co_varnames[:1]
     target = scan_target(function, skip=1 if first in _BEFORE else 0) or named_target(function)
     if target is not None:
         redirect(patches, owner, function, target)
         found.append(f"{function.__module__}.{function.__qualname__}")
+    return target is not None
+
+
+def _shared(patches: Patches, owner: object, function: types.FunctionType) -> bool:
+    """Whether a function is redirected by a block around this one, or in another thread; then it outlives that one."""
+    if not patches.holds(Code(function)):
+        return False
+    patches.share(owner, Code(function))
+    return True
+
+
+def _redirect_class(patches: Patches, owner: object, kind: type, found: list[str]) -> None:
+    if not issubclass(kind, torch.autograd.Function):
+        for member in list(vars(kind).values()):
+            _redirect_function(patches, owner, member, found)
+        return
+    forward, backward = (_unwrapped(vars(kind).get(name)) for name in ("forward", "backward"))
+    if forward is None:
+        return
+    if not _redirect_function(patches, owner, forward, found):
+        target = stand_ins.AUTOGRAD.get(kind.__name__)
+        if target is None or forward.__code__.co_argcount != 2:
+            return
+        redirect(patches, owner, forward, functools.partial(_without_context, target))
+        found.append(f"{forward.__module__}.{forward.__qualname__}")
+    if backward is not None and not _shared(patches, owner, backward):
+        # It would look in its context for what the original forward had put there.
+        refusal = stand_ins.no_gradients(f"the gradient of {kind.__module__}.{kind.__qualname__}")
+        redirect(patches, owner, backward, refusal)
+
+
+def _without_context(target: Target, context: Any, *arguments: Any, **keywords: Any) -> Any:
+    """Call a target as the forward of an autograd function."""
+    return target(*arguments, **keywords)
 
 
 def redirect_extension(patches: Patches, owner: object, module: types.ModuleType, found: list[str]) -> None:
@@ -331,9 +369,12 @@ def redirect_named(
         return result
 
     if isinstance(value, type) and issubclass(value, torch.autograd.Function):
-        forward = _unwrapped(vars(value).get("forward"))
+        forward = _unwrapped(value.forward)
         assert forward is not None
-        redirect(patches, owner, forward, lambda context, *rest, **keywords: checked(*rest, **keywords))
+        # Where the context has a function of its own, forward takes the arguments alone.
+        takes_context = value.setup_context is torch.autograd.Function.setup_context
+        target = functools.partial(_without_context, checked) if takes_context else checked
+        redirect(patches, owner, forward, target)
     elif (function := _unwrapped(vars(holder).get(name, value))) is not None:
         redirect(patches, owner, function, checked)
     elif isinstance(holder, types.ModuleType) and callable(value):

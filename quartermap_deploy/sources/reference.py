@@ -125,6 +125,7 @@ class _Parts(TorchDispatchMode):
         self._keep, self._followed, self._double = keep, followed, double
         self._scans = reference.scans
         self._running: list[_Call] = []
+        self._sums: dict[str, Tensor] = {}
         self._calls: dict[int, int] = {}
         self._handles: list[Any] = []
         modules = dict(module.named_modules(remove_duplicate=False))
@@ -178,7 +179,9 @@ class _Parts(TorchDispatchMode):
             else:
                 result, parts = self._scans.run(name, function, wide, self._followed)
                 for part, value in parts.items():
-                    self._keep(part, value)
+                    # Several scans of a module may be one of the graph.
+                    self._sums[part] = self._sums[part] + value if part in self._sums else value
+                    self._keep(part, self._sums[part])
             return result.to(args[0].dtype)
         return function(*args, **(kwargs or {}))
 

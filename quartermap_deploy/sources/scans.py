@@ -186,6 +186,22 @@ def causal_conv1d(
     return functional.silu(y) if activation in ("silu", "swish") else y
 
 
+def causal_conv1d_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    final_states_out: Tensor | None = None,
+    silu_activation: bool = False,
+) -> Tensor:
+    """`causal_conv1d` with the arguments of causal-conv1d's `causal_conv1d_fwd_function`."""
+    if final_states_out is not None:
+        refuse("causal_conv1d_fwd_function with states", "a compiled model keeps nothing between its calls")
+    activation = "silu" if silu_activation else None
+    return causal_conv1d(x, weight, bias, seq_idx, initial_states, activation=activation)
+
+
 def mamba_inner_no_projection(
     xz: Tensor,
     conv1d_weight: Tensor,
@@ -254,8 +270,14 @@ def mamba_inner(
     C_proj_bias: Tensor | None = None,
     delta_softplus: bool = True,
     checkpoint_lvl: int = 1,
+    b_rms_weight: Tensor | None = None,
+    c_rms_weight: Tensor | None = None,
+    dt_rms_weight: Tensor | None = None,
+    b_c_dt_rms_eps: float = 1e-6,
 ) -> Tensor:
     """`mamba_inner_no_projection` and the output projection → (batch, L, out_channels)."""
+    if any(weight is not None for weight in (b_rms_weight, c_rms_weight, dt_rms_weight)):
+        refuse("mamba_inner_fn with norms of dt, B and C", "language models alone have them")
     y = mamba_inner_no_projection(
         xz,
         conv1d_weight,

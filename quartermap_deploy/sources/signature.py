@@ -61,10 +61,11 @@ class Signature:
         return found
 
     def _name(self, path: Sequence[str]) -> str:
-        if not path:
-            return self.base
-        name = "_".join(path)
-        return f"{self.base}_{name}" if name[0].isdigit() else name
+        name = "_".join(path) or self.base
+        if name[0].isdigit():
+            name = f"{self.base}_{name}"
+        # In a graph an input and an output cannot have one name.
+        return f"{name}_output" if name in self.inputs else name
 
 
 def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -34,6 +34,7 @@ class Traced:
         outputs: its outputs, in order.
         rules: what sizes must fulfil, as expressions over `name[axis]`; see `sizes`.
         orders: in which order each scan, by its name, visits the positions of its map, where that is known.
+        nodes: for scans of the module that are one node of the graph together, the name of that.
         reports: what `recover_2d` did, or nothing for models whose scans are two-dimensional from the start.
     """
 
@@ -41,6 +42,7 @@ class Traced:
     outputs: tuple[TensorInfo, ...]
     rules: tuple[str, ...] = ()
     orders: Mapping[str, ScanOrder] = field(default_factory=dict)
+    nodes: Mapping[str, str] = field(default_factory=dict)
     reports: tuple[PassReport, ...] = ()
 
 

@@ -11,9 +11,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
+from quartermap_deploy.scan.definition import DIRECTIONS, cross_merge, cross_scan
 from quartermap_deploy.sources import scans
 from quartermap_deploy.sources.layers import Mamba, RMSNorm, layer_norm, rms_norm
 
@@ -69,8 +71,11 @@ def kernel_without_gate(
     delta_softplus: bool = False,
     nrows: int = 1,
     out_float: bool = False,
+    *rest: Any,
 ) -> list[Tensor]:
     """VMamba's kernels → [y, states]; `out_float` gives float32 for input in 16 bits."""
+    if rest:
+        scans.refuse(f"the fwd of a CUDA extension with {10 + len(rest)} arguments", "10 of them are known")
     y = scans.selective_scan(
         u, delta, A, B, C, D, None, delta_bias, delta_softplus, float_output=bool(out_float)
     )
@@ -102,12 +107,20 @@ def _refused(name: str, why: str) -> Callable[..., Any]:
     return refused
 
 
+def no_gradients(what: str) -> Callable[..., Any]:
+    """Return a function that refuses to compute gradients."""
+    return _refused(what, _TRAINING)
+
+
+_STATES = "a compiled model keeps no state between its calls"
+_TRAINING = "it is for inference; train where the extensions are installed"
+
+
 def _extension(name: str) -> dict[str, Any]:
-    training = "gradients are not available; train where the extension is installed"
     if name == "causal_conv1d_cuda":
         return {
             "causal_conv1d_fwd": convolution_kernel,
-            "causal_conv1d_bwd": _refused("causal_conv1d_cuda.causal_conv1d_bwd", training),
+            "causal_conv1d_bwd": no_gradients("causal_conv1d_cuda.causal_conv1d_bwd"),
             "causal_conv1d_update": _refused("causal_conv1d_cuda.causal_conv1d_update", _STATES),
         }
     kernel: Callable[..., Any] = kernel_without_gate
@@ -115,12 +128,11 @@ def _extension(name: str) -> dict[str, Any]:
         kernel = kernel_with_gate
     elif name.endswith("_ndstate"):
         kernel = kernel_without_states
-    return {"fwd": kernel, "bwd": _refused(f"{name}.bwd", training)}
+    return {"fwd": kernel, "bwd": no_gradients(f"{name}.bwd")}
 
 
 # Modules --------------------------------------------------------------------------------------------------------
 
-_STATES = "a compiled model keeps no state between its calls"
 _MAMBA2 = "Mamba-2 is another recurrence than the selective scan"
 
 _SCANS: dict[str, Callable[..., Any]] = {
@@ -177,6 +189,11 @@ _MODULES: dict[str, Mapping[str, Any]] = {
         "causal_conv1d_ref": scans.causal_conv1d,
         "causal_conv1d_update": _refused("causal_conv1d_update", _STATES),
     },
+    "causal_conv1d.cpp_functions": {
+        "causal_conv1d_fwd_function": scans.causal_conv1d_forward,
+        "causal_conv1d_bwd_function": no_gradients("causal_conv1d_bwd_function"),
+        "causal_conv1d_update_function": _refused("causal_conv1d_update_function", _STATES),
+    },
 }
 
 
@@ -189,9 +206,28 @@ def contents(name: str) -> Mapping[str, Any] | None:
     return _GROUPED if _SCAN_PACKAGE.fullmatch(name) else None
 
 
+def _scanned_each(maps: Tensor) -> Tensor:
+    """(batch, 4, channels, H, W), a map for each direction → (batch, 4, channels, H·W)."""
+    return torch.cat([cross_scan(maps[:, k], (name,)) for k, name in enumerate(DIRECTIONS)], dim=1)
+
+
+def _merged(sequences: Tensor) -> Tensor:
+    """(batch, 4, channels, H, W), where H and W only tell the size → (batch, channels, H·W)."""
+    height, width = sequences.shape[3:]
+    return cross_merge(sequences.flatten(3), height, width).flatten(2)
+
+
+AUTOGRAD: Mapping[str, Callable[..., Tensor]] = {
+    "CrossScanTriton": cross_scan,
+    "CrossScanTriton1b1": _scanned_each,
+    "CrossMergeTriton": _merged,
+}
+"""The autograd functions of VMamba and its forks that unroll and merge maps by Triton kernels, by name."""
+
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     **{name: value for name, value in (_SCANS | _NORMS).items() if not name.endswith("_ref")},
     "causal_conv1d_fn": scans.causal_conv1d,
+    "causal_conv1d_fwd_function": scans.causal_conv1d_forward,
 }
 """The functions that are redirected by their names where they are loaded; references run as they are, or are scans."""
 

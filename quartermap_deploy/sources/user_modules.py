@@ -68,7 +68,7 @@ def user_module_source(
         example_inputs(module, wanted.example, seed),
         name=name,
         task=task,
-        preprocessing=None if preprocessing is None else Preprocessing.from_dict(preprocessing),
+        preprocessing=_preprocessing(preprocessing, wanted.example),
         dynamic_batch=dynamic_batch,
         dynamic_size=dynamic_size,
         stages=wanted.stages,
@@ -98,6 +98,16 @@ def example_inputs(module: nn.Module, shapes: Mapping[str, Sequence[int]], seed:
             f"the module's forward has no input {absent[0]!r}; its first inputs are {', '.join(known)}"
         )
     return arrays
+
+
+def _preprocessing(
+    values: Mapping[str, Any] | None, example: Mapping[str, tuple[int, ...]]
+) -> Preprocessing | None:
+    """The preprocessing that a recipe names; its size is that of the first example input that can be an image."""
+    if values is None:
+        return None
+    sizes = [shape[2:] for shape in example.values() if len(shape) == 4]
+    return Preprocessing.from_dict(values, (sizes[0][0], sizes[0][1]) if sizes else None)
 
 
 def _notes(loaded: LoadedWeights) -> tuple[str, ...]:

@@ -63,43 +63,43 @@ IMAGE = {"x": (2, 3, 16, 24)}
 
 SPELLINGS: dict[str, Spelling] = {
     "vmamba_v05": Spelling(
-        "vmamba_v05", "Classifier", {"x": (2, 3, 32, 48)}, 3, 3, arguments={"channel_first": True}
+        "vmamba_v05", "Classifier", {"x": (2, 3, 32, 48)}, 2, 2, arguments={"channel_first": True}
     ),
     "vmamba_v05_channel_last": Spelling(
-        "vmamba_v05", "Classifier", {"x": (2, 3, 32, 48)}, 3, 3, arguments={"channel_first": False}
+        "vmamba_v05", "Classifier", {"x": (2, 3, 32, 48)}, 2, 2, arguments={"channel_first": False}
     ),
     "vmamba_v05_cascade": Spelling(
         "vmamba_v05",
         "Classifier",
         {"x": (2, 3, 32, 48)},
-        6,
+        4,
         0,
         "rows are scanned by themselves, and then the columns of what came out",
         {"cascade": True},
     ),
-    "vmamba_backbone": Spelling("vmamba_v05", "Backbone", {"x": (2, 3, 32, 48)}, 3, 3),
+    "vmamba_backbone": Spelling("vmamba_v05", "Backbone", {"x": (2, 3, 32, 48)}, 2, 2),
     "vmamba_v0": Spelling("vmamba_v0", "VSSM", IMAGE, 2, 2),
     "vmamba_v0_sequence": Spelling(
-        "vmamba_v0", "VSSM", IMAGE, 8, 8, "one call for each direction", {"one_by_one": True}
+        "vmamba_v0", "VSSM", IMAGE, 4, 4, "one call for each direction", {"one_by_one": True}
     ),
     "medmamba": Spelling("medmamba", "MedClassifier", IMAGE, 2, 2),
-    "vm_unet": Spelling("vm_unet", "UNet", IMAGE, 5, 5),
+    "vm_unet": Spelling("vm_unet", "UNet", IMAGE, 3, 3),
     "mamba_unet": Spelling("mamba_unet", "MambaSystem", {"x": (2, 1, 32, 48)}, 4, 4),
     "mambair": Spelling("mambair", "Restorer", {"x": (2, 3, 12, 20)}, 2, 2, open_size=True),
-    "plainmamba": Spelling("plainmamba", "Plain", IMAGE, 8, 0, "snakes, whose steps stay in raster order"),
+    "plainmamba": Spelling("plainmamba", "Plain", IMAGE, 4, 0, "snakes, whose steps stay in raster order"),
     "vim": Spelling("vim", "VisionMamba", IMAGE, 4, 0, "a sequence with a class token in its middle"),
     "localmamba": Spelling(
-        "localmamba", "LocalClassifier", IMAGE, 2, 0, "windows, and directions with a gate each"
+        "localmamba", "LocalClassifier", IMAGE, 1, 0, "windows, and directions with a gate each"
     ),
     "efficientvmamba": Spelling(
-        "efficientvmamba", "Efficient", IMAGE, 2, 0, "each direction scans another quarter of the map"
+        "efficientvmamba", "Efficient", IMAGE, 1, 0, "each direction scans another quarter of the map"
     ),
     "changemamba": Spelling(
         "changemamba",
         "ChangeDetector",
         {"before": (2, 3, 16, 24), "after": (2, 3, 16, 24)},
-        7,
-        7,
+        5,
+        5,
     ),
     "mambavision": Spelling(
         "mambavision", "HybridBackbone", {"x": (2, 3, 32, 48)}, 2, 0, "windows as sequences"

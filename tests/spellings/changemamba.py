@@ -100,7 +100,7 @@ class ChangeDetector(nn.Module):
     def __init__(self, dim=8):
         super().__init__()
         self.stem = nn.Conv2d(3, dim, 4, 4)
-        self.encoder = nn.ModuleList([Block(dim), Block(dim)])
+        self.encoder = nn.ModuleList([Block(dim)])
         self.channels = nn.Sequential(nn.Conv2d(2 * dim, dim, 1), Block(dim))
         self.columns, self.sides = Block(dim), Block(dim)
         self.fuse = nn.Sequential(nn.Conv2d(5 * dim, dim, 1), nn.BatchNorm2d(dim), nn.ReLU())

@@ -97,8 +97,8 @@ class Efficient(nn.Module):
     def __init__(self, dim=8, classes=4):
         super().__init__()
         self.stem = nn.Conv2d(3, dim, 3, 2, 1)
-        self.blocks = nn.ModuleList([ES2D(dim), ES2D(dim)])
-        self.local = nn.ModuleList([nn.Conv2d(dim, dim, 3, padding=1) for _ in range(2)])
+        self.blocks = nn.ModuleList([ES2D(dim)])
+        self.local = nn.ModuleList([nn.Conv2d(dim, dim, 3, padding=1) for _ in range(1)])
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, classes)
 
     def forward(self, x):

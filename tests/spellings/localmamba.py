@@ -122,7 +122,7 @@ class LocalClassifier(nn.Module):
     def __init__(self, dim=8, classes=4):
         super().__init__()
         self.patch_embed = nn.Conv2d(3, dim, 2, 2)
-        self.blocks = nn.ModuleList([SS2D(dim), SS2D(dim)])
+        self.blocks = nn.ModuleList([SS2D(dim)])
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, classes)
 
     def forward(self, x):

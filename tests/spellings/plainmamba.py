@@ -68,8 +68,8 @@ class Plain(nn.Module):
     def __init__(self, dim=8, classes=4):
         super().__init__()
         self.patch_embed = nn.Conv2d(3, dim, 4, 4)
-        self.norms = nn.ModuleList([RMSNorm(dim), RMSNorm(dim)])
-        self.layers = nn.ModuleList([Mixer(dim), Mixer(dim)])
+        self.norms = nn.ModuleList([RMSNorm(dim)])
+        self.layers = nn.ModuleList([Mixer(dim)])
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, classes)
 
     def forward(self, x):

@@ -92,8 +92,9 @@ class VSSM(nn.Module):
     def __init__(self, one_by_one=False, dim=8, classes=5):
         super().__init__()
         self.embed = nn.Conv2d(3, dim, 2, stride=2)
-        self.norms = nn.ModuleList([nn.LayerNorm(dim) for _ in range(2)])
-        self.blocks = nn.ModuleList([SS2D(dim, one_by_one) for _ in range(2)])
+        count = 1 if one_by_one else 2
+        self.norms = nn.ModuleList([nn.LayerNorm(dim) for _ in range(count)])
+        self.blocks = nn.ModuleList([SS2D(dim, one_by_one) for _ in range(count)])
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, classes)
 
     def forward(self, x):

@@ -192,7 +192,7 @@ class Permute(nn.Module):
 
 
 class Classifier(nn.Module):
-    def __init__(self, channel_first=True, cascade=False, dims=(8, 12), depths=(1, 2), classes=5):
+    def __init__(self, channel_first=True, cascade=False, dims=(8, 12), depths=(1, 1), classes=5):
         super().__init__()
         to_last = nn.Identity() if channel_first else Permute(0, 2, 3, 1)
         to_first = nn.Identity() if channel_first else Permute(0, 3, 1, 2)

@@ -60,9 +60,15 @@ def read_merge(group: ScanGroup, unrolling: Unrolling, concrete: Concrete) -> Me
     """
     merged = _reached(group, concrete)
     inside = set(merged)
-    targets = [value for value in merged if not _leaving(group, inside, concrete, value)]
+    targets = [
+        value
+        for value in merged
+        if _forms(value, group, unrolling, concrete) and not _leaving(group, inside, concrete, value)
+    ]
     if not targets:
-        raise Refused(f"its directions are not merged by a sum: {_leaving(group, inside, concrete)}")
+        raise Refused(
+            f"its directions do not meet in a map by being added up: {_leaving(group, inside, concrete)}"
+        )
     refusals = []
     # The last one first: behind it stands what reads the map, in the layout in which it reads it.
     for value in reversed(targets):
@@ -73,23 +79,27 @@ def read_merge(group: ScanGroup, unrolling: Unrolling, concrete: Concrete) -> Me
     raise Refused(refusals[-1])
 
 
+def _forms(value: str, group: ScanGroup, unrolling: Unrolling, concrete: Concrete) -> list[MapForm]:
+    """The forms in which a value may hold the map that is scanned."""
+    sizes, sides = GroupSizes.of(group, concrete), (unrolling.height, unrolling.width)
+    return [
+        form
+        for form in MapForm.all_of(concrete.shape(value), sizes.d_inner)
+        if form.batch == sizes.batch
+        and (form.sides == sides or (len(form.sides) == 1 and form.positions == unrolling.form.positions))
+    ]
+
+
 def read_merge_at(value: str, group: ScanGroup, unrolling: Unrolling, concrete: Concrete) -> Merge:
     """Read how a value is made of the steps of each direction.
 
     Raises:
         Refused: if it is anything but steps of the directions, the same for all channels and images, added up.
     """
-    sizes, form = GroupSizes.of(group, concrete), unrolling.form
-    shape = concrete.shape(value)
-    sides = (unrolling.height, unrolling.width)
-    forms = [
-        found
-        for found in MapForm.all_of(shape, sizes.d_inner)
-        if found.batch == sizes.batch
-        and (found.sides == sides or (len(found.sides) == 1 and found.positions == form.positions))
-    ]
+    sizes = GroupSizes.of(group, concrete)
+    forms = _forms(value, group, unrolling, concrete)
     if not forms:
-        shown = " × ".join(map(str, shape))
+        shown = " × ".join(map(str, concrete.shape(value)))
         raise Refused(f"its directions meet in {value} ({shown}), which is not the map that they scan")
     merge = program(concrete, group.outputs, [value])
     refusals = []

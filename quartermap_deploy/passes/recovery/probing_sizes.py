@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import onnx
 
-from quartermap_deploy.errors import PassError
 from quartermap_deploy.passes.recovery.concrete import Concrete, Shape, concrete_graph
 from quartermap_deploy.passes.recovery.graph_index import GraphIndex
 from quartermap_deploy.passes.recovery.refusal import Refused
@@ -43,21 +42,24 @@ def probing_graphs(
         example: shapes of its inputs that it takes, or None.
 
     Raises:
-        PassError: if the graph cannot be run at the sizes that are tried.
+        Refused: if the graph cannot be run at the sizes that are tried.
     """
-    wanted = 2 if _has_open_axes(index.model) else 1
+    opened = _open_axes(index.model)
+    wanted = 2 if opened else 1
+    # Where the batch alone is open, maps are as large as they are.
+    chosen_sides = any(axis > 0 for axis in opened)
     found: list[Concrete] = []
     why = ""
     for shapes in _candidates(index.model, example or {}):
         try:
             concrete = concrete_graph(index, shapes)
-            if wanted == 1 or _is_large_enough(concrete):
+            if not chosen_sides or _is_large_enough(concrete):
                 found.append(concrete)
         except Refused as refusal:
             why = str(refusal)
         if len(found) == wanted:
             return tuple(found)
-    raise PassError(
+    raise Refused(
         f"the graph's sizes are open, but of those tried it runs at {len(found)}, not at two, so that what its scans "
         f"do cannot be seen; leave its sizes closed, or trace it with an example of other sizes. {why}".rstrip()
     )
@@ -96,9 +98,11 @@ def _size(
     return chosen.setdefault(dim.dim_param or f"{value.name}.{axis}", new)
 
 
-def _has_open_axes(model: onnx.ModelProto) -> bool:
-    return any(
-        not dim.HasField("dim_value")
+def _open_axes(model: onnx.ModelProto) -> list[int]:
+    """The open axes of all inputs."""
+    return [
+        axis
         for value in model.graph.input
-        for dim in value.type.tensor_type.shape.dim
-    )
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim)
+        if not dim.HasField("dim_value")
+    ]

@@ -71,28 +71,21 @@ def program(concrete: Concrete, inputs: Sequence[str], outputs: Sequence[str]) -
     part = _Part(concrete)
     for place in nodes:
         part.add(concrete.index.nodes[place])
-    kinds = {
-        name: helper.make_tensor_value_info(name, TensorProto.DOUBLE, concrete.shape(name)) for name in inputs
-    }
+    # A value that is taken is returned as it is.
+    made = [name for name in dict.fromkeys(outputs) if name not in inputs]
     graph = helper.make_graph(
         part.nodes,
         "part",
-        list(kinds.values()),
-        [
-            helper.make_tensor_value_info(name, TensorProto.DOUBLE, None)
-            for name in outputs
-            if name not in kinds
-        ],
+        [helper.make_tensor_value_info(name, TensorProto.DOUBLE, concrete.shape(name)) for name in inputs],
+        [helper.make_tensor_value_info(name, TensorProto.DOUBLE, None) for name in made],
         part.initializers,
     )
-    session = _session(
-        helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", OPSET)])
-    )
+    opsets = [helper.make_opsetid("", OPSET)]
+    session = _session(helper.make_model(graph, ir_version=10, opset_imports=opsets)) if made else None
 
     def run(*arrays: Array) -> list[NDArray[np.float64]]:
         feeds = {name: np.ascontiguousarray(a, np.float64) for name, a in zip(inputs, arrays, strict=True)}
-        made = [name for name in outputs if name not in feeds]
-        found = dict(feeds, **dict(zip(made, _run(session, made, feeds), strict=True)))
+        found = {**feeds, **dict(zip(made, _run(session, made, feeds), strict=True))}
         return [np.asarray(found[name]) for name in outputs]
 
     return run

@@ -19,7 +19,7 @@ from quartermap_deploy.passes.recovery.projections import Projections, check_pro
 from quartermap_deploy.passes.recovery.refusal import Refused
 from quartermap_deploy.passes.recovery.unrolling import Unrolling, read_unrolling, read_unrolling_from
 from quartermap_deploy.passes.recovery.writing import Replacement, ScanParameters, write_map_scan
-from quartermap_deploy.pruning.orders import ScanOrder
+from quartermap_deploy.pruning.orders import OUTSIDE, ScanOrder
 
 
 @dataclass(frozen=True)
@@ -65,29 +65,53 @@ def read_group(group: ScanGroup, probes: Sequence[Concrete]) -> Reading:
         reading = replace(reading, directions=GroupSizes.of(group, probes[0]).directions)
         unrolling = read_unrolling(group, probes[0])
         reading = replace(reading, unrolling=unrolling)
-        merge = read_merge(group, unrolling, probes[0])
-        reading = replace(reading, merge=merge)
-        directions = _require_map_scan(unrolling, merge)
-        others = [_same_at(concrete, group, unrolling, merge) for concrete in probes[1:]]
-        projections = read_projections(group, unrolling, probes[0])
-        reading = replace(reading, projections=projections)
-        for concrete, other in zip(probes[1:], others, strict=True):
-            check_projections(projections, group, other, concrete)
-        replacement = write_map_scan(
-            group.names[0],
-            (unrolling.source, unrolling.form),
-            (merge.target, merge.form),
-            (unrolling.height, unrolling.width),
-            projections,
-            scan_parameters(group, probes[0]),
-            directions,
-            float(merge.share[0]),
-        )
-        for seed, concrete in enumerate(probes):
-            check_replacement(concrete, unrolling.source, replacement, seed)
-        return replace(reading, replacement=replacement)
+        try:
+            reading = replace(reading, merge=read_merge(group, unrolling, probes[0]))
+        except Refused:
+            # That an order is none of a map's says more than what follows from it.
+            _require_map_order(unrolling)
+            raise
+        directions = _require_map_order(unrolling)
+        assert reading.merge is not None
+        replacement, projections = _written(group, unrolling, reading.merge, directions, probes)
+        return replace(reading, replacement=replacement, projections=projections)
     except Refused as refusal:
         return replace(reading, refused=str(refusal))
+
+
+def _written(
+    group: ScanGroup,
+    unrolling: Unrolling,
+    merge: Merge,
+    directions: Sequence[str],
+    probes: Sequence[Concrete],
+) -> tuple[Replacement, Projections]:
+    """The scan of the map, after all checks.
+
+    Raises:
+        Refused: if one fails.
+    """
+    if not merge.is_in_place(unrolling):
+        raise Refused(f"a direction is put back into {merge.target} elsewhere than it was taken from")
+    if not merge.is_even:
+        raise Refused(f"its directions are added to {merge.target} with different weights")
+    others = [_same_at(concrete, group, unrolling, merge) for concrete in probes[1:]]
+    projections = read_projections(group, unrolling, probes[0])
+    for concrete, other in zip(probes[1:], others, strict=True):
+        check_projections(projections, group, other, concrete)
+    replacement = write_map_scan(
+        group.names[0],
+        (unrolling.source, unrolling.form),
+        (merge.target, merge.form),
+        (unrolling.height, unrolling.width),
+        projections,
+        scan_parameters(group, probes[0]),
+        directions,
+        float(merge.share[0]),
+    )
+    for seed, concrete in enumerate(probes):
+        check_replacement(concrete, unrolling.source, replacement, seed)
+    return replacement, projections
 
 
 def scan_parameters(group: ScanGroup, concrete: Concrete) -> ScanParameters:
@@ -116,26 +140,27 @@ def _parameter(name: str, value: str, concrete: Concrete) -> NDArray[Any]:
     return concrete.array(value)
 
 
-def _require_map_scan(unrolling: Unrolling, merge: Merge) -> tuple[str, ...]:
+def _require_map_order(unrolling: Unrolling) -> tuple[str, ...]:
     """The names of the directions.
 
     Raises:
-        Refused: if the scan is none of whole rows or columns of a map, summed in place.
+        Refused: if one is none along whole rows or columns of a map.
     """
+    source = unrolling.source
     if unrolling.height == 1 and len(unrolling.form.sides) == 1:
-        raise Refused(f"its steps follow a sequence, {unrolling.source}, not the rows or columns of a map")
-    names = tuple(name for name in unrolling.directions if name is not None)
-    if len(names) < len(unrolling.directions):
-        unknown = [place for place, name in enumerate(unrolling.directions, start=1) if name is None]
-        raise Refused(
-            f"direction {unknown[0]} visits the positions of {unrolling.source} in an order that is none of "
-            f"{', '.join(DIRECTIONS)}"
-        )
-    if not merge.is_in_place(unrolling):
-        raise Refused(f"a direction is put back into {merge.target} elsewhere than it was taken from")
-    if not merge.is_even:
-        raise Refused(f"its directions are added to {merge.target} with different weights")
-    return names
+        raise Refused(f"its steps follow a sequence, {source}, not the rows or columns of a map")
+    for place, (name, steps) in enumerate(zip(unrolling.directions, unrolling.order, strict=True), start=1):
+        visited = int((steps != OUTSIDE).sum())
+        if visited < unrolling.form.positions:
+            raise Refused(
+                f"direction {place} visits {visited} of the {unrolling.form.positions} positions of {source}"
+            )
+        if name is None:
+            raise Refused(
+                f"direction {place} visits the positions of {source} in an order that is none of "
+                f"{', '.join(DIRECTIONS)}"
+            )
+    return tuple(name for name in unrolling.directions if name is not None)
 
 
 def _same_at(concrete: Concrete, group: ScanGroup, unrolling: Unrolling, merge: Merge) -> Unrolling:

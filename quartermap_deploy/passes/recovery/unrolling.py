@@ -6,6 +6,7 @@ the map. Its elements are numbered, the numbers are sent through the graph, and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,7 +52,7 @@ def read_unrolling(group: ScanGroup, concrete: Concrete) -> Unrolling:
         Refused: if u is not a map of which each direction takes each position at most once.
     """
     sizes = GroupSizes.of(group, concrete)
-    reached = _reached_by_moves(group, concrete)
+    reached = _reached_by_moves(group.inputs("u"), concrete)
     # A map that tells its sides is preferred: where sizes are open, nothing else in the graph may tell them.
     reached.sort(key=lambda value: len(concrete.shape(value)) != 4)
     refusals: list[str] = []
@@ -124,15 +125,20 @@ def position_of(
 
 def sources_of(group: ScanGroup, concrete: Concrete) -> list[str]:
     """The values that u is moved from: where going up from it through moves ends."""
+    return sources_above(group.inputs("u"), concrete)
+
+
+def sources_above(values: Sequence[str], concrete: Concrete) -> list[str]:
+    """The values that some values are moved from, in graph order."""
     index = concrete.index
-    reached = _reached_by_moves(group, concrete)
+    reached = _reached_by_moves(values, concrete)
     return [value for value in reached if (node := index.maker(value)) is None or not moves(node, concrete)]
 
 
-def _reached_by_moves(group: ScanGroup, concrete: Concrete) -> list[str]:
-    """The values above u that only moves stand below, and u, in graph order."""
+def _reached_by_moves(values: Sequence[str], concrete: Concrete) -> list[str]:
+    """The values above some values that only moves stand below, and those values, in graph order."""
     index = concrete.index
-    pending, found = list(group.inputs("u")), set()
+    pending, found = list(values), set()
     while pending:
         value = pending.pop()
         if value in found or not value or concrete.is_fixed(value):

@@ -70,7 +70,7 @@ def build_engine(
     model_path: Path,
     directory: Path,
     options: EngineOptions,
-    prepare: Callable[[onnx.ModelProto], onnx.ModelProto],
+    prepare: Callable[[onnx.ModelProto, Sequence[Mapping[str, Sequence[int]]]], onnx.ModelProto],
     *,
     plugin: Path | None = None,
     examples: Sequence[Mapping[str, Sequence[int]]] = (),
@@ -83,7 +83,8 @@ def build_engine(
         model_path: the portable model.
         directory: where to write the engine.
         options: how to build.
-        prepare: makes of the portable model what the parser is given.
+        prepare: makes of the portable model what the parser is given; it is told the smallest and the largest shapes of
+            all inputs.
         plugin: the plugin library, where scans are plugin nodes.
         examples: inputs that the engine must take: for each, the shape of every input by name.
         progress: told about TensorRT's phases.
@@ -103,7 +104,7 @@ def build_engine(
     model = onnx.load(model_path)
     shapes = input_shapes(model)
     check_examples(options, shapes, examples)
-    prepared = prepare(model)
+    prepared = prepare(model, extremes(options, shapes))
     data = prepared.SerializeToString()
     key = cache_key(flavour, data, options, plugin, trt.__version__, gpu)
 
@@ -200,6 +201,15 @@ def check_examples(
             raise InputError(
                 f"no profile takes {what} {named_shapes(found)}: they take {taken}; widen a profile"
             )
+
+
+def extremes(options: EngineOptions, inputs: ModelShapes) -> list[dict[str, tuple[int, ...]]]:
+    """The smallest and the largest shapes of a model's inputs, by name, of each profile."""
+    found = []
+    for profile in options.profiles:
+        shapes = profile.shapes(inputs)
+        found += [{name: ranges[place] for name, ranges in shapes.items()} for place in (0, -1)]
+    return found
 
 
 def parse(trt: Any, builder: Any, logger: Any, data: bytes) -> tuple[Any, Any]:

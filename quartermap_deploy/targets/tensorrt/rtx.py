@@ -53,12 +53,17 @@ def check(recipe: Any = None) -> None:
         raise InputError(f"TensorRT for RTX has no {', '.join(idle)}; leave it out")
 
 
-def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model as the parser gets it: scans in standard operators, in the main graph."""
+def prepare(model: onnx.ModelProto, at: Sequence[Mapping[str, Sequence[int]]] = ()) -> onnx.ModelProto:
+    """The model as the parser gets it: scans in standard operators, in the main graph.
+
+    Args:
+        model: the portable model.
+        at: the smallest and the largest shapes of its inputs that the engine has to take.
+    """
     from quartermap_deploy.passes.inline_scans import inline_scans
     from quartermap_deploy.passes.lower import lower
 
-    return inline_scans(lower(model, "tree"))
+    return inline_scans(lower(model, "tree", at))
 
 
 def build(

@@ -70,7 +70,8 @@ def open_engine(
         QuartermapError: of the plugin library, if it is missing or wrong.
     """
     needed = ("file", "version", "compute_capabilities", "inputs", "outputs", "options", "key", "build")
-    if missing := [name for name in needed if name not in entry]:
+    missing = [name for name in needed if name not in entry]
+    if missing or (missing := _misshapen(entry)):
         raise BundleError(
             f"the manifest of {bundle_path} says too little about its {flavour.target} engine ({', '.join(missing)}); "
             f"make it again with `quartermap rebuild {bundle_path} --target {flavour.target}`"
@@ -117,6 +118,17 @@ def open_engine(
         cache = Path(bundle_path).absolute().parent / CACHE_FOLDER / f"{entry['key'][:32]}.runtime"
         return RtxSession(trt, runtime, engine, entry, logger, cache)
     return TensorRTSession(trt, runtime, engine, entry, logger)
+
+
+def _misshapen(entry: Mapping[str, Any]) -> list[str]:
+    """Which of an entry's inputs and outputs are nothing that `build` writes."""
+    inputs, outputs = entry["inputs"], entry["outputs"]
+    shaped = isinstance(inputs, Mapping) and all(
+        isinstance(shape, (list, tuple)) and all(isinstance(size, (int, str)) for size in shape)
+        for shape in inputs.values()
+    )
+    named = isinstance(outputs, list) and all(isinstance(name, str) for name in outputs)
+    return [name for name, proper in (("inputs", shaped), ("outputs", named)) if not proper]
 
 
 def cannot_run(flavour: Flavour, entry: Mapping[str, Any]) -> str | None:

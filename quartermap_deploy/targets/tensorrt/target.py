@@ -42,13 +42,17 @@ def check(recipe: Any = None) -> None:
     check_library(trt, find_library(options.plugin))
 
 
-def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
+def prepare(model: onnx.ModelProto, at: Sequence[Mapping[str, Sequence[int]]] = ()) -> onnx.ModelProto:
     """The model as the parser gets it: scans without bodies, with attributes that become fields of the plugin.
 
     The plugin scans maps; a scan of sequences becomes such scans of maps with one row, see `sequences_as_maps`. The
     parser finds a plugin by the name of the node and its attributes `plugin_namespace` and `plugin_version`. A list
     of strings becomes one string of names with commas. Without bodies there is nothing to fall back to, should the
     plugin be missing.
+
+    Args:
+        model: the portable model.
+        at: shapes that the engine has to take, which change nothing here: the plugin takes any size.
 
     Raises:
         PassError: if the graph does not tell how many groups a scan of sequences has.
