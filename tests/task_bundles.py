@@ -9,21 +9,14 @@ import torch
 from made_once import made_once
 from task_modules import Judge, Pooled, Restorer, Segmenter, Words
 from torch import nn
-from toy_modules import Change
+from toy_bundles import PREPROCESSING
 
 from quartermap_deploy.compiler import compile_module
 from quartermap_deploy.data.preprocessing import Preprocessing
 
 SEGMENTS = ("sky", "road", "tree", "house")
-NORMALISED = Preprocessing((32, 32), "stretch", (32, 32), "bilinear", (0.5,) * 3, (0.25,) * 3)
 GREY = Preprocessing((32, 32), "stretch", (32, 32), "bilinear", (0.0,), (1.0,), "grey")
 ALPHA = Preprocessing((32, 32), "cover", (32, 32), "bilinear", (0.5,) * 4, (0.5,) * 4, "rgba")
-
-
-def change_bundle() -> Path:
-    """Two images in, two outputs out."""
-    images = torch.randn(2, 3, 32, 32)
-    return _made("change", Change, (images, images.flip(0)))
 
 
 def words_bundle() -> Path:
@@ -40,7 +33,7 @@ def segmenter_bundle() -> Path:
         Segmenter,
         torch.randn(2, 3, 32, 32),
         task="segmentation",
-        preprocessing=NORMALISED,
+        preprocessing=PREPROCESSING,
         labels=SEGMENTS,
     )
 
@@ -52,7 +45,7 @@ def marker_bundle() -> Path:
         lambda: Segmenter(1, sigmoid=True),
         torch.randn(2, 3, 32, 32),
         task="segmentation",
-        preprocessing=NORMALISED,
+        preprocessing=PREPROCESSING,
     )
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import toy_bundles
 from command_line import call
 from deploy_bundles import change_manifest, contents, dynamic_bundle
 from PIL import Image
-from task_bundles import change_bundle, pooled_bundle, restorer_bundle, segmenter_bundle
+from task_bundles import pooled_bundle, restorer_bundle, segmenter_bundle
 
 import quartermap_deploy as qm
 from quartermap_deploy import prediction_files
@@ -202,7 +203,7 @@ def test_what_does_not_fit_is_refused(place: Path) -> None:
     assert "the following arguments are required: FILES" in refused(digits)
     (place / "empty").mkdir()
     assert "holds no image" in refused(digits, "empty")
-    assert "give arrays to bundle.run" in refused(change_bundle(), "photographs")
+    assert "give arrays to bundle.run" in refused(toy_bundles.change(), "photographs")
     assert "--preprocessing mean=0.5,0.5,0.5" in refused(pooled_bundle(), "photographs", "-o", "out")
     assert "is no setting of the preprocessing" in refused(digits, "digits", "--preprocessing", "mean")
     assert "unknown key of the preprocessing" in refused(digits, "digits", "--preprocessing", "meen=1")

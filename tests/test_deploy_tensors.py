@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import toy_bundles
 from command_line import call
 from deploy_bundles import dynamic_bundle
 from PIL import Image
 from task_bundles import (
     SEGMENTS,
-    change_bundle,
     judge_bundle,
     pooled_bundle,
     restorer_bundle,
@@ -55,20 +55,20 @@ def encoded(image: Any) -> bytes:
 
 
 def test_a_model_of_several_inputs_is_there_alone(tmp_path: Path) -> None:
-    made = deploy_triton(change_bundle(), tmp_path / "repository")
-    assert models(made.path) == ["change"] and made.models == {
-        "change": "onnxruntime: first, second → change, score"
+    made = deploy_triton(toy_bundles.change(), tmp_path / "repository")
+    assert models(made.path) == ["Change"] and made.models == {
+        "Change": "onnxruntime: first, second → change, score"
     }
     assert any("there are no image models: the model takes first" in note for note in made.notes)
-    config = read_config(made.path, "change")
+    config = read_config(made.path, "Change")
     assert config.max_batch_size == 8 and config.HasField("dynamic_batching")
-    assert tensors(config.input) == [(name, "TYPE_FP32", [3, 32, 32]) for name in ("first", "second")]
-    assert tensors(config.output) == [("change", "TYPE_FP32", [1, 8, 8]), ("score", "TYPE_FP32", [1])]
+    assert tensors(config.input) == [(name, "TYPE_FP32", [3, 32, 48]) for name in ("first", "second")]
+    assert tensors(config.output) == [("change", "TYPE_FP32", [1, 8, 12]), ("score", "TYPE_FP32", [1])]
     assert not any(output.label_filename for output in config.output)
-    assert not (made.path / "change" / "labels.txt").exists()
+    assert not (made.path / "Change" / "labels.txt").exists()
 
 
-@pytest.mark.parametrize("bundle", [change_bundle, words_bundle, pooled_bundle, restorer_bundle])
+@pytest.mark.parametrize("bundle", [toy_bundles.change, words_bundle, pooled_bundle, restorer_bundle])
 def test_warm_up_requests_are_golden_inputs_of_all_inputs(bundle: Any, tmp_path: Path) -> None:
     made = deploy_triton(bundle(), tmp_path / "repository", TritonOptions(images=False))
     loaded = qm.load_bundle(bundle())
@@ -184,7 +184,7 @@ def test_labels_and_preprocessing_of_ones_own_arrive(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     for bundle, arguments, message in (
-        (change_bundle(), ["--preprocessing", "mean=0.5"], "an image file is one input alone"),
+        (toy_bundles.change(), ["--preprocessing", "mean=0.5"], "an image file is one input alone"),
         (pooled_bundle(), ["--preprocessing", "mean=0.5"], "a preprocessing is for image files"),
         (judge_bundle(), ["--preprocessing", "crop=8x8"], "makes images of"),
         (words_bundle(), ["--labels", "digits"], "tells none apart"),
@@ -194,7 +194,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_inference_service_of_several_inputs(tmp_path: Path) -> None:
-    done = call("deploy", "kserve", change_bundle(), "-o", tmp_path / "change.yaml", "--json")
+    done = call("deploy", "kserve", toy_bundles.change(), "-o", tmp_path / "change.yaml", "--json")
     assert done.code == 0 and done.json["name"] == "change"
-    assert list(done.json["repository"]["models"]) == ["change"]
-    assert tensors(read_config(tmp_path / "change-repository", "change").input)[1][0] == "second"
+    assert list(done.json["repository"]["models"]) == ["Change"]
+    assert tensors(read_config(tmp_path / "change-repository", "Change").input)[1][0] == "second"

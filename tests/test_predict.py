@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import toy_bundles
 from deploy_bundles import change_manifest, dynamic_bundle, static_bundle
 from PIL import Image
 from task_bundles import (
     GREY,
-    NORMALISED,
     SEGMENTS,
-    change_bundle,
     judge_bundle,
     marker_bundle,
     pooled_bundle,
@@ -239,7 +238,9 @@ def test_other_outputs_are_arrays_by_name() -> None:
     for image, one in zip(PHOTOGRAPHS, found, strict=True):
         assert isinstance(one, Arrays)
         # The number belongs to all images of a run, so each image has a run of its own.
-        alone = bundle.run({"x": prepare([image], dataclasses.replace(NORMALISED, fit="cover"))})
+        alone = bundle.run(
+            {"x": prepare([image], dataclasses.replace(toy_bundles.PREPROCESSING, fit="cover"))}
+        )
         assert isinstance(alone, dict)
         np.testing.assert_allclose(one.arrays["features"], alone["features"][0], atol=1e-6)
         np.testing.assert_allclose(one.arrays["total"], alone["total"], rtol=1e-5)
@@ -253,7 +254,7 @@ def test_other_outputs_are_arrays_by_name() -> None:
 @pytest.mark.parametrize(
     ("bundle", "settings", "message"),
     [
-        (change_bundle, {}, r"takes first \(batch, 3, 32, 32\) and second .*give arrays to bundle\.run"),
+        (toy_bundles.change, {}, r"takes first \(batch, 3, 32, 48\) and second .*give arrays to bundle\.run"),
         (words_bundle, {}, "takes tokens"),
         (pooled_bundle, {}, r"does not say how an image becomes its input x .*--preprocessing mean="),
         (pooled_bundle, {"preprocessing": {"mean": [0.5] * 3}}, "has no std"),

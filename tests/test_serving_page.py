@@ -8,9 +8,10 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
+import toy_bundles
 from deploy_bundles import dynamic_bundle
 from served import MODEL, Served, ask, digits, file_of, serving
-from task_bundles import change_bundle, segmenter_bundle
+from task_bundles import segmenter_bundle
 
 import quartermap_deploy as qm
 from quartermap_deploy.data.images import sample_photographs
@@ -157,9 +158,9 @@ def test_a_model_of_arrays_has_no_place_for_images_and_says_why() -> None:
     async def look(page: Page) -> None:
         assert await page.evaluate("document.getElementById('drop').offsetParent === null")
         text = await page.evaluate("document.body.innerText")
-        assert "This model takes arrays alone: the model takes first (batch, 3, 32, 32) and second" in text
-        assert "first (batch, 3, 32, 32), second (batch, 3, 32, 32) → change (batch, 1, 8, 8), score" in text
+        assert "This model takes arrays alone: the model takes first (batch, 3, 32, 48) and second" in text
+        assert "first (batch, 3, 32, 48), second (batch, 3, 32, 48) → change (batch, 1, 8, 12), score" in text
         assert await page.evaluate("document.querySelectorAll('#errors rect').length") >= 1
 
-    with serving(change_bundle()) as server:
+    with serving(toy_bundles.change()) as server:
         visit(server, look)

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import toy_bundles
 from deploy_bundles import dynamic_bundle
 from PIL import Image
 from served import Served, ask, close, file_of, files, form, serving, tensor
 from task_bundles import (
     SEGMENTS,
-    change_bundle,
     judge_bundle,
     pooled_bundle,
     restorer_bundle,
@@ -52,41 +52,41 @@ def client_of(module: Any, server: Served, **settings: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def change() -> Iterator[Served]:
-    with serving(change_bundle(), "--max-delay-ms", 50) as running:
+    with serving(toy_bundles.change(), "--max-delay-ms", 50) as running:
         yield running
 
 
 @pytest.mark.parametrize("module", [tritonhttp, tritongrpc], ids=["http", "grpc"])
 def test_several_inputs_and_outputs_over_both_protocols(change: Served, module: Any) -> None:
-    bundle = qm.load_bundle(change_bundle())
+    bundle = qm.load_bundle(toy_bundles.change())
     random = np.random.default_rng(0)
-    given = {name: random.standard_normal((3, 3, 32, 32)).astype(np.float32) for name in ("first", "second")}
+    given = {name: random.standard_normal((3, 3, 32, 48)).astype(np.float32) for name in ("first", "second")}
     expected = bundle.run(given)
     assert isinstance(expected, dict)
     with client_of(module, change) as client:
         # The order of a request's inputs is its own.
         inputs = [tensor(module, name, given[name]) for name in ("second", "first")]
-        answer = client.infer("change", inputs)
+        answer = client.infer("Change", inputs)
         for name, values in expected.items():
             assert close(answer.as_numpy(name), values)
-        only = client.infer("change", inputs, outputs=[module.InferRequestedOutput("score")])
+        only = client.infer("Change", inputs, outputs=[module.InferRequestedOutput("score")])
         assert close(only.as_numpy("score"), expected["score"]) and only.as_numpy("change") is None
         with pytest.raises(InferenceServerException, match="expected 'first', 'second', each once"):
-            client.infer("change", inputs[:1])
+            client.infer("Change", inputs[:1])
         with pytest.raises(InferenceServerException, match="'first' is a batch of 2, and 'second' one of 3"):
-            client.infer("change", [inputs[0], tensor(module, "first", given["first"][:2])])
+            client.infer("Change", [inputs[0], tensor(module, "first", given["first"][:2])])
 
 
 def test_requests_with_several_inputs_are_batched_together_and_get_their_own_answers(change: Served) -> None:
-    bundle = qm.load_bundle(change_bundle())
+    bundle = qm.load_bundle(toy_bundles.change())
     random = np.random.default_rng(1)
-    first, second = (random.standard_normal((6, 3, 32, 32)).astype(np.float32) for _ in range(2))
+    first, second = (random.standard_normal((6, 3, 32, 48)).astype(np.float32) for _ in range(2))
     expected = bundle.run({"first": first, "second": second})
     assert isinstance(expected, dict)
     with tritonhttp.InferenceServerClient(change.http, concurrency=6) as client:
         calls = [
             client.async_infer(
-                "change",
+                "Change",
                 [tensor(tritonhttp, "first", one[None]), tensor(tritonhttp, "second", other[None])],
             )
             for one, other in zip(first, second, strict=True)
@@ -95,29 +95,29 @@ def test_requests_with_several_inputs_are_batched_together_and_get_their_own_ans
             answer = call.get_result()
             for name, values in expected.items():
                 assert close(answer.as_numpy(name), values[place : place + 1])
-        (found,) = client.get_inference_statistics("change")["model_stats"]
+        (found,) = client.get_inference_statistics("Change")["model_stats"]
     assert max(entry["batch_size"] for entry in found["batch_stats"]) > 1
 
 
 def test_metadata_and_configuration_have_every_tensor(change: Served) -> None:
     with tritonhttp.InferenceServerClient(change.http) as client:
-        metadata, config = client.get_model_metadata("change"), client.get_model_config("change")
-        assert [entry["name"] for entry in client.get_model_repository_index()] == ["change"]
+        metadata, config = client.get_model_metadata("Change"), client.get_model_config("Change")
+        assert [entry["name"] for entry in client.get_model_repository_index()] == ["Change"]
     assert metadata["inputs"] == [
-        {"name": name, "datatype": "FP32", "shape": [-1, 3, 32, 32]} for name in ("first", "second")
+        {"name": name, "datatype": "FP32", "shape": [-1, 3, 32, 48]} for name in ("first", "second")
     ]
     assert [one["name"] for one in metadata["outputs"]] == ["change", "score"]
-    assert config["max_batch_size"] == 8 and [one["dims"] for one in config["output"]] == [[1, 8, 8], [1]]
+    assert config["max_batch_size"] == 8 and [one["dims"] for one in config["output"]] == [[1, 8, 12], [1]]
     with tritongrpc.InferenceServerClient(change.grpc) as client:
-        message = client.get_model_metadata("change")
-        assert [list(one.shape) for one in message.outputs] == [[-1, 1, 8, 8], [-1, 1]]
+        message = client.get_model_metadata("Change")
+        assert [list(one.shape) for one in message.outputs] == [[-1, 1, 8, 12], [-1, 1]]
 
 
 def test_without_an_image_input_files_are_refused_and_the_page_says_why(change: Served) -> None:
     for path in ("/classify", "/picture"):
         status, _, body = ask(change, "POST", path, file_of(PHOTOGRAPHS[0]), Content_Type="image/png")
         message = json.loads(body)["error"]
-        assert status == 404 and "the model takes first (batch, 3, 32, 32) and second" in message
+        assert status == 404 and "the model takes first (batch, 3, 32, 48) and second" in message
     status, _, body = ask(change, "GET", "/")
     assert status == 200 and b"an image file is one input alone" in body
 
@@ -283,7 +283,7 @@ def test_plans_tell_what_there_is_to_see() -> None:
         judge_bundle: "classes",
         segmenter_bundle: "mask",
         restorer_bundle: "image",
-        change_bundle: None,
+        toy_bundles.change: None,
         words_bundle: None,
     }
     for bundle, shows in shown.items():
@@ -321,12 +321,12 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(QuartermapError, match="makes images of"):
         plan_of(dynamic_bundle(), preprocessing={"crop": [8, 8]})
     with pytest.raises(QuartermapError, match="tells none apart"):
-        plan_of(change_bundle(), labels=Path("digits"))
+        plan_of(toy_bundles.change(), labels=Path("digits"))
     with pytest.raises(ServeError, match="holds no batch of 8"):
-        plan_of(change_bundle(), queue=4)
+        plan_of(toy_bundles.change(), queue=4)
 
 
 def test_the_room_in_memory_is_that_of_all_inputs() -> None:
-    assert plan_of(change_bundle()).image_bytes == 2 * 4 * 3 * 32 * 32
+    assert plan_of(toy_bundles.change()).image_bytes == 2 * 4 * 3 * 32 * 48
     assert plan_of(words_bundle()).image_bytes == 12 * 8 + 12
     assert plan_of(restorer_bundle()).image_bytes == 4 * 32 * 32
