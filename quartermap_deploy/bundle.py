@@ -28,6 +28,7 @@ from quartermap_deploy.errors import BundleError, InputError, UnknownNameError
 from quartermap_deploy.files import FolderKind, file_hash
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.size_rules import SizeRules
+from quartermap_deploy.sources.description import TASKS
 from quartermap_deploy.targets import DEFAULT, ENGINE_TARGETS, Session, load_target
 from quartermap_deploy.tensor_info import TensorInfo
 
@@ -322,6 +323,8 @@ def _check_values(folder: Path, manifest: Mapping[str, Any]) -> None:
         if manifest["preprocessing"] is not None:
             Preprocessing.from_dict(manifest["preprocessing"])
         SizeRules(manifest["size_rules"])
+        if manifest["task"] not in TASKS:
+            raise InputError(f"it has the task {manifest['task']!r}, expected one of {', '.join(TASKS)}")
     except (InputError, BundleError, KeyError, TypeError, ValueError) as error:
         said = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise BundleError(f"{folder / MANIFEST} cannot be read: {said}; {_MEND}") from error

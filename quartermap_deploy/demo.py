@@ -104,7 +104,7 @@ def run(directory: Path, repeats: int = 9, progress: Progress | None = None) -> 
         for name, plan in PLANS.items()
     }
     digits = load_digits().held_out
-    preprocessing = bundles["unpruned"].preprocessing
+    preprocessing = next(iter(bundles.values())).preprocessing
     assert preprocessing is not None, "a model of a card says how its images are prepared"
     images = prepare(list(digits.images), preprocessing)
     predicted = {}

@@ -290,7 +290,7 @@ def test_a_named_value_is_float32_where_it_is_made_and_read() -> None:
 def test_a_named_input_of_a_scan_takes_the_scan_with_it() -> None:
     typed, _ = cast_precision(blocks("channel_first", 1), "bfloat16", keep_float32=["features_1"])
     types = types_of_values(typed.graph)
-    scan = node(typed, "scanned_1")
+    scan = node(typed, "block_1/scan")
     assert {types[name] for name in scan.input} == {FLOAT}
     assert types["scanned_1"] == FLOAT
     assert weight(typed, "dt_weight").data_type == FLOAT

@@ -178,7 +178,10 @@ def mistake(*arguments: object) -> str:
         ),
         (("unet.py:UNet", "--example", "1x3x64x96", "--weights", "none.pth"), r"none\.pth"),
         (("unet.py:UNet", "--example", "1x3x64x96", "--every", "9"), "prunes nothing"),
-        (("unet.py:UNet", "--example", "1x3x64x96", "--stages", "1,1"), "has 2 blocks, but the module has 5"),
+        (
+            ("unet.py:UNet", "--example", "1x3x64x96", "--stages", "1,1"),
+            "are for 2 blocks",
+        ),
         (("unet.py:UNet", "--example", "1x3x64x96", "--preprocessing", "mean=0,0,0"), "no std"),
         (("unet.py:UNet", "--example", "1x3x64x96", "--labels", "digits"), "10"),
     ],

@@ -78,7 +78,7 @@ def test_a_package_is_imported_from_the_current_folder(file: Path, monkeypatch: 
         ("model.py:build", {"width": 2, "fail": "no weights"}, "raised RuntimeError: no weights"),
         ("model.py:build", {}, r"raised TypeError: .*width.*; it takes \(width, fail=None\)"),
         ("model.py:Net", {"depth": 2}, r"raised TypeError: .*depth.*--arg name=value"),
-        ("model.py:count", {}, "made a int; expected a torch.nn.Module"),
+        ("model.py:count", {}, "made an object of type int; expected a torch.nn.Module"),
         ("broken.py:Net", {}, "importing .*broken.py raised ZeroDivisionError"),
         ("needs.py:Net", {}, "needs the package 'no_such_package_at_all'"),
     ],

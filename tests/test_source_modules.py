@@ -98,7 +98,9 @@ def test_blocks_are_modules_and_calls_are_counted() -> None:
 
 def test_stages_can_be_given() -> None:
     assert source(stages=[2, 1]).depths == (2, 1)
-    with pytest.raises(InputError, match=r"stages = \[5\] has 5 blocks, but the module has 3 modules"):
+    with pytest.raises(
+        InputError, match=r"stages = \[5\] are for 5 blocks, but the modules that call scans are 3"
+    ):
         source(stages=[5])
 
 

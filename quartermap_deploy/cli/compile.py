@@ -374,6 +374,8 @@ def recipe_and_folder(options: argparse.Namespace) -> tuple[Recipe, Path]:
     if isinstance(given.get("labels"), str) and given["labels"] not in label_sets():
         given["labels"] = Path(given["labels"])
     is_module = ":" in source and not source.endswith(".toml")
+    if source.endswith(".py"):
+        raise RecipeError(f"{source} names no factory; expected {source}:NAME, such as {source}:Net")
     if is_module or module_options_of(given):
         if not is_module:
             raise RecipeError(
@@ -443,9 +445,10 @@ def warnings(bundle: Bundle) -> list[str]:
     """Return what the user should know before believing the bundle's outputs."""
     model, seed = bundle.manifest["model"], bundle.manifest["recipe"]["seed"]
     if model["weights"] == "new":
+        option = "--weights" if model["source"] == "module" else "--checkpoint"
         return [
             f"{model['name']} is compiled with newly initialised weights (seed {seed}): good for trying and "
-            "timing, its predictions mean nothing. Give the trained ones with --checkpoint, or in the recipe"
+            f"timing, its predictions mean nothing. Give the trained ones with {option}, or in the recipe"
         ]
     found = [f"of the weights of {model['name']}: {note}" for note in model["notes"]]
     if bundle.manifest["model"]["source"] == "module" and bundle.report["given_reference"] is None:

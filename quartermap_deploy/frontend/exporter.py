@@ -237,7 +237,8 @@ def _exported(
         )
     except Exception as error:
         raise ExportError(
-            f"torch.onnx.export failed on {type(module).__name__}{_where(program, error)}: {_innermost(error)}"
+            f"torch.onnx.export failed on {type(module).__name__}{_where(program, error)}: {_innermost(error)}. If "
+            "ONNX has no such operator, write that part of the module in others, or leave it out of what is compiled"
         ) from error
     assert found is not None
     return found.model

@@ -180,7 +180,7 @@ def _stages(lengths: list[int]) -> list[int]:
 def _given_stages(stages: tuple[int, ...], blocks: int) -> list[int]:
     if sum(stages) != blocks:
         raise InputError(
-            f"stages = {list(stages)} has {sum(stages)} blocks, but the module has {blocks} modules that call scans"
+            f"stages = {list(stages)} are for {sum(stages)} blocks, but the modules that call scans are {blocks}"
         )
     return [stage for stage, count in enumerate(stages, start=1) for _ in range(count)]
 

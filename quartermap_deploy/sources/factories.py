@@ -184,8 +184,8 @@ def build_module(wanted: UserModule) -> nn.Module:
             ) from error
     if not isinstance(made, nn.Module):
         raise InputError(
-            f"{wanted.factory} made a {type(made).__name__}; expected a torch.nn.Module, or a class or function that "
-            "returns one"
+            f"{wanted.factory} made an object of type {type(made).__name__}; expected a torch.nn.Module, or a class or "
+            "function that returns one"
         )
     return made
 
@@ -212,10 +212,20 @@ def _find(factory: str) -> Any:
     for part in name.split("."):
         if not hasattr(found, part):
             near = difflib.get_close_matches(part, dir(found), n=3)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise InputError(f"{where} has no {part!r}{hint}")
+            made_here = [name for name, value in vars(module).items() if _is_made_in(module, value)]
+            hint = (
+                f"did you mean {' or '.join(near)}?"
+                if near
+                else f"it has {', '.join(made_here[:8]) or 'none'}"
+            )
+            raise InputError(f"{where} has no {part!r}; {hint}")
         found = getattr(found, part)
     return found
+
+
+def _is_made_in(module: ModuleType, value: object) -> bool:
+    """Whether a class or function is a module's own."""
+    return callable(value) and getattr(value, "__module__", None) == module.__name__
 
 
 def _imported(where: str) -> ModuleType:

@@ -395,9 +395,9 @@ def _require_deterministic(
         else:
             spread = float((value.double() - again[name].double()).abs().max() / value.double().abs().max())
         if not spread <= SPREAD:
-            drawn = f", which draws random numbers ({found.random})" if found.random else ""
+            drawn = f", which draws random numbers ({found.random})," if found.random else ""
             raise ExportError(
-                f"the module {type(module).__name__}{drawn}, gives another {name!r} at every call, by {spread:.1e} of "
+                f"the module {type(module).__name__}{drawn} gives another {name!r} at every call, by {spread:.1e} of "
                 "its largest value on the same inputs; make it deterministic in eval mode"
             )
     import warnings
