@@ -531,7 +531,13 @@ def test_the_rounded_form_has_the_names_and_float32_types() -> None:
     form = rounded_in_float32(lower(typed))
     onnx.checker.check_model(form, full_check=True)
     made = {name for item in form.graph.node for name in item.output}
-    assert {name for item in typed.graph.node for name in item.output} <= made
+    # The output of a scan is named after its node, as parity wants it.
+    expected = {
+        item.name if item.domain == "quartermap" else name
+        for item in typed.graph.node
+        for name in item.output
+    }
+    assert expected <= made
     types = types_of_values(form.graph)
     still = [name for name, kind in types.items() if kind == half("bfloat16")]
     assert all(name.startswith("rounded/") for name in still)

@@ -229,7 +229,7 @@ def test_every_example_can_be_typed(command: str) -> None:
         (["complie", MODEL], ["unknown command 'complie'", "did you mean compile?", "quartermap --help"]),
         (["models", "--yaml"], ["--yaml", "quartermap models --help"]),
         (["models", MODEL, "another"], ["another", "quartermap models --help"]),
-        (["compile"], ["MODEL|RECIPE.toml", "quartermap compile --help"]),
+        (["compile"], ["MODEL|MODULE:FACTORY|RECIPE.toml", "quartermap compile --help"]),
         (["bench"], ["BUNDLE"]),
         (["bench", "x", "--batch", "0"], ["--batch", "'0'", "at least 1"]),
         (["validate", "x", "--reference", "torhc"], ["'torhc'", "did you mean torch?"]),

@@ -33,7 +33,8 @@ def add_module_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="[NAME=]1x3x224x224",
         default=argparse.SUPPRESS,
-        help="shape of an input; give it again, with the names of forward's parameters, for several",
+        help="shape of an input; give it again, with the names of forward's parameters, for several (default: none; a "
+        "module needs one)",
     )
     group.add_argument(
         "--arg",
@@ -42,7 +43,7 @@ def add_module_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="NAME=VALUE",
         default=argparse.SUPPRESS,
-        help="keyword argument of the factory, a Python literal such as depths=[2,2,9,2], or else a text",
+        help="keyword argument of the factory, a Python literal such as depths=[2,2,9,2], or else a text (default: none)",
     )
     group.add_argument(
         "--strict-weights",
@@ -67,7 +68,8 @@ def add_module_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="MODULE:FUNCTION=MODULE:ADAPTER",
         default=argparse.SUPPRESS,
-        help="a scan that is not known here, and what calls quartermap_deploy.selective_scan in its place",
+        help="a scan that is not known here, and what calls quartermap_deploy.selective_scan in its place (default: "
+        "none)",
     )
     group.add_argument(
         "--task",
