@@ -467,7 +467,7 @@ def test_a_checkpoint_for_another_number_of_classes_is_told_of(
     for outcome in (compiled, call("inspect", bundle)):
         # On one line or on two: the bundle was compiled before this test could say how wide the terminal is.
         text = " ".join(outcome.out.split())
-        assert "from a checkpoint; the last layer, for 10 classes, newly initialised" in text
+        assert f"from the checkpoint {checkpoint.name}; the last layer, for 10 classes, newly" in text
 
 
 def test_recipes_of_the_repository_are_complete() -> None:

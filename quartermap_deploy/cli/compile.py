@@ -397,11 +397,11 @@ def recipe_and_folder(options: argparse.Namespace) -> tuple[Recipe, Path]:
             )
         recipe = dataclasses.replace(Recipe.load(Path(source)), **set_fields)
         return recipe, options.out or BUNDLES / Path(source).stem
-    name = options.name or source
-    if is_module:
-        name = options.name or given["module"].name
-    else:
+    if not is_module:
         load_card(source)
+        if options.name is not None:
+            raise RecipeError(f"--name is for a module of your own; {source} has its name already")
+    name = source if not is_module else options.name or given["module"].name
     recipe = Recipe(model=name, quartermap=plan(given), **set_fields)
     return recipe, options.out or BUNDLES / _folder_name(recipe)
 
@@ -444,26 +444,24 @@ def plan(given: dict[str, Any]) -> QuarterMap | None:
 def warnings(bundle: Bundle) -> list[str]:
     """Return what the user should know before believing the bundle's outputs."""
     model, seed = bundle.manifest["model"], bundle.manifest["recipe"]["seed"]
+    found = [f"of the weights of {model['name']}: {note}" for note in model["notes"]]
     if model["weights"] == "new":
         option = "--weights" if model["source"] == "module" else "--checkpoint"
-        return [
+        found.append(
             f"{model['name']} is compiled with newly initialised weights (seed {seed}): good for trying and "
             f"timing, its predictions mean nothing. Give the trained ones with {option}, or in the recipe"
-        ]
-    found = [f"of the weights of {model['name']}: {note}" for note in model["notes"]]
-    if bundle.manifest["model"]["source"] == "module" and bundle.report["given_reference"] is None:
+        )
+    elif model["head"] == "new":
+        found.append(
+            f"the weights of {model['name']} are for another number of classes than {model['num_classes']}, so its "
+            f"last layer is newly initialised (seed {seed}) and its predictions mean nothing"
+        )
+    if model["source"] == "module" and bundle.report["given_reference"] is None:
         found.append(
             f"{model['name']} was compared with PyTorch on this machine, where its scans are this package's. To prove "
             "how they are read, give inputs and outputs that you saved where its own kernels run: --reference FILE.npz"
         )
-    if found:
-        return found
-    if model["head"] == "new":
-        return [
-            f"the weights of {model['name']} are for another number of classes than {model['num_classes']}, so its "
-            f"last layer is newly initialised (seed {seed}) and its predictions mean nothing"
-        ]
-    return []
+    return found
 
 
 def _folder_name(recipe: Recipe) -> str:

@@ -43,7 +43,8 @@ def add_module_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="NAME=VALUE",
         default=argparse.SUPPRESS,
-        help="keyword argument of the factory, a Python literal such as depths=[2,2,9,2], or else a text (default: none)",
+        help="keyword argument of the factory, a Python literal such as depths=[2,2,9,2], or else a text "
+        "(default: none)",
     )
     group.add_argument(
         "--strict-weights",
