@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import toy_bundles
-from deploy_bundles import dynamic_bundle
+from deploy_bundles import change_manifest, dynamic_bundle
 from PIL import Image
 from served import Served, ask, close, file_of, files, form, serving, tensor
 from task_bundles import (
@@ -277,7 +278,7 @@ def test_a_preprocessing_of_ones_own_is_the_one_that_is_used() -> None:
 # Plans ----------------------------------------------------------------------------------------------------------
 
 
-def test_plans_tell_what_there_is_to_see() -> None:
+def test_plans_tell_what_there_is_to_see(tmp_path: Path) -> None:
     shown = {
         dynamic_bundle: "classes",
         judge_bundle: "classes",
@@ -292,6 +293,12 @@ def test_plans_tell_what_there_is_to_see() -> None:
         values = page_values(plan)
         assert values["shows"] == shows and json.dumps(values)
         assert values["inputs"] == plan.bundle.manifest["inputs"]
+    bare = Path(shutil.copytree(dynamic_bundle(), tmp_path / "bare"))
+    change_manifest(bare, preprocessing=None)
+    plan = plan_of(bare)
+    assert plan.images is None and "does not say how an image becomes its input" in plan.no_images
+    plan = plan_of(bare, preprocessing={"mean": [0.5] * 3, "std": [0.5] * 3})
+    assert plan.images is not None and plan.images.interface.preprocessing.crop == (64, 64)
     # The scale of its values is unknown, so there is no image to show.
     plan = plan_of(restorer_bundle(), preprocessing={"mean": [0.5], "std": [0.5]})
     assert plan.images is not None and plan.images.shows == "tensors"

@@ -87,7 +87,7 @@ class TritonOptions:
     backend: str | None = None
     name: str | None = None
     version: int = 1
-    labels: Path | None = None
+    labels: str | Path | None = None
     preprocessing: Mapping[str, Any] | None = None
     max_batch: int | None = None
     max_delay_us: int = 1000

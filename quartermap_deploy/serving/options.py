@@ -40,7 +40,7 @@ class ServeOptions:
 
     target: str | None = None
     name: str | None = None
-    labels: Path | None = None
+    labels: str | Path | None = None
     preprocessing: Mapping[str, Any] | None = None
     host: str = "127.0.0.1"
     port: int = 8000

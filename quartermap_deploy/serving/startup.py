@@ -173,9 +173,10 @@ def _image_plan(
             raise InputError(f"a preprocessing is for image files, and the model takes none: {reason}")
         return None, reason
     files, probabilities = image_model_tensors(bundle)
-    activation = activation_of(bundle)
     outputs = model.outputs
     shows = _shows(bundle, interface)
+    # The graph is looked at for it, which takes a while where it is large.
+    activation = activation_of(bundle) if shows in ("classes", "mask") else "none"
     if shows == "classes":
         outputs = (TensorSpec(probabilities, "FP32", (-1, len(model.labels))),)
     description = dataclasses.replace(
