@@ -35,11 +35,11 @@ REFUSED = {
     "vmamba_v05_cascade": "in which order its steps visit the positions of a map is not known",
     "localmamba": "windows or another order",
     "efficientvmamba": "scan parts of the map, 24 of 96 positions",
-    "changemamba": r"block 4 \(columns\).*several images or maps lie in the map",
+    "changemamba": r"block 3 \(columns\).*several images or maps lie in the map",
     "mambavision": "cannot be pruned",
 }
 """Spellings of which not every block can be pruned, and a part of the reason."""
-BLOCKS = {"changemamba": (1, 2, 3)}
+BLOCKS = {"changemamba": (1, 2)}
 """The blocks of these that can."""
 
 UNSUNK = {"mamba_unet": "is read by"}
