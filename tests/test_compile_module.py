@@ -39,6 +39,8 @@ REFUSED = {
     "mambavision": "cannot be pruned",
 }
 """Spellings of which not every block can be pruned, and a part of the reason."""
+NORMALISED_OVER_POSITIONS = {"mamba_unet"}
+"""Spellings whose norm behind the scan takes all positions together, so that the map is restored before it."""
 BLOCKS = {"changemamba": (1, 2)}
 """The blocks of these that can."""
 
