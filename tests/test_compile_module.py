@@ -39,13 +39,11 @@ REFUSED = {
     "mambavision": "cannot be pruned",
 }
 """Spellings of which not every block can be pruned, and a part of the reason."""
-NORMALISED_OVER_POSITIONS = {"mamba_unet"}
-"""Spellings whose norm behind the scan takes all positions together, so that the map is restored before it."""
 BLOCKS = {"changemamba": (1, 2)}
 """The blocks of these that can."""
 
 UNSUNK = {"mamba_unet": "is read by"}
-"""Spellings whose restored map meets another one before the normalisation, so that it cannot be restored later."""
+"""Spellings whose norm behind the scan takes all positions together, so that the map is restored before it."""
 
 
 def source_of(name: str) -> ModuleSource:
