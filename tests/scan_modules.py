@@ -205,6 +205,22 @@ class FourCalls(Mixer):
         return total.permute(0, 2, 3, 1)
 
 
+class FromZeros(Mixer):
+    """Directions that are added, one after the other, to a map of zeros."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        sequences = unrolled(x)
+        y = self.scan(sequences, self.project(sequences))
+        total = torch.zeros_like(x).flatten(2)
+        for k in range(4):
+            one = y[:, k] if k < 2 else y[:, k].flip(-1)
+            if k % 2:
+                one = one.unflatten(-1, (width, height)).transpose(2, 3).flatten(2)
+            total = total + one
+        return total.unflatten(-1, (height, width)).permute(0, 2, 3, 1)
+
+
 class TwoCalls(Mixer):
     """Two scans of two directions each: forwards and backwards; a mean instead of a sum."""
 
@@ -254,6 +270,7 @@ SPELLINGS: dict[str, Callable[[int, bool], Mixer]] = {
     "channel_last": ChannelLast,
     "four_calls": FourCalls,
     "two_calls": TwoCalls,
+    "from_zeros": FromZeros,
 }
 """Legal spellings; each takes a seed and whether the projections have a bias."""
 

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 import toy_bundles
-from command_line import Outcome, call
-from measuring import refused
+from measuring import Outcome, call, refused
 from toy_modules import Classifier
 
 from quartermap_deploy.bundle import load_bundle

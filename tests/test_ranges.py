@@ -22,6 +22,7 @@ from helpers import (
 from quartermap_deploy.errors import InputError, UnknownNameError
 from quartermap_deploy.exporting import ranges as module
 from quartermap_deploy.exporting.ranges import RangeReport, scan_ranges
+from quartermap_deploy.frontend.exporter import INPUT
 from quartermap_deploy.lowering.element_types import FLOAT, types_of_values
 from quartermap_deploy.passes import infer_shapes, lower
 from quartermap_deploy.passes.cast_precision import cast_precision
@@ -40,7 +41,7 @@ def block(scale: float = 1.0) -> tuple[Array, object]:
 
 def test_the_largest_of_every_value_is_found() -> None:
     images, model = block()
-    report = scan_ranges(lower(model), images)  # type: ignore[arg-type]
+    report = scan_ranges(lower(model), {"x": images})  # type: ignore[arg-type]
     lowered = lower(model)  # type: ignore[arg-type]
     assert list(report.largest) == ["x", *VALUES, "first", "mixed", "y"]
     expected = run(with_outputs(lowered, VALUES), {"x": images})
@@ -58,26 +59,26 @@ def test_batches_and_groups_make_no_difference(
 ) -> None:
     images, model = block()
     lowered = lower(model)  # type: ignore[arg-type]
-    expected = scan_ranges(lowered, images, batch=5)
+    expected = scan_ranges(lowered, {"x": images}, batch=5)
     monkeypatch.setattr(module, "GROUP_BYTES", group)
-    found = scan_ranges(lowered, images, batch=batch)
+    found = scan_ranges(lowered, {"x": images}, batch=batch)
     assert found.largest == pytest.approx(expected.largest, rel=1e-5)
 
 
 def test_a_fixed_batch_is_filled_up() -> None:
     images, model = block()
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2  # type: ignore[attr-defined]
-    found = scan_ranges(lower(model), images)  # type: ignore[arg-type]
+    found = scan_ranges(lower(model), {"x": images})  # type: ignore[arg-type]
     assert found.largest["x"] == np.abs(images).max()
 
 
 @pytest.mark.parametrize(("scale", "kept"), [(1e3, False), (4e3, True), (1e5, True)])
 def test_what_comes_near_the_limit_is_kept_in_float32(scale: float, kept: bool) -> None:
     images, model = block(scale)
-    report = scan_ranges(lower(model), images)  # type: ignore[arg-type]
+    report = scan_ranges(lower(model), {"x": images})  # type: ignore[arg-type]
     assert (report.largest["projected"] >= 65504 / 8) == kept
     assert report.keep_float32 == (("projected",) if kept else ())
-    assert scan_ranges(lower(model), images, "bfloat16").keep_float32 == ()  # type: ignore[arg-type]
+    assert scan_ranges(lower(model), {"x": images}, "bfloat16").keep_float32 == ()  # type: ignore[arg-type]
 
     typed, _ = cast_precision(model, "float16", keep_float32=report.keep_float32)  # type: ignore[arg-type]
     assert (types_of_values(typed.graph)["projected"] == FLOAT) == kept
@@ -98,21 +99,21 @@ def test_infinite_values_are_kept_and_fit_into_json() -> None:
 def test_a_value_that_is_not_a_number_is_kept() -> None:
     images, model = block()
     images[0, 0, 0, 0] = np.nan
-    assert "projected" in scan_ranges(lower(model), images).keep_float32  # type: ignore[arg-type]
+    assert "projected" in scan_ranges(lower(model), {"x": images}).keep_float32  # type: ignore[arg-type]
 
 
 def test_bad_arguments_are_refused() -> None:
     images, model = block()
     with pytest.raises(InputError, match="at least one image"):
-        scan_ranges(lower(model), images[:0])  # type: ignore[arg-type]
+        scan_ranges(lower(model), {"x": images[:0]})  # type: ignore[arg-type]
     with pytest.raises(UnknownNameError):
-        scan_ranges(lower(model), images, "float8")  # type: ignore[arg-type]
+        scan_ranges(lower(model), {"x": images}, "float8")  # type: ignore[arg-type]
 
 
 def test_nothing_in_the_digits_model_comes_near_the_limit() -> None:
     _, images = digits()
     graph = infer_shapes(traced_digits())
-    report = scan_ranges(lower(graph), images.numpy())
+    report = scan_ranges(lower(graph), {INPUT: images.numpy()})
     assert report.keep_float32 == ()
     assert len(report.largest) > 200
     assert 10 < max(report.largest.values()) < 1000

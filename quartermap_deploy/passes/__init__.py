@@ -1,7 +1,8 @@
 """The graph passes, in order. Each is a file of its own with before → after in its docstring.
 
 `insert_quartermap` carries out the plan; `hoist_slice` and `sink_resize` make the pruned blocks cheaper without
-changing a number, and are left out where the paper's canonical form is wanted.
+changing a number, and are left out where the paper's canonical form is wanted. `recover_2d` comes before all of them,
+on graphs of modules that are not ours, and needs no plan.
 """
 
 from __future__ import annotations

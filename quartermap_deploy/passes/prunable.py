@@ -7,6 +7,9 @@ not a coarser picture of one of them. Such blocks are refused before anything is
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import onnx_graphsurgeon as gs
 
 from quartermap_deploy.errors import PassError
@@ -214,17 +217,27 @@ def _above(node: gs.Node, value: gs.Tensor, roles: Roles) -> list[tuple[gs.Tenso
 
 
 def _reshaped(source: gs.Tensor, value: gs.Tensor, roles: Roles) -> Roles | None:
-    """What the axes of a reshaped value stood for before; None if its channels were taken apart."""
+    """What the axes of a reshaped value stood for before; None if its channels were taken apart.
+
+    An axis stays itself in a reshape where as many elements lie before and behind it as did.
+    """
     old, new = source.shape, value.shape
     if old is None or new is None or CHANNEL not in roles:
         return None
-    channels = new[roles.index(CHANNEL)]
-    places = [axis for axis in range(1, len(old)) if old[axis] == channels]
-    if not isinstance(channels, int) or not places:
+    place = roles.index(CHANNEL)
+    wanted = _around(new, place)
+    places = [axis for axis in range(1, len(old)) if old[axis] == new[place] and _around(old, axis) == wanted]
+    if wanted is None or len(places) != 1:
         return None
-    # Where two axes have this size: channels that stood last stay last, as most reshapes leave them.
-    place = places[-1] if roles[-1] == CHANNEL else places[0]
-    return tuple(BATCH if axis == 0 else CHANNEL if axis == place else SPACE for axis in range(len(old)))
+    return tuple(BATCH if axis == 0 else CHANNEL if axis == places[0] else SPACE for axis in range(len(old)))
+
+
+def _around(shape: Sequence[object], place: int) -> tuple[int, int] | None:
+    """How many elements of one entry of the batch lie before and behind an axis; None if that is not known."""
+    before, behind = shape[1:place], shape[place + 1 :]
+    if place == 0 or not all(isinstance(size, int) for size in (shape[place], *before, *behind)):
+        return None
+    return math.prod(before), math.prod(behind)  # type: ignore[arg-type]
 
 
 def _standard(rank: int, roles: Roles) -> Roles:

@@ -63,12 +63,17 @@ class Reference:
         return self._run(feeds, double, lambda name, value: None, {})
 
     def run_parts(
-        self, feeds: Mapping[str, NDArray[Any]], followed: Mapping[str, NDArray[Any]] | None = None
+        self,
+        feeds: Mapping[str, NDArray[Any]],
+        followed: Mapping[str, NDArray[Any]] | None = None,
+        *,
+        double: bool = False,
     ) -> dict[str, NDArray[Any]]:
         """Run the model; returns what its scans and blocks return, by name, in the order of the network.
 
         Args:
             feeds: inputs by name.
+            double: compute in float64 where that is possible, also where nothing is followed.
             followed: what a target returned for the same inputs. Each block then gets what the target's blocks before
                 it made, in float64 where that is possible, so that it is judged by itself. An output that is absent,
                 has another shape or is not finite is not followed.
@@ -78,7 +83,7 @@ class Reference:
         def keep(name: str, value: Tensor) -> None:
             found[name] = value.float().numpy()
 
-        self._run(feeds, followed is not None, keep, followed or {})
+        self._run(feeds, double or followed is not None, keep, followed or {})
         return found
 
     def _run(

@@ -67,7 +67,7 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
         start = time.perf_counter()
         outputs: OrderedDict[str, Any] = OrderedDict()
         if self._blocks:
-            parts = self._reference.run_parts(feed_dict, followed)
+            parts = self._reference.run_parts(feed_dict, followed, double=self._double)
             if followed is not None and self._reference.scans is not None:
                 parts = {name: value for name, value in parts.items() if _is_judged(name, followed)}
             outputs.update(parts)

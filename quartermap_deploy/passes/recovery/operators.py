@@ -66,14 +66,17 @@ def attribute_reduces(node: onnx.NodeProto) -> bool:
 
 
 def sums(node: onnx.NodeProto, concrete: Concrete) -> bool:
-    """Whether a node adds up elements of what it reads, all of which comes from the data."""
+    """Whether a node adds up elements of what it reads, all of which comes from the data, or is zero.
+
+    Sums often begin with a map of zeros, to which one direction after the other is added.
+    """
     if node.op_type == "Einsum":
         # Of one operand it can only move and add up.
         return len(node.input) == 1
     if node.op_type not in _SUMS:
         return False
     operands = node.input[:1] if node.op_type.startswith("Reduce") else node.input
-    return not any(concrete.is_fixed(name) for name in operands)
+    return all(not concrete.is_fixed(name) or not concrete.array(name).any() for name in operands)
 
 
 def is_affine(node: onnx.NodeProto, concrete: Concrete) -> bool:
