@@ -37,9 +37,10 @@ from quartermap_deploy.lowering.operator import INPUTS_2D, SELECTIVE_SCAN_2D
 from quartermap_deploy.passes import CANONICAL, OPTIMIZED, GraphPass, Selection, lower, run_passes
 from quartermap_deploy.pruning import QuarterMap, prune
 from quartermap_deploy.sources.architectures import architecture_reference
+from quartermap_deploy.targets.onnxruntime_cpu import inference_session
 from quartermap_deploy.validation.comparison import OutputComparison, block_of
 from quartermap_deploy.validation.parity import ParityReport, check_parity
-from quartermap_deploy.validation.runners import TorchRunner, onnxruntime_runner
+from quartermap_deploy.validation.runners import TorchRunner, onnxruntime_runner, with_block_outputs
 from quartermap_deploy.validation.tolerances import Tolerance, tolerance_for
 
 TOLERANCE = tolerance_for("float32")
@@ -450,3 +451,17 @@ def test_a_value_that_cannot_be_followed_is_replaced_by_the_right_one() -> None:
     # What block 1 returns, and the logits, are the model's own.
     np.testing.assert_array_equal(followed[block_output(1)], right[block_output(1)])
     np.testing.assert_array_equal(followed[OUTPUT], right[OUTPUT])
+
+
+def test_a_scan_that_is_an_output_of_the_model_is_shown_as_a_scan_too() -> None:
+    graph = onnx.ModelProto()
+    graph.CopyFrom(lower(subject("medmamba").graph))
+    scan = next(node for node in graph.graph.node if node.name == scan_name(1))
+    graph.graph.output.append(
+        onnx.helper.make_tensor_value_info(scan.output[0], onnx.TensorProto.FLOAT, None)
+    )
+    marked = with_block_outputs(graph)
+    names = [value.name for value in inference_session(marked.SerializeToString()).get_outputs()]
+    assert (
+        scan_name(1) in names and scan.output[0] in names and names.index(scan_name(1)) < names.index(OUTPUT)
+    )

@@ -131,13 +131,18 @@ def with_block_outputs(model: onnx.ModelProto) -> onnx.ModelProto:
     marked = onnx.ModelProto()
     marked.CopyFrom(model)
     own = {value.name for value in marked.graph.output}
-    scans = {
+    named = {
         node.output[0]: node.name
         for node in marked.graph.node
-        if node.domain == DOMAIN
-        and node.op_type in (SELECTIVE_SCAN_2D, SELECTIVE_SCAN)
-        and node.output[0] not in own
+        if node.domain == DOMAIN and node.op_type in (SELECTIVE_SCAN_2D, SELECTIVE_SCAN)
     }
+    scans = {output: name for output, name in named.items() if output not in own}
+    # What the model itself returns keeps its name, and is there under the scan's name too.
+    marked.graph.node.extend(
+        onnx.helper.make_node("Identity", [output], [name], f"{name}/again")
+        for output, name in named.items()
+        if output in own and output != name
+    )
     for node in marked.graph.node:
         for names in (node.input, node.output):
             for position, name in enumerate(names):
