@@ -24,8 +24,8 @@ _PUBLIC = {
     "load_bundle": "bundle",
     "load_card": "architectures",
     "prune": "pruning.reference",
-    "public_code": "sources.public_code",
-    "selective_scan": "sources.scans",
+    "public_code": "sources.public_code.context",
+    "selective_scan": "sources.public_code.scans",
 }
 
 __all__ = [
@@ -62,8 +62,8 @@ if TYPE_CHECKING:
     from quartermap_deploy.pruning.plan import QuarterMap
     from quartermap_deploy.pruning.reference import prune
     from quartermap_deploy.recipe import Recipe
-    from quartermap_deploy.sources.public_code import public_code
-    from quartermap_deploy.sources.scans import selective_scan
+    from quartermap_deploy.sources.public_code.context import public_code
+    from quartermap_deploy.sources.public_code.scans import selective_scan
 
 
 def __getattr__(name: str) -> Any:

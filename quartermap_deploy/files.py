@@ -76,7 +76,11 @@ class FolderKind:
             if path.exists():
                 old = draft.with_suffix(".replaced")
                 path.rename(old)
-                draft.rename(path)
+                try:
+                    draft.rename(path)
+                except BaseException:
+                    old.rename(path)
+                    raise
                 shutil.rmtree(old)
             else:
                 draft.rename(path)
@@ -108,9 +112,14 @@ def check_outside(path: Path, folders: Iterable[Path], error: type[QuartermapErr
 def obstacle_to(path: Path) -> str | None:
     """Say what stands in the way of writing to `path`, whose folders need not be there yet; None if nothing does."""
     above = next(parent for parent in path.absolute().parents if parent.exists())
-    if above.is_dir() and os.access(above, os.W_OK | os.X_OK):
-        return None
-    return f"{above} is no folder that you may write to"
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        return f"{above} is no folder that you may write to"
+    try:
+        # Permissions do not tell for the superuser, nor for file systems that hold no files of ours, such as /proc.
+        os.rmdir(tempfile.mkdtemp(prefix=f".{path.name}.", dir=above))
+    except OSError as error:
+        return f"nothing can be written to {above}: {error.strerror}"
+    return None
 
 
 @contextmanager

@@ -63,17 +63,21 @@ class SizeRules:
 
     def _check(self, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> None:
         known = dict(shapes)
-        for rule, tree in self._trees:
-            try:
-                fulfilled = bool(_value(tree, known))
-            except (ArithmeticError, IndexError, KeyError):
-                fulfilled = False
-            if not fulfilled:
-                sizes = ", ".join(f"{name} {shape}" for name, shape in shapes)
-                raise InputError(
-                    f"the model was exported for sizes with {rule}, found {sizes}; its module decides by the size, so "
-                    "other sizes need an export of their own"
-                )
+        broken = [rule for rule, tree in self._trees if not _holds(tree, known)]
+        if broken:
+            sizes = ", ".join(f"{name} {shape}" for name, shape in shapes)
+            # Several rules mostly follow from one decision of the module's; the shortest is the easiest to read.
+            raise InputError(
+                f"the model was exported for sizes with {min(broken, key=len)}, found {sizes}; its module decides by "
+                "the size, so other sizes need an export of their own"
+            )
+
+
+def _holds(tree: ast.expr, shapes: Shapes) -> bool:
+    try:
+        return bool(_value(tree, shapes))
+    except (ArithmeticError, IndexError, KeyError):
+        return False
 
 
 def is_rule(text: str) -> bool:

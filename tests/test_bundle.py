@@ -27,6 +27,7 @@ from quartermap_deploy.errors import (
     QuartermapError,
     UnknownNameError,
 )
+from quartermap_deploy.files import FolderKind
 from quartermap_deploy.revalidate import validate_bundle
 from quartermap_deploy.validation.inputs import real_images
 
@@ -169,6 +170,7 @@ def test_failed_parity_writes_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         (qm.Recipe("vmamba_digits", quartermap=qm.QuarterMap(every=50)), PlanError, "prunes nothing"),
         (qm.Recipe("vmamba_tiny_v0", input_size=(3, 224)), InputError, "too small"),
         (qm.Recipe("vmamba_digits", input_size=(100_000, 100_000)), InputError, "too large"),
+        (qm.Recipe("vmamba_digits", preprocessing={"crop": [20, 20]}), InputError, "images of 20x20"),
         (qm.Recipe("vmamba_digits", precision="float8"), QuartermapError, "float8"),
         (qm.Recipe("vmamba_digits", images=Path("no-such-folder")), InputError, "no-such-folder"),
     ],
@@ -195,6 +197,34 @@ def test_an_existing_folder_is_refused_and_replaced_by_force(
     # Its files are read and hashed once, in the draft.
     assert len(loaded) == 1 and loaded[0] != copy_of_bundle
     assert replaced == load_bundle(copy_of_bundle)
+    assert [path.name for path in copy_of_bundle.parent.iterdir()] == ["copy"]
+
+
+@pytest.mark.parametrize("place", ["/proc/bundles/out", "/dev/null/out", "/sys/out"])
+def test_a_place_that_holds_no_files_is_refused_before_the_work(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler, "export_model", lambda *arguments: pytest.fail("the work began"))
+    with pytest.raises(BundleError, match="cannot write to"):
+        qm.compile(RECIPE, Path(place))
+
+
+def test_an_old_bundle_is_put_back_if_the_new_one_cannot_take_its_place(
+    copy_of_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def failing(path: Path, target: Path) -> Path:
+        if path.suffix == ".draft":
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    kind = FolderKind("bundle", "manifest.json", BundleError)
+    before = (copy_of_bundle / "manifest.json").read_bytes()
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="No space"), kind.new(copy_of_bundle, force=True) as draft:
+        (draft / "manifest.json").write_text("{}")
+    assert (copy_of_bundle / "manifest.json").read_bytes() == before
     assert [path.name for path in copy_of_bundle.parent.iterdir()] == ["copy"]
 
 

@@ -940,7 +940,7 @@ def test_models_that_are_in_no_module(repository: Callable[..., None]) -> None:
 
 
 def test_redirected_functions_hold_nothing_alive(repository: Callable[..., None]) -> None:
-    from quartermap_deploy.sources import redirect
+    from quartermap_deploy.sources.public_code import redirect
 
     repository(ours_ops=LOOP, ours_model=MODEL.format(package="ours_ops", scan="selective_scan_ref"))
     model = made("ours_model")

@@ -91,3 +91,10 @@ def test_any_text_is_a_rule_or_refused(text: str) -> None:
         rules.check({"images": (1, 3, 8, 8)})
     except InputError:
         return
+
+
+def test_of_several_broken_rules_the_shortest_is_named() -> None:
+    rules = SizeRules(["8*x[3]*x[2] == 128*(x[3] // 4)*(x[2] // 4)", "4*(x[3] // 4) == x[3]", "x[2] > 1"])
+    rules.check({"x": (1, 8, 8, 12)})
+    with pytest.raises(InputError, match=r"sizes with 4\*\(x\[3\] // 4\) == x\[3\], found"):
+        rules.check({"x": (1, 8, 8, 10)})

@@ -10,7 +10,7 @@ import numpy as np
 
 from quartermap_deploy.architectures.base import VisualStateSpaceModel
 from quartermap_deploy.data.labels import class_names
-from quartermap_deploy.errors import ExportError
+from quartermap_deploy.errors import ExportError, InputError
 from quartermap_deploy.frontend.exporter import INPUT, trace
 from quartermap_deploy.pruning.plan import QuarterMap
 from quartermap_deploy.pruning.reference import prune
@@ -177,7 +177,7 @@ def card_source(
     Raises:
         UnknownNameError: if there is no such card.
         CheckpointError: if the checkpoint does not fit.
-        InputError: if the model cannot take the size or the channels.
+        InputError: if the model cannot take the size or the channels, or the preprocessing makes another size.
     """
     import torch
 
@@ -200,6 +200,12 @@ def card_source(
     prepared = card.preprocessing.with_size(*size)
     if preprocessing:
         prepared = prepared.replace(preprocessing)
+    if prepared.crop != size and not dynamic_size:
+        raise InputError(
+            f"the preprocessing makes images of {_sides(prepared.crop)}, but the model is compiled for {_sides(size)}; "
+            "give both the same size, or leave height and width open"
+        )
+    model.check_input_shape((1, model.in_channels, *prepared.crop))
     names = () if weights.new_head or features_only else card.labels
     return ArchitectureSource(
         name=card.name,
@@ -219,6 +225,10 @@ def card_source(
         size=size,
         card=card,
     )
+
+
+def _sides(size: tuple[int, int]) -> str:
+    return "x".join(map(str, size))
 
 
 def _image_input(

@@ -166,7 +166,7 @@ def build_module(wanted: UserModule) -> nn.Module:
     """
     from torch import nn
 
-    from quartermap_deploy.sources.public_code import public_code
+    from quartermap_deploy.sources.public_code.context import public_code
 
     with public_code():
         factory = _find(wanted.factory)

@@ -24,7 +24,7 @@ from quartermap_deploy.sources.cases import module_cases
 from quartermap_deploy.sources.description import TASKS, Feeds, Pictures, SourceBlock, WeightsOrigin
 from quartermap_deploy.sources.discovery import Discovery, discover
 from quartermap_deploy.sources.graph_facts import orders_at, output_infos
-from quartermap_deploy.sources.public_code import public_code
+from quartermap_deploy.sources.public_code.context import public_code
 from quartermap_deploy.sources.reference import Reference
 from quartermap_deploy.sources.signature import BASE_NAMES, OTHER, Signature, input_names
 from quartermap_deploy.sources.source_model import SourceModel, Traced

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quartermap_deploy.sources.public_code import public_code
+from quartermap_deploy.sources.public_code.context import public_code
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from quartermap_deploy.errors import UnknownNameError, UnsupportedScanError
-from quartermap_deploy.sources import imports, scans, stand_ins
-from quartermap_deploy.sources.patches import Code, Item, Patches
+from quartermap_deploy.sources.public_code import imports, scans, stand_ins
+from quartermap_deploy.sources.public_code.patches import Code, Item, Patches
 
 Namespace = dict[str, Any]
 Target = Callable[..., Any]
@@ -70,7 +70,7 @@ def _code(function: types.FunctionType, serial: int) -> types.CodeType:
         "def outer():",
         *(f"    {name} = None" for name in free),
         "    def redirected(*arguments, **keywords):",
-        "        from quartermap_deploy.sources.redirect import call",
+        "        from quartermap_deploy.sources.public_code.redirect import call",
         f"        return call({serial}, arguments, keywords)",
         *(f"        {name}" for name in free),
         "    return redirected",

@@ -20,7 +20,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from quartermap_deploy.sources import fake_triton, stand_ins
+from quartermap_deploy.sources.public_code import fake_triton, stand_ins
 
 FOREIGN = frozenset(
     {

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quartermap_deploy.sources import scans
+from quartermap_deploy.sources.public_code import scans
 
 
 def layer_norm(

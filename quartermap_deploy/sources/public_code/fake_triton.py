@@ -1,6 +1,6 @@
 """A `triton` under which code that defines kernels imports; a kernel that is launched is refused by its name.
 
-Nobody finds it by looking for the package: `sources.imports` hands it to public code alone, so that torch, which asks
+Nobody finds it by looking for the package: `imports` hands it to public code alone, so that torch, which asks
 for triton itself and would then use it, never sees it.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from quartermap_deploy.sources.scans import refuse
+from quartermap_deploy.sources.public_code.scans import refuse
 
 VERSION = "3.0.0"
 

@@ -30,9 +30,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from quartermap_deploy.sources import imports, redirect, stand_ins
-from quartermap_deploy.sources.on_cpu import Device, OnCPU
-from quartermap_deploy.sources.patches import Item, Patches
+from quartermap_deploy.sources.public_code import imports, redirect, stand_ins
+from quartermap_deploy.sources.public_code.on_cpu import Device, OnCPU
+from quartermap_deploy.sources.public_code.patches import Item, Patches
 
 
 @dataclass

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from quartermap_deploy.scan.definition import DIRECTIONS, cross_merge, cross_scan
-from quartermap_deploy.sources import scans
-from quartermap_deploy.sources.layers import Mamba, RMSNorm, layer_norm, rms_norm
+from quartermap_deploy.sources.public_code import scans
+from quartermap_deploy.sources.public_code.layers import Mamba, RMSNorm, layer_norm, rms_norm
 
 PACKAGES = ("mamba_ssm", "causal_conv1d", "causal_conv1d_cuda", "selective_scan")
 """The packages that are replaced or redirected wherever they are installed; the extensions come in addition."""
