@@ -418,8 +418,9 @@ def parity_of(
     # In 16 bits every value is rounded as the types say, which ONNX Runtime's own casts would leave out.
     target = onnxruntime_runner(rounded_in_float32(onnx.load_from_string(onnx_bytes)))
     paths = {block.index: block.path for block in source.blocks}
+    further = {} if traced is None else source.further_cases(traced)
     with progress.step("comparing every block with PyTorch"):
-        return check_parity(reference, target, cases, tolerance_for(recipe.precision), paths)
+        return check_parity(reference, target, {**cases, **further}, tolerance_for(recipe.precision), paths)
 
 
 def validate(
