@@ -59,8 +59,12 @@ class Network(nn.Module):
             "number": (z, 3),
             "nothing": None,
             "logits": z.mean(1),
+            "double": z.double(),
+            "changing": z,
         }
         self.calls += 1
+        if self.what == "changing":
+            first.mul_(2)
         if self.what == "noisy":
             return z + torch.rand_like(z)
         if self.what == "counting":
@@ -183,6 +187,8 @@ def test_arrays_and_other_types_become_float32() -> None:
         ("tensor", torch.randn(2, 6, 5), {}, ExportError, "fails on its example inputs"),
         ("noisy", None, {}, ExportError, "draws random numbers.*gives another 'output' at every call"),
         ("counting", None, {}, ExportError, "gives another 'output' at every call"),
+        ("changing", None, {}, ExportError, r"changes its input 'first' in place.*first = first\.clone\(\)"),
+        ("double", None, {}, InputError, r"returns 'output' in float64; expected float32.*\.float\(\)"),
         ("number", None, {}, InputError, "returns a int as 'output_1'; expected tensors"),
         ("nothing", None, {}, InputError, "returns no tensor"),
         ("tensor", [], {}, InputError, "no example inputs"),
