@@ -188,6 +188,7 @@ def test_arrays_and_other_types_become_float32() -> None:
         ("noisy", None, {}, ExportError, "draws random numbers.*gives another 'output' at every call"),
         ("counting", None, {}, ExportError, "gives another 'output' at every call"),
         ("changing", None, {}, ExportError, r"changes its input 'first' in place.*first = first\.clone\(\)"),
+        ("tensor", torch.full((2, 6, 4), torch.nan), {}, InputError, "'output' with NaN or infinite values"),
         ("double", None, {}, InputError, r"returns 'output' in float64; expected float32.*\.float\(\)"),
         ("number", None, {}, InputError, "returns a int as 'output_1'; expected tensors"),
         ("nothing", None, {}, InputError, "returns no tensor"),
@@ -221,6 +222,23 @@ def test_a_module_without_a_scan_is_told_what_to_do() -> None:
 def test_torchscript_is_told_as_such() -> None:
     with pytest.raises(InputError, match="TorchScript"):
         module_source(torch.jit.trace(nn.Linear(4, 4), torch.zeros(1, 4)), torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_what_is_around_a_module_is_taken_off(wrap: Any) -> None:
+    found = module_source(wrap(Network()), torch.randn(2, 6, 4))
+    assert found.name == "Network" and type(found.module) is Network
+
+
+def test_a_module_without_values_is_refused() -> None:
+    with pytest.raises(ExportError, match=r"meta device, where encoder\.A has no values"):
+        module_source(Network().to("meta"), torch.randn(2, 6, 4))
+
+
+def test_bfloat16_becomes_float32() -> None:
+    found = module_source(Network().bfloat16(), torch.ones(2, 6, 4, dtype=torch.bfloat16))
+    assert found.example["first"].dtype == np.float32
+    assert {parameter.dtype for parameter in found.module.parameters()} == {torch.float32}
 
 
 def test_what_is_no_module_is_refused() -> None:

@@ -82,8 +82,8 @@ def discover(
 
     Raises:
         ExportError: if the module raises on its example inputs, changes them, or makes no scan.
-        InputError: if it returns something else than tensors, floating-point numbers that are not float32, or `stages`
-            does not fit.
+        InputError: if it returns something else than tensors, floating-point numbers that are not float32 or not
+            finite, or `stages` does not fit.
     """
     watch = _Watch(module)
     before = {name: value.clone() for name, value in feeds.items()}
@@ -104,14 +104,19 @@ def discover(
     changed = [name for name, value in feeds.items() if not _equal(value, before[name])]
     if changed:
         raise ExportError(
-            f"the module {type(module).__name__} changes its input {changed[0]!r} in place, which a graph cannot; let its "
-            f"forward begin with a copy, {changed[0]} = {changed[0]}.clone()"
+            f"the module {type(module).__name__} changes its input {changed[0]!r} in place, which a graph cannot; let "
+            f"its forward begin with a copy, {changed[0]} = {changed[0]}.clone()"
         )
     for name, value in outputs.items():
         if value.is_complex() or (value.is_floating_point() and value.dtype != torch.float32):
             raise InputError(
-                f"the module returns {name!r} in {str(value.dtype).removeprefix('torch.')}; expected float32 for what is "
-                "no whole number, as the graph is in float32: return it with .float() from a small module around it"
+                f"the module returns {name!r} in {str(value.dtype).removeprefix('torch.')}; expected float32 for what "
+                "is no whole number, as the graph is in float32: return it with .float() from a small module around it"
+            )
+        if value.is_floating_point() and not value.isfinite().all():
+            raise InputError(
+                f"the module returns {name!r} with NaN or infinite values on its example inputs, so nothing can be "
+                "compared; give inputs and weights for which its outputs are numbers"
             )
     if not watch.found:
         raise ExportError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -296,6 +297,7 @@ def module_source(
         )
     if task is not None and task not in TASKS:
         raise UnknownNameError.for_choice("task", task, TASKS)
+    model = _unwrapped(model)
     prepared = _prepared(model)
     example, by_keyword = _named_example(prepared, example_inputs)
     inputs = tuple(_inputs(example, dynamic_batch, dynamic_size))
@@ -327,8 +329,29 @@ def module_source(
     )
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module in what spreads it over devices, or compiles it for this one."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
 def _prepared(model: nn.Module) -> nn.Module:
-    """A copy of a module in eval mode, in float32, on the CPU."""
+    """A copy of a module in eval mode, in float32, on the CPU.
+
+    Raises:
+        ExportError: if it cannot be copied, or some of its weights have no values.
+    """
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    if empty := next((name for name, tensor in tensors if tensor.is_meta), None):
+        raise ExportError(
+            f"the module {type(model).__name__} is on the meta device, where {empty} has no values; make it on the CPU "
+            "and load its weights"
+        )
     try:
         copied = copy.deepcopy(model)
     except Exception as error:
@@ -358,7 +381,11 @@ def _named_example(model: nn.Module, example: Any) -> tuple[Feeds, bool]:
                 f"the example input {name!r} is a {type(value).__name__}; expected a tensor. What is no tensor belongs "
                 "into a small module around it"
             )
-        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        if isinstance(value, Tensor):
+            # NumPy has no bfloat16.
+            array = (value.detach().float() if value.is_floating_point() else value.detach()).cpu().numpy()
+        else:
+            array = np.asarray(value)
         if 0 in array.shape:
             raise InputError(f"the example input {name!r} of shape {array.shape} is empty")
         # Half and double precision alike: the portable model is in float32.
