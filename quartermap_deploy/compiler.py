@@ -94,7 +94,7 @@ def compile_module(
     dynamic_size: bool = False,
     precision: str = "float32",
     targets: Sequence[str] = ("onnxruntime",),
-    reference: tuple[Any, Any] | None = None,
+    reference: tuple[Any, Any] | str | os.PathLike[str] | None = None,
     scans: Mapping[str, Callable[..., Any]] | None = None,
     name: str | None = None,
     stages: Sequence[int] | None = None,
@@ -121,8 +121,8 @@ def compile_module(
         precision: element type of weights and activations: "float32", "float16" or "bfloat16".
         targets: what to build and validate.
         reference: (inputs, outputs) that were saved where the module runs in its own environment, as on a GPU with
-            mamba-ssm: each a tensor, a sequence or a dictionary. The unpruned graph is compared with them, so that our
-            reading of the scan is proved too.
+            mamba-ssm: each a tensor, a sequence or a dictionary, or the path of an .npz file with all by their names.
+            The unpruned graph is compared with them, so that our reading of the scan is proved too.
         scans: for scans that we do not know, `{"package.module:function": adapter}`; see `public_code`.
         name: what the model is called; None takes the name of its class.
         stages: how many blocks each stage has; None tells stages apart by the length of their sequences.
@@ -142,10 +142,10 @@ def compile_module(
         PassError: if a block that the plan names cannot be pruned; the message says why.
         ParityError: if the graph departs from PyTorch, or from the given reference; then nothing was written.
     """
-    from quartermap_deploy.sources.modules import module_source
-    from quartermap_deploy.validation.given import given_reference
+    from quartermap_deploy.sources.modules import module_source, unwrapped
+    from quartermap_deploy.validation.given import as_reference
 
-    out = Path(out)
+    out, model = Path(out), unwrapped(model)
     recipe = Recipe(
         model=name or type(model).__name__,
         quartermap=quartermap,
@@ -172,7 +172,7 @@ def compile_module(
             stages=stages,
             scans=scans,
         )
-        given = None if reference is None else given_reference(source, *reference)
+        given = None if reference is None else as_reference(source, reference)
     return _compile(recipe, source, built, out, given=given, force=force, progress=progress)
 
 

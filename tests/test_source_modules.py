@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.errors import ExportError, InputError, PlanError, UnknownNameError
 from quartermap_deploy.pruning.plan import QuarterMap
 from quartermap_deploy.sources.modules import _inputs, module_source
+from quartermap_deploy.validation.given import as_reference
 
 
 class Scan(nn.Module):
@@ -265,3 +267,31 @@ def test_a_scan_of_unknown_order_is_not_pruned() -> None:
     found = source()
     with pytest.raises(PlanError, match="the order of block_2/scan is unknown"):
         found.reference(QuarterMap(blocks=(2,))).run(found.example)
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        (torch.zeros(2, 6, 4), r"is a Tensor; expected \(inputs, outputs\), or the path"),
+        ((torch.zeros(2, 6, 4),) * 3, "is 3 values; expected"),
+        ((torch.full((2, 6, 4), torch.nan), torch.zeros(2, 3, 4)), "NaN or infinite values in 'first'"),
+        ((torch.zeros(2, 6, 4), torch.full((2, 3, 4), torch.inf)), "NaN or infinite values in 'output'"),
+        ("none.npz", r"none\.npz cannot be read"),
+    ],
+)
+def test_a_reference_that_is_none_is_refused(reference: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        as_reference(source(), reference)
+
+
+def test_a_reference_is_two_nests_of_tensors_or_a_file(tmp_path: Path) -> None:
+    x, y = torch.ones(2, 6, 4), torch.ones(2, 3, 4)
+    np.savez(tmp_path / "saved.npz", first=x.numpy(), output=y.numpy())
+    for reference in (
+        (x, y),
+        [{"first": x}, {"output": y}],
+        tmp_path / "saved.npz",
+        str(tmp_path / "saved.npz"),
+    ):
+        found = as_reference(source(), reference)
+        assert list(found.inputs) == ["first"] and list(found.outputs) == ["output"]

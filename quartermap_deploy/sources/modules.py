@@ -297,7 +297,7 @@ def module_source(
         )
     if task is not None and task not in TASKS:
         raise UnknownNameError.for_choice("task", task, TASKS)
-    model = _unwrapped(model)
+    model = unwrapped(model)
     prepared = _prepared(model)
     example, by_keyword = _named_example(prepared, example_inputs)
     inputs = tuple(_inputs(example, dynamic_batch, dynamic_size))
@@ -329,7 +329,7 @@ def module_source(
     )
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The module in what spreads it over devices, or compiles it for this one."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
