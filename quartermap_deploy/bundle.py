@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.errors import BundleError, InputError, UnknownNameError
 from quartermap_deploy.files import FolderKind, file_hash
+from quartermap_deploy.plain_text import command
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.size_rules import SizeRules
 from quartermap_deploy.sources.description import TASKS
@@ -104,7 +105,7 @@ class Bundle:
         if name in ENGINE_TARGETS:
             raise UnknownNameError(
                 f"the bundle {self.path} has no engine for {name}, it has {', '.join(entries)}; build one with "
-                f"`quartermap rebuild {self.path} --target {name}`"
+                f"`{command('quartermap', 'rebuild', self.path, '--target', name)}`"
             )
         raise UnknownNameError.for_choice(f"target of {self.path.name}", name, entries)
 
@@ -371,7 +372,11 @@ def _verify(folder: Path, files: dict[str, Any]) -> None:
             raise BundleError(
                 f"the manifest of {folder} lists {name!r}, which is no plain file name; {_MEND}"
             )
-        mend = f"make it again: quartermap rebuild {folder}" if name.endswith(ENGINE_SUFFIX) else _MEND
+        mend = (
+            f"make it again: {command('quartermap', 'rebuild', folder)}"
+            if name.endswith(ENGINE_SUFFIX)
+            else _MEND
+        )
         if not (folder / name).is_file():
             raise BundleError(f"{name} is missing from the bundle {folder}; {mend}")
         found = describe_file(folder / name)

@@ -22,6 +22,7 @@ from quartermap_deploy.bundle import (
 )
 from quartermap_deploy.compiler import check_target
 from quartermap_deploy.errors import BundleError, QuartermapError, UnknownNameError
+from quartermap_deploy.plain_text import command
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.recipe import Recipe
 from quartermap_deploy.targets import load_target
@@ -106,7 +107,8 @@ def _advice(folder: Path, recipe: Recipe, target: str) -> str:
     """What to do about an engine that departs from PyTorch, as one sentence."""
     if recipe.precision == "float32":
         return "please report this with the recipe."
-    return f"`quartermap validate {folder} --localise --target {target}` names the block that has to stay in float32."
+    line = command("quartermap", "validate", folder, "--localise", "--target", target)
+    return f"`{line}` names the block that has to stay in float32."
 
 
 def _recipe(folder: Path, manifest: dict[str, Any]) -> Recipe:

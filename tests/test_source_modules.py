@@ -102,7 +102,10 @@ def test_blocks_are_modules_and_calls_are_counted() -> None:
     [
         ([576, 576, 144, 144, 36], [1, 1, 2, 2, 3]),
         ([64, 16, 16, 64], [1, 2, 2, 3]),  # up again
-        ([784, 576, 196, 144, 196], [1, 1, 2, 2, 2]),  # windows of 7 and of 6 in maps that are padded for them
+        (
+            [784, 576, 196, 144, 196],
+            [1, 1, 2, 2, 2],
+        ),  # windows of 7 and of 6 in maps that are padded for them
         ([196, 197], [1, 1]),
         ([9, 4], [1, 2]),
     ],

@@ -173,8 +173,8 @@ def _computes_in_float64(
 def _stages(lengths: list[int]) -> list[int]:
     """A stage for each run of blocks whose sequences have about one length.
 
-    Windows that are padded and class tokens change a length a little; going down or up to another map changes it to half
-    or double at least.
+    Windows that are padded and class tokens change a length a little; going down or up to another map halves or doubles
+    it at least.
     """
     found: list[int] = []
     stage, first = 0, 0
