@@ -253,7 +253,7 @@ DAMAGE = {
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "has no manifest.json"),
     "broken manifest": (lambda f: (f / "manifest.json").write_text("{"), "cannot be read"),
     "other manifest": (lambda f: (f / "manifest.json").write_text("[]"), "not the manifest"),
-    "manifest without blocks": (lambda f: _set(f / "manifest.json", blocks=None), "no proper blocks"),
+    "manifest without blocks": (lambda f: _set(f / "manifest.json", blocks=None), "blocks is null, expected array"),
     "unlisted file": (lambda f: (f / "extra.txt").write_text("x"), "does not list"),
     "newer format": (
         lambda f: (f / "manifest.json").write_text('{"format": 99, "files": {}}'),
