@@ -58,6 +58,7 @@ def with_engine(
         "version": version,
         "compute_capabilities": [capability],
         "inputs": {"images": ["batch", 3, 64, 64]},
+        "outputs": ["logits"],
         "options": engine_options.to_dict(),
         "plugin": None if plugin is None else {"file": plugin.name, **_hash(plugin)},
         "key": "0" * 64,
