@@ -135,7 +135,10 @@ def test_a_failed_rebuild_changes_nothing(tmp_path: Path) -> None:
     assert contents(folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     (folder / "model.onnx").write_bytes(b"damaged")
-    with pytest.raises(BundleError, match=r"model\.onnx .* does not match its manifest: 7 bytes, expected .* compile it again"):
+    with pytest.raises(
+        BundleError,
+        match=r"model\.onnx .* does not match its manifest: 7 bytes, expected .* compile it again",
+    ):
         rebuild_bundle(folder)
 
 
