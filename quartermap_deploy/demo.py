@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from quartermap_deploy.bench import Timing, interleave
 from quartermap_deploy.cli.common import LineProgress, TerminalProgress, message, show
 from quartermap_deploy.errors import ParityError, QuartermapError
+from quartermap_deploy.plain_text import command
 from quartermap_deploy.pruning.plan import QuarterMap
 from quartermap_deploy.recipe import Recipe
 from quartermap_deploy.tables.layout import table
@@ -249,7 +250,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message("error", str(error))
         return 2
     show(
-        f"Bundles and results.json are in {options.out}; look into one with: quartermap inspect {options.out / 'k3'}"
+        f"Bundles and results.json are in {options.out}; look into one with: "
+        f"{command('quartermap', 'inspect', options.out / 'k3')}"
     )
     return 0
 

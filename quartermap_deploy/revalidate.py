@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.errors import BundleError, CheckpointError
+from quartermap_deploy.plain_text import command
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.targets import DEFAULT
 from quartermap_deploy.targets.tensorrt.options import EngineOptions
@@ -166,7 +167,7 @@ def _require_own_engine(bundle: Bundle, target: str, plugin: Path | None, progre
     if not own["passed"]:
         raise BundleError(
             f"the {target} engine of {bundle.path} departs, though one that is built anew is right: the fault is none "
-            f"of precision; make it again with `quartermap rebuild {bundle.path} --target {target}`"
+            f"of precision; make it again with `{command('quartermap', 'rebuild', bundle.path, '--target', target)}`"
         )
 
 

@@ -14,6 +14,7 @@ import quartermap_deploy as qm
 from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.errors import ExportError, InputError, PlanError, UnknownNameError
 from quartermap_deploy.pruning.plan import QuarterMap
+from quartermap_deploy.sources import discovery
 from quartermap_deploy.sources.modules import _inputs, module_source
 from quartermap_deploy.validation.given import as_reference
 
@@ -100,6 +101,23 @@ def test_blocks_are_modules_and_calls_are_counted() -> None:
     assert names == ["block_1/scan", "block_1/call_2/scan", "block_2/scan", "block_3/scan"]
     assert found.depths == (1, 2) and found.kind == "module"
     assert found.selected(QuarterMap(every=1)) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "stages"),
+    [
+        ([576, 576, 144, 144, 36], [1, 1, 2, 2, 3]),
+        ([64, 16, 16, 64], [1, 2, 2, 3]),  # up again
+        (
+            [784, 576, 196, 144, 196],
+            [1, 1, 2, 2, 2],
+        ),  # windows of 7 and of 6 in maps that are padded for them
+        ([196, 197], [1, 1]),
+        ([9, 4], [1, 2]),
+    ],
+)
+def test_stages_are_told_apart_by_the_length_of_their_scans(lengths: list[int], stages: list[int]) -> None:
+    assert discovery._stages(lengths) == stages
 
 
 def test_stages_can_be_given() -> None:

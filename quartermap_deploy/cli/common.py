@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import difflib
 import errno
-import json
 import math
 import os
 import re
@@ -25,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from quartermap_deploy.plain_text import printable, printable_json
 from quartermap_deploy.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -213,15 +213,12 @@ def delay_ms(text: str) -> float:
 
 
 def message(kind: str, text: str) -> None:
-    """Write an error or a warning to standard error, as one message."""
-    print(f"quartermap: {kind}: {text}", file=sys.stderr, flush=True)
+    """Write an error or a warning to standard error, as one message; further lines of it are set in.
 
-
-def one_line(text: str) -> str:
-    """Return a text with escapes for what would break its line or cannot be printed, as names of files may hold."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
-    )
+    So a name in somebody's file cannot begin a line that looks like another message.
+    """
+    shown = printable(text, None, lines=True).replace("\n", "\n    ")
+    print(f"quartermap: {kind}: {shown}", file=sys.stderr, flush=True)
 
 
 def mendable(error: OSError) -> bool:
@@ -265,7 +262,7 @@ def results_only() -> AbstractContextManager[object]:
 
 def print_json(value: Any) -> None:
     """Write a value to standard output as JSON; NaN and infinity, which JSON does not have, become null."""
-    print(json.dumps(_plain(value), indent=2, ensure_ascii=False))
+    print(printable_json(_plain(value)))
 
 
 def _plain(value: Any) -> Any:
@@ -295,7 +292,8 @@ def show(*parts: Any) -> None:
     with out.capture() as text:
         for part in parts:
             # Lines are not wrapped and brackets in them are no markup: they hold paths.
-            out.print(part, markup=False, soft_wrap=isinstance(part, str))
+            line = isinstance(part, str)
+            out.print(printable(part, None, lines=True) if line else part, markup=False, soft_wrap=line)
     lines = text.get().splitlines()
     # rich fills lines up with blanks, which are in the way outside a terminal.
     sys.stdout.writelines(f"{line if out.is_terminal else line.rstrip()}\n" for line in lines)
@@ -321,7 +319,7 @@ class LineProgress:
     @contextmanager
     def step(self, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
         """Write a line as the step begins."""
-        elapsed = time.monotonic() - self._start
+        elapsed, title = time.monotonic() - self._start, printable(title, None)
         print(f"[{elapsed:6.1f} s] {title}", file=self._stream, flush=True)
         yield _ignore
 
@@ -369,6 +367,7 @@ class TerminalProgress:
         """Show the step until it ends."""
         from rich.text import Text
 
+        title = printable(title, None)
         if self._open == 0:
             self._display.start()
         self._open += 1

@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from quartermap_deploy.cli.common import at_least_one, file_or_folder, message, one_line
+from quartermap_deploy.cli.common import at_least_one, file_or_folder, message
 from quartermap_deploy.evaluation import FORMATS, UNLABELLED
+from quartermap_deploy.plain_text import printable
 
 if TYPE_CHECKING:
     from quartermap_deploy.evaluation.datasets import Dataset
@@ -96,9 +97,10 @@ def warn_of_broken(broken: Sequence[tuple[str, str]], dataset: Dataset) -> None:
         more = f"; and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
         message(
             "warning",
-            one_line(
+            printable(
                 f"{len(broken)} of {len(dataset)} images of {dataset.name} cannot be read and were left out: "
-                f"{named}{more}"
+                f"{named}{more}",
+                None,
             ),
         )
 
@@ -106,4 +108,4 @@ def warn_of_broken(broken: Sequence[tuple[str, str]], dataset: Dataset) -> None:
 def warn_of_data(*datasets: Dataset) -> None:
     """Say what has to be known about data sets before numbers that were measured on them are believed."""
     for text in dict.fromkeys(text for dataset in datasets for text in dataset.warnings):
-        message("warning", one_line(text))
+        message("warning", printable(text, None))

@@ -16,13 +16,13 @@ from quartermap_deploy.cli.common import (
     at_least_one,
     file_or_folder,
     message,
-    one_line,
     print_json,
     show,
 )
 from quartermap_deploy.cli.data import dataset_of, warn_of_broken
 from quartermap_deploy.cli.overrides import add_preprocessing_option, preprocessing_of
 from quartermap_deploy.errors import InputError
+from quartermap_deploy.plain_text import printable
 
 if TYPE_CHECKING:
     from quartermap_deploy.evaluation.datasets import Dataset
@@ -212,7 +212,7 @@ def print_results(
     """
     values = results.values
     for note in values["notes"]:
-        message("warning", one_line(note))
+        message("warning", printable(note, None))
     for skipped in values["skipped"]:
         message("warning", f"{skipped['name']} is left out: {skipped['reason']}")
     if dataset is not None:

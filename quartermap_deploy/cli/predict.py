@@ -16,12 +16,12 @@ from quartermap_deploy.cli.common import (
     file_or_folder,
     make_progress,
     message,
-    one_line,
     print_json,
     results_only,
     show,
 )
 from quartermap_deploy.cli.overrides import add_labels_option, add_preprocessing_option, preprocessing_of
+from quartermap_deploy.plain_text import printable
 from quartermap_deploy.tables.layout import table
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def run(options: argparse.Namespace) -> None:
         outcome = Outcome(options.json, SHOWN)
         broken = _predict(predictor, images, outcome, options.out, options.force, progress)
     if broken:
-        message("warning", one_line(_broken_warning(broken, len(images))))
+        message("warning", printable(_broken_warning(broken, len(images)), None))
     if options.json:
         print_json(outcome.to_json(predictor, broken, options.out))
     elif not options.quiet:
@@ -224,8 +224,8 @@ class Outcome:
         for entry in self._entries[: self._shown]:
             for place, row in enumerate(rows_of(entry, top)):
                 first = place == 0
-                file = [one_line(entry.get("file", "")) if first else ""] if written else []
-                rows.append([one_line(entry["source"]) if first else "", *row, *file])
+                file = [printable(entry.get("file", ""), None) if first else ""] if written else []
+                rows.append([printable(entry["source"], None) if first else "", *row, *file])
         show(table(None, ["image", *columns, *(["file"] if written else [])], rows))
         if (left := self._count - self._shown) > 0:
             show("", f"and {left:,} more images; --json and -o have all")
@@ -254,7 +254,7 @@ def _mask_rows(entry: dict[str, Any], top: int) -> list[list[object]]:
 
 
 def _array_rows(entry: dict[str, Any], top: int) -> list[list[object]]:
-    return [[one_line(name), *_array_row(values)] for name, values in entry["outputs"].items()]
+    return [[printable(name), *_array_row(values)] for name, values in entry["outputs"].items()]
 
 
 def _array_row(values: dict[str, Any]) -> list[object]:

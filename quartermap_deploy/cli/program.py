@@ -27,6 +27,7 @@ from quartermap_deploy.cli import (
 )
 from quartermap_deploy.cli.common import CommandParser, HelpFormatter, mendable, message, terminable
 from quartermap_deploy.errors import QuartermapError
+from quartermap_deploy.plain_text import printable
 
 __all__ = ["build_parser", "run"]
 
@@ -117,7 +118,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and mendable(error):
             message("error", f"{error.strerror}: {error.filename}" if error.filename else str(error))
             return USER_ERROR
-        traceback.print_exc()
+        print(printable(traceback.format_exc(), None, lines=True), end="", file=sys.stderr)
         message("error", "this is a defect of quartermap-deploy; please report it with the lines above")
         return DEFECT
     return OK

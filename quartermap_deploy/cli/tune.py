@@ -17,7 +17,6 @@ from quartermap_deploy.cli.common import (
     message,
     numbers,
     numbers_or_none,
-    one_line,
     print_json,
     results_only,
     show,
@@ -25,6 +24,7 @@ from quartermap_deploy.cli.common import (
 from quartermap_deploy.cli.data import add_data_options, format_of
 from quartermap_deploy.cli.measuring import kept_on_interruption, recipe_of
 from quartermap_deploy.cli.overrides import add_preprocessing_option
+from quartermap_deploy.plain_text import printable
 from quartermap_deploy.tables.layout import facts
 from quartermap_deploy.tables.search import fixed_table, front_table, sensitivity_table
 from quartermap_deploy.tables.words import ranges
@@ -241,7 +241,7 @@ def run(options: argparse.Namespace) -> None:
             progress=make_progress(options),
         )
     for warning in tuned.warnings:
-        message("warning", one_line(warning))
+        message("warning", printable(warning, None))
     if options.json:
         print_json({"recipe": options.out, **tuned.report})
     elif not options.quiet:

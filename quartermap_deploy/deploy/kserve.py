@@ -27,6 +27,7 @@ from quartermap_deploy.deploy.triton import (
 )
 from quartermap_deploy.errors import DeployError
 from quartermap_deploy.files import check_outside, pending_file
+from quartermap_deploy.plain_text import command
 from quartermap_deploy.progress import SILENT, Progress
 
 API_VERSION = "serving.kserve.io/v1beta1"
@@ -154,7 +155,7 @@ class Service:
         """What is left to do."""
         return (
             f"copy what is in {self.repository.path} to {self.storage_uri}",
-            f"kubectl apply -f {self.path}",
+            command("kubectl", "apply", "-f", self.path),
         )
 
     def to_dict(self) -> dict[str, Any]:

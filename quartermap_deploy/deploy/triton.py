@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -48,6 +47,7 @@ from quartermap_deploy.image_interface import (
     image_model_tensors,
     no_image_model,
 )
+from quartermap_deploy.plain_text import command
 from quartermap_deploy.progress import SILENT, Progress
 
 FORMAT = 1
@@ -266,7 +266,6 @@ def deploy_triton(
 
 def repository(plan: TritonPlan, path: Path) -> Repository:
     """Describe the repository that a plan became."""
-    command = ["tritonserver", f"--model-repository={plan.place}", *plan.server_arguments]
     return Repository(
         path,
         plan.models,
@@ -274,7 +273,7 @@ def repository(plan: TritonPlan, path: Path) -> Repository:
         DEVICES[plan.gpu],
         plan.interface.max_batch,
         tuple(sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())),
-        shlex.join(command),
+        command("tritonserver", f"--model-repository={plan.place}", *plan.server_arguments),
         tuple(plan.notes()),
     )
 

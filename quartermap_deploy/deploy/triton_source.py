@@ -11,6 +11,7 @@ from quartermap_deploy.batch_axis import batch_of
 from quartermap_deploy.bundle import MODEL, Bundle, load_bundle
 from quartermap_deploy.errors import DeployError, QuartermapError
 from quartermap_deploy.files import file_hash
+from quartermap_deploy.plain_text import command
 from quartermap_deploy.targets.tensorrt.options import EngineOptions, Profile
 
 BACKENDS = ("onnxruntime", "tensorrt")
@@ -71,7 +72,7 @@ def choose_backend(bundle: Bundle, backend: str | None = None) -> str:
             f"{has}, and Triton has no backend for that; compile it with --targets onnxruntime or tensorrt"
         )
     mend = (
-        f"add an engine with `quartermap rebuild {bundle.path} --target tensorrt`"
+        f"add an engine with `{command('quartermap', 'rebuild', bundle.path, '--target', 'tensorrt')}`"
         if backend == "tensorrt"
         else "compile it with onnxruntime among its --targets"
     )
@@ -113,7 +114,7 @@ def _engines(bundles: Sequence[Bundle], static: bool, plugin: Path | None) -> So
     """What is served of bundles of one model, each with an engine."""
     for other in bundles[1:]:
         choose_backend(other, "tensorrt")
-    entries = [_entry(bundle) for bundle in bundles]
+    entries = [bundle.manifest["targets"]["tensorrt"] for bundle in bundles]
     first = entries[0]
     options = EngineOptions.from_dict(first["options"])
     for bundle, entry in zip(bundles[1:], entries[1:], strict=True):
@@ -150,18 +151,6 @@ def _engines(bundles: Sequence[Bundle], static: bool, plugin: Path | None) -> So
         options.version_compatible,
         first["version"],
     )
-
-
-def _entry(bundle: Bundle) -> dict[str, Any]:
-    """The manifest's entry for the engine."""
-    entry: dict[str, Any] = bundle.manifest["targets"]["tensorrt"]
-    needed = ("file", "version", "compute_capabilities", "options")
-    if missing := [name for name in needed if not entry.get(name)]:
-        raise DeployError(
-            f"the manifest of {bundle.path} does not say what its engine is for (no {', '.join(missing)}); make it "
-            f"again with `quartermap rebuild {bundle.path} --target tensorrt`"
-        )
-    return entry
 
 
 def _compare(first: Bundle, other: Bundle, expected: dict[str, Any], found: dict[str, Any]) -> None:

@@ -1,9 +1,14 @@
-"""Building HTML and SVG: text and attributes are always escaped, so that no name in a bundle becomes markup."""
+"""Building HTML and SVG: text and attributes are always escaped, so that no name in a bundle becomes markup.
+
+Marks that turn the direction of writing, and control characters, are shown as escapes, too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from html import escape
+
+from quartermap_deploy.plain_text import printable
 
 _VOID = frozenset({"br", "img", "hr"})
 """HTML elements that have no end tag."""
@@ -37,7 +42,8 @@ def element(
     if name in _VOID:
         return Html(f"<{name}{written}>")
     content = separator.join(
-        child if isinstance(child, Html) else escape(child, quote=False) for child in children
+        child if isinstance(child, Html) else escape(printable(child, None, lines=True), quote=False)
+        for child in children
     )
     return Html(f"<{name}{written}>{content}</{name}>")
 
@@ -48,4 +54,6 @@ def joined(*parts: Html) -> Html:
 
 
 def _text(value: object) -> str:
-    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.2f}".rstrip("0").rstrip(".")
+    return printable(value, None, lines=True)

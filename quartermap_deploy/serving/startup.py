@@ -21,6 +21,7 @@ from quartermap_deploy.image_interface import (
     no_image_model,
 )
 from quartermap_deploy.pictures import has_known_range
+from quartermap_deploy.plain_text import command
 from quartermap_deploy.serving.models import Description, file_input
 from quartermap_deploy.serving.options import DEFAULT_BATCH, ServeOptions
 from quartermap_deploy.serving.tensors import TensorSpec, datatype_of, element_type_of
@@ -305,8 +306,8 @@ def check_golden(plan: Plan, sessions: Sequence[Session]) -> float:
                 if not compared.passed:
                     raise ParityError(
                         f"{plan.bundle.path} is not served: {plan.target} departs from the golden outputs on {case!r}, "
-                        f"in {name}: {compared.detail}. `quartermap validate {plan.bundle.path} --target "
-                        f"{plan.target}` says more"
+                        f"in {name}: {compared.detail}. "
+                        f"`{command('quartermap', 'validate', plan.bundle.path, '--target', plan.target)}` says more"
                     )
                 worst = max(worst, compared.relative_error)
     return worst

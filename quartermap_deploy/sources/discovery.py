@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -78,7 +77,7 @@ def discover(
     """Run a module on its example inputs, and watch it.
 
     A block is the innermost module with parameters that calls a scan. Its stage is the number of the run of blocks of
-    one length of sequence, unless `stages` says how many blocks each stage has.
+    about one length of sequence, unless `stages` says how many blocks each stage has.
 
     Raises:
         ExportError: if the module raises on its example inputs, changes them, or makes no scan.
@@ -194,9 +193,18 @@ def _computes_in_float64(
 
 
 def _stages(lengths: list[int]) -> list[int]:
-    """A stage for each run of blocks whose sequences have one length."""
-    changes = np.flatnonzero(np.diff(lengths)) + 1
-    return [int(np.searchsorted(changes, place, side="right")) + 1 for place in range(len(lengths))]
+    """A stage for each run of blocks whose sequences have about one length.
+
+    Windows that are padded and class tokens change a length a little; going down or up to another map halves or doubles
+    it at least.
+    """
+    found: list[int] = []
+    stage, first = 0, 0
+    for length in lengths:
+        if stage == 0 or max(length, first) >= 2 * min(length, first):
+            stage, first = stage + 1, length
+        found.append(stage)
+    return found
 
 
 def _given_stages(stages: tuple[int, ...], blocks: int) -> list[int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from quartermap_deploy.plain_text import printable
+
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
@@ -28,13 +30,13 @@ def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[obj
     )
     for column in columns:
         right = column.startswith(">")
-        result.add_column(column.removeprefix(">"), justify="right" if right else "left", overflow="fold")
+        # A Text, as brackets in a string would be markup.
+        result.add_column(
+            Text(_shown(column.removeprefix(">"))), justify="right" if right else "left", overflow="fold"
+        )
     for row in rows:
         result.add_row(
-            *(
-                "–" if cell is None else cell if isinstance(cell, Text) else Text(printable(str(cell)))
-                for cell in row
-            )
+            *("–" if cell is None else cell if isinstance(cell, Text) else Text(_shown(cell)) for cell in row)
         )
     return result
 
@@ -49,17 +51,14 @@ def facts(title: str | None, rows: Mapping[str, object]) -> Table:
     result.add_column(overflow="fold")
     for name, value in rows.items():
         result.add_row(
-            name, "–" if value is None else value if isinstance(value, Text) else Text(printable(str(value)))
+            _shown(name),
+            "–" if value is None else value if isinstance(value, Text) else Text(_shown(value)),
         )
     return result
 
 
-def printable(text: str) -> str:
-    """Return a text with escapes for what is no letter, as names in files may hold: a terminal would obey it."""
-    return "".join(
-        letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode("ascii")
-        for letter in text
-    )
+def _shown(value: object) -> str:
+    return printable(value, None, lines=True)
 
 
 def with_verdict(passed: bool, text: str) -> Text:
@@ -67,11 +66,11 @@ def with_verdict(passed: bool, text: str) -> Text:
     from rich.text import Text
 
     word = Text("passed", style="green") if passed else Text("FAILED", style="bold red")
-    return Text.assemble(word, ", ", text)
+    return Text.assemble(word, ", ", printable(text, None))
 
 
 def _title(title: str | None) -> Text | None:
     from rich.text import Text
 
-    # A Text, as brackets in a string would be markup: VMamba-T [s1l8].
-    return None if title is None else Text(printable(title), style="bold")
+    # As above: VMamba-T [s1l8].
+    return None if title is None else Text(_shown(title), style="bold")

@@ -92,7 +92,8 @@ def inference_session(model: Path | bytes, threads: int | None = None, *, profil
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    # What it would write of errors are names from the file, unescaped; the exception says the same.
+    options.log_severity_level = 4
     options.intra_op_num_threads = threads if threads is not None else _threads_wanted()
     # Idle workers spin for some milliseconds after a run and would take the cores from the next session's run.
     options.add_session_config_entry("session.force_spinning_stop", "1")

@@ -12,6 +12,7 @@ from typing import Any
 from quartermap_deploy.errors import EngineError
 from quartermap_deploy.files import file_hash
 from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D
+from quartermap_deploy.plain_text import command
 from quartermap_deploy.targets.tensorrt.flavour import version_numbers
 from quartermap_deploy.targets.tensorrt.objects import last_error
 
@@ -173,7 +174,7 @@ def load_plugin(trt: Any, logger: Any, path: Path) -> PluginLibrary:
     if handle is None or not has_creator(registry):
         raise EngineError(
             f"the plugin {path} brought no creator of {SELECTIVE_SCAN_2D} ({last_error(logger)}); look at it with "
-            f"`quartermap plugin check {path}`"
+            f"`{command('quartermap', 'plugin', 'check', path)}`"
         )
     _loaded[trt.__name__] = library
     return library

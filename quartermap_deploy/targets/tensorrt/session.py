@@ -15,6 +15,7 @@ from quartermap_deploy import gpu as devices
 from quartermap_deploy.errors import BundleError, EngineError, InputError
 from quartermap_deploy.files import write_whole
 from quartermap_deploy.gpu import Gpu
+from quartermap_deploy.plain_text import command
 from quartermap_deploy.size_rules import SizeRules
 from quartermap_deploy.targets.session import Session, check_feeds
 from quartermap_deploy.targets.tensorrt.checks import check_file
@@ -69,15 +70,15 @@ def open_engine(
             message says how to make it again.
         QuartermapError: of the plugin library, if it is missing or wrong.
     """
+    mend = f"make it again with `{command('quartermap', 'rebuild', bundle_path, '--target', flavour.target)}`"
     needed = ("file", "version", "compute_capabilities", "inputs", "outputs", "options", "key", "build")
     missing = [name for name in needed if name not in entry]
     if missing or (missing := _misshapen(entry)):
         raise BundleError(
-            f"the manifest of {bundle_path} says too little about its {flavour.target} engine ({', '.join(missing)}); "
-            f"make it again with `quartermap rebuild {bundle_path} --target {flavour.target}`"
+            f"the manifest of {bundle_path} says too little about its {flavour.target} engine "
+            f"({', '.join(missing)}); {mend}"
         )
     path = Path(bundle_path) / entry["file"]
-    mend = f"make it again with `quartermap rebuild {bundle_path} --target {flavour.target}`"
     try:
         check_file(path, entry)
     except EngineError as error:
