@@ -28,6 +28,7 @@ from quartermap_deploy.errors import BundleError, InputError, UnknownNameError
 from quartermap_deploy.files import FolderKind, file_hash
 from quartermap_deploy.plain_text import command
 from quartermap_deploy.progress import SILENT, Progress
+from quartermap_deploy.reading import ReadingError, read_json
 from quartermap_deploy.size_rules import SizeRules
 from quartermap_deploy.sources.description import TASKS
 from quartermap_deploy.targets import DEFAULT, ENGINE_TARGETS, Session, load_target
@@ -357,10 +358,10 @@ def require_folder(folder: Path) -> None:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path, unicode=True)
     except FileNotFoundError:
         raise BundleError(f"{path.parent} is no bundle: it has no {path.name}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ReadingError as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
 
 

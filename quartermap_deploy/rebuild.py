@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from pathlib import Path
@@ -24,6 +23,7 @@ from quartermap_deploy.compiler import check_target
 from quartermap_deploy.errors import BundleError, QuartermapError, UnknownNameError
 from quartermap_deploy.plain_text import command
 from quartermap_deploy.progress import SILENT, Progress
+from quartermap_deploy.reading import ReadingError, read_json
 from quartermap_deploy.recipe import Recipe
 from quartermap_deploy.targets import load_target
 from quartermap_deploy.targets.tensorrt.options import EngineOptions
@@ -134,10 +134,10 @@ def _options(manifest: dict[str, Any], entry: dict[str, Any] | None) -> EngineOp
 def _manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a bundle, without a look at its other files."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / MANIFEST, unicode=True)
     except FileNotFoundError:
         raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ReadingError as error:
         raise BundleError(f"{folder / MANIFEST} cannot be read: {error}") from error
     wrong = not isinstance(manifest, dict) or manifest.get("format") != FORMAT
     if wrong or not all(isinstance(manifest.get(key), dict) for key in ("files", "targets")):
