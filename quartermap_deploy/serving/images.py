@@ -64,7 +64,9 @@ class ImageFile:
         """Return the image, and its (width, height) once it is resized."""
         settings = self._preprocessing
         image = pixels.opened(io.BytesIO(data), FORMATS)
-        return image, pixels.resized(*image.size, settings.resize, stretch=settings.fit == "stretch")
+        return image, pixels.resized(
+            image.width, image.height, settings.resize, stretch=settings.fit == "stretch"
+        )
 
     def _prepare(self) -> NDArray[np.float32]:
         with self._image as image:
