@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.errors import BundleError, InputError, UnknownNameError
 from quartermap_deploy.files import FolderKind, file_hash
+from quartermap_deploy.onnx_bounds import check_model
 from quartermap_deploy.plain_text import command
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.reading import ReadingError, read_json
@@ -225,6 +226,7 @@ class Bundle:
         """
         import onnx
 
+        check_model(self.model_path)
         try:
             model = onnx.load(self.model_path, load_external_data=False)
             onnx.checker.check_model(model)

@@ -97,8 +97,8 @@ def end_of_pickle(data: bytes, start: int = 0) -> int:
     """Return where a pickle ends, after a look at each of its operations.
 
     Raises:
-        CodeError: if it has an operation that `torch.save` does not write, and that calls something, or if it is cut off
-            after the name of something.
+        CodeError: if it has an operation that `torch.save` does not write, and that calls something, or if it is cut
+            off after the name of something.
         WeightsError: if it has no end or another such operation, or what it builds would be too large.
     """
     cost = count = long = 0
@@ -116,8 +116,8 @@ def end_of_pickle(data: bytes, start: int = 0) -> int:
             if isinstance(argument, (str, bytes, bytearray)):
                 # A character takes four bytes where one of a text needs them.
                 cost += 4 * len(argument)
-                if name == "GLOBAL" and argument.replace(" ", ".") not in _HARMLESS:
-                    named = named or argument.replace(" ", ".")
+                if name == "GLOBAL" and (called := str(argument).replace(" ", ".")) not in _HARMLESS:
+                    named = named or called
             elif type(argument) is int:
                 long += argument.bit_length() > 8 * _LONGEST_WHOLE
                 # The place of a value that is needed again; Python makes room for all below it.
