@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -23,15 +24,15 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
+from quartermap_deploy.bundle_schema import check_manifest, check_report
 from quartermap_deploy.data.preprocessing import Preprocessing
-from quartermap_deploy.errors import BundleError, InputError, UnknownNameError
+from quartermap_deploy.errors import BundleError, InputError, QuartermapError, UnknownNameError
 from quartermap_deploy.files import FolderKind, file_hash
 from quartermap_deploy.onnx_bounds import check_model
-from quartermap_deploy.plain_text import command
+from quartermap_deploy.plain_text import command, printable
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.reading import ReadingError, read_json
 from quartermap_deploy.size_rules import SizeRules
-from quartermap_deploy.sources.description import TASKS
 from quartermap_deploy.targets import DEFAULT, ENGINE_TARGETS, Session, load_target
 from quartermap_deploy.tensor_info import TensorInfo
 
@@ -47,13 +48,6 @@ MANIFEST, MODEL, REPORT = "manifest.json", "model.onnx", "report.json"
 ENGINE_SUFFIX = ".engine"
 _FOLDER = FolderKind("bundle", MANIFEST, BundleError)
 _MEND = "the bundle was altered or damaged; compile it again"
-_KINDS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("recipe", "model", "totals", "graph", "versions", "targets"), dict),
-    **dict.fromkeys(("blocks", "passes", "inputs", "outputs", "labels", "size_rules", "golden"), list),
-    "plan": (dict, type(None)),
-    "preprocessing": (dict, type(None)),
-    "task": str,
-}
 
 
 @dataclass(frozen=True)
@@ -286,52 +280,46 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
     """
     folder = Path(path)
     require_folder(folder)
-    manifest = _read_json(folder / MANIFEST)
-    if (
-        not isinstance(manifest, dict)
-        or not isinstance(manifest.get("files"), dict)
-        or "format" not in manifest
-    ):
-        raise BundleError(f"{folder / MANIFEST} is not the manifest of a bundle")
-    if manifest["format"] != FORMAT:
-        raise BundleError(
-            f"the bundle {folder} has format {manifest['format']!r}, this version of quartermap-deploy reads format "
-            f"{FORMAT}; compile it again from its recipe, or install the version that wrote it"
-        )
-    wrong = [key for key, kind in _KINDS.items() if not isinstance(manifest.get(key, ...), kind)]
-    if wrong:
-        raise BundleError(f"{folder / MANIFEST} has no proper {', '.join(wrong)}; {_MEND}")
-    _check_values(folder, manifest)
+    manifest = read_manifest(folder)
     _verify(folder, manifest["files"])
     report = _read_json(folder / REPORT)
-    if not isinstance(report, dict) or not isinstance(report.get("cases"), list) or "passed" not in report:
-        raise BundleError(f"{folder / REPORT} is not the report of a bundle; compile it again")
+    try:
+        check_report(report)
+    except InputError as error:
+        raise BundleError(
+            f"{folder / REPORT} is not the report of a bundle: {error}; compile it again"
+        ) from error
     return Bundle(folder, manifest, report)
 
 
-def _check_values(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Check what a manifest says of inputs, outputs, preprocessing, class names and sizes.
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a bundle, and check all that it says, without a look at the bundle's other files.
 
     Raises:
-        BundleError: if something of it means nothing.
+        BundleError: if there is none, if it is of another format, or if anything in it means nothing.
     """
+    path = folder / MANIFEST
+    manifest = _read_json(path)
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise BundleError(f"{path} is not the manifest of a bundle")
+    if manifest["format"] != FORMAT:
+        raise BundleError(
+            f"the bundle {folder} has format {printable(repr(manifest['format']), 40)}, this version of "
+            f"quartermap-deploy reads format {FORMAT}; compile it again from its recipe, or install the version that "
+            "wrote it"
+        )
     try:
-        for key in ("inputs", "outputs"):
-            if not manifest[key] or not all(isinstance(entry, dict) for entry in manifest[key]):
-                raise InputError(f"it has no {key}")
-            for entry in manifest[key]:
-                TensorInfo.from_dict(entry)
-        for key in ("labels", "golden"):
-            if not all(isinstance(name, str) for name in manifest[key]):
-                raise InputError(f"{key} are no texts")
+        check_manifest(manifest)
+        for entry in (*manifest["inputs"], *manifest["outputs"]):
+            TensorInfo.from_dict(entry)
         if manifest["preprocessing"] is not None:
             Preprocessing.from_dict(manifest["preprocessing"])
         SizeRules(manifest["size_rules"])
-        if manifest["task"] not in TASKS:
-            raise InputError(f"it has the task {manifest['task']!r}, expected one of {', '.join(TASKS)}")
-    except (InputError, BundleError, KeyError, TypeError, ValueError) as error:
+        Bundle(folder, manifest, {}).recipe()
+    except (QuartermapError, KeyError, TypeError, ValueError) as error:
         said = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-        raise BundleError(f"{folder / MANIFEST} cannot be read: {said}; {_MEND}") from error
+        raise BundleError(f"{path} cannot be read: {said}; {_MEND}") from error
+    return manifest
 
 
 def bundle_labels(paths: Sequence[Path]) -> list[str]:
@@ -370,32 +358,46 @@ def _read_json(path: Path) -> Any:
 def _verify(folder: Path, files: dict[str, Any]) -> None:
     """Compare the files of a bundle with what its manifest says about them."""
     for name, expected in files.items():
-        # A manifest must not make us read outside its bundle.
-        if Path(name).name != name:
-            raise BundleError(
-                f"the manifest of {folder} lists {name!r}, which is no plain file name; {_MEND}"
-            )
-        mend = (
-            f"make it again: {command('quartermap', 'rebuild', folder)}"
-            if name.endswith(ENGINE_SUFFIX)
-            else _MEND
-        )
-        if not (folder / name).is_file():
-            raise BundleError(f"{name} is missing from the bundle {folder}; {mend}")
-        found = describe_file(folder / name)
-        if found != expected:
-            raise BundleError(
-                f"{name} in the bundle {folder} does not match its manifest ({found['bytes']:,} bytes, sha256 "
-                f"{found['sha256'][:12]}…, expected {expected.get('bytes', 0):,} bytes, "
-                f"{str(expected.get('sha256'))[:12]}…); {mend}"
-            )
+        verify_file(folder, name, expected)
     if unlisted := sorted({path.name for path in folder.iterdir()} - {*files, MANIFEST}):
         raise BundleError(
             f"the bundle {folder} holds {unlisted[0]}, which its manifest does not list; take it out"
         )
-    for name in (MODEL, REPORT):
-        if name not in files:
-            raise BundleError(f"the manifest of {folder} does not list {name}; {_MEND}")
+
+
+def verify_file(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
+    """Compare a file of a bundle with what its manifest says about it.
+
+    Args:
+        folder: the bundle.
+        name: of the file, which `check_manifest` knows to be a plain one.
+        expected: its "sha256" and "bytes".
+
+    Raises:
+        BundleError: if it is missing, a link, which would lead out of the bundle, or another one.
+    """
+    path = folder / name
+    mend = (
+        f"make it again: {command('quartermap', 'rebuild', folder)}"
+        if name.endswith(ENGINE_SUFFIX)
+        else _MEND
+    )
+    if not os.path.lexists(path):
+        raise BundleError(f"{name} is missing from the bundle {folder}; {mend}")
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise BundleError(f"{name} in the bundle {folder} is a link or no file; expected a file of its own")
+    size = path.stat().st_size
+    found = describe_file(path) if size == expected["bytes"] else {"bytes": size}
+    if found != expected:
+        raise BundleError(
+            f"{name} in the bundle {folder} does not match its manifest: {_size_and_hash(found)}, expected "
+            f"{_size_and_hash(expected)}; {mend}"
+        )
+
+
+def _size_and_hash(entry: Mapping[str, Any]) -> str:
+    hashed = f", sha256 {entry['sha256'][:12]}…" if "sha256" in entry else ""
+    return f"{entry['bytes']:,} bytes{hashed}"
 
 
 def describe_file(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from quartermap_deploy.errors import (
     QuartermapError,
     UnknownNameError,
 )
-from quartermap_deploy.files import FolderKind
+from quartermap_deploy.files import FolderKind, write_whole
 from quartermap_deploy.revalidate import validate_bundle
 from quartermap_deploy.validation.inputs import real_images
 
@@ -228,6 +229,28 @@ def test_an_old_bundle_is_put_back_if_the_new_one_cannot_take_its_place(
     assert [path.name for path in copy_of_bundle.parent.iterdir()] == ["copy"]
 
 
+def test_a_draft_that_others_replace_by_a_link_changes_nothing_of_the_target(tmp_path: Path) -> None:
+    kind = FolderKind("bundle", "manifest.json", BundleError)
+    private = tmp_path / "private"
+    private.mkdir(mode=0o700)
+    with pytest.raises(BundleError, match="somebody else replaced"), kind.new(tmp_path / "out") as draft:
+        (draft / "manifest.json").write_text("{}")
+        draft.rename(tmp_path / "away")
+        draft.symlink_to(private)
+    assert private.stat().st_mode & 0o777 == 0o700
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_has_the_permissions_of_any_other_whatever_becomes_of_its_draft(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        write_whole(tmp_path / "a", b"1")
+        write_whole(tmp_path / "b", b"2", mode=0o600)
+    finally:
+        os.umask(old)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in "ab"] == [0o640, 0o600]
+
+
 def test_force_never_removes_what_is_no_bundle(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
@@ -253,7 +276,10 @@ DAMAGE = {
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "has no manifest.json"),
     "broken manifest": (lambda f: (f / "manifest.json").write_text("{"), "cannot be read"),
     "other manifest": (lambda f: (f / "manifest.json").write_text("[]"), "not the manifest"),
-    "manifest without blocks": (lambda f: _set(f / "manifest.json", blocks=None), "no proper blocks"),
+    "manifest without blocks": (
+        lambda f: _set(f / "manifest.json", blocks=None),
+        "blocks is null, expected array",
+    ),
     "unlisted file": (lambda f: (f / "extra.txt").write_text("x"), "does not list"),
     "newer format": (
         lambda f: (f / "manifest.json").write_text('{"format": 99, "files": {}}'),
@@ -267,14 +293,6 @@ def test_damaged_bundles_are_refused(copy_of_bundle: Path, kind: str) -> None:
     damage, message = DAMAGE[kind]
     damage(copy_of_bundle)
     with pytest.raises(BundleError, match=message):
-        qm.load_bundle(copy_of_bundle)
-
-
-def test_a_manifest_cannot_point_outside_its_bundle(copy_of_bundle: Path) -> None:
-    manifest = json.loads((copy_of_bundle / "manifest.json").read_text())
-    manifest["files"]["../../etc/passwd"] = {"sha256": "", "bytes": 0}
-    (copy_of_bundle / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(BundleError, match="no plain file name"):
         qm.load_bundle(copy_of_bundle)
 
 
@@ -304,15 +322,15 @@ def test_an_unknown_target_is_refused(digits_bundle: qm.Bundle, images: Any) -> 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"inputs": []}, "no inputs"),
-        ({"inputs": [{"name": "images"}]}, "is no input or output"),
+        ({"inputs": []}, "inputs is "),
+        ({"inputs": [{"name": "images"}]}, "inputs.0 has no shape, type"),
         ({"outputs": [{"name": "x", "shape": [1], "type": "object"}]}, "is no input or output"),
-        ({"outputs": [{"name": "x", "shape": [True], "type": "int8"}]}, "is no input or output"),
-        ({"labels": [1]}, "labels are no texts"),
+        ({"outputs": [{"name": "x", "shape": [True], "type": "int8"}]}, "shape.0 is true"),
+        ({"labels": [1]}, "labels.0 is 1, expected string"),
         ({"preprocessing": {"crop": [64, 64]}}, "no mean"),
         ({"preprocessing": {"crop": [64, 64], "mean": ["a"], "std": [1]}}, "mean"),
         ({"size_rules": ["__import__('os')"]}, "no rule of sizes"),
-        ({"task": None}, "no proper task"),
+        ({"task": None}, "task is null, expected one of classification, "),
     ],
 )
 def test_a_manifest_that_means_nothing_is_refused(

@@ -651,7 +651,7 @@ def test_what_is_no_bundle_is_refused(dynamic: Path, place: Path) -> None:
     assert "golden files" in refused(place, "without", "-o", "repository")
     shutil.copytree(dynamic, place / "mute")
     change_manifest(place / "mute", inputs={})
-    assert "has no proper inputs" in refused(place, "mute", "-o", "repository")
+    assert "inputs is {}, expected array" in refused(place, "mute", "-o", "repository")
 
 
 def test_targets_that_the_bundle_lacks_are_refused(dynamic: Path, place: Path) -> None:

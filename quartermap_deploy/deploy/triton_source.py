@@ -116,7 +116,7 @@ def _engines(bundles: Sequence[Bundle], static: bool, plugin: Path | None) -> So
     """What is served of bundles of one model, each with an engine."""
     for other in bundles[1:]:
         choose_backend(other, "tensorrt")
-    entries = [_entry(bundle) for bundle in bundles]
+    entries = [bundle.manifest["targets"]["tensorrt"] for bundle in bundles]
     first = entries[0]
     options = EngineOptions.from_dict(first["options"])
     for bundle, entry in zip(bundles[1:], entries[1:], strict=True):
@@ -153,18 +153,6 @@ def _engines(bundles: Sequence[Bundle], static: bool, plugin: Path | None) -> So
         options.version_compatible,
         first["version"],
     )
-
-
-def _entry(bundle: Bundle) -> dict[str, Any]:
-    """The manifest's entry for the engine."""
-    entry: dict[str, Any] = bundle.manifest["targets"]["tensorrt"]
-    needed = ("file", "version", "compute_capabilities", "options")
-    if missing := [name for name in needed if not entry.get(name)]:
-        raise DeployError(
-            f"the manifest of {bundle.path} does not say what its engine is for (no {', '.join(missing)}); make it "
-            f"again with `{command('quartermap', 'rebuild', bundle.path, '--target', 'tensorrt')}`"
-        )
-    return entry
 
 
 def _compare(first: Bundle, other: Bundle, expected: dict[str, Any], found: dict[str, Any]) -> None:

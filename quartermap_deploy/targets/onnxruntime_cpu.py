@@ -82,7 +82,8 @@ def inference_session(model: Path | bytes, threads: int | None = None, *, profil
         profile: record the time of every node; `end_profiling` writes it into a file whose name starts so.
 
     Raises:
-        BundleError: if the model holds what this package does not write (see `onnx_bounds`), or ONNX Runtime refuses it.
+        BundleError: if the model holds what this package does not write (see `onnx_bounds`), or ONNX Runtime refuses
+            it.
     """
     check_model(model)
     import onnxruntime
