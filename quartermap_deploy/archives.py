@@ -53,6 +53,8 @@ def opened_archive(path: Path) -> Iterator[zipfile.ZipFile]:
         OSError: if it cannot be read.
     """
     with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise ArchiveError("it is no archive")
         guarded = _Guarded(file)
         try:
             with zipfile.ZipFile(guarded) as archive:

@@ -112,7 +112,12 @@ def read_array(file: IO[bytes], size: int) -> NDArray[Any]:
             raise ArrayError("it ends too early")
         view[done : done + len(chunk)] = chunk
         done += len(chunk)
-    return flat.reshape(shape, order="F" if in_fortran_order else "C")
+    if dtype.kind == "b" and flat.view(np.uint8).max(initial=0) > 1:
+        raise ArrayError("it holds booleans that are neither true nor false")
+    try:
+        return flat.reshape(shape, order="F" if in_fortran_order else "C")
+    except ValueError as error:
+        raise ArrayError(f"it has no proper shape: {error}") from error
 
 
 def printed(dtype: np.dtype[Any]) -> str:
