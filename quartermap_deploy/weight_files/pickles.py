@@ -20,7 +20,7 @@ from quartermap_deploy.weight_files.stored import CodeError, OtherTensor, Storag
 
 LARGEST = 64 << 20
 """Bytes of a pickle. That of a checkpoint has a hundred for each tensor."""
-LARGEST_IN_MEMORY = 512 << 20
+LARGEST_IN_MEMORY = 256 << 20
 """Bytes that what it builds takes at most."""
 _COST, _COST_OF_SET = 64, 256
 """Bytes that an operation takes at most, and one that makes a set."""
