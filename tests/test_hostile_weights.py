@@ -22,7 +22,7 @@ from quartermap_deploy.architectures.checkpoint import read_checkpoint
 from quartermap_deploy.errors import CheckpointError
 from quartermap_deploy.weights import load_weights, read_weights, unwrap
 
-MEMORY = 300
+MEMORY = 100
 """MiB that reading any of these files may take."""
 
 

@@ -257,6 +257,11 @@ _MEANINGLESS = (
     ),
     *("torch.nn.parameter.Parameter", "torch.serialization._get_layout"),
     *(
+        f"torch.per_{kind}"
+        for kind in ("tensor_affine", "tensor_symmetric", "channel_affine", "channel_symmetric")
+    ),
+    "torch.per_channel_affine_float_qparams",
+    *(
         f"{module}.{name}"
         for module in ("builtins", "__builtin__")
         for name in ("set", "bytearray", "complex")
