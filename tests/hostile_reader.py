@@ -59,10 +59,11 @@ class Outcome:
 def readers() -> dict[str, Callable[[Path], object]]:
     """What reads a file, by its ending."""
     from quartermap_deploy.architectures import create_model
-    from quartermap_deploy.arrays import opened_arrays
+    from quartermap_deploy.arrays import ArrayError, opened_arrays
     from quartermap_deploy.bundle import read_manifest
     from quartermap_deploy.data.images import prepare
     from quartermap_deploy.data.preprocessing import Preprocessing
+    from quartermap_deploy.errors import InputError
     from quartermap_deploy.evaluation.medmnist import read_medmnist
     from quartermap_deploy.onnx_bounds import check_model
     from quartermap_deploy.recipe import Recipe
@@ -71,8 +72,11 @@ def readers() -> dict[str, Callable[[Path], object]]:
     plain = Preprocessing((8, 8), "stretch", (8, 8), "bilinear", (0.5,) * 3, (0.5,) * 3)
 
     def arrays(path: Path) -> object:
-        with opened_arrays(path) as file:
-            return [file.read(name) for name in file.names]
+        try:
+            with opened_arrays(path) as file:
+                return [file.read(name) for name in file.names]
+        except ArrayError as error:
+            raise InputError(f"{path}: {error}") from error
 
     def image(path: Path) -> object:
         return prepare([path], plain)
@@ -84,7 +88,7 @@ def readers() -> dict[str, Callable[[Path], object]]:
         **dict.fromkeys((".pth", ".safetensors"), checkpoint),
         **dict.fromkeys((".png", ".jpg", ".tif", ".webp", ".bmp"), image),
         ".toml": lambda path: Recipe.load(path).to_dict(),
-        ".manifest": lambda path: read_manifest(path.parent),
+        ".manifest": lambda path: read_manifest(path),
         ".results": lambda path: read_results([path]),
         ".medmnist": lambda path: read_medmnist(path, "test"),
         ".npz": arrays,
