@@ -158,9 +158,29 @@ def arrays() -> list[bytes]:
 
 
 def recipes() -> list[bytes]:
-    module = """[module]\nfactory = "a:b"\nexample = { x = [1, 3, 8, 8] }\narguments = { a = [1, 2.5], b.c = "d" }
-stages = [2, 2]\n[preprocessing]\nmean = [0.5]\nstd = [0.5]\ncolor = "grey"\n[engine]\nprofiles = [{ batch = [1, 8, 32] }]
-[quartermap]\nblocks = [1, 2]\nstride = 2\n[export]\nprecision = "float16"\nkeep_float32 = ["a.b"]\n"""
+    module = """
+[module]
+factory = "a:b"
+example = { x = [1, 3, 8, 8] }
+arguments = { a = [1, 2.5], b.c = "d" }
+stages = [2, 2]
+
+[preprocessing]
+mean = [0.5]
+std = [0.5]
+color = "grey"
+
+[engine]
+profiles = [{ batch = [1, 8, 32] }]
+
+[quartermap]
+blocks = [1, 2]
+stride = 2
+
+[export]
+precision = "float16"
+keep_float32 = ["a.b"]
+"""
     return [path.read_bytes() for path in sorted((ROOT / "export").glob("*.toml"))[:4]] + [module.encode()]
 
 
