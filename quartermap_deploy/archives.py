@@ -13,6 +13,8 @@ LARGEST_DIRECTORY = 16 << 20
 """Bytes of the list of entries; an entry takes about a hundred there, and six times as many in Python."""
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _ENCRYPTED = 1
+_DAMAGE = (zipfile.BadZipFile, NotImplementedError, EOFError, struct.error, OverflowError, UnicodeDecodeError)
+"""What Python's reader raises on damaged files."""
 
 
 class ArchiveError(ValueError):
@@ -42,6 +44,18 @@ class _Guarded:
         return True
 
 
+def is_archive(file: Path | IO[bytes]) -> bool:
+    """Whether a file is a zip file, whole or damaged.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    try:
+        return zipfile.is_zipfile(file)
+    except _DAMAGE:
+        return True
+
+
 @contextmanager
 def opened_archive(path: Path) -> Iterator[zipfile.ZipFile]:
     """A zip file whose entries have different names, and are neither encrypted nor packed in an unusual way.
@@ -53,7 +67,7 @@ def opened_archive(path: Path) -> Iterator[zipfile.ZipFile]:
         OSError: if it cannot be read.
     """
     with path.open("rb") as file:
-        if not zipfile.is_zipfile(file):
+        if not is_archive(file):
             raise ArchiveError("it is no archive")
         guarded = _Guarded(file)
         try:
@@ -61,7 +75,7 @@ def opened_archive(path: Path) -> Iterator[zipfile.ZipFile]:
                 guarded.guarded = False
                 _check_entries(archive)
                 yield archive
-        except (zipfile.BadZipFile, NotImplementedError, EOFError, struct.error, OverflowError) as error:
+        except _DAMAGE as error:
             raise ArchiveError(str(error)) from error
 
 

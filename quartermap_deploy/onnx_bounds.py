@@ -274,9 +274,9 @@ def _tensor(data: memoryview) -> tuple[str, Constant]:
                 typed += _wholes(value)
             elif number in (4, 10) and size <= 10 * _MOST_KNOWN:
                 letter, width = ("f", 4) if number == 4 else ("d", 8)
-                typed += struct.unpack(
-                    f"<{len(value) // width}{letter}", value[: len(value) // width * width]
-                )
+                packed = _message(value)
+                whole = len(packed) // width
+                typed += struct.unpack(f"<{whole}{letter}", packed[: whole * width])
     if any(side < 0 for side in dims) or (count := math.prod(dims)) > 8 * size:
         raise _Malformed(f"it has weights of the shape {dims[:8]} in {size:,} bytes")
     if count > _MOST_KNOWN or kind not in _FORMATS:

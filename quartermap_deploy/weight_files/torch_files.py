@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import struct
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from quartermap_deploy.archives import ArchiveError, opened_archive, stored_places
+from quartermap_deploy.archives import ArchiveError, is_archive, opened_archive, stored_places
 from quartermap_deploy.weight_files.pickles import LARGEST, UNTYPED, end_of_pickle, unpickle
 from quartermap_deploy.weight_files.stored import Content, Storage, WeightsError
 
@@ -31,7 +30,7 @@ def read_torch_file(path: Path) -> Content:
         WeightsError: if it is damaged, compressed or something else.
         OSError: if it cannot be read.
     """
-    return _read_zip(path) if zipfile.is_zipfile(path) else _read_old(path)
+    return _read_zip(path) if is_archive(path) else _read_old(path)
 
 
 def _read_zip(path: Path) -> Content:
