@@ -30,6 +30,7 @@ from quartermap_deploy.errors import (
 )
 from quartermap_deploy.files import FolderKind, write_whole
 from quartermap_deploy.revalidate import validate_bundle
+from quartermap_deploy.validation.golden import read_golden
 from quartermap_deploy.validation.inputs import real_images
 
 PLAN = qm.QuarterMap(every=3)
@@ -64,6 +65,23 @@ def test_it_computes_what_pruned_pytorch_computes(digits_bundle: qm.Bundle, imag
     np.testing.assert_allclose(digits_bundle.run(images), expected, atol=1e-4 * np.abs(expected).max())
     unpruned = qm.create_model("vmamba_digits")(torch.from_numpy(images)).detach().numpy()
     assert np.abs(unpruned - expected).max() > 1e-2 * np.abs(expected).max()
+
+
+def test_golden_outputs_are_computed_in_double(digits_bundle: qm.Bundle) -> None:
+    """Nobody's rounding: not one bit is that of float32, which differs."""
+    pruned = qm.prune(qm.create_model("vmamba_digits"), PLAN)
+    cases, golden = read_golden(digits_bundle.path, digits_bundle.manifest["golden"])
+    assert list(cases) == ["images", "single image", "zeros"]
+    differing = 0
+    for feeds, outputs in zip(cases.values(), golden, strict=True):
+        images = torch.from_numpy(feeds["images"])
+        with torch.no_grad():
+            single = pruned.float()(images).numpy()
+            double = pruned.double()(images.double()).numpy()
+        assert outputs["logits"].dtype == np.float32
+        np.testing.assert_allclose(outputs["logits"], double, rtol=2**-23, atol=1e-9 * np.abs(double).max())
+        differing += int((single != double.astype(np.float32)).sum())
+    assert differing > 0
 
 
 def test_the_report_covers_every_block_and_case(digits_bundle: qm.Bundle) -> None:
@@ -249,6 +267,38 @@ def test_a_file_has_the_permissions_of_any_other_whatever_becomes_of_its_draft(t
     finally:
         os.umask(old)
     assert [(tmp_path / name).stat().st_mode & 0o777 for name in "ab"] == [0o640, 0o600]
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit, MemoryError])
+def test_an_interruption_leaves_no_draft_and_the_old_bundle(
+    copy_of_bundle: Path, interruption: type[BaseException]
+) -> None:
+    kind = FolderKind("bundle", "manifest.json", BundleError)
+    before = (copy_of_bundle / "manifest.json").read_bytes()
+    with pytest.raises(interruption), kind.new(copy_of_bundle, force=True) as draft:
+        (draft / "manifest.json").write_text("{}")
+        assert (copy_of_bundle / "manifest.json").read_bytes() == before
+        raise interruption
+    assert (copy_of_bundle / "manifest.json").read_bytes() == before
+    assert [path.name for path in copy_of_bundle.parent.iterdir()] == ["copy"]
+
+
+def test_the_old_bundle_stays_until_the_new_one_is_in_its_place(
+    copy_of_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = FolderKind("bundle", "manifest.json", BundleError)
+    removed: list[list[str]] = []
+
+    def watched(path: Path, **settings: Any) -> None:
+        if path.exists():
+            removed.append(sorted(entry.name for entry in copy_of_bundle.iterdir()))
+            remove(path, **settings)
+
+    remove = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    with kind.new(copy_of_bundle, force=True) as draft:
+        (draft / "manifest.json").write_text("{}")
+    assert removed == [["manifest.json"]], "what was there is removed once, when the new one is in place"
 
 
 def test_force_never_removes_what_is_no_bundle(tmp_path: Path) -> None:
