@@ -28,8 +28,10 @@ from quartermap_deploy.bundle_schema import check_manifest, check_report
 from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.errors import BundleError, InputError, QuartermapError, UnknownNameError
 from quartermap_deploy.files import FolderKind, file_hash
+from quartermap_deploy.onnx_bounds import check_model
 from quartermap_deploy.plain_text import command, printable
 from quartermap_deploy.progress import SILENT, Progress
+from quartermap_deploy.reading import ReadingError, read_json
 from quartermap_deploy.size_rules import SizeRules
 from quartermap_deploy.targets import DEFAULT, ENGINE_TARGETS, Session, load_target
 from quartermap_deploy.tensor_info import TensorInfo
@@ -218,6 +220,7 @@ class Bundle:
         """
         import onnx
 
+        check_model(self.model_path)
         try:
             model = onnx.load(self.model_path, load_external_data=False)
             onnx.checker.check_model(model)
@@ -345,10 +348,10 @@ def require_folder(folder: Path) -> None:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path, unicode=True)
     except FileNotFoundError:
         raise BundleError(f"{path.parent} is no bundle: it has no {path.name}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ReadingError as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
 
 

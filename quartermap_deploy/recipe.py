@@ -46,7 +46,6 @@ import dataclasses
 import difflib
 import json
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,13 +55,9 @@ from quartermap_deploy.data.labels import label_sets
 from quartermap_deploy.data.preprocessing import check_keys
 from quartermap_deploy.errors import InputError, PlanError, RecipeError
 from quartermap_deploy.pruning.plan import QuarterMap
+from quartermap_deploy.reading import ReadingError, read_toml
 from quartermap_deploy.sources.factories import UserModule
 from quartermap_deploy.targets.tensorrt.options import EngineOptions
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _TABLES: dict[str, dict[str, str]] = {
     "model": {
@@ -202,13 +197,11 @@ class Recipe:
         """
         path = Path(path)
         try:
-            document = tomllib.loads(path.read_text(encoding="utf-8"))
+            document = read_toml(path)
         except FileNotFoundError:
             raise RecipeError(f"there is no recipe {path}") from None
-        except (OSError, UnicodeDecodeError) as error:
+        except ReadingError as error:
             raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
-        except tomllib.TOMLDecodeError as error:
-            raise RecipeError(f"the recipe {path} is no valid TOML: {error}") from error
         try:
             return cls._from_document(document, path.parent)
         except (RecipeError, PlanError, InputError) as error:

@@ -11,6 +11,7 @@ from quartermap_deploy.batch_axis import batch_of
 from quartermap_deploy.bundle import MODEL, Bundle, load_bundle
 from quartermap_deploy.errors import DeployError, QuartermapError
 from quartermap_deploy.files import file_hash
+from quartermap_deploy.onnx_bounds import check_model
 from quartermap_deploy.plain_text import command
 from quartermap_deploy.targets.tensorrt.options import EngineOptions, Profile
 
@@ -106,6 +107,7 @@ def find_source(
         for value, name in ((engines_from, "other bundles' engines"), (plugin, "a plugin")):
             if value:
                 raise DeployError(f"the backend onnxruntime takes no engines, so {name} must be left out")
+        check_model(bundle.path / MODEL)
         return Source(chosen, {ONNX_FILE: bundle.path / MODEL}, ONNX_FILE, static, 1 if static else None)
     return _engines([bundle, *map(load_bundle, engines_from)], static, plugin)
 

@@ -62,13 +62,11 @@ class ImageFile:
 
     def _open(self, data: bytes) -> tuple[Image, tuple[int, int]]:
         """Return the image, and its (width, height) once it is resized."""
-        from PIL import Image
-
         settings = self._preprocessing
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        width, height = image.size
-        pixels.check_size(width, height)
-        return image, pixels.resized(width, height, settings.resize, stretch=settings.fit == "stretch")
+        image = pixels.opened(io.BytesIO(data), FORMATS)
+        return image, pixels.resized(
+            image.width, image.height, settings.resize, stretch=settings.fit == "stretch"
+        )
 
     def _prepare(self) -> NDArray[np.float32]:
         with self._image as image:
@@ -91,6 +89,6 @@ class ImageFile:
             raise invalid(
                 f"image {self._place} has too many pixels, at most {LARGEST:,} are taken; send a smaller one"
             ) from None
-        except (*UNREADABLE, MemoryError) as error:
+        except UNREADABLE as error:
             what = f"of {self._size} bytes cannot be read as JPEG or PNG" if self._size else "is empty"
             raise invalid(f"image {self._place} {what}") from error

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quartermap_deploy.arrays import ArrayError, opened_arrays
 from quartermap_deploy.errors import InputError, ParityError
 from quartermap_deploy.validation.comparison import compare_output
 from quartermap_deploy.validation.tolerances import GIVEN
@@ -123,19 +124,20 @@ def read_reference(source: ModuleSource, path: Path) -> GivenReference:
         InputError: if it cannot be read, holds pickled objects, or something is missing or unknown.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except Exception as error:
+        with opened_arrays(path) as archive:
+            named = archive.names
+            arrays = {name: archive.read(name) for name in named if name in _wanted(source)}
+    except (OSError, ArrayError) as error:
         raise InputError(
             f"the reference {path} cannot be read: {' '.join(str(error).split())[:200]}; expected an .npz file with an "
             f"array for each of {', '.join(_wanted(source))}"
         ) from error
-    unknown = [name for name in arrays if name not in _wanted(source)]
+    unknown = [name for name in named if name not in _wanted(source)]
     absent = [name for name in source.signature.inputs if name not in arrays]
     if unknown or absent or len(arrays) == len(source.signature.inputs):
         outputs = ", ".join(source.discovery.outputs)
         raise InputError(
-            f"the reference {path} holds {', '.join(sorted(arrays))}; expected the inputs "
+            f"the reference {path} holds {', '.join(sorted(named))}; expected the inputs "
             f"{', '.join(source.signature.inputs)}, and one at least of the outputs {outputs}"
         )
     inputs = {name: arrays.pop(name) for name in source.signature.inputs}

@@ -21,6 +21,7 @@ from quartermap_deploy.errors import EngineError, InputError
 from quartermap_deploy.files import write_whole
 from quartermap_deploy.gpu import Gpu
 from quartermap_deploy.lowering.operator import SELECTIVE_SCAN_2D
+from quartermap_deploy.onnx_bounds import check_model
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.targets.tensorrt.caches import TimingCache, cache_key
 from quartermap_deploy.targets.tensorrt.checks import (
@@ -101,7 +102,8 @@ def build_engine(
     trt = flavour.load()
     gpu = devices.find_gpu()
     require_gpu(flavour, gpu)
-    model = onnx.load(model_path)
+    check_model(model_path)
+    model = onnx.load(model_path, load_external_data=False)
     shapes = input_shapes(model)
     check_examples(options, shapes, examples)
     prepared = prepare(model, extremes(options, shapes))
