@@ -658,21 +658,12 @@ def test_targets_that_the_bundle_lacks_are_refused(dynamic: Path, place: Path) -
     message = refused(place, dynamic, "-o", "repository", "--backend", "tensorrt")
     assert "built for onnxruntime, not for tensorrt" in message and "quartermap rebuild" in message
     assert "no backend 'torch'" in refused(place, dynamic, "-o", "repository", "--backend", "torch")
-    shutil.copytree(dynamic, place / "rtx")
-    change_manifest(place / "rtx", targets={"tensorrt-rtx": {"file": "model.tensorrt_rtx.engine"}})
+    with_engine(dynamic, place / "rtx")
+    entry = json.loads((place / "rtx" / "manifest.json").read_text())["targets"]["tensorrt"]
+    change_manifest(place / "rtx", targets={"tensorrt-rtx": entry})
     assert "Triton has no backend for that" in refused(place, "rtx", "-o", "repository")
     message = refused(place, "rtx", "-o", "repository", "--backend", "onnxruntime")
     assert "built for tensorrt-rtx, not for onnxruntime" in message
-
-
-def test_engines_that_do_not_say_what_they_are_for_are_refused(dynamic: Path, place: Path) -> None:
-    for missing in ("compute_capabilities", "version"):
-        bundle = with_engine(dynamic, place / missing)
-        targets = json.loads((bundle / "manifest.json").read_text())["targets"]
-        targets["tensorrt"][missing] = []
-        change_manifest(bundle, targets=targets)
-        message = refused(place, bundle, "-o", "repository")
-        assert missing in message and f"quartermap rebuild {bundle} --target tensorrt" in message
 
 
 def test_a_missing_or_another_plugin_is_refused(

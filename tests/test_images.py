@@ -204,23 +204,26 @@ def test_data_sets_are_prepared_in_the_colours_of_the_model() -> None:
     np.testing.assert_array_equal(batch.images, prepare([Images().image(0)], grey))
 
 
+NOT_FINITE = "the image has NaN or infinite values"
+
+
 @pytest.mark.parametrize(
-    "image",
+    ("image", "words"),
     [
-        np.zeros((8, 8, 3), dtype=np.float32),
-        np.zeros((8, 8, 1), dtype=np.uint8),
-        np.zeros((3, 8, 8), dtype=np.uint8),
-        np.zeros((0, 8), dtype=np.uint8),
-        np.full((8, 8), np.nan, dtype=np.float32),
-        Image.fromarray(np.full((8, 8), np.nan, dtype=np.float32)),
-        Image.fromarray(np.full((8, 8), np.inf, dtype=np.float32)),
-        [[0, 255], [255, 0]],
-        "no such file.png",
-        __file__,
+        (np.zeros((8, 8, 3), dtype=np.float32), r"shape \(8, 8, 3\) and type float32 is no image; expected"),
+        (np.zeros((8, 8, 1), dtype=np.uint8), r"shape \(8, 8, 1\) and type uint8 is no image; expected"),
+        (np.zeros((3, 8, 8), dtype=np.uint8), r"shape \(3, 8, 8\) and type uint8 is no image; expected"),
+        (np.zeros((0, 8), dtype=np.uint8), r"shape \(0, 8\) and type uint8 is no image; expected"),
+        (np.zeros((8, 8), dtype=np.float32), r"shape \(8, 8\) and type float32 is no image; expected"),
+        (Image.fromarray(np.full((8, 8), np.nan, dtype=np.float32)), NOT_FINITE),
+        (Image.fromarray(np.full((8, 8), np.inf, dtype=np.float32)), NOT_FINITE),
+        ([[0, 255], [255, 0]], "a list is no image; expected a file, an array or a Pillow image"),
+        ("no such file.png", r"the image no such file\.png cannot be read: .*No such file"),
+        (__file__, r"test_images\.py cannot be read"),
     ],
 )
-def test_what_is_no_image_is_refused(image: object) -> None:
-    with pytest.raises(InputError):
+def test_what_is_no_image_is_refused(image: object, words: str) -> None:
+    with pytest.raises(InputError, match=words):
         open_image(image)  # type: ignore[arg-type]
 
 

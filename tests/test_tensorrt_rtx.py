@@ -749,8 +749,11 @@ def test_scans_become_plugin_nodes() -> None:
 
 def test_targets_are_known() -> None:
     for name, flavour in (("tensorrt", TENSORRT), ("tensorrt-rtx", TENSORRT_RTX)):
-        assert load_target(name) is not None
+        target = load_target(name)
+        assert all(callable(getattr(target, part)) for part in ("build", "open", "prepare"))
+        assert "float16" in target.PRECISIONS
         assert isinstance(flavour, Flavour) and flavour.target == name
+    assert load_target("tensorrt") is not load_target("tensorrt-rtx")
 
 
 # Options --------------------------------------------------------------------------------------------------------
