@@ -54,6 +54,7 @@ def compile(
     recipe: Recipe | str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
+    plugin: str | os.PathLike[str] | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Bundle:
@@ -62,6 +63,8 @@ def compile(
     Args:
         recipe: the recipe, the path of a recipe file (.toml), or the name of a model for a recipe of defaults.
         out: folder of the bundle; it must not exist, unless `force` is given and it is a bundle.
+        plugin: the plugin library for the target `tensorrt`, which a recipe file may not name; None leaves it to the
+            recipe's `engine`, or looks for it.
         force: replace a bundle.
         progress: told about the steps.
 
@@ -73,6 +76,8 @@ def compile(
             departs from PyTorch by more than the tolerance.
     """
     recipe, out = as_recipe(recipe), Path(out)
+    if plugin is not None:
+        recipe = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, plugin=Path(plugin)))
     targets = load_targets(recipe)
     check_destination(out, force)
     with progress.step(f"loading {recipe.model}"):
@@ -201,7 +206,7 @@ def _compile(
                 entries[name] = target.build(
                     folder / MODEL,
                     folder,
-                    recipe.engine.with_cache_beside(out),
+                    recipe.engine,
                     examples=[{key: array.shape for key, array in feeds.items()} for feeds in cases.values()],
                     progress=progress,
                 )
