@@ -257,7 +257,9 @@ class Bundle:
             values[name] = tuple(values.get(name, ()))
         # The manifest has the names of the classes themselves.
         values["labels"] = self.labels or None
-        values["module"] = None if values.get("module") is None else UserModule.from_dict(values["module"])
+        if (module := values.get("module")) is not None:
+            module = UserModule.from_dict(module, named_by=self.path)
+        values["module"] = module
         values["engine"] = EngineOptions.from_dict(values.get("engine", {}))
         values["input_size"] = None if values["input_size"] is None else tuple(values["input_size"])
         for name in ("checkpoint", "images", "reference"):

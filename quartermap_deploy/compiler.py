@@ -55,6 +55,7 @@ def compile(
     out: str | os.PathLike[str],
     *,
     plugin: str | os.PathLike[str] | None = None,
+    run_module: bool = False,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Bundle:
@@ -65,6 +66,7 @@ def compile(
         out: folder of the bundle; it must not exist, unless `force` is given and it is a bundle.
         plugin: the plugin library for the target `tensorrt`, which a recipe file may not name; None leaves it to the
             recipe's `engine`, or looks for it.
+        run_module: agree to run the module that a recipe file names in [module].
         force: replace a bundle.
         progress: told about the steps.
 
@@ -75,7 +77,7 @@ def compile(
         QuartermapError: of the kind that fits what is wrong; then nothing was written. `ParityError` if a target
             departs from PyTorch by more than the tolerance.
     """
-    recipe, out = as_recipe(recipe), Path(out)
+    recipe, out = as_recipe(recipe, run_module=run_module), Path(out)
     if plugin is not None:
         recipe = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, plugin=Path(plugin)))
     targets = load_targets(recipe)
@@ -224,12 +226,12 @@ def _compile(
     return dataclasses.replace(bundle, path=out)
 
 
-def as_recipe(recipe: Recipe | str | os.PathLike[str]) -> Recipe:
-    """Return a recipe from itself, from a file, or from the name of a model."""
+def as_recipe(recipe: Recipe | str | os.PathLike[str], *, run_module: bool = False) -> Recipe:
+    """Return a recipe from itself, from a file (`run_module` is `Recipe.load`'s), or from the name of a model."""
     if isinstance(recipe, Recipe):
         return recipe
     if str(recipe).endswith(".toml"):
-        return Recipe.load(Path(recipe))
+        return Recipe.load(Path(recipe), run_module=run_module)
     return Recipe(model=str(recipe))
 
 

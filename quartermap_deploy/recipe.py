@@ -189,8 +189,12 @@ class Recipe:
             raise RecipeError(f"{idle[0]} is for a module of your own; models of cards need none")
 
     @classmethod
-    def load(cls, path: Path) -> Recipe:
+    def load(cls, path: Path, *, run_module: bool = False) -> Recipe:
         """Read a recipe file. Paths in it are relative to it.
+
+        Args:
+            path: the file.
+            run_module: agree to run what its table [module] names; without, it is read and never run.
 
         Raises:
             RecipeError: if the file is missing or no TOML, or a key or value is wrong.
@@ -203,12 +207,12 @@ class Recipe:
         except ReadingError as error:
             raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
         try:
-            return cls._from_document(document, path.parent)
+            return cls._from_document(document, path.parent, None if run_module else path)
         except (RecipeError, PlanError, InputError) as error:
             raise RecipeError(f"the recipe {path}: {error}") from error
 
     @classmethod
-    def _from_document(cls, document: Mapping[str, Any], folder: Path) -> Recipe:
+    def _from_document(cls, document: Mapping[str, Any], folder: Path, named_by: Path | None) -> Recipe:
         fields: dict[str, Any] = {}
         for table, entries in document.items():
             _require_known("table", table, [*_TABLES, *_VALUES])
@@ -220,7 +224,7 @@ class Recipe:
                 fields["quartermap"] = QuarterMap.from_dict(entries)
                 continue
             if table == "module":
-                fields["module"] = UserModule.from_dict(entries, folder)
+                fields["module"] = UserModule.from_dict(entries, folder, named_by=named_by)
                 continue
             if table == "preprocessing":
                 fields["preprocessing"] = dict(entries)

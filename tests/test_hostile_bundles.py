@@ -20,7 +20,7 @@ import toy_bundles
 import quartermap_deploy as qm
 from quartermap_deploy import cli
 from quartermap_deploy.bundle import describe_file, load_bundle, read_manifest
-from quartermap_deploy.errors import BundleError
+from quartermap_deploy.errors import BundleError, TrustError
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -78,7 +78,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES, ids=repr)
 def test_the_name_of_a_model_names_no_path(stranger: Path, name: Any, tmp_path: Path) -> None:
     rewrite(stranger, at("model", "name", value=name))
-    with pytest.raises(BundleError, match=r"model\.name is"):
+    with pytest.raises(BundleError, match=r"model\.name is|it has a NUL"):
         load_bundle(stranger)
 
 
@@ -289,6 +289,34 @@ def test_messages_of_several_lines_cannot_be_taken_for_several_messages(
 ) -> None:
     assert cli.main(["inspect", str(tmp_path / "x\nquartermap: passed")]) == 2
     assert "\nquartermap: passed" not in capsys.readouterr().err
+
+
+MODULE_RECIPE = """\
+[module]
+factory = "evil.py:Net"
+example = [1, 3, 8, 8]
+scans = { "os:getcwd" = "evil.py:adapter" }
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["compile", "-o", "out"], ["eval", "--target", "torch", "--limit", "1"]]
+)
+def test_a_strangers_recipe_runs_no_module(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.py").write_text("open('ran', 'w')\n")
+    (tmp_path / "theirs.toml").write_text(MODULE_RECIPE)
+    command, *options = arguments
+    assert cli.main([command, "theirs.toml", *options]) == 2
+    assert "names code that would be run: evil.py:Net, evil.py:adapter" in capsys.readouterr().err
+    with pytest.raises(TrustError, match="run_module=True"):
+        qm.compile("theirs.toml", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evil.py", "theirs.toml"]
+    # Whoever agrees runs it: it defines no Net, but it was looked for.
+    assert cli.main([command, "theirs.toml", *options, "--run-module"]) == 2
+    assert "has no 'Net'" in capsys.readouterr().err and (tmp_path / "ran").exists()
 
 
 def test_a_manifest_is_read_before_anything_else_of_the_bundle(stranger: Path) -> None:

@@ -175,6 +175,15 @@ def add_factory_option(options: Any, when: str) -> None:
     )
 
 
+def add_run_module_option(options: Any) -> None:
+    """Add the consent to run what a recipe file names."""
+    options.add_argument(
+        "--run-module",
+        action="store_true",
+        help="run the module that a recipe file names in [module], as you trust who wrote it (default: refuse)",
+    )
+
+
 # Values of options ----------------------------------------------------------------------------------------------
 
 

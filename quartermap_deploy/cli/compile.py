@@ -14,6 +14,7 @@ from quartermap_deploy.cli.common import (
     add_command,
     add_output_options,
     add_plugin_option,
+    add_run_module_option,
     at_least_one,
     bundle_json,
     file_or_folder,
@@ -100,6 +101,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     _add_model_options(parser)
     add_module_options(parser)
+    add_run_module_option(parser)
     _add_plan_options(parser)
     _add_graph_options(parser)
     _add_engine_options(parser)
@@ -398,7 +400,7 @@ def recipe_and_folder(options: argparse.Namespace) -> tuple[Recipe, Path]:
                 f"the recipe {source} decides what {_flags(decided)} would set; change the file, or leave the "
                 "option out"
             )
-        recipe = dataclasses.replace(Recipe.load(Path(source)), **set_fields)
+        recipe = dataclasses.replace(Recipe.load(Path(source), run_module=options.run_module), **set_fields)
         if plugin is not None:
             recipe = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, plugin=plugin))
         return recipe, options.out or BUNDLES / Path(source).stem

@@ -98,6 +98,7 @@ def runner_for(
     factory: str | None = None,
     labels: Labels | None = None,
     preprocessing: Mapping[str, Any] | None = None,
+    run_module: bool = False,
     signed_by: Sequence[Path] = (),
     progress: Progress = SILENT,
 ) -> Runner:
@@ -114,11 +115,13 @@ def runner_for(
         factory: for a bundle of a module of the user's in PyTorch, what makes the module, as `package.module:name`.
         labels: names of the classes in place of those that the source has: a list, a file, or a set by name.
         preprocessing: values that replace those of the source's preprocessing, by name; all of them where it has none.
+        run_module: agree to run the module that a recipe file names in [module].
         signed_by: for the folder of a bundle, PEM files of the public keys by which it must be signed.
         progress: told about the steps.
 
     Raises:
-        TrustError: if the bundle is not signed so, or what is no bundle is to be.
+        TrustError: if the bundle is not signed so, or what is no bundle is to be; or if a recipe file names code, and
+            `run_module` does not agree.
         UnknownNameError: if there is no such target, or the bundle was not built for it.
         InputError: if it is no classifier of one image, nobody says how images are prepared for it, or the labels or
             the preprocessing do not fit it.
@@ -145,7 +148,7 @@ def runner_for(
         raise InputError(
             f"{source} is no bundle, and a recipe names its factory itself, in [module]; leave {factory} out"
         )
-    recipe = as_recipe(source)
+    recipe = as_recipe(source, run_module=run_module)
     name = recipe.model if isinstance(source, Recipe) else Path(source).stem
     return _recipe_runner(recipe, name, target or DEFAULT, given, progress)
 
