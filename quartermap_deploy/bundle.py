@@ -5,6 +5,7 @@
     golden_outputs.json   what PyTorch computes for them, in float64
     report.json           parity of every output and every block
     manifest.json         recipe, versions, block map, and the hash of every other file
+    manifest.sig          signatures of the manifest, if somebody signed it
 
 Loading and running a bundle needs NumPy and its target's runtime, not torch.
 """
@@ -31,7 +32,8 @@ from quartermap_deploy.files import FolderKind, file_hash
 from quartermap_deploy.onnx_bounds import check_model
 from quartermap_deploy.plain_text import command, printable
 from quartermap_deploy.progress import SILENT, Progress
-from quartermap_deploy.reading import ReadingError, read_json
+from quartermap_deploy.reading import LARGEST_JSON, ReadingError, parse_json, read_bytes
+from quartermap_deploy.signatures import SIGNATURES, check_signatures
 from quartermap_deploy.size_rules import SizeRules
 from quartermap_deploy.targets import DEFAULT, ENGINE_TARGETS, Session, load_target
 from quartermap_deploy.tensor_info import TensorInfo
@@ -272,15 +274,21 @@ def _session(bundle: Bundle, target: str, plugin: Path | None) -> Session:
     return load_target(target).open(bundle.path, entry, plugin=plugin)
 
 
-def load_bundle(path: str | os.PathLike[str]) -> Bundle:
+def load_bundle(path: str | os.PathLike[str], *, signed_by: Sequence[str | os.PathLike[str]] = ()) -> Bundle:
     """Open a bundle and check that its files are those that were written.
+
+    Args:
+        path: its folder.
+        signed_by: PEM files of the public keys of those who must have signed it, all of them; see docs/signing.md. That
+            is checked before anything of the bundle is believed.
 
     Raises:
         BundleError: if it is missing, no bundle, of a newer format, or a file is missing, altered or not listed.
+        TrustError: if somebody did not sign it.
     """
     folder = Path(path)
     require_folder(folder)
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, signed_by=signed_by)
     _verify(folder, manifest["files"])
     report = _read_json(folder / REPORT)
     try:
@@ -292,14 +300,24 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
     return Bundle(folder, manifest, report)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path, *, signed_by: Sequence[str | os.PathLike[str]] = ()) -> dict[str, Any]:
     """Read the manifest of a bundle, and check all that it says, without a look at the bundle's other files.
+
+    Args:
+        folder: the bundle.
+        signed_by: who must have signed it; see `load_bundle`. The bytes that are checked are those that are read.
 
     Raises:
         BundleError: if there is none, if it is of another format, or if anything in it means nothing.
+        TrustError: if somebody did not sign it.
     """
+    from quartermap_deploy.targets.tensorrt.options import EngineOptions
+
     path = folder / MANIFEST
-    manifest = _read_json(path)
+    data = _read(path)
+    if signed_by:
+        check_signatures(folder, data, signed_by)
+    manifest = _parsed(path, data)
     if not isinstance(manifest, dict) or "format" not in manifest:
         raise BundleError(f"{path} is not the manifest of a bundle")
     if manifest["format"] != FORMAT:
@@ -316,6 +334,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             Preprocessing.from_dict(manifest["preprocessing"])
         SizeRules(manifest["size_rules"])
         Bundle(folder, manifest, {}).recipe()
+        for entry in manifest["targets"].values():
+            EngineOptions.from_dict(entry.get("options", {}))
     except (QuartermapError, KeyError, TypeError, ValueError) as error:
         said = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise BundleError(f"{path} cannot be read: {said}; {_MEND}") from error
@@ -347,10 +367,21 @@ def require_folder(folder: Path) -> None:
 
 
 def _read_json(path: Path) -> Any:
+    return _parsed(path, _read(path))
+
+
+def _read(path: Path) -> bytes:
     try:
-        return read_json(path, unicode=True)
+        return read_bytes(path, LARGEST_JSON)
     except FileNotFoundError:
         raise BundleError(f"{path.parent} is no bundle: it has no {path.name}") from None
+    except ReadingError as error:
+        raise BundleError(f"{path} cannot be read: {error}") from error
+
+
+def _parsed(path: Path, data: bytes) -> Any:
+    try:
+        return parse_json(data, unicode=True)
     except ReadingError as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
 
@@ -359,7 +390,7 @@ def _verify(folder: Path, files: dict[str, Any]) -> None:
     """Compare the files of a bundle with what its manifest says about them."""
     for name, expected in files.items():
         verify_file(folder, name, expected)
-    if unlisted := sorted({path.name for path in folder.iterdir()} - {*files, MANIFEST}):
+    if unlisted := sorted({path.name for path in folder.iterdir()} - {*files, MANIFEST, SIGNATURES}):
         raise BundleError(
             f"the bundle {folder} holds {unlisted[0]}, which its manifest does not list; take it out"
         )

@@ -54,6 +54,7 @@ def compile(
     recipe: Recipe | str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
+    plugin: str | os.PathLike[str] | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Bundle:
@@ -62,6 +63,8 @@ def compile(
     Args:
         recipe: the recipe, the path of a recipe file (.toml), or the name of a model for a recipe of defaults.
         out: folder of the bundle; it must not exist, unless `force` is given and it is a bundle.
+        plugin: the plugin library for the target `tensorrt`, which a recipe file may not name; None leaves it to the
+            recipe's `engine`, or looks for it.
         force: replace a bundle.
         progress: told about the steps.
 
@@ -73,6 +76,8 @@ def compile(
             departs from PyTorch by more than the tolerance.
     """
     recipe, out = as_recipe(recipe), Path(out)
+    if plugin is not None:
+        recipe = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, plugin=Path(plugin)))
     targets = load_targets(recipe)
     check_destination(out, force)
     with progress.step(f"loading {recipe.model}"):
@@ -94,7 +99,7 @@ def compile_module(
     dynamic_size: bool = False,
     precision: str = "float32",
     targets: Sequence[str] = ("onnxruntime",),
-    reference: tuple[Any, Any] | None = None,
+    reference: tuple[Any, Any] | str | os.PathLike[str] | None = None,
     scans: Mapping[str, Callable[..., Any]] | None = None,
     name: str | None = None,
     stages: Sequence[int] | None = None,
@@ -121,8 +126,8 @@ def compile_module(
         precision: element type of weights and activations: "float32", "float16" or "bfloat16".
         targets: what to build and validate.
         reference: (inputs, outputs) that were saved where the module runs in its own environment, as on a GPU with
-            mamba-ssm: each a tensor, a sequence or a dictionary. The unpruned graph is compared with them, so that our
-            reading of the scan is proved too.
+            mamba-ssm: each a tensor, a sequence or a dictionary, or the path of an .npz file with all by their names.
+            The unpruned graph is compared with them, so that our reading of the scan is proved too.
         scans: for scans that we do not know, `{"package.module:function": adapter}`; see `public_code`.
         name: what the model is called; None takes the name of its class.
         stages: how many blocks each stage has; None tells stages apart by the length of their sequences.
@@ -142,10 +147,10 @@ def compile_module(
         PassError: if a block that the plan names cannot be pruned; the message says why.
         ParityError: if the graph departs from PyTorch, or from the given reference; then nothing was written.
     """
-    from quartermap_deploy.sources.modules import module_source
-    from quartermap_deploy.validation.given import given_reference
+    from quartermap_deploy.sources.modules import module_source, unwrapped
+    from quartermap_deploy.validation.given import as_reference
 
-    out = Path(out)
+    out, model = Path(out), unwrapped(model)
     recipe = Recipe(
         model=name or type(model).__name__,
         quartermap=quartermap,
@@ -172,7 +177,7 @@ def compile_module(
             stages=stages,
             scans=scans,
         )
-        given = None if reference is None else given_reference(source, *reference)
+        given = None if reference is None else as_reference(source, reference)
     return _compile(recipe, source, built, out, given=given, force=force, progress=progress)
 
 
@@ -201,7 +206,7 @@ def _compile(
                 entries[name] = target.build(
                     folder / MODEL,
                     folder,
-                    recipe.engine.with_cache_beside(out),
+                    recipe.engine,
                     examples=[{key: array.shape for key, array in feeds.items()} for feeds in cases.values()],
                     progress=progress,
                 )
@@ -418,8 +423,9 @@ def parity_of(
     # In 16 bits every value is rounded as the types say, which ONNX Runtime's own casts would leave out.
     target = onnxruntime_runner(rounded_in_float32(onnx.load_from_string(onnx_bytes)))
     paths = {block.index: block.path for block in source.blocks}
+    further = {} if traced is None else source.further_cases(traced)
     with progress.step("comparing every block with PyTorch"):
-        return check_parity(reference, target, cases, tolerance_for(recipe.precision), paths)
+        return check_parity(reference, target, {**cases, **further}, tolerance_for(recipe.precision), paths)
 
 
 def validate(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -212,6 +214,31 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise WriteError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def read_regular(path: Path, most: int, *, follow: bool = True) -> bytes:
+    """Return what is in a file that somebody else may have made.
+
+    Args:
+        path: the file.
+        most: how many bytes it may have.
+        follow: whether it may be a link.
+
+    Raises:
+        OSError: if it cannot be read, is no plain file (a pipe may never end), is too large, or a link that may be
+            none; its `strerror` says which.
+    """
+    if not follow and path.is_symlink():
+        raise OSError(errno.ELOOP, "it is a link", str(path))
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with os.fdopen(os.open(path, flags | (0 if follow else getattr(os, "O_NOFOLLOW", 0))), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is no plain file", str(path))
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
+    return data
 
 
 def write_whole(path: Path, data: bytes, mode: int | None = None) -> None:

@@ -96,7 +96,15 @@ def read_json(path: Path, largest: int = LARGEST_JSON, *, unicode: bool = False)
         FileNotFoundError: if there is no file.
         ReadingError: if it cannot be read, is no JSON, or holds more than anybody's files do.
     """
-    data = read_bytes(path, largest)
+    return parse_json(read_bytes(path, largest), unicode=unicode)
+
+
+def parse_json(data: bytes, *, unicode: bool = False) -> Any:
+    """Read JSON from bytes; `read_json` says how.
+
+    Raises:
+        ReadingError: if they are no JSON, or hold more than anybody's files do.
+    """
     # Each value but the first stands behind one of these; commas in texts are few.
     if sum(map(data.count, (b",", b"[", b"{"))) > LARGEST_VALUES:
         raise ReadingError(f"it holds more than {LARGEST_VALUES:,} values")

@@ -20,6 +20,7 @@ from quartermap_deploy.bundle import (
     verify_file,
     write_json,
 )
+from quartermap_deploy.carried import carried_libraries
 from quartermap_deploy.compiler import check_target
 from quartermap_deploy.errors import BundleError, UnknownNameError
 from quartermap_deploy.plain_text import command
@@ -38,7 +39,7 @@ def rebuild_bundle(
     plugin: Path | None = None,
     progress: Progress = SILENT,
 ) -> Bundle:
-    """Make engines of a bundle again from its portable model.
+    """Make engines of a bundle again from its portable model. A signature of the bundle goes, as the bundle changes.
 
     Args:
         path: the bundle. Its engines may be damaged or missing; its other files must be whole.
@@ -78,12 +79,10 @@ def rebuild_bundle(
         check_target(dataclasses.replace(recipe, targets=(name,), engine=chosen[name]), name, module)
     made = {engines[name] for name in names if name in engines}
     with new_bundle(folder, force=True) as draft:
-        files = _copied(folder, draft, {n: e for n, e in manifest["files"].items() if n not in made})
+        files = copy_files(folder, draft, {n: e for n, e in manifest["files"].items() if n not in made})
         for name, module in modules.items():
             with progress.step(f"building for {name}"):
-                entry = module.build(
-                    draft / MODEL, draft, chosen[name].with_cache_beside(folder), progress=progress
-                )
+                entry = module.build(draft / MODEL, draft, chosen[name], progress=progress)
             proved = prove_engine(
                 name,
                 module,
@@ -97,6 +96,11 @@ def rebuild_bundle(
             )
             entries[name] = {**entry, **proved}
             files[entry["file"]] = describe_file(draft / entry["file"])
+        # Carried for an engine that is no more.
+        for library in carried_libraries({"targets": entries, "files": files}):
+            if not library.targets:
+                (draft / library.name).unlink()
+                del files[library.name]
         manifest["files"] = dict(sorted(files.items()))
         write_json(draft / MANIFEST, manifest)
         bundle = load_bundle(draft)
@@ -116,7 +120,7 @@ def _options(manifest: dict[str, Any], entry: dict[str, Any] | None) -> EngineOp
     return EngineOptions.from_dict((entry or {}).get("options", manifest["recipe"].get("engine", {})))
 
 
-def _copied(folder: Path, draft: Path, files: dict[str, Any]) -> dict[str, Any]:
+def copy_files(folder: Path, draft: Path, files: dict[str, Any]) -> dict[str, Any]:
     """Copy files of a bundle that are what its manifest says; returns what it says."""
     for name, expected in files.items():
         verify_file(folder, name, expected)

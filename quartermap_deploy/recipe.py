@@ -226,7 +226,7 @@ class Recipe:
                 fields["preprocessing"] = dict(entries)
                 continue
             if table == "engine":
-                fields["engine"] = EngineOptions.from_dict(_beside(entries, folder))
+                fields["engine"] = EngineOptions.from_dict(entries)
                 continue
             for key, value in entries.items():
                 _require_known(f"key in [{table}]", key, list(_TABLES[table]))
@@ -263,11 +263,8 @@ class Recipe:
             document["preprocessing"] = dict(self.preprocessing)
         if self.module is not None:
             document["module"] = self._module_table(folder)
-        options = {key: value for key, value in engine.items() if value != usual[key]}
-        options |= {
-            key: path for key in ("plugin", "cache") if (path := getattr(self.engine, key)) is not None
-        }
-        if options:
+        # Neither the plugin nor a cache, which no file decides.
+        if options := {key: value for key, value in engine.items() if value != usual[key]}:
             document["engine"] = options
         order = [
             "model",
@@ -334,14 +331,6 @@ def _toml(value: Any, folder: Path) -> str:
 
 def _is_list(value: object) -> bool:
     return isinstance(value, (list, tuple))
-
-
-def _beside(entries: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Engine options whose paths are relative to the folder of the recipe."""
-    return {
-        key: folder / value if key in ("plugin", "cache") and isinstance(value, str) else value
-        for key, value in entries.items()
-    }
 
 
 def _require_known(kind: str, name: str, known: list[str]) -> None:

@@ -674,7 +674,7 @@ def test_a_missing_or_another_plugin_is_refused(
     assert "no plugin library" in refused(place, bundle, "-o", "repository", "--plugin", place / "lost.so")
     (place / "other.so").write_bytes(b"another one")
     message = refused(place, bundle, "-o", "repository", "--plugin", place / "other.so")
-    assert "is another library" in message
+    assert "found another library" in message
     plain = with_engine(dynamic, place / "plain")
     assert "needs no plugin" in refused(place, plain, "-o", "repository", "--plugin", plugin)
     message = refused(place, dynamic, "-o", "repository", "--plugin", plugin)

@@ -54,11 +54,19 @@ class OnnxRuntimeSession(Session):
         Floating-point values are float32, or float16 where the model was exported with io = "same".
 
         Raises:
-            InputError: if an input is missing, unknown, or of another type or shape than the model takes.
+            InputError: if an input is missing, unknown, or of another type or shape than the model takes, or holds
+                values that it cannot take, such as numbers of words that are not there.
         """
+        from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+
         check_feeds(self.inputs, feeds)
         self._rules.check({name: array.shape for name, array in feeds.items()})
-        found = self._session.run(None, dict(feeds))
+        try:
+            found = self._session.run(None, dict(feeds))
+        except InvalidArgument as error:
+            raise InputError(
+                f"the model cannot take these values: {' '.join(str(error).split())[:300]}"
+            ) from error
         return {item.name: value for item, value in zip(self.outputs, found, strict=True)}
 
 

@@ -51,7 +51,6 @@ from quartermap_deploy.targets.tensorrt.objects import (
     require_gpu,
 )
 from quartermap_deploy.targets.tensorrt.options import (
-    CACHE_FOLDER,
     EngineOptions,
     ModelShapes,
     named_shapes,
@@ -96,6 +95,7 @@ def build_engine(
     Raises:
         MissingDependencyError: if TensorRT is absent or its version is not supported.
         InputError: if the profiles do not fit the model or exclude an example.
+        TrustError: if others could write to the cache.
         EngineError: if there is no GPU where one is needed, the parser refuses a node, the build fails, or the engine
             is not what the graph says. Nothing is written then.
     """
@@ -123,7 +123,7 @@ def build_engine(
             built.set_shape(name, *ranges)
         if config.add_optimization_profile(built) < 0:
             raise InputError(f"{flavour.title} refuses the profile {profile}: {last_error(logger)}")
-    timing = TimingCache(config, flavour, options.cache or Path(directory).parent / CACHE_FOLDER, key)
+    timing = TimingCache(config, flavour, options.cache, key)
 
     phases = Phases(progress)
     monitor = make_monitor(trt, phases)
