@@ -45,7 +45,7 @@ _SEARCHED = 1 << 20
 _LISTED = 5
 _LONGEST = 200
 """Characters of a name in a message."""
-_LARGEST_HEADER = 16 << 20
+_LARGEST_HEADER = 8 << 20
 """Bytes of the header of a safetensors file; a tensor takes about a hundred."""
 _MOST_WRAPPERS, _MOST_PREFIXES = 64, 8
 """Dictionaries that are looked through for a state dict, and names that are taken off the front of keys."""

@@ -34,7 +34,7 @@ def require_matplotlib() -> None:
         MissingDependencyError: if it is not.
     """
     try:
-        if "matplotlib" not in sys.modules:
+        if sys.modules.get("matplotlib") is None:
             with _in_an_empty_folder():
                 import matplotlib  # noqa: F401
     except ImportError as error:
