@@ -39,13 +39,13 @@ typecheck: $(STAMP) ## mypy, strict, on the package
 	@$(RUN) -m mypy
 
 pytest: $(STAMP) ## the tests alone; PYTEST_FLAGS="-k scan" chooses some
-	@$(ONE_THREAD) $(RUN) -m pytest -q -n $(WORKERS) $(PYTEST_FLAGS)
+	@$(ONE_THREAD) $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_FLAGS)
 
 test-server: $(STAMP) ## the server in another Python, without torch: make test-server SERVER_PYTHON=python3.13
 	@$(SERVER_PYTHON) -m venv --clear build/server
 	build/server/bin/pip install --disable-pip-version-check -q -c constraints.txt -r tests/server_requirements.txt
 	@$(ONE_THREAD) PYTHONPATH="$(CURDIR)" QUARTERMAP_SERVER_PYTHON="$(CURDIR)/build/server/bin/python" \
-		$(RUN) -m pytest -q -n $(WORKERS) $(PYTEST_FLAGS) $(SERVER_TESTS)
+		$(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_FLAGS) $(SERVER_TESTS)
 
 fuzz: $(STAMP) ## damage what strangers may send in many more ways, for an hour or so: make fuzz FUZZ_EXAMPLES=20000
 	@$(ONE_THREAD) QUARTERMAP_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(RUN) -m pytest -q --durations=0 -n $(WORKERS) --dist loadfile \
