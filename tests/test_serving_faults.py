@@ -156,7 +156,7 @@ def test_paths_that_lead_nowhere(server: Served, method: str, path: str, status:
 
 def test_a_body_over_the_limit_is_refused_before_it_is_read(server: Served, bystander: Bystander) -> None:
     with server.connect() as connection:
-        head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {10**12}\r\n\r\n"
+        head = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {10**12}\r\n\r\n"
         connection.sendall(head.encode())
         answer = connection.recv(65536)
     assert b" 413 " in answer and b"at most 2,097,152 bytes" in answer
@@ -210,7 +210,7 @@ def test_other_compressions_than_tritons_are_refused(server: Served) -> None:
 def test_a_bomb_is_not_unpacked_beyond_the_limit(server: Served) -> None:
     """4 GiB in 4 MB, on the connection of a client that sends on and on: everybody else is answered meanwhile."""
     bomb = gzip.compress(bytes(64 << 20)) * 64
-    head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n"
     with server.connect() as connection:
         connection.sendall(head.encode())
 
@@ -237,7 +237,7 @@ def test_a_bomb_is_not_unpacked_beyond_the_limit(server: Served) -> None:
 
 def test_broken_chunks_are_refused(server: Served) -> None:
     with server.connect() as connection:
-        head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nnot a length\r\n"
+        head = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nnot a length\r\n"
         connection.sendall(head.encode())
         assert b" 400 " in connection.recv(65536)
 
@@ -245,7 +245,7 @@ def test_broken_chunks_are_refused(server: Served) -> None:
 def test_broken_chunks_do_not_fill_the_log(server: Served) -> None:
     """They were errors of the server in its log, one for each."""
     before, begin = len(server.events), time.monotonic()
-    head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    head = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
     for _ in range(60):
         with server.connect() as connection:
             connection.sendall(head + b"not a length\r\n")
@@ -274,7 +274,7 @@ def test_broken_chunks_do_not_fill_the_log(server: Served) -> None:
 )
 def test_what_the_library_below_refuses_is_json_too(server: Served, request_line: str, status: int) -> None:
     with server.connect() as connection:
-        connection.sendall(f"{request_line}\r\nHost: x\r\n\r\n".encode())
+        connection.sendall(f"{request_line}\r\nHost: localhost\r\n\r\n".encode())
         received = b""
         while part := connection.recv(65536):
             received += part
@@ -307,7 +307,7 @@ def test_slow_senders_get_an_answer_in_time_and_hold_up_nobody(server: Served, b
     with contextlib.ExitStack() as stack:
         connections = [stack.enter_context(server.connect()) for _ in range(20)]
         head = (
-            f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+            f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
             f"Inference-Header-Content-Length: {length}\r\n\r\n"
         )
         start = time.monotonic()
@@ -345,7 +345,7 @@ def test_slow_senders_give_way_to_others() -> None:
         channel = stack.enter_context(grpc.insecure_channel(server.grpc))
         call = channel.stream_unary("/inference.GRPCInferenceService/ModelInfer")
         pending = [call.future(nothing()) for _ in range(90)]
-        head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
+        head = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
         senders = []
         for _ in range(3):
             sender = stack.enter_context(server.connect())
@@ -398,7 +398,7 @@ def test_idle_connections_give_way_when_there_are_no_files_left_for_more() -> No
 def test_half_sent_bodies_and_clients_that_go_away(server: Served, bystander: Bystander) -> None:
     body, length = infer_body(np.repeat(bystander.images, 8, axis=0))
     head = (
-        f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+        f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
         f"Inference-Header-Content-Length: {length}\r\n\r\n"
     ).encode()
     whole = head + body
@@ -559,7 +559,8 @@ def test_a_full_queue_is_said_with_the_time_to_come_back(server: Served) -> None
             break
     assert {status for status, _, _ in answers} == {200, 503}
     assert all(headers["retry-after"] == "1" for _, headers, _ in refused)
-    assert "at most 16 do" in message_of(refused[0][2])
+    # Where others were quicker, some found no memory instead.
+    assert any("at most 16 do" in message_of(body) for _, _, body in refused)
 
 
 # Images ---------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ _OTHER_VALUES = 1000
 """Most values in the JSON that are none of the inputs' values."""
 
 
-def parse_request(body: bytes, header_length: str | None, model: Description) -> InferRequest:
+def parse_request(body: bytes | bytearray, header_length: str | None, model: Description) -> InferRequest:
     """Read the body of an inference request.
 
     Args:
@@ -80,7 +80,7 @@ def check_json(length: int, model: Description) -> None:
         )
 
 
-def _check_values(text: bytes, model: Description) -> None:
+def _check_values(text: bytes | bytearray, model: Description) -> None:
     """Check that there are not many more values in the JSON than the model has a use for, before they become objects.
 
     Parsing holds up everybody else, and makes hundreds of bytes of some bytes; counting does neither.
@@ -135,7 +135,7 @@ def _header_length(text: str | None, available: int) -> int:
     return int(text)
 
 
-def _json(text: bytes) -> dict[str, Any]:
+def _json(text: bytes | bytearray) -> dict[str, Any]:
     try:
         head = json.loads(text)
     except (ValueError, RecursionError) as error:

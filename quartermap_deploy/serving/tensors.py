@@ -178,7 +178,7 @@ def from_values(spec: TensorSpec, shape: tuple[int, ...], values: NDArray[Any]) 
         return _finite(spec.name, values.astype(element).reshape(shape))
 
 
-def from_strings(spec: TensorSpec, shape: tuple[int, ...], strings: Sequence[bytes]) -> NDArray[Any]:
+def from_strings(spec: TensorSpec, shape: tuple[int, ...], strings: Sequence[bytes | bytearray]) -> NDArray[Any]:
     """Read strings.
 
     Raises:
@@ -229,11 +229,12 @@ def _finite(name: str, values: NDArray[Any]) -> NDArray[Any]:
     return values
 
 
-def _strings(strings: Iterable[bytes], shape: tuple[int, ...]) -> NDArray[Any]:
-    # Made empty first: NumPy would look into the strings, and drop the zeros at their ends.
+def _strings(strings: Iterable[bytes | bytearray], shape: tuple[int, ...]) -> NDArray[Any]:
+    # One by one: NumPy would look into the strings, and drop the zeros at their ends.
     items = list(strings)
     values = np.empty(len(items), dtype=object)
-    values[:] = items
+    for place, item in enumerate(items):
+        values[place] = item
     return values.reshape(shape)
 
 
