@@ -237,7 +237,9 @@ def test_a_bomb_is_not_unpacked_beyond_the_limit(server: Served) -> None:
 
 def test_broken_chunks_are_refused(server: Served) -> None:
     with server.connect() as connection:
-        head = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nnot a length\r\n"
+        head = (
+            f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nnot a length\r\n"
+        )
         connection.sendall(head.encode())
         assert b" 400 " in connection.recv(65536)
 

@@ -22,6 +22,7 @@ from quartermap_deploy.machine import usable_cores
 from quartermap_deploy.serving.bodies import Budget
 from quartermap_deploy.serving.images import ImageFile
 from quartermap_deploy.serving.pixel_data import Buffer
+from quartermap_deploy.serving.refusal import Refusal
 
 Result = TypeVar("Result")
 
@@ -149,6 +150,8 @@ class _Lane:
             future, work = job
             try:
                 result = work()
+            except Refusal as refusal:
+                future.set_exception(refusal.bare())
             except BaseException as error:
                 future.set_exception(error)
             else:

@@ -8,6 +8,7 @@ refused as soon as it is there, and not once the rest of the body is.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes
 
@@ -57,7 +58,8 @@ class FormReader:
         self._most, self._parts = most_parts, 0
         # The first line of a form has nothing before it, and is read as if it had.
         self._buffer = bytearray(b"\r\n")
-        self._read = self._start
+        # A plain function: a bound method would keep the form, and all of its files, until Python's collector comes by.
+        self._read: Callable[[FormReader], bool] = FormReader._start
         self._content: bytearray | None = None
 
     def feed(self, data: bytes) -> None:
@@ -67,7 +69,7 @@ class FormReader:
             Refusal: if they do not go on with a form, or it is over a limit.
         """
         self._buffer += data
-        while self._read():
+        while self._read(self):
             pass
 
     def end(self) -> list[FormFile]:
@@ -76,7 +78,7 @@ class FormReader:
         Raises:
             Refusal: if the form is not whole, or has none.
         """
-        if self._read != self._over:
+        if self._read is not FormReader._over:
             raise invalid("the form ends before its last boundary")
         if not self.files:
             raise invalid("the form has no file; send it as a part with a filename")
@@ -90,7 +92,7 @@ class FormReader:
                 return False
         elif self._buffer.startswith(self._mark):
             del self._buffer[: len(self._mark)]
-            self._read = self._head
+            self._read = FormReader._head
             return True
         raise invalid("the form does not begin with the boundary that its Content-Type names")
 
@@ -98,7 +100,7 @@ class FormReader:
         """The line of a boundary, and the headers behind it."""
         if self._buffer[:2] == b"--":
             del self._buffer[:2]
-            self._read = self._over
+            self._read = FormReader._over
             return True
         end = self._buffer.find(b"\r\n\r\n", 0, MOST_HEADERS)
         if end < 0:
@@ -122,7 +124,7 @@ class FormReader:
         if name is not None:
             self._content = bytearray()
             self.files.append(FormFile(name, self._content))
-        self._read = self._body
+        self._read = FormReader._body
         return True
 
     def _body(self) -> bool:
@@ -137,7 +139,7 @@ class FormReader:
             del self._buffer[:end]
             return False
         del self._buffer[: found + len(self._mark)]
-        self._read = self._head
+        self._read = FormReader._head
         return True
 
     def _over(self) -> bool:

@@ -28,6 +28,7 @@ from quartermap_deploy.serving.forms import FIELDS, FORM, FormFile, FormReader
 from quartermap_deploy.serving.grpc_api import EXTENSIONS, SERVER_NAME
 from quartermap_deploy.serving.logs import EventLog
 from quartermap_deploy.serving.models import VERSION, ImageModel, ServedModel, infer
+from quartermap_deploy.serving.pace import PacedTransport
 from quartermap_deploy.serving.page import Page
 from quartermap_deploy.serving.refusal import NOT_LOGGED, Refusal, invalid
 from quartermap_deploy.serving.requests import InferRequest, RequestedOutput
@@ -110,6 +111,9 @@ class HttpApi:
 
         @web.middleware
         async def answering(request: web.Request, handler: Handler) -> web.StreamResponse:
+            transport = request.transport
+            if isinstance(transport, PacedTransport):
+                transport.speed_up()
             try:
                 self._callers.check(request.method, request.path, request.headers)
                 response = await handler(request)
@@ -127,6 +131,9 @@ class HttpApi:
             except Exception as error:
                 self._log.error("defect", protocol="http", path=request.path[:200], error=repr(error)[:1000])
                 response = self._error(request, 500, "a defect of the server; its log says more")
+            if response.status >= 400 and isinstance(transport, PacedTransport):
+                # What is left of the body is read and thrown away.
+                transport.slow_down()
             response.headers["X-Content-Type-Options"] = "nosniff"
             response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
             if not self._state.ready:
@@ -278,6 +285,8 @@ class HttpApi:
         arrived = time.monotonic_ns()
         with self._state.request():
             require_path(self._plan, path)
+            if isinstance(request.transport, PacedTransport):
+                request.transport.slow_down()
             model = next(model for model in self._state.models.values() if isinstance(model, ImageModel))
             (spec,), output = model.description.inputs, model.description.outputs[0].name
             try:

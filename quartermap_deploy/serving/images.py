@@ -80,6 +80,7 @@ class ImageFile:
                 f"has {width} x {height} pixels, which take {held / 1e6:,.0f} MB to decode and resize, at most "
                 f"{MOST_HELD / 1e6:,.0f} are taken; send a smaller one, not progressive and no strip"
             )
+        found.check()
         return found, resized
 
     def _prepare(self) -> NDArray[np.float32]:

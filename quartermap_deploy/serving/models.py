@@ -214,8 +214,9 @@ class ImageModel:
             try:
                 return np.stack(await asyncio.gather(*jobs)).astype(self._type, copy=False)
             finally:
-                for job in jobs:
-                    job.cancel()
+                # A job that failed holds its error, which holds what is here: that circle would hold the files.
+                while jobs:
+                    jobs.pop().cancel()
         finally:
             self._decoding -= len(files)
 

@@ -21,7 +21,7 @@ Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8"
-FEW, LEAST = 4096, 512
+FEW, LEAST = 2048, 4096
 """Parts that any file may have, and bytes that each further one has on the average: each is a step in Python."""
 MOST_SCANS = 500
 """Passes over the pixels of a JPEG; a progressive one has about 10."""
@@ -29,12 +29,16 @@ SCANNED = 1_000_000_000
 """Most passes times pixels, which is what decoding takes the time for: about a second."""
 MOST_READ = 1 << 20
 """Bytes that are copied at once."""
-_WINDOW = 1 << 18
+_WINDOW = 1 << 16
 """Bytes that are looked through at once, before other threads have their turn."""
 _PNG_KEPT = {b"IHDR": 13, b"PLTE": 768, b"tRNS": 256}
 """Parts of a PNG that say what its pixels mean, and the bytes that each has at most."""
 _PNG_PIXEL = {0: 1, 2: 4, 3: 1, 4: 4, 6: 4}
 """Bytes of a pixel in Pillow, by colour type."""
+MOST_FILLING = 16
+"""Bytes of filling before a marker, of which libjpeg wants to see all at once: Pillow hands it all of them again with
+each further block, so that a file of nothing else is read for hours."""
+_FILLING = b"\xff" * MOST_FILLING
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _FRAMES = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)
 """Markers of frames that libjpeg decodes: sequential and progressive ones, each with one of two codes."""
@@ -58,12 +62,27 @@ class PixelData:
         width: in pixels.
         height: likewise.
         held: bytes in memory while it is decoded.
+        coded: of a JPEG, what follows the head of its first scan.
+        several: whether there may be more than one scan.
     """
 
     parts: tuple[Buffer, ...]
     width: int
     height: int
     held: int
+    coded: memoryview | None = None
+    several: bool = False
+
+    def check(self) -> None:
+        """Look through what is coded, which takes longer than reading the headers does, the longer the file is.
+
+        Raises:
+            DamagedError: if decoding it takes longer than its pixels are worth.
+        """
+        if self.coded is not None:
+            _check_filling(self.coded)
+            if self.several:
+                _check_scans(self.coded, max(1, min(MOST_SCANS, SCANNED // (self.width * self.height))))
 
     def open(self) -> io.RawIOBase:
         """Return it as a file."""
@@ -71,10 +90,10 @@ class PixelData:
 
 
 def pixel_data(data: Buffer) -> PixelData:
-    """Step through a file; nothing is decoded, and nothing but some headers copied.
+    """Step through the headers of a file; nothing is decoded, and nothing copied.
 
     Raises:
-        DamagedError: if it is no JPEG or PNG, or one whose decoding takes more time than its pixels are worth.
+        DamagedError: if it is no JPEG or PNG, or one that nobody would write.
     """
     view = memoryview(data)
     try:
@@ -149,14 +168,15 @@ def _jpeg(view: memoryview) -> PixelData:
     frame: _Frame | None = None
     for marker, start, end in _segments(view):
         if marker == _START_OF_SCAN and frame is not None:
-            scans = _scans(view, end, frame.width * frame.height)
-            several = frame.progressive or scans > 1 or view[start] < frame.components
+            several = frame.progressive or view[start] < frame.components
             held = frame.width * frame.height * (1 if frame.components == 1 else 4)
             return PixelData(
                 (*parts, view[start - 4 :]),
                 frame.width,
                 frame.height,
                 held + several * frame.coefficients,
+                view[end:],
+                several,
             )
         if marker in _FRAMES:
             if frame is not None:
@@ -201,17 +221,19 @@ def _frame(segment: memoryview, progressive: bool) -> _Frame:
     return _Frame(width, height, count, coefficients, progressive)
 
 
-def _scans(view: memoryview, position: int, pixels: int) -> int:
-    """Count the scans of a JPEG.
+def _check_filling(view: memoryview) -> None:
+    for position in range(0, len(view), _WINDOW):
+        if _FILLING in bytes(view[position : position + _WINDOW + MOST_FILLING]):
+            raise DamagedError(f"has {MOST_FILLING} bytes of filling in a row")
 
-    Raises:
-        DamagedError: if there are so many that decoding them takes longer than the pixels are worth.
-    """
-    scans, most = 1, max(1, min(MOST_SCANS, SCANNED // pixels))
+
+def _check_scans(view: memoryview, most: int) -> None:
+    """Count the scans behind the first one."""
+    scans, position = 1, 0
     for _ in range(FEW):
         marker, position = _next_marker(view, position)
         if marker in (None, _END):
-            return scans
+            return
         (length,) = struct.unpack_from(">H", view, position) if position + 2 <= len(view) else (2,)
         position += length
         scans += marker == _START_OF_SCAN

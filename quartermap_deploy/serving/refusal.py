@@ -31,6 +31,10 @@ class Refusal(Exception):
         super().__init__(message)
         self.status, self.message, self.retry_after = status, message, retry_after
 
+    def bare(self) -> Refusal:
+        """Return the same without what led to it: its traceback holds the request, and Python holds tracebacks long."""
+        return Refusal(self.status, self.message, self.retry_after)
+
     @property
     def grpc_code(self) -> str:
         """Name of the status code of gRPC."""

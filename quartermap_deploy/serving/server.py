@@ -30,6 +30,7 @@ from quartermap_deploy.serving.grpc_api import CONCURRENT, GrpcApi
 from quartermap_deploy.serving.http_api import HttpApi
 from quartermap_deploy.serving.images import MOST_HELD
 from quartermap_deploy.serving.logs import EventLog
+from quartermap_deploy.serving.memory import give_back_large_blocks
 from quartermap_deploy.serving.models import VERSION, ImageModel, ServedModel, TensorModel
 from quartermap_deploy.serving.options import ServeOptions
 from quartermap_deploy.serving.startup import Plan, Sessions, check_golden, make_plan, open_sessions
@@ -88,6 +89,7 @@ def serve(
     plan = make_plan(bundle, options)
     from PIL import Image
 
+    give_back_large_blocks()
     before = sys.getswitchinterval(), Image.MAX_IMAGE_PIXELS
     sys.setswitchinterval(SWITCH_INTERVAL)
     # The limit of `serving.images` is lower, and says so.

@@ -178,7 +178,9 @@ def from_values(spec: TensorSpec, shape: tuple[int, ...], values: NDArray[Any]) 
         return _finite(spec.name, values.astype(element).reshape(shape))
 
 
-def from_strings(spec: TensorSpec, shape: tuple[int, ...], strings: Sequence[bytes | bytearray]) -> NDArray[Any]:
+def from_strings(
+    spec: TensorSpec, shape: tuple[int, ...], strings: Sequence[bytes | bytearray]
+) -> NDArray[Any]:
     """Read strings.
 
     Raises:
