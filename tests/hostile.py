@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,10 +20,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
-from served import Served
+from served import Served, ask
 
 MIB = 1 << 20
 CLIENTS = 6
+"""Hostile clients at a time."""
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
@@ -30,12 +32,17 @@ def chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def png(width: int, height: int, *between: bytes, color: int = 2, depth: int = 8, level: int = 6) -> bytes:
+def zeros(size: int) -> bytes:
+    """So many zeros, packed."""
+    packer, block = zlib.compressobj(1), bytes(MIB)
+    parts = [packer.compress(block[: min(MIB, size - start)]) for start in range(0, size, MIB)]
+    return b"".join(parts) + packer.flush()
+
+
+def png(width: int, height: int, *between: bytes, color: int = 2, depth: int = 8) -> bytes:
     """A PNG of zeros, with further chunks before its pixels."""
     samples = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color]
-    packer = zlib.compressobj(level)
-    row = bytes(1 + (width * samples * depth + 7) // 8)
-    data = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    data = zeros(height * (1 + (width * samples * depth + 7) // 8))
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
     palette = chunk(b"PLTE", bytes(768)) if color == 3 else b""
     pixels = chunk(b"IDAT", data)
@@ -57,7 +64,7 @@ def segment(marker: int, content: bytes) -> bytes:
 def text_bomb(kind: bytes, size: int = 300 * MIB) -> bytes:
     """A PNG whose text, or profile, unpacks to so many bytes."""
     head = {b"zTXt": b"x\0\0", b"iTXt": b"x\0\1\0\0\0", b"iCCP": b"x\0\0"}[kind]
-    return png(8, 8, chunk(kind, head + zlib.compress(bytes(size), 9)))
+    return png(8, 8, chunk(kind, head + zeros(size)))
 
 
 def comment_bomb(size: int) -> bytes:
@@ -106,6 +113,7 @@ TIFF = b"II*\0\x08\0\0\0" + struct.pack("<H", 60_000) + struct.pack("<HHII", 256
 def images() -> dict[str, Callable[[], bytes]]:
     """Image files that take much of something, or try to, by what they do."""
     return {
+        "(a plain PNG)": lambda: png(8, 8),
         "PNG of 2^31 x 2^31": lambda: png(8, 8).replace(struct.pack(">II", 8, 8), b"\x7f\xff\xff\xff" * 2),
         "PNG, 50 million pixels": lambda: png(7071, 7071),
         "PNG, 50 million, transparent": lambda: png(7071, 7071, color=6),
@@ -177,38 +185,58 @@ class Hostile:
     """Clients in a process of their own that send requests, each again and again, as soon as the last was answered."""
 
     def __init__(self, server: Served, *names: str, clients: int = CLIENTS) -> None:
-        """Name the attacks; without a name all of them, each client beginning with another one."""
-        self._command = [sys.executable, __file__, str(server.port), str(clients), *names]
+        """Start the process; without names for all attacks, of which each client begins with another one."""
+        command = [sys.executable, __file__, str(server.port), str(clients), *names]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.answers: Counter[str] = Counter()
+
+    def __enter__(self) -> Hostile:
+        assert self._said() == "ready"
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End them; `answers` has the statuses of the answers then, 0 where there was none."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.answers.update(json.loads(self._said()))
+        self.process.wait(60)
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """While open, they send; `answers` has the statuses of the answers then, 0 where there was none."""
-        process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert process.stdin is not None and process.stdout is not None
+        """While open, they send; outside of it they end what they are at."""
+        self._tell("go")
         try:
-            assert process.stdout.readline() == "ready\n"
             yield
         finally:
-            process.stdin.close()
-            self.answers.update(json.loads(process.stdout.read() or "{}"))
-            process.wait(60)
+            self._tell("stop")
+
+    def _said(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def _tell(self, word: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{word}\n")
+        self.process.stdin.flush()
 
 
 def work(port: int, clients: int, names: list[str]) -> None:
-    """Send until standard input ends, and print how many answers of each status there were."""
+    """Send while standard input says so, and print how many answers of each status there were when it ends."""
     known = attacks()
     requests = [known[name]() for name in names or known]
     answers: Counter[int] = Counter()
+    going = threading.Event()
 
     def client(number: int) -> None:
         for turn in itertools.count(number * len(requests) // clients):
+            going.wait()
             answers[send(port, requests[turn % len(requests)])] += 1
 
     for number in range(clients):
         threading.Thread(target=client, args=(number,), daemon=True).start()
     print("ready", flush=True)
-    sys.stdin.read()
+    for line in sys.stdin:
+        (going.set if line.strip() == "go" else going.clear)()
     print(json.dumps(answers), flush=True)
     os._exit(0)
 
@@ -224,6 +252,14 @@ def send(port: int, whole: bytes) -> int:
             connection.sendall(whole)
         received = connection.recv(4096)
     return int(received[9:12]) if received.startswith(b"HTTP/1.1 ") else 0
+
+
+def classify_seconds(server: Served, image: bytes) -> float:
+    """Classify an image file, as a client does that means no harm; returns how long it took."""
+    start = time.perf_counter()
+    status, _, answer = ask(server, "POST", "/classify", image, Content_Type="image/png")
+    assert status == 200, answer
+    return time.perf_counter() - start
 
 
 def peak_memory(process: int) -> int:

@@ -329,7 +329,10 @@ class HttpApi:
         async with self._receiving(request, share, self._max_body) as count:
             while data := await request.content.readany():
                 count(data)
+                start = time.perf_counter()
                 reader.feed(data)
+                if isinstance(request.transport, PacedTransport):
+                    request.transport.spend(time.perf_counter() - start)
             return reader.end()
 
     async def _body(self, request: web.Request, share: Share, most: int | None = None) -> bytearray:
