@@ -374,8 +374,8 @@ startup.OnnxRuntimeSession = Slow
 def upload(client: socket.socket) -> None:
     """Send an image to be classified, and wait until the server is at it."""
     file = file_of(digits(1)[0][0])
-    head = f"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: {len(file)}\r\n\r\n"
-    client.sendall(head.encode() + file)
+    head = "POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
+    client.sendall(f"{head}Content-Length: {len(file)}\r\n\r\n".encode() + file)
     time.sleep(1)
 
 
