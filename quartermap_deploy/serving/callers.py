@@ -43,9 +43,9 @@ class Callers:
 
         Args:
             host: what the server listens at.
-            allowed: further names of it, as `host_name` returns them, or `ANY`.
+            allowed: further names of it, or `ANY`.
         """
-        self._allowed = frozenset(allowed)
+        self._allowed = frozenset(host_name(name) or name for name in allowed)
         listens = host_name(host)
         self._names = self._allowed | {"localhost"} | ({listens} if listens else set())
 

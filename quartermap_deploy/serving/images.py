@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import IO, TYPE_CHECKING, TypeVar, cast
 
@@ -17,7 +16,7 @@ from quartermap_deploy.serving.pixel_data import Buffer, DamagedError, PixelData
 from quartermap_deploy.serving.refusal import invalid
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    pass
 
 Result = TypeVar("Result")
 
@@ -26,12 +25,16 @@ LARGEST = pixels.LARGEST
 """Most pixels of an image."""
 MOST_HELD = 4 * LARGEST + 8_000_000
 """Bytes in memory while an image is decoded and resized, at most: Pillow has four for each pixel."""
-STRIP = 1_000_000
-"""Pixels that are brought to the model's colours and width at once, where an image has more."""
+_COPIES = {"I;16": 10}
+"""Bytes of a pixel of the copies that are made of greys of many bits, at most; of other colours there is one copy."""
 
 
 class ImageFile:
-    """A file whose headers were read, and nothing else of it."""
+    """A file whose headers were read, and nothing else of it.
+
+    Attributes:
+        held: bytes in memory while it is decoded and resized.
+    """
 
     def __init__(self, data: Buffer, preprocessing: Preprocessing, place: int) -> None:
         """Read the headers.
@@ -45,15 +48,7 @@ class ImageFile:
             Refusal: if it is neither JPEG nor PNG, has too many pixels, itself or resized, or takes too much memory.
         """
         self._size, self._place, self._preprocessing = len(data), place, preprocessing
-        self._data, self._resized = self._guarded(lambda: self._open(data))
-
-    @property
-    def held(self) -> int:
-        """Bytes in memory while it is decoded and resized."""
-        # Resized in its width alone, it has all of its rows.
-        between = self._resized[0] * self._data.height * 4
-        strip = 4 * min(STRIP, self._data.width * self._data.height)
-        return self._data.held + between + strip
+        self._data, self.held = self._guarded(lambda: self._open(data))
 
     def prepare(self) -> NDArray[np.float32]:
         """Decode the file, and prepare it for the model; can be called once.
@@ -66,8 +61,8 @@ class ImageFile:
         """
         return self._guarded(self._prepare)
 
-    def _open(self, data: Buffer) -> tuple[PixelData, tuple[int, int]]:
-        """Return the pixels' data, and (width, height) of the resized image."""
+    def _open(self, data: Buffer) -> tuple[PixelData, int]:
+        """Return the pixels' data, and how many bytes are in memory while they are decoded and resized."""
         settings = self._preprocessing
         found = pixel_data(data)
         width, height = found.width, found.height
@@ -75,13 +70,24 @@ class ImageFile:
             raise DamagedError("has no pixels")
         pixels.check_size(width, height)
         resized = pixels.resized(width, height, settings.resize, stretch=settings.fit == "stretch")
-        if (held := found.held + resized[0] * height * 4) > MOST_HELD:
+        held = self._bytes_held(found, *resized)
+        if held > MOST_HELD:
             raise pixels.UnfitImageError(
                 f"has {width} x {height} pixels, which take {held / 1e6:,.0f} MB to decode and resize, at most "
                 f"{MOST_HELD / 1e6:,.0f} are taken; send a smaller one, not progressive and no strip"
             )
         found.check()
-        return found, resized
+        return found, held
+
+    def _bytes_held(self, data: PixelData, width: int, height: int) -> int:
+        """Return the bytes in memory for an image that is resized to a width and height."""
+        mode = pixels.MODES[self._preprocessing.color]
+        pixel = 1 if mode == "L" else 4
+        # To resize what has alpha, Pillow multiplies the colours by it.
+        copy = _COPIES.get(data.mode, 0 if data.mode == mode != "RGBA" else pixel)
+        # Resized along one axis alone; which one comes first is Pillow's affair.
+        between = pixel * max(width * data.height, data.width * height)
+        return data.image + max(data.coefficients, copy * data.width * data.height) + between
 
     def _prepare(self) -> NDArray[np.float32]:
         from PIL import Image
@@ -89,33 +95,11 @@ class ImageFile:
         with Image.open(cast("IO[bytes]", self._data.open()), formats=FORMATS) as image:
             if image.size != (self._data.width, self._data.height):
                 raise DamagedError("says two sizes")
-            image.load()
-            narrowed, settings = image, self._preprocessing
-            if image.width * image.height > STRIP:
-                narrowed = self._narrowed(image)
+            decoded = open_image(image, self._preprocessing.color)
+            if decoded is not image:
                 image.close()
-                width, height = self._resized
-                settings = dataclasses.replace(settings, resize=(height, width), fit="stretch")
-            prepared: NDArray[np.float32] = prepare([narrowed], settings)[0]
+            prepared: NDArray[np.float32] = prepare([decoded], self._preprocessing)[0]
         return prepared
-
-    def _narrowed(self, image: Image) -> Image:
-        """Bring an image to the model's colours and to its resized width, strip by strip.
-
-        Pillow resizes the width first, row by row, and rounds to whole numbers before it resizes the height; so what
-        comes of both is the same as at once, and the image is never in memory twice.
-        """
-        from PIL import Image as pillow
-
-        settings = self._preprocessing
-        width, rows = self._resized[0], max(1, STRIP // image.width)
-        interpolation = pillow.Resampling[settings.interpolation.upper()]
-        whole = pillow.new(pixels.MODES[settings.color], (width, image.height))
-        for top in range(0, image.height, rows):
-            bottom = min(top + rows, image.height)
-            strip = open_image(image.crop((0, top, image.width, bottom)), settings.color)
-            whole.paste(strip.resize((width, bottom - top), interpolation), (0, top))
-        return whole
 
     def _guarded(self, work: Callable[[], Result]) -> Result:
         """Do something with the file, and make what Pillow raises a refusal."""

@@ -33,8 +33,12 @@ _WINDOW = 1 << 16
 """Bytes that are looked through at once, before other threads have their turn."""
 _PNG_KEPT = {b"IHDR": 13, b"PLTE": 768, b"tRNS": 256}
 """Parts of a PNG that say what its pixels mean, and the bytes that each has at most."""
-_PNG_PIXEL = {0: 1, 2: 4, 3: 1, 4: 4, 6: 4}
-"""Bytes of a pixel in Pillow, by colour type."""
+_PNG_MODES = {0: "L", 2: "RGB", 3: "P", 4: "LA", 6: "RGBA"}
+"""Pillow's names of the colours, by colour type."""
+_JPEG_MODES = {1: "L", 3: "RGB", 4: "CMYK"}
+"""Likewise, by the number of colours."""
+_BYTES = {"L": 1, "P": 1, "I;16": 2}
+"""Bytes of a pixel in Pillow; 4 where it is none of these."""
 MOST_FILLING = 16
 """Bytes of filling before a marker, of which libjpeg wants to see all at once: Pillow hands it all of them again with
 each further block, so that a file of nothing else is read for hours."""
@@ -61,7 +65,8 @@ class PixelData:
         parts: the file, without what is no pixel: pieces of it, one behind the other.
         width: in pixels.
         height: likewise.
-        held: bytes in memory while it is decoded.
+        mode: Pillow's name of its colours.
+        coefficients: bytes in memory that decoding takes beside the pixels.
         coded: of a JPEG, what follows the head of its first scan.
         several: whether there may be more than one scan.
     """
@@ -69,9 +74,15 @@ class PixelData:
     parts: tuple[Buffer, ...]
     width: int
     height: int
-    held: int
+    mode: str
+    coefficients: int = 0
     coded: memoryview | None = None
     several: bool = False
+
+    @property
+    def image(self) -> int:
+        """Bytes of its pixels in Pillow."""
+        return self.width * self.height * _BYTES.get(self.mode, 4)
 
     def check(self) -> None:
         """Look through what is coded, which takes longer than reading the headers does, the longer the file is.
@@ -124,12 +135,12 @@ def _png(view: memoryview) -> PixelData:
     if b"IHDR" not in kept or next(iter(kept)) != b"IHDR" or not pixels:
         raise DamagedError("has no pixels")
     width, height, depth, color = struct.unpack_from(">IIBB", kept[b"IHDR"], 8)
-    size = 2 if (color, depth) == (0, 16) else _PNG_PIXEL.get(color, 4)
+    mode = "I;16" if (color, depth) == (0, 16) else _PNG_MODES.get(color, "")
     length = sum(map(len, pixels))
     head = struct.pack(">I4s", length, b"IDAT")
     # Nobody looks at the check sum of pixels, which have another one in them.
     tail = b"\0\0\0\0" + b"\0\0\0\0IEND\xaeB`\x82" if whole else b""
-    return PixelData((PNG, *kept.values(), head, *pixels, tail), width, height, width * height * size)
+    return PixelData((PNG, *kept.values(), head, *pixels, tail), width, height, mode)
 
 
 def _chunks(view: memoryview) -> Iterator[tuple[bytes, int, int]]:
@@ -169,12 +180,12 @@ def _jpeg(view: memoryview) -> PixelData:
     for marker, start, end in _segments(view):
         if marker == _START_OF_SCAN and frame is not None:
             several = frame.progressive or view[start] < frame.components
-            held = frame.width * frame.height * (1 if frame.components == 1 else 4)
             return PixelData(
                 (*parts, view[start - 4 :]),
                 frame.width,
                 frame.height,
-                held + several * frame.coefficients,
+                _JPEG_MODES.get(frame.components, ""),
+                several * frame.coefficients,
                 view[end:],
                 several,
             )
