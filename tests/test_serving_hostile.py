@@ -16,7 +16,12 @@ MOST_MEMORY = 300_000_000
 HARMLESS = (
     *("(a plain PNG)", "PNG, 50 million pixels", "PNG, 25 million, transparent", "PNG, 16 million, 16 bits"),
     *("PNG, 4 million", "JPEG, 50 million", "JPEG, EXIF that repeats itself", "PNG, zTXt of 300 MB"),
-    *("PNG, iTXt of 300 MB", "PNG, iCCP of 300 MB", "PNG, 3,000 frames"),
+    *(
+        "PNG, iTXt of 300 MB",
+        "PNG, iCCP of 300 MB",
+        "PNG, 3,000 frames",
+        "JPEG, 16 million, CMYK, progressive",
+    ),
 )
 """Files that are images, whatever else is in them."""
 
