@@ -16,9 +16,11 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import hostile
 import numpy as np
 import pytest
 from deploy_bundles import dynamic_bundle
+from hostile import png, text_bomb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -107,12 +109,7 @@ def message_of(body: bytes) -> str:
 
 def peak_memory(server: Served) -> int:
     """The most bytes that the server has had in memory, as Linux tells."""
-    (line,) = [
-        line
-        for line in Path(f"/proc/{server.process.pid}/status").read_text().splitlines()
-        if "VmHWM" in line
-    ]
-    return int(line.split()[1]) * 1024
+    return hostile.peak_memory(server.process.pid)
 
 
 def infer_body(images: Array) -> tuple[bytes, str]:
@@ -156,7 +153,7 @@ def test_paths_that_lead_nowhere(server: Served, method: str, path: str, status:
 
 def test_a_body_over_the_limit_is_refused_before_it_is_read(server: Served, bystander: Bystander) -> None:
     with server.connect() as connection:
-        head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {10**12}\r\n\r\n"
+        head = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {10**12}\r\n\r\n"
         connection.sendall(head.encode())
         answer = connection.recv(65536)
     assert b" 413 " in answer and b"at most 2,097,152 bytes" in answer
@@ -210,7 +207,7 @@ def test_other_compressions_than_tritons_are_refused(server: Served) -> None:
 def test_a_bomb_is_not_unpacked_beyond_the_limit(server: Served) -> None:
     """4 GiB in 4 MB, on the connection of a client that sends on and on: everybody else is answered meanwhile."""
     bomb = gzip.compress(bytes(64 << 20)) * 64
-    head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n"
     with server.connect() as connection:
         connection.sendall(head.encode())
 
@@ -237,7 +234,9 @@ def test_a_bomb_is_not_unpacked_beyond_the_limit(server: Served) -> None:
 
 def test_broken_chunks_are_refused(server: Served) -> None:
     with server.connect() as connection:
-        head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nnot a length\r\n"
+        head = (
+            f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nnot a length\r\n"
+        )
         connection.sendall(head.encode())
         assert b" 400 " in connection.recv(65536)
 
@@ -245,7 +244,7 @@ def test_broken_chunks_are_refused(server: Served) -> None:
 def test_broken_chunks_do_not_fill_the_log(server: Served) -> None:
     """They were errors of the server in its log, one for each."""
     before, begin = len(server.events), time.monotonic()
-    head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    head = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
     for _ in range(60):
         with server.connect() as connection:
             connection.sendall(head + b"not a length\r\n")
@@ -274,7 +273,7 @@ def test_broken_chunks_do_not_fill_the_log(server: Served) -> None:
 )
 def test_what_the_library_below_refuses_is_json_too(server: Served, request_line: str, status: int) -> None:
     with server.connect() as connection:
-        connection.sendall(f"{request_line}\r\nHost: x\r\n\r\n".encode())
+        connection.sendall(f"{request_line}\r\nHost: localhost\r\n\r\n".encode())
         received = b""
         while part := connection.recv(65536):
             received += part
@@ -307,7 +306,7 @@ def test_slow_senders_get_an_answer_in_time_and_hold_up_nobody(server: Served, b
     with contextlib.ExitStack() as stack:
         connections = [stack.enter_context(server.connect()) for _ in range(20)]
         head = (
-            f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+            f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
             f"Inference-Header-Content-Length: {length}\r\n\r\n"
         )
         start = time.monotonic()
@@ -345,7 +344,7 @@ def test_slow_senders_give_way_to_others() -> None:
         channel = stack.enter_context(grpc.insecure_channel(server.grpc))
         call = channel.stream_unary("/inference.GRPCInferenceService/ModelInfer")
         pending = [call.future(nothing()) for _ in range(90)]
-        head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
+        head = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
         senders = []
         for _ in range(3):
             sender = stack.enter_context(server.connect())
@@ -398,7 +397,7 @@ def test_idle_connections_give_way_when_there_are_no_files_left_for_more() -> No
 def test_half_sent_bodies_and_clients_that_go_away(server: Served, bystander: Bystander) -> None:
     body, length = infer_body(np.repeat(bystander.images, 8, axis=0))
     head = (
-        f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+        f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
         f"Inference-Header-Content-Length: {length}\r\n\r\n"
     ).encode()
     whole = head + body
@@ -559,27 +558,18 @@ def test_a_full_queue_is_said_with_the_time_to_come_back(server: Served) -> None
             break
     assert {status for status, _, _ in answers} == {200, 503}
     assert all(headers["retry-after"] == "1" for _, headers, _ in refused)
-    assert "at most 16 do" in message_of(refused[0][2])
+    # Where others were quicker, some found no memory instead.
+    assert any("at most 16 do" in message_of(body) for _, _, body in refused)
 
 
 # Images ---------------------------------------------------------------------------------------------------------
 
 
-def png(width: int, height: int, data: bytes = b"", color: int = 0) -> bytes:
-    """A PNG file of any size with any data, right but for these."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        )
-
-    head = struct.pack(">IIBBBBB", width, height, 8, color, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", head)
-        + chunk(b"IDAT", zlib.compress(data))
-        + chunk(b"IEND", b"")
-    )
+def png_head(width: int, height: int) -> bytes:
+    """A PNG that says it has these sides, and has the pixels of eight."""
+    whole = png(8, 8, color=0)
+    head = whole[12:29].replace(struct.pack(">II", 8, 8), struct.pack(">II", width, height))
+    return whole[:12] + head + struct.pack(">I", zlib.crc32(head)) + whole[33:]
 
 
 def other_format(kind: str) -> bytes:
@@ -594,9 +584,9 @@ TRUNCATED = file_of(np.random.default_rng(0).integers(0, 256, (200, 200, 3), dty
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (png(30_000, 30_000), "30000 x 30000 pixels, at most 50,000,000"),
-        (png(2**31 - 1, 2**31 - 1), "2147483647 x 2147483647 pixels, at most 50,000,000"),
-        (png(100, 100, b"\0" * 50), "cannot be taken"),
+        (png_head(30_000, 30_000), "30000 x 30000 pixels, at most 50,000,000"),
+        (png_head(2**31 - 1, 2**31 - 1), "2147483647 x 2147483647 pixels, at most 50,000,000"),
+        (png_head(100, 100), "cannot be read"),
         (TRUNCATED, "cannot be taken"),
         (b"GIF89a" + bytes(100), "cannot be read as JPEG or PNG"),
         (other_format("BMP"), "cannot be read as JPEG or PNG"),
@@ -640,16 +630,13 @@ def test_small_images_overtake_large_ones(server: Served) -> None:
     assert max(waited) < max(1.0, (time.monotonic() - begin) / 3), waited
 
 
-def test_a_file_that_unpacks_into_much_text_is_refused(server: Served, bystander: Bystander) -> None:
-    bomb = zlib.compress(bytes(300 << 20), 9)
-    text = b"zTXt" + b"x\0\0" + bomb
-    chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
-    whole = file_of(np.zeros((8, 8), np.uint8))
-    end = whole.index(b"IDAT") - 4
-    status, _, answer = ask(
-        server, "POST", "/classify", whole[:end] + chunk + whole[end:], Content_Type="image/png"
-    )
-    assert status == 400 and "cannot be" in message_of(answer), answer
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
+def test_what_is_no_pixel_is_not_unpacked(server: Served, bystander: Bystander, kind: bytes) -> None:
+    """300 MB in 300 kB; the image around them is one as any other."""
+    before = peak_memory(server)
+    status, _, answer = ask(server, "POST", "/classify", text_bomb(kind), Content_Type="image/png")
+    assert status == 200 and json.loads(answer)["images"], answer
+    assert peak_memory(server) - before < 20 << 20
 
 
 @pytest.mark.parametrize(

@@ -300,7 +300,7 @@ def test_while_it_stops_it_is_alive_not_ready_and_refuses() -> None:
         entry["data"] = images.reshape(-1).tolist()
         body = json.dumps({"inputs": [entry]}).encode()
         with server.connect() as slow:
-            head = f"POST /v2/models/{MODEL}/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            head = f"POST /v2/models/{MODEL}/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
             slow.sendall(head.encode() + body[:1000])
             with grpc.insecure_channel(server.grpc) as channel:
                 check = channel.unary_unary("/grpc.health.v1.Health/Check")
@@ -335,7 +335,7 @@ def test_the_time_for_stopping_is_bounded_and_a_second_signal_does_not_wait() ->
         server.until("ready")
         with server.connect() as slow:
             slow.sendall(
-                b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 99\r\n\r\n"
+                b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: 99\r\n\r\n"
             )
             time.sleep(0.3)
             server.process.send_signal(signal.SIGTERM)
@@ -376,8 +376,8 @@ startup.OnnxRuntimeSession = Slow
 def upload(client: socket.socket) -> None:
     """Send an image to be classified, and wait until the server is at it."""
     file = file_of(digits(1)[0][0])
-    head = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: {len(file)}\r\n\r\n"
-    client.sendall(head.encode() + file)
+    head = "POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
+    client.sendall(f"{head}Content-Length: {len(file)}\r\n\r\n".encode() + file)
     time.sleep(1)
 
 

@@ -78,6 +78,15 @@ def add_parser(subparsers: Subparsers) -> None:
         help="address to listen at; 0.0.0.0 is every one of this machine (default: %(default)s, this machine alone)",
     )
     parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        dest="allow_hosts",
+        help="name that clients may ask for, and whose pages may ask; can be repeated; * allows all, for use behind a "
+        "proxy (default: addresses, localhost and what --host says)",
+    )
+    parser.add_argument(
         "--port",
         type=_port,
         default=8000,
@@ -185,6 +194,7 @@ def _serve(options: argparse.Namespace, log: EventLog) -> None:
         labels=options.labels,
         preprocessing=preprocessing_of(options),
         host=options.host,
+        allow_hosts=tuple(options.allow_hosts),
         port=options.port,
         grpc_port=options.grpc_port,
         workers=options.workers,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from quartermap_deploy.serving.arrivals import Arrival, arriving
+from quartermap_deploy.serving.arrivals import PATIENCE, Arrival, arriving
 from quartermap_deploy.serving.refusal import Refusal, busy, invalid
+from quartermap_deploy.serving.timeouts import timeout
 
 ENCODINGS = ("gzip", "deflate")
 """Compressions of bodies: those that Triton takes."""
@@ -19,6 +21,8 @@ BODIES = 4
 """How many bodies of the largest size are held beside the prepared images that the queue has room for."""
 SMALL = 4 << 20
 """Bytes of a small request at most: an image file, or a batch of prepared images."""
+BESIDE = 24_000_000
+"""Bytes of large requests that there is room for beside an image of the largest size that is being decoded."""
 MUCH = 4
 """How many times as large a request is that gives way to another one even if it is not slow."""
 
@@ -29,6 +33,14 @@ class Pot:
     def __init__(self, limit: int) -> None:
         self.limit, self.held = limit, 0
         self.receiving: set[Share] = set()
+        self.waiting: list[asyncio.Future[None]] = []
+
+    def give_back(self, size: int) -> None:
+        """Hold so much less, of which those who wait for it are told."""
+        self.held -= size
+        for place in self.waiting if size else ():
+            if not place.done():
+                place.set_result(None)
 
 
 class Budget:
@@ -37,20 +49,59 @@ class Budget:
     Small ones have a part for themselves, so that a few large ones do not keep them out.
     """
 
-    def __init__(self, max_body: int, images: int) -> None:
+    def __init__(self, max_body: int, images: int, decoded: int = 0) -> None:
         """Plan.
 
         Args:
             max_body: bytes of the largest request. `BODIES` of them are held at most, one of them being for small ones.
             images: bytes of prepared images that the queue has room for; they are held beside these.
+            decoded: bytes of the largest image while it is decoded; there has to be room for it, too, among the large.
         """
         self.most_small = min(SMALL, max_body // BODIES)
-        self.small, self.large = Pot(max_body + images), Pot((BODIES - 1) * max_body)
+        self._decoding = 0
+        largest = decoded + BESIDE if decoded else 0
+        self.small, self.large = Pot(max_body + images), Pot(max((BODIES - 1) * max_body, largest))
 
     @property
     def held(self) -> int:
         """Bytes that are held."""
         return self.small.held + self.large.held
+
+    async def take_room(self, size: int, seconds: float) -> None:
+        """Wait until there is room for an image of so many bytes, and hold it until `give_back_room`.
+
+        Raises:
+            Refusal: if there is none in that many seconds.
+        """
+        pot = self.large
+        try:
+            async with timeout(seconds):
+                while pot.held + size > pot.limit:
+                    await self._freed(size)
+        except asyncio.TimeoutError:
+            raise busy("there is no room to decode the image in; try again later") from None
+        pot.held += size
+        self._decoding += size
+
+    def give_back_room(self, size: int) -> None:
+        """Hold what an image took no more."""
+        self._decoding -= size
+        self.large.give_back(size)
+
+    async def _freed(self, size: int) -> None:
+        """Wait until something was given back; slow senders do at once where nobody else can."""
+        pot = self.large
+        slow = [share for share in pot.receiving if share.slow]
+        if slow and pot.held - self._decoding + size > pot.limit:
+            max(slow, key=lambda share: share.held).give_way()
+            return
+        place = asyncio.get_running_loop().create_future()
+        pot.waiting.append(place)
+        try:
+            # A sender may become slow meanwhile.
+            await asyncio.wait({place}, timeout=PATIENCE)
+        finally:
+            pot.waiting.remove(place)
 
     @contextmanager
     def share(self) -> Iterator[Share]:
@@ -124,7 +175,7 @@ class Share:
     def leave(self) -> None:
         """Hold nothing any more."""
         self._pot.receiving.discard(self)
-        self._pot.held -= self.held
+        self._pot.give_back(self.held)
         self.held = 0
 
 

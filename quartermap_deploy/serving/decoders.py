@@ -1,10 +1,17 @@
-"""Threads that decode image files: large ones in a lane of their own, so that small ones overtake them."""
+"""Threads that decode image files: large ones have lanes of their own, so that small ones overtake them."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import heapq
+import itertools
+import os
+import sys
+import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,30 +19,47 @@ from numpy.typing import NDArray
 
 from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.machine import usable_cores
+from quartermap_deploy.serving.bodies import Budget
 from quartermap_deploy.serving.images import ImageFile
+from quartermap_deploy.serving.pixel_data import Buffer
+from quartermap_deploy.serving.refusal import Refusal
 
 Result = TypeVar("Result")
 
 THREADS = min(4, usable_cores())
-"""Images that are decoded at the same time, beside a large one; each needs up to 32 MB."""
-LARGE = 4_000_000
-"""Pixels above which an image is a large one. These are decoded one by one, as each may need 400 MB and a second."""
+"""Images that are decoded at the same time, of the small ones and of the middle ones."""
+SMALL = 1_000_000
+"""Bytes in memory up to which an image is a small one: some milliseconds of decoding."""
+MIDDLE = 16_000_000
+"""Bytes up to which it is a middle one: 4 million pixels. Larger ones are decoded one by one, for up to a second."""
+BYTES_A_SECOND = 20_000_000
+"""How much earlier a smaller image is decoded than a larger one that came in the same moment: by what they differ."""
+NICE = 10
+"""How far the threads of the lanes for larger images stand back where the cores are wanted."""
+ROOM = 10.0
+"""Seconds that an image waits for memory."""
 
 
 class Decoders:
     """The threads; a context manager, which leaves what is being decoded to itself at its end."""
 
-    def __init__(self) -> None:
-        self._small = ThreadPoolExecutor(THREADS, thread_name_prefix="decode")
-        self._large = ThreadPoolExecutor(1, thread_name_prefix="decode-large")
-        self._running: set[Future[Any]] = set()
+    def __init__(self, budget: Budget) -> None:
+        """Start them.
+
+        Args:
+            budget: how much of requests may be in memory.
+        """
+        self._budget = budget
+        self._small = _Lane("decode", THREADS)
+        self._middle = _Lane("decode-middle", THREADS, NICE)
+        self._large = _Lane("decode-large", 1, NICE)
 
     @property
     def busy(self) -> bool:
         """Whether an image is being decoded, perhaps for a client that has gone."""
-        return any(future.running() for future in list(self._running))
+        return any(lane.busy for lane in (self._small, self._middle, self._large))
 
-    async def prepare(self, data: bytes, preprocessing: Preprocessing, place: int) -> NDArray[np.float32]:
+    async def prepare(self, data: Buffer, preprocessing: Preprocessing, place: int) -> NDArray[np.float32]:
         """Decode an image file and prepare it for the model.
 
         Args:
@@ -47,27 +71,105 @@ class Decoders:
             (channels, height, width).
 
         Raises:
-            Refusal: if it cannot be taken.
+            Refusal: if it cannot be taken, now or ever.
         """
 
         def begin() -> NDArray[np.float32] | ImageFile:
             file = ImageFile(data, preprocessing, place)
-            return file if file.pixels > LARGE else file.prepare()
+            return file if file.held > SMALL or len(data) > SMALL else file.prepare()
 
-        found = await self._run(self._small, begin)
-        return await self._run(self._large, found.prepare) if isinstance(found, ImageFile) else found
+        lane = self._small if len(data) <= SMALL else self._middle
+        found = await asyncio.wrap_future(lane.submit(len(data), begin))
+        return await self._decode(found) if isinstance(found, ImageFile) else found
+
+    async def _decode(self, file: ImageFile) -> NDArray[np.float32]:
+        """Decode an image that is no small one."""
+        loop, size = asyncio.get_running_loop(), file.held
+        await self._budget.take_room(size, ROOM)
+        future = (self._middle if size <= MIDDLE else self._large).submit(size, file.prepare)
+
+        def end(_: object) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop may be closed by now
+                loop.call_soon_threadsafe(self._budget.give_back_room, size)
+
+        # Not as soon as nobody wants it any more, as a thread goes on all the same.
+        future.add_done_callback(end)
+        return await asyncio.wrap_future(future)
 
     async def encode(self, work: Callable[[], Result]) -> Result:
         """Do what would hold up the others for too long if it were done in the event loop."""
-        return await self._run(self._small, work)
+        return await asyncio.wrap_future(self._middle.submit(SMALL, work))
 
     def close(self) -> None:
         """Begin nothing more."""
-        for pool in (self._small, self._large):
-            pool.shutdown(wait=False, cancel_futures=True)
+        for lane in (self._small, self._middle, self._large):
+            lane.close()
 
-    async def _run(self, pool: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:
-        future = pool.submit(work)
-        self._running.add(future)
-        future.add_done_callback(self._running.discard)
-        return await asyncio.wrap_future(future)
+
+class _Lane:
+    """Threads with a queue, from which what is due first is taken."""
+
+    def __init__(self, name: str, threads: int, nice: int = 0) -> None:
+        self._jobs: list[tuple[float, int, Future[Any], Callable[[], Any]]] = []
+        self._numbers = itertools.count()
+        self._ready = threading.Condition()
+        self._running, self._closed, self._nice = 0, False, nice
+        for number in range(threads):
+            # Daemons: Python is not to wait for a decoder; whoever ends the process looks whether one is busy.
+            threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True).start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a thread does something."""
+        return self._running > 0
+
+    def submit(self, size: int, work: Callable[[], Result]) -> Future[Result]:
+        """Do something in one of the threads; the smaller it is, the earlier."""
+        future: Future[Result] = Future()
+        due = time.monotonic() + size / BYTES_A_SECOND
+        with self._ready:
+            heapq.heappush(self._jobs, (due, next(self._numbers), future, work))
+            self._ready.notify()
+        return future
+
+    def close(self) -> None:
+        """Begin nothing more."""
+        with self._ready:
+            self._closed = True
+            for _, _, future, _ in self._jobs:
+                future.cancel()
+            self._jobs.clear()
+            self._ready.notify_all()
+
+    def _work(self) -> None:
+        if self._nice and sys.platform == "linux":
+            # On Linux each thread has a priority of its own.
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._nice)
+        while (job := self._take()) is not None:
+            future, work = job
+            try:
+                result = work()
+            except Refusal as refusal:
+                future.set_exception(refusal.bare())
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+                del result
+            # Nothing of a request is kept until the next one comes.
+            del job, future, work
+            with self._ready:
+                self._running -= 1
+
+    def _take(self) -> tuple[Future[Any], Callable[[], Any]] | None:
+        with self._ready:
+            while True:
+                while not self._jobs and not self._closed:
+                    self._ready.wait()
+                if self._closed:
+                    return None
+                _, _, future, work = heapq.heappop(self._jobs)
+                if future.set_running_or_notify_cancel():
+                    self._running += 1
+                    return future, work

@@ -17,6 +17,7 @@ from quartermap_deploy.serving.models import VERSION, infer
 from quartermap_deploy.serving.refusal import NOT_LOGGED, Refusal, invalid
 from quartermap_deploy.serving.state import State
 from quartermap_deploy.serving.timeouts import timeout
+from quartermap_deploy.serving.wire import size_in_memory
 
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics"]
 SERVER_NAME = "quartermap-deploy"
@@ -25,6 +26,8 @@ CONCURRENT = 1024
 """Calls that are open at once; every further one is refused."""
 RECEIVED = 1 << 30
 """Bytes of messages that are being received at most: gRPC tells how long one is only once it has all of it."""
+MOST_QUESTION = 1 << 16
+"""Bytes of a message that asks for anything but inference."""
 LEAST_TURNS, MOST_TURNS = 4, 256
 
 
@@ -80,7 +83,7 @@ class GrpcApi:
                     # Without a deserialiser of gRPC's, which answers broken messages with the status UNKNOWN. As a
                     # stream, though it has one message: gRPC would receive that before anybody is asked.
                     name: grpc.stream_unary_rpc_method_handler(
-                        self._answering(messages(package)[requests[name]].FromString, call),
+                        self._answering(messages(package)[requests[name]], call),
                         response_serializer=lambda response: response.SerializeToString(),
                     )
                     for name, call in methods.items()
@@ -90,9 +93,9 @@ class GrpcApi:
         ]
 
     def _answering(
-        self, parse: Callable[[bytes], Any], call: Callable[[Any], Awaitable[Any]]
+        self, kind: Any, call: Callable[[Any], Awaitable[Any]]
     ) -> Callable[[Any, Any], Awaitable[Any]]:
-        """Read the message of a call, and make a refusal its status."""
+        """Read the message of a call, of a class of messages, and make a refusal its status."""
         import grpc
         from google.protobuf.message import DecodeError
 
@@ -102,11 +105,17 @@ class GrpcApi:
                 with self._budget.share() as share:
                     data = await self._message(context, self._turns[call == self.model_infer])
                     share.add(len(data))
+                    if call != self.model_infer and len(data) > MOST_QUESTION:
+                        raise Refusal(
+                            413, f"the message has {len(data):,} bytes; {MOST_QUESTION:,} are enough"
+                        )
+                    share.add(size_in_memory(data, kind))
                     try:
-                        request = parse(data)
+                        request = kind.FromString(data)
                     except DecodeError:
                         raise invalid(f"the message of {len(data)} bytes cannot be read") from None
                     # The values of the request are in `request` as well.
+                    share.add(-len(data))
                     del data
                     return await call(request)
             except Refusal as refusal:

@@ -22,10 +22,13 @@ from quartermap_deploy.serving.answers import (
     require_path,
 )
 from quartermap_deploy.serving.bodies import Budget, Share, Unpacker
+from quartermap_deploy.serving.callers import Callers
 from quartermap_deploy.serving.decoders import Decoders
+from quartermap_deploy.serving.forms import FIELDS, FORM, FormFile, FormReader
 from quartermap_deploy.serving.grpc_api import EXTENSIONS, SERVER_NAME
 from quartermap_deploy.serving.logs import EventLog
 from quartermap_deploy.serving.models import VERSION, ImageModel, ServedModel, infer
+from quartermap_deploy.serving.pace import PacedTransport
 from quartermap_deploy.serving.page import Page
 from quartermap_deploy.serving.refusal import NOT_LOGGED, Refusal, invalid
 from quartermap_deploy.serving.requests import InferRequest, RequestedOutput
@@ -43,7 +46,6 @@ Handler = Callable[["web.Request"], Awaitable["web.StreamResponse"]]
 TOP = 5
 """Classes in an answer of /classify where the request does not say how many."""
 IMAGE_TYPES = ("image/jpeg", "image/png", "application/octet-stream")
-_CHUNK = 1 << 16
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -57,6 +59,7 @@ class HttpApi:
         plan: Plan,
         decoders: Decoders,
         budget: Budget,
+        callers: Callers,
         *,
         max_body: int,
         receive_timeout: float,
@@ -69,19 +72,19 @@ class HttpApi:
             plan: what is served.
             decoders: threads that encode pictures.
             budget: how much of requests may be held.
+            callers: whose requests are answered.
             max_body: bytes of the largest request.
             receive_timeout: seconds that the body of a request may take to come.
         """
         self._state, self._log, self._plan, self._budget = state, log, plan, budget
-        self._page, self._decoders = Page(plan), decoders
+        self._page, self._decoders, self._callers = Page(plan), decoders, callers
         self._max_body, self._receive_timeout = max_body, receive_timeout
 
     def application(self) -> web.Application:
         """Return the application."""
         from aiohttp import web
 
-        # A limit of its own for the one way that is not ours of reading bodies, that of forms.
-        app = web.Application(middlewares=[self._middleware()], client_max_size=self._max_body)
+        app = web.Application(middlewares=[self._middleware()])
         model = "/v2/models/{model}"
         for prefix in (model, model + "/versions/{version}"):
             app.router.add_get(prefix, self.model_metadata)
@@ -108,7 +111,11 @@ class HttpApi:
 
         @web.middleware
         async def answering(request: web.Request, handler: Handler) -> web.StreamResponse:
+            transport = request.transport
+            if isinstance(transport, PacedTransport):
+                transport.speed_up()
             try:
+                self._callers.check(request.method, request.path, request.headers)
                 response = await handler(request)
             except Refusal as refusal:
                 response = self._error(request, refusal.status, refusal.message)
@@ -124,7 +131,11 @@ class HttpApi:
             except Exception as error:
                 self._log.error("defect", protocol="http", path=request.path[:200], error=repr(error)[:1000])
                 response = self._error(request, 500, "a defect of the server; its log says more")
+            if response.status >= 400 and isinstance(transport, PacedTransport):
+                # What is left of the body is read and thrown away.
+                transport.slow_down()
             response.headers["X-Content-Type-Options"] = "nosniff"
+            response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
             if not self._state.ready:
                 # Who asks again had better ask another server.
                 response.force_close()
@@ -274,21 +285,23 @@ class HttpApi:
         arrived = time.monotonic_ns()
         with self._state.request():
             require_path(self._plan, path)
+            if isinstance(request.transport, PacedTransport):
+                request.transport.slow_down()
             model = next(model for model in self._state.models.values() if isinstance(model, ImageModel))
             (spec,), output = model.description.inputs, model.description.outputs[0].name
             try:
                 with self._budget.share() as share:
                     files = await self._files(request, share)
                     shape = spec.check(spec.datatype, [len(files)], model.description.max_batch)
-                    images = from_strings(spec, shape, [data for _, data in files])
+                    images = from_strings(spec, shape, [file.content for file in files])
                     parsed = InferRequest({spec.name: images}, [RequestedOutput(output)])
                     outputs = (await infer(model, parsed, arrived))[output]
             except BaseException:
                 model.statistics.failed(time.monotonic_ns() - arrived)
                 raise
             found = [
-                {"file": name, **await answer(values)}
-                for (name, _), values in zip(files, outputs, strict=True)
+                {"file": file.name, **await answer(values)}
+                for file, values in zip(files, outputs, strict=True)
             ]
         return _json(
             {
@@ -298,11 +311,11 @@ class HttpApi:
             }
         )
 
-    async def _files(self, request: web.Request, share: Share) -> list[tuple[str, bytes]]:
-        """Read the files of an upload, with their names."""
+    async def _files(self, request: web.Request, share: Share) -> list[FormFile]:
+        """Read the files of an upload."""
         if request.content_type in IMAGE_TYPES:
-            return [("", await self._body(request, share))]
-        if request.content_type != "multipart/form-data":
+            return [FormFile("", await self._body(request, share))]
+        if request.content_type != FORM:
             raise Refusal(
                 415,
                 f"the content type is {request.content_type[:80]}; send a form with files (multipart/form-data), or "
@@ -312,45 +325,36 @@ class HttpApi:
             raise Refusal(
                 415, "the form is compressed; send it as it is, as its files are compressed themselves"
             )
-        from aiohttp import BodyPartReader
-
-        files = []
+        reader = FormReader(request.headers["Content-Type"], self._plan.model.max_batch + FIELDS)
         async with self._receiving(request, share, self._max_body) as count:
-            reader = await request.multipart()
-            while (part := await reader.next()) is not None:
-                if not isinstance(part, BodyPartReader):
-                    raise invalid("the form has a form in it; send files")
-                chunks = []
-                while chunk := await part.read_chunk(_CHUNK):
-                    count(chunk)
-                    chunks.append(chunk)
-                # Fields without a file name are no files.
-                if part.filename is not None:
-                    files.append((part.filename, b"".join(chunks)))
-        if not files:
-            raise invalid("the form has no file")
-        return files
+            while data := await request.content.readany():
+                count(data)
+                start = time.perf_counter()
+                reader.feed(data)
+                if isinstance(request.transport, PacedTransport):
+                    request.transport.spend(time.perf_counter() - start)
+            return reader.end()
 
-    async def _body(self, request: web.Request, share: Share, most: int | None = None) -> bytes:
+    async def _body(self, request: web.Request, share: Share, most: int | None = None) -> bytearray:
         """Read the body of a request, of `most` bytes if the model's largest request has no more."""
         limit = self._max_body if most is None else min(most, self._max_body)
         encoding = _encoding(request)
         unpacker = Unpacker(encoding) if encoding else None
-        parts = []
+        body = bytearray()
         async with self._receiving(request, share, limit) as count:
             while part := await request.content.readany():
                 if unpacker is None:
                     count(part)
-                    parts.append(part)
+                    body += part
                     continue
                 for piece in unpacker.feed(part):
                     count(piece)
-                    parts.append(piece)
+                    body += piece
                     # Some bytes may unpack to very many, and others wait for their turn.
                     await asyncio.sleep(0)
             if unpacker is not None:
                 unpacker.end()
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return body
 
     @asynccontextmanager
     async def _receiving(
@@ -380,14 +384,8 @@ class HttpApi:
                     yield count
         except asyncio.TimeoutError:
             raise Refusal(408, f"the body did not come within {self._receive_timeout:g} s") from None
-        except (
-            web.RequestPayloadError,
-            HttpProcessingError,
-            ValueError,
-            AssertionError,
-            AttributeError,
-        ) as error:
-            # Chunks or forms that are not what the headers say.
+        except (web.RequestPayloadError, HttpProcessingError) as error:
+            # Chunks that are not what the headers say.
             raise invalid(f"the body cannot be read: {' '.join(str(error).split())[:200]}") from None
 
     def _too_large(self, found: str, limit: int) -> Refusal:

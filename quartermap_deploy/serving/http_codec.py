@@ -9,7 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from quartermap_deploy.serving.models import VERSION, Description
-from quartermap_deploy.serving.refusal import Refusal, invalid
+from quartermap_deploy.serving.refusal import Refusal, invalid, shown
 from quartermap_deploy.serving.requests import (
     InferRequest,
     RequestedOutput,
@@ -33,7 +33,7 @@ _OTHER_VALUES = 1000
 """Most values in the JSON that are none of the inputs' values."""
 
 
-def parse_request(body: bytes, header_length: str | None, model: Description) -> InferRequest:
+def parse_request(body: bytes | bytearray, header_length: str | None, model: Description) -> InferRequest:
     """Read the body of an inference request.
 
     Args:
@@ -72,7 +72,7 @@ def check_json(length: int, model: Description) -> None:
         Refusal: if it is longer.
     """
     limit = model.most_json
-    if limit is not None and length > limit:
+    if length > limit:
         raise Refusal(
             413,
             f"the JSON of the request has {length:,} bytes, and {model.name!r} takes {limit:,} at most; send the "
@@ -80,7 +80,7 @@ def check_json(length: int, model: Description) -> None:
         )
 
 
-def _check_values(text: bytes, model: Description) -> None:
+def _check_values(text: bytes | bytearray, model: Description) -> None:
     """Check that there are not many more values in the JSON than the model has a use for, before they become objects.
 
     Parsing holds up everybody else, and makes hundreds of bytes of some bytes; counting does neither.
@@ -135,7 +135,7 @@ def _header_length(text: str | None, available: int) -> int:
     return int(text)
 
 
-def _json(text: bytes) -> dict[str, Any]:
+def _json(text: bytes | bytearray) -> dict[str, Any]:
     try:
         head = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -169,7 +169,7 @@ def _inputs(
             raise invalid(f"input {spec.name!r} has both data and a parameter binary_data_size")
         if type(size) is not int or not 0 <= size <= len(body) - position:
             raise invalid(
-                f"the binary_data_size of input {spec.name!r} is {str(size)[:40]}, and {len(body) - position} bytes "
+                f"the binary_data_size of input {spec.name!r} is {shown(size, 40)}, and {len(body) - position} bytes "
                 "are left of the body"
             )
         inputs[spec.name] = from_raw(spec, shape, body[position : position + size])
@@ -183,12 +183,15 @@ def _outputs(head: Mapping[str, Any], binary: bool, model: Description) -> list[
         return [RequestedOutput(spec.name, binary) for spec in model.outputs]
     wanted = []
     for entry in entries:
-        parameters = _parameters(entry, "an output")
+        name = entry.get("name")
+        if not isinstance(name, str):
+            raise invalid(f"the name of an output is {shown(name)}; expected a string")
+        parameters = _parameters(entry, f"output {shown(name)}")
         if "shared_memory_region" in parameters:
             raise invalid("there is no shared memory here; take the values with the answer")
         wanted.append(
             RequestedOutput(
-                str(entry.get("name")),
+                name,
                 _flag(parameters, "binary_data", binary),
                 class_count(parameters.get("classification", 0)),
             )
@@ -214,7 +217,7 @@ def _parameters(entry: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _flag(parameters: Mapping[str, Any], name: str, default: bool = False) -> bool:
     value = parameters.get(name, default)
     if not isinstance(value, bool):
-        raise invalid(f"the parameter {name} is {str(value)[:40]!r}; expected true or false")
+        raise invalid(f"the parameter {name} is {shown(value, 40)}; expected true or false")
     return value
 
 

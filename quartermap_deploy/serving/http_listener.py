@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
+
+from quartermap_deploy.serving.pace import Pace, PacedTransport
 
 KEEPALIVE = 75.0
 """Seconds after which a connection that sends no request, or not all of its head, is closed."""
@@ -22,20 +25,29 @@ Told = Callable[[int, str], None]
 class _Connection(web.RequestHandler):
     """A connection."""
 
-    __slots__ = ("_told",)
+    __slots__ = ("_pace", "_paced", "_told")
 
-    def __init__(self, told: Told, manager: web.Server, **settings: Any) -> None:
+    def __init__(self, told: Told, pace: Pace, manager: web.Server, **settings: Any) -> None:
         super().__init__(manager, **settings)
-        self._told = told
+        self._told, self._pace = told, pace
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin; where there are too many connections, the oldest that is not in use gives way."""
         assert self._manager is not None
         others = self._manager.connections
-        super().connection_made(transport)
+        self._paced = PacedTransport(cast(asyncio.Transport, transport), self._pace)
+        super().connection_made(cast(asyncio.Transport, self._paced))
         if len(others) >= _most_connections():
             idle = next((other for other in others if other._current_request is None), self)
             idle.force_close()
+
+    def data_received(self, data: bytes) -> None:
+        """Read some bytes."""
+        start = time.perf_counter()
+        super().data_received(data)
+        # Reading them from the system takes about as long again.
+        self._paced.spend(2 * (time.perf_counter() - start))
+        self._paced.received(len(data))
 
     def handle_error(
         self,
@@ -97,7 +109,7 @@ class Listener:
         """
         # The answer of a client that has gone is not worth running the model for.
         self._runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=1.0)
-        self._told = told
+        self._told, self._pace = told, Pace()
         self._server: asyncio.AbstractServer | None = None
 
     async def start(self, host: str, port: int) -> int:
@@ -114,6 +126,7 @@ class Listener:
             # Bodies are unpacked by the application, which knows when to stop.
             return _Connection(
                 self._told,
+                self._pace,
                 manager,
                 loop=loop,
                 access_log=None,

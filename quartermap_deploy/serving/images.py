@@ -1,10 +1,9 @@
-"""Image files from strangers: JPEG and PNG alone, and none that would fill the memory."""
+"""Image files from strangers: JPEG and PNG alone, nothing of them but pixels, and none that would fill the memory."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,24 +12,29 @@ from quartermap_deploy.data import pixels
 from quartermap_deploy.data.images import UNREADABLE, open_image, prepare
 from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.errors import InputError
+from quartermap_deploy.serving.pixel_data import Buffer, DamagedError, PixelData, pixel_data
 from quartermap_deploy.serving.refusal import invalid
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 Result = TypeVar("Result")
 
 FORMATS = ("JPEG", "PNG")
 LARGEST = pixels.LARGEST
-"""Most pixels of an image. RGBA of that size takes 400 MB while it is decoded: Pillow has four bytes for each pixel,
-and holds the file's colours and the model's at once."""
+"""Most pixels of an image."""
+MOST_HELD = 4 * LARGEST + 8_000_000
+"""Bytes in memory while an image is decoded and resized, at most: Pillow has four for each pixel."""
+_COPIES = {"I;16": 10}
+"""Bytes of a pixel of the copies that are made of greys of many bits, at most; of other colours there is one copy."""
 
 
 class ImageFile:
-    """A file whose head was read, and nothing else of it."""
+    """A file whose headers were read, and nothing else of it.
 
-    def __init__(self, data: bytes, preprocessing: Preprocessing, place: int) -> None:
-        """Read the head.
+    Attributes:
+        held: bytes in memory while it is decoded and resized.
+    """
+
+    def __init__(self, data: Buffer, preprocessing: Preprocessing, place: int) -> None:
+        """Read the headers.
 
         Args:
             data: the file.
@@ -38,16 +42,10 @@ class ImageFile:
             place: which image of the request this is, from 1, for messages.
 
         Raises:
-            Refusal: if it is neither JPEG nor PNG, or has too many pixels, itself or resized.
+            Refusal: if it is neither JPEG nor PNG, has too many pixels, itself or resized, or takes too much memory.
         """
         self._size, self._place, self._preprocessing = len(data), place, preprocessing
-        self._image, self._resized = self._guarded(lambda: self._open(data))
-
-    @property
-    def pixels(self) -> int:
-        """How many pixels will be in memory: those of the file, or of its resized form if these are more."""
-        width, height = self._image.size
-        return max(width * height, self._resized[0] * self._resized[1])
+        self._data, self.held = self._guarded(lambda: self._open(data))
 
     def prepare(self) -> NDArray[np.float32]:
         """Decode the file, and prepare it for the model; can be called once.
@@ -60,16 +58,38 @@ class ImageFile:
         """
         return self._guarded(self._prepare)
 
-    def _open(self, data: bytes) -> tuple[Image, tuple[int, int]]:
-        """Return the image, and its (width, height) once it is resized."""
+    def _open(self, data: Buffer) -> tuple[PixelData, int]:
+        """Return the pixels' data, and how many bytes are in memory while they are decoded and resized."""
         settings = self._preprocessing
-        image = pixels.opened(io.BytesIO(data), FORMATS)
-        return image, pixels.resized(
-            image.width, image.height, settings.resize, stretch=settings.fit == "stretch"
-        )
+        found = pixel_data(data)
+        width, height = found.width, found.height
+        if not width or not height:
+            raise DamagedError("has no pixels")
+        pixels.check_size(width, height)
+        resized = pixels.resized(width, height, settings.resize, stretch=settings.fit == "stretch")
+        held = self._bytes_held(found, *resized)
+        if held > MOST_HELD:
+            raise pixels.UnfitImageError(
+                f"has {width} x {height} pixels, which take {held / 1e6:,.0f} MB to decode and resize, at most "
+                f"{MOST_HELD / 1e6:,.0f} are taken; send a smaller one, not progressive and no strip"
+            )
+        found.check()
+        return found, held
+
+    def _bytes_held(self, data: PixelData, width: int, height: int) -> int:
+        """Return the bytes in memory for an image that is resized to a width and height."""
+        mode = pixels.MODES[self._preprocessing.color]
+        pixel = 1 if mode == "L" else 4
+        # To resize what has alpha, Pillow multiplies the colours by it.
+        copy = _COPIES.get(data.mode, 0 if data.mode == mode != "RGBA" else pixel)
+        # Resized along one axis alone; which one comes first is Pillow's affair.
+        between = pixel * max(width * data.height, data.width * height)
+        return data.image + max(data.coefficients, copy * data.width * data.height) + between
 
     def _prepare(self) -> NDArray[np.float32]:
-        with self._image as image:
+        with pixels.opened(self._data.open(), FORMATS) as image:
+            if image.size != (self._data.width, self._data.height):
+                raise DamagedError("says two sizes")
             decoded = open_image(image, self._preprocessing.color)
             if decoded is not image:
                 image.close()
@@ -91,4 +111,5 @@ class ImageFile:
             ) from None
         except UNREADABLE as error:
             what = f"of {self._size} bytes cannot be read as JPEG or PNG" if self._size else "is empty"
-            raise invalid(f"image {self._place} {what}") from error
+            why = f": it {error}" if self._size and isinstance(error, DamagedError) else ""
+            raise invalid(f"image {self._place} {what}{why}") from error

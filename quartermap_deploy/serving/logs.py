@@ -19,9 +19,11 @@ import time
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from quartermap_deploy.plain_text import printable
+
 FORMATS = ("auto", "json", "text")
-LIBRARIES = ("aiohttp", "asyncio", "grpc")
-"""Loggers of what the server is built on."""
+LIBRARIES = ("aiohttp", "asyncio", "grpc", "py.warnings")
+"""Loggers of what the server is built on, and of Python's warnings."""
 SELDOM = 1.0
 """Seconds between lines about what happens again and again."""
 _WAITING = 10_000
@@ -99,9 +101,11 @@ class EventLog:
         for logger in loggers:
             logger.addHandler(handler)
             logger.propagate = False
+        logging.captureWarnings(True)
         try:
             yield
         finally:
+            logging.captureWarnings(False)
             for logger, propagate in before:
                 logger.removeHandler(handler)
                 logger.propagate = propagate
@@ -119,17 +123,23 @@ class EventLog:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
         if self._json:
             return json.dumps({"time": now, "level": level, "event": event, **values}, default=str)
-        text = "  ".join(f"{name}={value}" for name, value in values.items())
+        text = "  ".join(f"{name}={_word(value)}" for name, value in values.items())
         return f"{now[11:23]} {'' if level == 'info' else f'{level}: '}{event}{'  ' if text else ''}{text}"
 
     def _write(self) -> None:
         while (line := self._lines.get()) is not None:
             try:
-                # Control characters of a request must not reach a terminal.
-                self._stream.write("".join(c if c.isprintable() else "?" for c in line) + "\n")
+                # Neither control characters of a request nor the end of a line may reach a terminal.
+                self._stream.write(printable(line, None) + "\n")
                 self._stream.flush()
             except (OSError, ValueError):  # nobody reads it any more
                 return
+
+
+def _word(value: object) -> str:
+    """Return a value as it stands in a line of text: what has blanks in it is quoted, as it could look like more."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if " " in text else text
 
 
 class _Forward(logging.Handler):

@@ -25,6 +25,8 @@ JSON_VALUE = 48
 """Bytes of the longest number that a client has a reason to write, on a line of its own and indented."""
 JSON_ROOM = 1 << 16
 """Bytes of JSON for everything but values: names, shapes, parameters, an id."""
+JSON_FILES = 16 << 20
+"""Bytes of all files of a request in JSON, as base64. Nothing else is done while they are read; bytes take no time."""
 OPEN_VALUES = 1 << 21
 """Most numbers in the JSON of a request where height or width of the input are open: 14 images of 224 x 224."""
 
@@ -75,17 +77,21 @@ class Description:
         return sum(2 * self._values(spec.shape[:-1]) + len(spec.shape) for spec in self.inputs)
 
     @property
-    def most_json(self) -> int | None:
-        """Bytes of the longest JSON of a request; None where nothing tells, as of image files."""
-        if any(spec.datatype == BYTES for spec in self.inputs):
-            return None
+    def most_json(self) -> int:
+        """Bytes of the longest JSON of a request."""
+        if self._takes_files:
+            return JSON_ROOM + JSON_FILES
         return JSON_ROOM + JSON_VALUE * self.most_values
 
     @property
     def most_bytes(self) -> int | None:
         """Bytes of the longest request, its values in JSON or behind it; None where nothing tells."""
         closed = all(-1 not in spec.shape[1:] for spec in self.inputs)
-        return self.most_json if closed else None
+        return self.most_json if closed and not self._takes_files else None
+
+    @property
+    def _takes_files(self) -> bool:
+        return any(spec.datatype == BYTES for spec in self.inputs)
 
     def _values(self, shape: Sequence[int]) -> int:
         """How many values a shape has at most; an open first axis is the batch."""
@@ -214,8 +220,9 @@ class ImageModel:
             try:
                 return np.stack(await asyncio.gather(*jobs)).astype(self._type, copy=False)
             finally:
-                for job in jobs:
-                    job.cancel()
+                # A job that failed holds its error, which holds what is here: that circle would hold the files.
+                while jobs:
+                    jobs.pop().cancel()
         finally:
             self._decoding -= len(files)
 

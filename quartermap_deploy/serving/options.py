@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from quartermap_deploy.errors import ServeError
+from quartermap_deploy.plain_text import printable
+from quartermap_deploy.serving.callers import ANY, host_name
 
 MIB = 1 << 20
 MOST_BODY = 2048 * MIB
@@ -26,6 +28,8 @@ class ServeOptions:
         labels: a file with the name of a class on each line, or a set of `data/labels.py`; None takes the bundle's.
         preprocessing: values of the bundle's preprocessing to replace, by name.
         host: address to listen at.
+        allow_hosts: names that clients may ask for, beside addresses, localhost and `host`, and whose pages may ask;
+            "*" for all of them, which is for a server behind a proxy that looks at them.
         port: for HTTP; 0 takes a free one.
         grpc_port: for gRPC; 0 takes a free one.
         workers: batches that run side by side, each with its share of the cores. None, with ONNX Runtime: under load as
@@ -43,6 +47,7 @@ class ServeOptions:
     labels: str | Path | None = None
     preprocessing: Mapping[str, Any] | None = None
     host: str = "127.0.0.1"
+    allow_hosts: tuple[str, ...] = ()
     port: int = 8000
     grpc_port: int = 8001
     workers: int | None = None
@@ -65,6 +70,12 @@ class ServeOptions:
             raise ServeError(
                 "the address to listen at is empty; expected one such as 127.0.0.1, or 0.0.0.0 for all"
             )
+        for allowed in self.allow_hosts:
+            if allowed != ANY and host_name(allowed) is None:
+                raise ServeError(
+                    f'"{printable(allowed, 100)}" is no name of a host; expected one such as models.example.com, '
+                    f"without a port, or {ANY} for all"
+                )
         for name in ("workers", "queue", "max_body", "max_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quartermap_deploy.serving.refusal import invalid
+from quartermap_deploy.serving.refusal import invalid, shown
 from quartermap_deploy.serving.tensors import TensorSpec
 
 
@@ -55,7 +55,7 @@ def match_inputs(specs: Sequence[TensorSpec], names: Sequence[object]) -> list[T
     expected = ", ".join(map(repr, by_name))
     for name in names:
         if not isinstance(name, str) or name not in by_name:
-            raise invalid(f"unknown input {str(name)[:60]!r}; the model takes {expected}")
+            raise invalid(f"unknown input {shown(name)}; the model takes {expected}")
     if sorted(map(str, names)) != sorted(by_name):
         found = ", ".join(repr(name) for name in names) or "none"
         raise invalid(f"the inputs are {found[:200]}; expected {expected}, each once")
@@ -87,7 +87,7 @@ def match_outputs(specs: Sequence[TensorSpec], wanted: Sequence[RequestedOutput]
     names, shapes = [spec.name for spec in specs], {spec.name: spec.shape for spec in specs}
     for output in wanted:
         if output.name not in names:
-            raise invalid(f"unknown output {output.name[:60]!r}; the model has {', '.join(map(repr, names))}")
+            raise invalid(f"unknown output {shown(output.name)}; the model has {', '.join(map(repr, names))}")
         if output.classes and len(shapes[output.name]) != 2:
             raise invalid(
                 f"output {output.name!r} has shape {list(shapes[output.name])}; only one of (batch, classes) comes as "
@@ -105,7 +105,7 @@ def class_count(value: object) -> int:
         Refusal: if it is no number of classes.
     """
     if type(value) is not int or value < 0:
-        raise invalid(f"the parameter classification is {str(value)[:60]!r}; expected a number of classes")
+        raise invalid(f"the parameter classification is {shown(value)}; expected a number of classes")
     return value
 
 

@@ -24,10 +24,13 @@ from quartermap_deploy.bundle import Bundle
 from quartermap_deploy.errors import MissingDependencyError, ServeError
 from quartermap_deploy.serving.batcher import Batcher
 from quartermap_deploy.serving.bodies import Budget
+from quartermap_deploy.serving.callers import Callers
 from quartermap_deploy.serving.decoders import Decoders
 from quartermap_deploy.serving.grpc_api import CONCURRENT, GrpcApi
 from quartermap_deploy.serving.http_api import HttpApi
+from quartermap_deploy.serving.images import MOST_HELD
 from quartermap_deploy.serving.logs import EventLog
+from quartermap_deploy.serving.memory import give_back_large_blocks
 from quartermap_deploy.serving.models import VERSION, ImageModel, ServedModel, TensorModel
 from quartermap_deploy.serving.options import ServeOptions
 from quartermap_deploy.serving.startup import Plan, Sessions, check_golden, make_plan, open_sessions
@@ -86,6 +89,7 @@ def serve(
     plan = make_plan(bundle, options)
     from PIL import Image
 
+    give_back_large_blocks()
     before = sys.getswitchinterval(), Image.MAX_IMAGE_PIXELS
     sys.setswitchinterval(SWITCH_INTERVAL)
     # The limit of `serving.images` is lower, and says so.
@@ -110,9 +114,10 @@ class _Server:
     ) -> None:
         self.plan, self.options, self.log, self.started, self.leave = plan, plan.options, log, started, leave
         self.loading = False
-        self.decoders = Decoders()
         self.batcher: Batcher | None = None
-        self.budget = Budget(self.options.max_body, self.options.queue * plan.image_bytes)
+        decoded = MOST_HELD if plan.images is not None else 0
+        self.budget = Budget(self.options.max_body, self.options.queue * plan.image_bytes, decoded)
+        self.decoders = Decoders(self.budget)
 
     async def run(self) -> None:
         """Serve until a signal comes."""
@@ -244,6 +249,7 @@ class _Server:
             self.plan,
             self.decoders,
             self.budget,
+            Callers(self.options.host, self.options.allow_hosts),
             max_body=self.options.max_body,
             receive_timeout=self.options.receive_timeout,
         )

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quartermap_deploy.serving.refusal import Refusal, invalid
+from quartermap_deploy.serving.refusal import Refusal, invalid, shown
 
 BYTES = "BYTES"
 _NUMBERS: dict[str, np.dtype[Any]] = {
@@ -62,12 +62,12 @@ class TensorSpec:
             Refusal: if the model does not take it.
         """
         if datatype != self.datatype:
-            raise invalid(f"input {self.name!r} is {_short(datatype)}, the model takes {self.datatype}")
+            raise invalid(f"input {self.name!r} is {shown(datatype)}, the model takes {self.datatype}")
         sizes = _sizes(self.name, shape)
         takes = [self.shape[: len(self.shape) - cut] for cut in range(self.optional_sides + 1)]
         if not any(_fits(sizes, expected) for expected in takes):
             raise invalid(
-                f"input {self.name!r} has shape {_short(list(sizes))}, the model takes {list(self.shape)}, where -1 "
+                f"input {self.name!r} has shape {shown(list(sizes))}, the model takes {list(self.shape)}, where -1 "
                 "is any size"
             )
         if not self.shape or self.shape[0] != -1:
@@ -178,7 +178,9 @@ def from_values(spec: TensorSpec, shape: tuple[int, ...], values: NDArray[Any]) 
         return _finite(spec.name, values.astype(element).reshape(shape))
 
 
-def from_strings(spec: TensorSpec, shape: tuple[int, ...], strings: Sequence[bytes]) -> NDArray[Any]:
+def from_strings(
+    spec: TensorSpec, shape: tuple[int, ...], strings: Sequence[bytes | bytearray]
+) -> NDArray[Any]:
     """Read strings.
 
     Raises:
@@ -210,7 +212,7 @@ def _sizes(name: str, shape: object) -> tuple[int, ...]:
     whole = isinstance(shape, Sequence) and not isinstance(shape, (str, bytes))
     if not whole or not all(type(size) is int and 0 <= size < 1 << 31 for size in shape):  # type: ignore[attr-defined]
         raise invalid(
-            f"the shape of input {name!r} is {_short(shape)}; expected a list of whole numbers from 0 to 2^31 - 1"
+            f"the shape of input {name!r} is {shown(shape)}; expected a list of whole numbers from 0 to 2^31 - 1"
         )
     return tuple(shape)  # type: ignore[arg-type]
 
@@ -229,11 +231,12 @@ def _finite(name: str, values: NDArray[Any]) -> NDArray[Any]:
     return values
 
 
-def _strings(strings: Iterable[bytes], shape: tuple[int, ...]) -> NDArray[Any]:
-    # Made empty first: NumPy would look into the strings, and drop the zeros at their ends.
+def _strings(strings: Iterable[bytes | bytearray], shape: tuple[int, ...]) -> NDArray[Any]:
+    # One by one: NumPy would look into the strings, and drop the zeros at their ends.
     items = list(strings)
     values = np.empty(len(items), dtype=object)
-    values[:] = items
+    for place, item in enumerate(items):
+        values[place] = item
     return values.reshape(shape)
 
 
@@ -271,7 +274,7 @@ def _rows(name: str, data: list[Any], shape: tuple[int, ...]) -> list[Any]:
 
 def _other_nesting(name: str, found: Sequence[int], shape: tuple[int, ...]) -> Refusal:
     return invalid(
-        f"the data of input {name!r} is nested as {_short(list(found))}, and its shape is {list(shape)}; nest it as "
+        f"the data of input {name!r} is nested as {shown(list(found))}, and its shape is {list(shape)}; nest it as "
         "the shape, or send one flat list"
     )
 
@@ -285,8 +288,3 @@ def _base64(name: str, item: object) -> bytes:
     raise invalid(
         f"the data of input {name!r} is not base64; send files as base64, or as binary data behind the JSON"
     )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
