@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,10 @@ _REFUSED = {
     "Loop": "may have no end",
     "SequenceMap": "is a loop",
     "ImageDecoder": "opens an image of any format",
+    **dict.fromkeys(
+        ("StringConcat", "StringSplit", "StringNormalizer", "RegexFullMatch", "TfIdfVectorizer"),
+        "makes texts of any length, or searches them",
+    ),
 }
 _SIZES = {
     **dict.fromkeys(("ConstantOfShape", "HannWindow", "HammingWindow", "BlackmanWindow"), (0,)),
@@ -43,8 +47,12 @@ _SIZES = {
 }
 """Operators that make a tensor as large as some of their inputs say; which ones."""
 _SIZE_ATTRIBUTES = frozenset(
-    {"pads", "strides", "dilations", "kernel_shape", "output_shape", "output_padding", "shape"}
+    {
+        *("pads", "strides", "dilations", "kernel_shape", "output_shape", "output_padding", "shape"),
+        *("output_height", "output_width", "pooled_shape", "sample_size", "scales"),
+    }
 )
+_SIDES = ("output_height", "output_width")
 _FORMATS = {1: "f", 6: "i", 7: "q", 11: "d"}
 """ONNX's numbers of element types, and `struct`'s letters for them."""
 _MOST_KNOWN = 64
@@ -80,6 +88,9 @@ def _fields(data: memoryview) -> Fields:
             place += 1
         else:
             key, place = _varint(data, place)
+            if key >> 32:
+                # Some readers drop the bits above, and find another field than is seen here.
+                raise _Malformed("it has a field of an unknown kind")
         kind = key & 7
         if kind == 2:
             size, place = _varint(data, place)
@@ -142,7 +153,6 @@ class _Node:
     outputs: tuple[str, ...]
     graphs: tuple[_Graph, ...]
     constant: Constant
-    sizes: int
 
 
 @dataclass(frozen=True)
@@ -192,8 +202,9 @@ class _Reader:
         inputs: list[str] = []
         outputs: list[str] = []
         graphs: list[_Graph] = []
-        sizes = 1
+        sizes = 1.0
         constant: Constant = None
+        named: set[str] = set()
         for number, value in _fields(data):
             if number == 1:
                 inputs.append(_text(value))
@@ -202,20 +213,28 @@ class _Reader:
             elif number in texts:
                 texts[number] = _text(value)
             elif number == 5:
-                found, below, size = self.attribute(_message(value), depth)
-                constant = found if found is not None else constant
+                name, constant, below, size = self.attribute(_message(value), depth)
+                if name in named:
+                    raise _Malformed(f"it has an operator with two attributes {name[:80]!r}")
+                named.add(name)
                 graphs += below
-                sizes = max(sizes, size)
+                # Height and width may be attributes of their own, and are multiplied then.
+                sizes *= size if name in _SIDES else 1
         kind, domain, overload = texts[4], texts[7], texts[8]
+        if kind == "Constant" and len(named) != 1:
+            raise _Malformed(f"it has a Constant with {len(named)} attributes")
+        if sizes > MOST_NUMBERS:
+            raise _Malformed(f"attributes of its operator {kind[:80]} ask for {sizes:,} numbers")
         if domain not in (*_STANDARD, DOMAIN):
             raise _Malformed(f"it has the operator {kind[:80]!r} of the domain {domain[:80]!r}")
         if kind in _REFUSED:
             raise _Malformed(f"it has the operator {kind}, which {_REFUSED[kind]}")
-        return _Node(kind, domain, overload, tuple(inputs), tuple(outputs), tuple(graphs), constant, sizes)
+        return _Node(kind, domain, overload, tuple(inputs), tuple(outputs), tuple(graphs), constant)
 
-    def attribute(self, data: memoryview, depth: int) -> tuple[Constant, list[_Graph], int]:
-        """Read an AttributeProto: the numbers it holds, the graphs, and the largest size that it asks for."""
-        name, wholes = "", []
+    def attribute(self, data: memoryview, depth: int) -> tuple[str, Constant, list[_Graph], float]:
+        """Read an AttributeProto: its name, the numbers it holds, the graphs, and the size that it asks for."""
+        name, reference, tensors = "", "", 0
+        wholes: list[float] = []
         constant: Constant = None
         graphs = []
         for number, value in _fields(data):
@@ -226,19 +245,29 @@ class _Reader:
                 constant = tuple(wholes) if len(wholes) <= _MOST_KNOWN else None
             elif number in (2, 7):
                 floats = _message(value)
-                constant = struct.unpack(f"<{len(floats) // 4}f", floats[: len(floats) // 4 * 4])[
-                    :_MOST_KNOWN
-                ]
+                found = struct.unpack(f"<{len(floats) // 4}f", floats[: len(floats) // 4 * 4])
+                wholes += found[:_MOST_KNOWN]
+                constant = tuple(wholes) if len(wholes) <= _MOST_KNOWN else None
             elif number in (5, 10):
+                tensors += number == 5
                 constant = _tensor(_message(value))[1]
             elif number in (6, 11):
                 graphs.append(self.graph(_message(value), depth + 1))
+            elif number == 21:
+                reference = _text(value)
             elif number in (22, 23):
                 raise _Malformed("it has sparse weights")
-        size = math.prod(max(1, abs(whole)) for whole in wholes) if name in _SIZE_ATTRIBUTES else 1
-        if size > MOST_NUMBERS:
+        if tensors > 1:
+            # Readers put the parts of two together, into a third one.
+            raise _Malformed(f"its attribute {name[:80]!r} has {tensors} tensors")
+        if name not in _SIZE_ATTRIBUTES:
+            return name, constant, graphs, 1
+        if reference:
+            raise _Malformed(f"an operator of it takes its {name} from where its function is called")
+        size = math.prod(max(1, abs(whole)) for whole in wholes)
+        if not size <= MOST_NUMBERS:
             raise _Malformed(f"an operator of it has {name} = {wholes[:8]}")
-        return constant, graphs, size
+        return name, constant, graphs, size
 
 
 def _named(data: memoryview, wanted: int) -> str:
@@ -299,40 +328,72 @@ class _Walk:
     nodes: int = 0
     _open: list[Key] = field(default_factory=list)
 
-    def graph(self, graph: _Graph, known: Constants, depth: int) -> None:
+    def graph(self, graph: _Graph, known: Constants, depth: int, around: Collection[str] = ()) -> Constants:
         """Count the nodes of a graph, and look at the sizes that it makes of constants.
 
         Args:
             graph: the graph.
             known: constants around it, by their names in it.
             depth: how many graphs it lies in.
+            around: all names around it that it may use.
+
+        Returns:
+            Its constants, by their names, with those around it.
         """
         if depth > DEEPEST:
             raise _Malformed(f"graphs and functions lie in each other more than {DEEPEST} deep in it")
         constants = {**known, **graph.constants}
+        names = {"", *around, *graph.inputs, *graph.constants}
         for node in graph.nodes:
             self.nodes += 1
             if self.nodes > MOST_NODES:
                 raise _Malformed(f"it has more than {MOST_NODES:,} nodes, with its functions written out")
+            if not names.issuperset(node.inputs):
+                # Runtimes sort them; constants would be known too late here.
+                raise _Malformed(f"its {node.kind[:80]} stands before what it takes")
             _check_sizes(node, constants)
-            for inner in node.graphs:
-                self.graph(inner, constants, depth + 1)
-            key = (node.kind, node.overload)
-            if node.domain == DOMAIN and key in self.functions:
-                self._call(key, node, constants, depth)
-            if node.kind == "Constant":
-                constants.update(dict.fromkeys(node.outputs, node.constant))
-            elif not node.graphs and node.inputs and all(name in constants for name in node.inputs if name):
-                constants.update(dict.fromkeys(node.outputs, _computed(node, constants)))
+            made = self._made(node, constants, depth, names)
+            for name in node.outputs:
+                constants.pop(name, None)
+            constants.update(made)
+            names.update(node.outputs)
+        return constants
 
-    def _call(self, key: Key, node: _Node, constants: Constants, depth: int) -> None:
+    def _made(self, node: _Node, constants: Constants, depth: int, names: Collection[str]) -> Constants:
+        """Go through what a node holds or calls; returns those of its outputs that are constants."""
+        made: dict[str, Constant] = {}
+        for inner in node.graphs:
+            own = {name: value for name, value in constants.items() if name not in inner.inputs}
+            found = self.graph(inner, own, depth + 1, names)
+            made |= {
+                name: None
+                for name, inside in zip(node.outputs, inner.outputs, strict=False)
+                if inside in found
+            }
+        if node.kind == "Constant":
+            return dict.fromkeys(node.outputs, node.constant)
+        key = (node.kind, node.overload)
+        if node.domain == DOMAIN and key in self.functions:
+            return self._call(key, node, constants, depth)
+        if not node.graphs and node.inputs and all(name in constants for name in node.inputs if name):
+            return dict.fromkeys(node.outputs, _computed(node, constants))
+        return made
+
+    def _call(self, key: Key, node: _Node, constants: Constants, depth: int) -> Constants:
         if key in self._open:
             raise _Malformed(f"its function {key[0][:80]!r} calls itself")
         function = self.functions[key]
         given = zip(function.inputs, node.inputs, strict=False)
         self._open.append(key)
-        self.graph(function, {own: constants[name] for own, name in given if name in constants}, depth + 1)
+        found = self.graph(
+            function, {own: constants[name] for own, name in given if name in constants}, depth + 1
+        )
         self._open.pop()
+        return {
+            name: found[own]
+            for name, own in zip(node.outputs, function.outputs, strict=False)
+            if own in found
+        }
 
 
 def _check_sizes(node: _Node, constants: Constants) -> None:

@@ -56,8 +56,9 @@ class OnnxRuntimeSession(Session):
         Raises:
             InputError: if an input is missing, unknown, or of another type or shape than the model takes, or holds
                 values that it cannot take, such as numbers of words that are not there.
+            BundleError: if the model does what cannot be done, such as asking for more memory than there is.
         """
-        from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+        from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 
         check_feeds(self.inputs, feeds)
         self._rules.check({name: array.shape for name, array in feeds.items()})
@@ -66,6 +67,10 @@ class OnnxRuntimeSession(Session):
         except InvalidArgument as error:
             raise InputError(
                 f"the model cannot take these values: {' '.join(str(error).split())[:300]}"
+            ) from error
+        except (Fail, RuntimeException) as error:
+            raise BundleError(
+                f"ONNX Runtime cannot run the model: {' '.join(str(error).split())[:300]}"
             ) from error
         return {item.name: value for item, value in zip(self.outputs, found, strict=True)}
 
@@ -112,7 +117,7 @@ def inference_session(model: Path | bytes, threads: int | None = None, *, profil
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         name = "the model" if isinstance(model, bytes) else str(model)
-        raise BundleError(f"ONNX Runtime refuses {name}: {str(error).strip()[:400]}") from error
+        raise BundleError(f"ONNX Runtime refuses {name}: {' '.join(str(error).split())[:400]}") from error
 
 
 def _threads_wanted() -> int:
