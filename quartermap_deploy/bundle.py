@@ -48,6 +48,9 @@ if TYPE_CHECKING:
 FORMAT = 2
 MANIFEST, MODEL, REPORT = "manifest.json", "model.onnx", "report.json"
 ENGINE_SUFFIX = ".engine"
+MOST_VALUES = 200_000
+"""Values in a manifest or a report, as comparing a million with a schema takes minutes. With names for 20,000 classes
+there are 25,000."""
 _FOLDER = FolderKind("bundle", MANIFEST, BundleError)
 _MEND = "the bundle was altered or damaged; compile it again"
 
@@ -383,7 +386,7 @@ def _read(path: Path) -> bytes:
 
 def _parsed(path: Path, data: bytes) -> Any:
     try:
-        return parse_json(data, unicode=True)
+        return parse_json(data, unicode=True, most=MOST_VALUES)
     except ReadingError as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
 

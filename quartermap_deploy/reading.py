@@ -99,15 +99,15 @@ def read_json(path: Path, largest: int = LARGEST_JSON, *, unicode: bool = False)
     return parse_json(read_bytes(path, largest), unicode=unicode)
 
 
-def parse_json(data: bytes, *, unicode: bool = False) -> Any:
-    """Read JSON from bytes; `read_json` says how.
+def parse_json(data: bytes, *, unicode: bool = False, most: int = LARGEST_VALUES) -> Any:
+    """Read JSON from bytes, of `most` values or fewer; `read_json` says how.
 
     Raises:
         ReadingError: if they are no JSON, or hold more than anybody's files do.
     """
     # Each value but the first stands behind one of these; commas in texts are few.
-    if sum(map(data.count, (b",", b"[", b"{"))) > LARGEST_VALUES:
-        raise ReadingError(f"it holds more than {LARGEST_VALUES:,} values")
+    if sum(map(data.count, (b",", b"[", b"{"))) > most:
+        raise ReadingError(f"it holds more than {most:,} values")
     try:
         values = json.loads(data.decode("utf-8"), parse_int=_whole)
     except ReadingError:

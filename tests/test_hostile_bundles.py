@@ -10,6 +10,7 @@ import json
 import os
 import random
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -324,3 +325,12 @@ def test_a_manifest_is_read_before_anything_else_of_the_bundle(stranger: Path) -
     assert read_manifest(stranger)["task"] == "classification"
     with pytest.raises(BundleError, match="does not match its manifest"):
         qm.load_bundle(stranger)
+
+
+def test_a_manifest_of_a_million_blocks_is_refused_at_once(stranger: Path) -> None:
+    """Comparing them with the schema took minutes."""
+    rewrite(stranger, lambda manifest: manifest.update(blocks=[{"index": 1}] * 1_000_000))
+    began = time.monotonic()
+    with pytest.raises(BundleError, match="more than 200,000 values"):
+        qm.load_bundle(stranger)
+    assert time.monotonic() - began < 10

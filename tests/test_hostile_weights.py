@@ -128,6 +128,16 @@ ATTACKS: dict[str, Callable[[], bytes]] = {
     "itself.pth": lambda: saved(holding_itself()),
     "levels.pth": lambda: saved(level_upon_level()),
     "deep.pth": deep,
+    # Python follows the tuples of a key without a look at its stack, and ended with them.
+    "tuples.pth": lambda: with_pickle(saved({}), lambda _: b"\x80\x02}N" + b"\x85" * 200_000 + b"Ns."),
+    "tuples_by_calls.pth": lambda: with_pickle(
+        saved({}),
+        lambda _: (
+            b"\x80\x02}N\x85q\x00"
+            + b"0ctorch._utils\n_rebuild_parameter\n(h\x00\x85tRq\x00" * 60_000
+            + b"Ns."
+        ),
+    ),
     "prefixes.pth": lambda: saved({"model." * 300_000: torch.zeros(1)}),
     "numbers.pth": lambda: saved({10**5000: torch.zeros(1), 3: {}}),
     "blocks.pth": lambda: saved({f"layers.{'9' * 5000}.blocks.1.x": torch.zeros(1)}),

@@ -28,6 +28,10 @@ _LONGEST_WHOLE, _MOST_LONG = 8, 1000
 """Bytes of a whole number, and how many longer ones there may be: thousands of them can be made to lie in one place of
 a dictionary. The states of random generators have some."""
 
+_DEEPEST = 100
+"""Tuples in each other. Python follows them without looking at its stack where one is the key of a dictionary, and
+ends at some ten thousand. Those of tensors are four deep."""
+
 _REFUSED = frozenset({"INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"})
 """Operations that call something, and that `torch.save` does not write."""
 _KNOWN = frozenset(
@@ -93,6 +97,49 @@ UNTYPED = "bytes"
 FindStorage = Callable[[Any], Storage]
 
 
+class _Tuples:
+    """How deep tuples lie in each other, on the stack that a pickle works with; nothing is built."""
+
+    def __init__(self) -> None:
+        self._stack: list[int] = []
+        self._marks: list[int] = []
+        self._kept: dict[int, int] = {}
+
+    def follow(self, operation: pickletools.OpcodeInfo, argument: Any) -> None:
+        """Do to the stack what an operation does.
+
+        Raises:
+            WeightsError: if tuples lie in each other deeper than any program writes them.
+        """
+        name = operation.name
+        if name == "MARK":
+            self._marks.append(len(self._stack))
+        elif name == "POP" and self._marks and self._marks[-1] == len(self._stack):
+            self._marks.pop()
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self._kept[len(self._kept) if name == "MEMOIZE" else argument] = self._stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            self._stack.append(self._kept.get(argument, 0))
+        elif name == "DUP":
+            self._stack.append(self._stack[-1])
+        else:
+            taken = self._taken(operation)
+            # What is called may give back what it was given.
+            depth = max(taken, default=0) + name.startswith("TUPLE")
+            if depth > _DEEPEST:
+                raise WeightsError(f"it has tuples in each other, more than {_DEEPEST} deep")
+            self._stack += [depth] * len(operation.stack_after)
+
+    def _taken(self, operation: pickletools.OpcodeInfo) -> list[int]:
+        before = operation.stack_before
+        place = len(self._stack) - len(before)
+        if pickletools.markobject in before:
+            place = self._marks.pop() - before.index(pickletools.markobject)
+        taken = self._stack[place:]
+        del self._stack[place:]
+        return taken
+
+
 def end_of_pickle(data: bytes, start: int = 0) -> int:
     """Return where a pickle ends, after a look at each of its operations.
 
@@ -102,6 +149,7 @@ def end_of_pickle(data: bytes, start: int = 0) -> int:
         WeightsError: if it has no end or another such operation, or what it builds would be too large.
     """
     cost = count = long = 0
+    tuples = _Tuples()
     named = ""
     file = io.BytesIO(data)
     file.seek(start)
@@ -112,6 +160,7 @@ def end_of_pickle(data: bytes, start: int = 0) -> int:
                 raise CodeError
             if name not in _KNOWN:
                 raise WeightsError(f"it has the operation {name}, which torch.save does not write")
+            tuples.follow(operation, argument)
             cost += _COST_OF_SET if name in ("EMPTY_SET", "FROZENSET") else _COST
             if isinstance(argument, (str, bytes, bytearray)):
                 # A character takes four bytes where one of a text needs them.
