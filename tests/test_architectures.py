@@ -243,6 +243,12 @@ def test_a_class_count_that_is_none_is_refused(count: object) -> None:
         create_model("medmamba_t", num_classes=count)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("argument", ["num_classes", "in_chans"])
+def test_more_classes_or_channels_than_memory_has_room_for_are_refused(argument: str) -> None:
+    with pytest.raises(InputError, match=f"{argument} = 4000000000 is too many"):
+        create_model("vmamba_digits", **{argument: 4_000_000_000})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("line", "replacement"),
     [

@@ -45,6 +45,10 @@ class Weights:
     notes: tuple[str, ...] = ()
 
 
+MOST = {"num_classes": 1_000_000, "in_chans": 4096}
+"""Classes and channels of an image: a recipe may be a stranger's, and each takes memory."""
+
+
 def create_model(
     name: str,
     *,
@@ -101,6 +105,8 @@ def create_with_weights(
         # A bool is an int in Python, and True classes are a mistake.
         if value is not None and (type(value) is not int or value < 1):
             raise InputError(f"{argument} = {value!r} is not a whole number of at least 1")
+        if value is not None and value > MOST[argument]:
+            raise InputError(f"{argument} = {value} is too many; at most {MOST[argument]:,} can be had")
     if features_only and num_classes is not None:
         raise InputError(f"a backbone has no classes; leave num_classes = {num_classes} or features_only out")
     if out_indices is not None and not features_only:
