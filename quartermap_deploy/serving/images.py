@@ -25,6 +25,8 @@ LARGEST = pixels.LARGEST
 """Most pixels of an image."""
 MOST_HELD = 4 * LARGEST + 8_000_000
 """Bytes in memory while an image is decoded and resized, at most: Pillow has four for each pixel."""
+BALLAST = 1 << 16
+"""Bytes that any file may have beside its pixels: a profile, a thumbnail, what a camera writes."""
 _COPIES = {"I;16": 10}
 """Bytes of a pixel of the copies that are made of greys of many bits, at most; of other colours there is one copy."""
 
@@ -49,6 +51,13 @@ class ImageFile:
         """
         self._size, self._place, self._preprocessing = len(data), place, preprocessing
         self._data, self.held = self._guarded(lambda: self._open(data))
+
+    @property
+    def ballast(self) -> int:
+        """Bytes beside the pixels where these are most of the file and many; else 0."""
+        size = self._data.size
+        beside = self._size - size
+        return beside if beside > max(BALLAST, size) else 0
 
     def prepare(self) -> NDArray[np.float32]:
         """Decode the file, and prepare it for the model; can be called once.
