@@ -23,7 +23,6 @@ import quartermap_deploy as qm
 from quartermap_deploy.data.images import prepare
 from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.serving.images import MOST_HELD, ImageFile
-from quartermap_deploy.serving.memory import give_back_large_blocks
 from quartermap_deploy.serving.pixel_data import DamagedError, pixel_data
 from quartermap_deploy.serving.refusal import Refusal
 
@@ -171,7 +170,6 @@ def test_what_decoding_takes_is_known_before(make: Callable[[], bytes], color: s
     data, settings = make(), with_color(color)
     known = ImageFile(data, settings, 1).held
     assert held * 1e6 <= known < (held + 10) * 1e6
-    give_back_large_blocks()
     try:
         # The peak begins anew.
         Path("/proc/self/clear_refs").write_text("5")
