@@ -230,7 +230,7 @@ def test_a_signal_before_it_listens_ends_it_well(copy: Path) -> None:
         "import os, signal, sys\n"
         "import quartermap_deploy.bundle as bundle\n"
         "from quartermap_deploy.cli import main\n"
-        "bundle.load_bundle = lambda path: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "bundle.load_bundle = lambda path, signed_by: os.kill(os.getpid(), signal.SIGTERM)\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     command = [sys.executable, "-c", script, "serve", str(copy), "--log", "json"]
