@@ -5,6 +5,8 @@ PYTHON ?= python3
 # Processes that share the tests. Each loads torch, so that many of them want much memory.
 WORKERS ?= 2
 PYTEST_FLAGS ?=
+# Damaged files and messages of each kind that `make fuzz` tries; `make test` tries some dozens.
+FUZZ_EXAMPLES ?= 20000
 # `make test-server` runs the server in this one, and the clients in PYTHON.
 SERVER_PYTHON ?= $(PYTHON)
 SERVER_TESTS := tests/test_serving.py tests/test_serving_faults.py tests/test_serving_lifecycle.py
@@ -19,7 +21,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 QUARTER
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint typecheck pytest test-server format bench evidence train-demo-model clean
+.PHONY: help demo test lint typecheck pytest test-server fuzz format bench evidence train-demo-model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,13 +39,17 @@ typecheck: $(STAMP) ## mypy, strict, on the package
 	@$(RUN) -m mypy
 
 pytest: $(STAMP) ## the tests alone; PYTEST_FLAGS="-k scan" chooses some
-	@$(ONE_THREAD) $(RUN) -m pytest -q -n $(WORKERS) $(PYTEST_FLAGS)
+	@$(ONE_THREAD) $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_FLAGS)
 
 test-server: $(STAMP) ## the server in another Python, without torch: make test-server SERVER_PYTHON=python3.13
 	@$(SERVER_PYTHON) -m venv --clear build/server
 	build/server/bin/pip install --disable-pip-version-check -q -c constraints.txt -r tests/server_requirements.txt
 	@$(ONE_THREAD) PYTHONPATH="$(CURDIR)" QUARTERMAP_SERVER_PYTHON="$(CURDIR)/build/server/bin/python" \
-		$(RUN) -m pytest -q -n $(WORKERS) $(PYTEST_FLAGS) $(SERVER_TESTS)
+		$(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_FLAGS) $(SERVER_TESTS)
+
+fuzz: $(STAMP) ## damage what strangers may send in many more ways, for an hour or so: make fuzz FUZZ_EXAMPLES=20000
+	@$(ONE_THREAD) QUARTERMAP_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(RUN) -m pytest -q --durations=0 -n $(WORKERS) --dist loadfile \
+		$(PYTEST_FLAGS) tests/test_fuzz_*.py
 
 format: $(STAMP) ## let ruff mend what it can
 	@$(RUN) -m ruff check --fix .

@@ -5,6 +5,7 @@
     golden_outputs.json   what PyTorch computes for them, in float64
     report.json           parity of every output and every block
     manifest.json         recipe, versions, block map, and the hash of every other file
+    manifest.sig          signatures of the manifest, if somebody signed it
 
 Loading and running a bundle needs NumPy and its target's runtime, not torch.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -23,13 +25,16 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
+from quartermap_deploy.bundle_schema import check_manifest, check_report
 from quartermap_deploy.data.preprocessing import Preprocessing
-from quartermap_deploy.errors import BundleError, InputError, UnknownNameError
+from quartermap_deploy.errors import BundleError, InputError, QuartermapError, UnknownNameError
 from quartermap_deploy.files import FolderKind, file_hash
-from quartermap_deploy.plain_text import command
+from quartermap_deploy.onnx_bounds import check_model
+from quartermap_deploy.plain_text import command, printable
 from quartermap_deploy.progress import SILENT, Progress
+from quartermap_deploy.reading import LARGEST_JSON, ReadingError, parse_json, read_bytes
+from quartermap_deploy.signatures import SIGNATURES, check_signatures
 from quartermap_deploy.size_rules import SizeRules
-from quartermap_deploy.sources.description import TASKS
 from quartermap_deploy.targets import DEFAULT, ENGINE_TARGETS, Session, load_target
 from quartermap_deploy.tensor_info import TensorInfo
 
@@ -45,13 +50,6 @@ MANIFEST, MODEL, REPORT = "manifest.json", "model.onnx", "report.json"
 ENGINE_SUFFIX = ".engine"
 _FOLDER = FolderKind("bundle", MANIFEST, BundleError)
 _MEND = "the bundle was altered or damaged; compile it again"
-_KINDS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("recipe", "model", "totals", "graph", "versions", "targets"), dict),
-    **dict.fromkeys(("blocks", "passes", "inputs", "outputs", "labels", "size_rules", "golden"), list),
-    "plan": (dict, type(None)),
-    "preprocessing": (dict, type(None)),
-    "task": str,
-}
 
 
 @dataclass(frozen=True)
@@ -224,6 +222,7 @@ class Bundle:
         """
         import onnx
 
+        check_model(self.model_path)
         try:
             model = onnx.load(self.model_path, load_external_data=False)
             onnx.checker.check_model(model)
@@ -258,7 +257,9 @@ class Bundle:
             values[name] = tuple(values.get(name, ()))
         # The manifest has the names of the classes themselves.
         values["labels"] = self.labels or None
-        values["module"] = None if values.get("module") is None else UserModule.from_dict(values["module"])
+        if (module := values.get("module")) is not None:
+            module = UserModule.from_dict(module, named_by=self.path)
+        values["module"] = module
         values["engine"] = EngineOptions.from_dict(values.get("engine", {}))
         values["input_size"] = None if values["input_size"] is None else tuple(values["input_size"])
         for name in ("checkpoint", "images", "reference"):
@@ -275,60 +276,72 @@ def _session(bundle: Bundle, target: str, plugin: Path | None) -> Session:
     return load_target(target).open(bundle.path, entry, plugin=plugin)
 
 
-def load_bundle(path: str | os.PathLike[str]) -> Bundle:
+def load_bundle(path: str | os.PathLike[str], *, signed_by: Sequence[str | os.PathLike[str]] = ()) -> Bundle:
     """Open a bundle and check that its files are those that were written.
+
+    Args:
+        path: its folder.
+        signed_by: PEM files of the public keys of those who must have signed it, all of them; see docs/signing.md. That
+            is checked before anything of the bundle is believed.
 
     Raises:
         BundleError: if it is missing, no bundle, of a newer format, or a file is missing, altered or not listed.
+        TrustError: if somebody did not sign it.
     """
     folder = Path(path)
     require_folder(folder)
-    manifest = _read_json(folder / MANIFEST)
-    if (
-        not isinstance(manifest, dict)
-        or not isinstance(manifest.get("files"), dict)
-        or "format" not in manifest
-    ):
-        raise BundleError(f"{folder / MANIFEST} is not the manifest of a bundle")
-    if manifest["format"] != FORMAT:
-        raise BundleError(
-            f"the bundle {folder} has format {manifest['format']!r}, this version of quartermap-deploy reads format "
-            f"{FORMAT}; compile it again from its recipe, or install the version that wrote it"
-        )
-    wrong = [key for key, kind in _KINDS.items() if not isinstance(manifest.get(key, ...), kind)]
-    if wrong:
-        raise BundleError(f"{folder / MANIFEST} has no proper {', '.join(wrong)}; {_MEND}")
-    _check_values(folder, manifest)
+    manifest = read_manifest(folder, signed_by=signed_by)
     _verify(folder, manifest["files"])
     report = _read_json(folder / REPORT)
-    if not isinstance(report, dict) or not isinstance(report.get("cases"), list) or "passed" not in report:
-        raise BundleError(f"{folder / REPORT} is not the report of a bundle; compile it again")
+    try:
+        check_report(report)
+    except InputError as error:
+        raise BundleError(
+            f"{folder / REPORT} is not the report of a bundle: {error}; compile it again"
+        ) from error
     return Bundle(folder, manifest, report)
 
 
-def _check_values(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Check what a manifest says of inputs, outputs, preprocessing, class names and sizes.
+def read_manifest(folder: Path, *, signed_by: Sequence[str | os.PathLike[str]] = ()) -> dict[str, Any]:
+    """Read the manifest of a bundle, and check all that it says, without a look at the bundle's other files.
+
+    Args:
+        folder: the bundle.
+        signed_by: who must have signed it; see `load_bundle`. The bytes that are checked are those that are read.
 
     Raises:
-        BundleError: if something of it means nothing.
+        BundleError: if there is none, if it is of another format, or if anything in it means nothing.
+        TrustError: if somebody did not sign it.
     """
+    from quartermap_deploy.targets.tensorrt.options import EngineOptions
+
+    path = folder / MANIFEST
+    data = _read(path)
+    if signed_by:
+        check_signatures(folder, data, signed_by)
+    manifest = _parsed(path, data)
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise BundleError(f"{path} is not the manifest of a bundle")
+    if manifest["format"] != FORMAT:
+        raise BundleError(
+            f"the bundle {folder} has format {printable(repr(manifest['format']), 40)}, this version of "
+            f"quartermap-deploy reads format {FORMAT}; compile it again from its recipe, or install the version that "
+            "wrote it"
+        )
     try:
-        for key in ("inputs", "outputs"):
-            if not manifest[key] or not all(isinstance(entry, dict) for entry in manifest[key]):
-                raise InputError(f"it has no {key}")
-            for entry in manifest[key]:
-                TensorInfo.from_dict(entry)
-        for key in ("labels", "golden"):
-            if not all(isinstance(name, str) for name in manifest[key]):
-                raise InputError(f"{key} are no texts")
+        check_manifest(manifest)
+        for entry in (*manifest["inputs"], *manifest["outputs"]):
+            TensorInfo.from_dict(entry)
         if manifest["preprocessing"] is not None:
             Preprocessing.from_dict(manifest["preprocessing"])
         SizeRules(manifest["size_rules"])
-        if manifest["task"] not in TASKS:
-            raise InputError(f"it has the task {manifest['task']!r}, expected one of {', '.join(TASKS)}")
-    except (InputError, BundleError, KeyError, TypeError, ValueError) as error:
+        Bundle(folder, manifest, {}).recipe()
+        for entry in manifest["targets"].values():
+            EngineOptions.from_dict(entry.get("options", {}))
+    except (QuartermapError, KeyError, TypeError, ValueError) as error:
         said = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-        raise BundleError(f"{folder / MANIFEST} cannot be read: {said}; {_MEND}") from error
+        raise BundleError(f"{path} cannot be read: {said}; {_MEND}") from error
+    return manifest
 
 
 def bundle_labels(paths: Sequence[Path]) -> list[str]:
@@ -356,43 +369,68 @@ def require_folder(folder: Path) -> None:
 
 
 def _read_json(path: Path) -> Any:
+    return _parsed(path, _read(path))
+
+
+def _read(path: Path) -> bytes:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_bytes(path, LARGEST_JSON)
     except FileNotFoundError:
         raise BundleError(f"{path.parent} is no bundle: it has no {path.name}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ReadingError as error:
+        raise BundleError(f"{path} cannot be read: {error}") from error
+
+
+def _parsed(path: Path, data: bytes) -> Any:
+    try:
+        return parse_json(data, unicode=True)
+    except ReadingError as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
 
 
 def _verify(folder: Path, files: dict[str, Any]) -> None:
     """Compare the files of a bundle with what its manifest says about them."""
     for name, expected in files.items():
-        # A manifest must not make us read outside its bundle.
-        if Path(name).name != name:
-            raise BundleError(
-                f"the manifest of {folder} lists {name!r}, which is no plain file name; {_MEND}"
-            )
-        mend = (
-            f"make it again: {command('quartermap', 'rebuild', folder)}"
-            if name.endswith(ENGINE_SUFFIX)
-            else _MEND
-        )
-        if not (folder / name).is_file():
-            raise BundleError(f"{name} is missing from the bundle {folder}; {mend}")
-        found = describe_file(folder / name)
-        if found != expected:
-            raise BundleError(
-                f"{name} in the bundle {folder} does not match its manifest ({found['bytes']:,} bytes, sha256 "
-                f"{found['sha256'][:12]}…, expected {expected.get('bytes', 0):,} bytes, "
-                f"{str(expected.get('sha256'))[:12]}…); {mend}"
-            )
-    if unlisted := sorted({path.name for path in folder.iterdir()} - {*files, MANIFEST}):
+        verify_file(folder, name, expected)
+    if unlisted := sorted({path.name for path in folder.iterdir()} - {*files, MANIFEST, SIGNATURES}):
         raise BundleError(
             f"the bundle {folder} holds {unlisted[0]}, which its manifest does not list; take it out"
         )
-    for name in (MODEL, REPORT):
-        if name not in files:
-            raise BundleError(f"the manifest of {folder} does not list {name}; {_MEND}")
+
+
+def verify_file(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
+    """Compare a file of a bundle with what its manifest says about it.
+
+    Args:
+        folder: the bundle.
+        name: of the file, which `check_manifest` knows to be a plain one.
+        expected: its "sha256" and "bytes".
+
+    Raises:
+        BundleError: if it is missing, a link, which would lead out of the bundle, or another one.
+    """
+    path = folder / name
+    mend = (
+        f"make it again: {command('quartermap', 'rebuild', folder)}"
+        if name.endswith(ENGINE_SUFFIX)
+        else _MEND
+    )
+    if not os.path.lexists(path):
+        raise BundleError(f"{name} is missing from the bundle {folder}; {mend}")
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise BundleError(f"{name} in the bundle {folder} is a link or no file; expected a file of its own")
+    size = path.stat().st_size
+    found = describe_file(path) if size == expected["bytes"] else {"bytes": size}
+    if found != expected:
+        raise BundleError(
+            f"{name} in the bundle {folder} does not match its manifest: {_size_and_hash(found)}, expected "
+            f"{_size_and_hash(expected)}; {mend}"
+        )
+
+
+def _size_and_hash(entry: Mapping[str, Any]) -> str:
+    hashed = f", sha256 {entry['sha256'][:12]}…" if "sha256" in entry else ""
+    return f"{entry['bytes']:,} bytes{hashed}"
 
 
 def describe_file(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from quartermap_deploy.data.labels import class_names
 from quartermap_deploy.errors import BundleError, InputError
 from quartermap_deploy.model_facts import ModelFacts
+from quartermap_deploy.onnx_bounds import check_model
 
 if TYPE_CHECKING:
     import onnx
@@ -83,6 +84,7 @@ def _last_operator(bundle: ModelFacts) -> str | None:
     """The operator that makes the first output; None where an input is passed on."""
     import onnx
 
+    check_model(bundle.model_path)
     try:
         graph = onnx.load(bundle.model_path, load_external_data=False).graph
     except Exception as error:  # protobuf has several kinds

@@ -54,6 +54,8 @@ def compile(
     recipe: Recipe | str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
+    plugin: str | os.PathLike[str] | None = None,
+    run_module: bool = False,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Bundle:
@@ -62,6 +64,9 @@ def compile(
     Args:
         recipe: the recipe, the path of a recipe file (.toml), or the name of a model for a recipe of defaults.
         out: folder of the bundle; it must not exist, unless `force` is given and it is a bundle.
+        plugin: the plugin library for the target `tensorrt`, which a recipe file may not name; None leaves it to the
+            recipe's `engine`, or looks for it.
+        run_module: agree to run the module that a recipe file names in [module].
         force: replace a bundle.
         progress: told about the steps.
 
@@ -72,7 +77,9 @@ def compile(
         QuartermapError: of the kind that fits what is wrong; then nothing was written. `ParityError` if a target
             departs from PyTorch by more than the tolerance.
     """
-    recipe, out = as_recipe(recipe), Path(out)
+    recipe, out = as_recipe(recipe, run_module=run_module), Path(out)
+    if plugin is not None:
+        recipe = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, plugin=Path(plugin)))
     targets = load_targets(recipe)
     check_destination(out, force)
     with progress.step(f"loading {recipe.model}"):
@@ -94,7 +101,7 @@ def compile_module(
     dynamic_size: bool = False,
     precision: str = "float32",
     targets: Sequence[str] = ("onnxruntime",),
-    reference: tuple[Any, Any] | None = None,
+    reference: tuple[Any, Any] | str | os.PathLike[str] | None = None,
     scans: Mapping[str, Callable[..., Any]] | None = None,
     name: str | None = None,
     stages: Sequence[int] | None = None,
@@ -121,8 +128,8 @@ def compile_module(
         precision: element type of weights and activations: "float32", "float16" or "bfloat16".
         targets: what to build and validate.
         reference: (inputs, outputs) that were saved where the module runs in its own environment, as on a GPU with
-            mamba-ssm: each a tensor, a sequence or a dictionary. The unpruned graph is compared with them, so that our
-            reading of the scan is proved too.
+            mamba-ssm: each a tensor, a sequence or a dictionary, or the path of an .npz file with all by their names.
+            The unpruned graph is compared with them, so that our reading of the scan is proved too.
         scans: for scans that we do not know, `{"package.module:function": adapter}`; see `public_code`.
         name: what the model is called; None takes the name of its class.
         stages: how many blocks each stage has; None tells stages apart by the length of their sequences.
@@ -142,10 +149,10 @@ def compile_module(
         PassError: if a block that the plan names cannot be pruned; the message says why.
         ParityError: if the graph departs from PyTorch, or from the given reference; then nothing was written.
     """
-    from quartermap_deploy.sources.modules import module_source
-    from quartermap_deploy.validation.given import given_reference
+    from quartermap_deploy.sources.modules import module_source, unwrapped
+    from quartermap_deploy.validation.given import as_reference
 
-    out = Path(out)
+    out, model = Path(out), unwrapped(model)
     recipe = Recipe(
         model=name or type(model).__name__,
         quartermap=quartermap,
@@ -172,7 +179,7 @@ def compile_module(
             stages=stages,
             scans=scans,
         )
-        given = None if reference is None else given_reference(source, *reference)
+        given = None if reference is None else as_reference(source, reference)
     return _compile(recipe, source, built, out, given=given, force=force, progress=progress)
 
 
@@ -201,7 +208,7 @@ def _compile(
                 entries[name] = target.build(
                     folder / MODEL,
                     folder,
-                    recipe.engine.with_cache_beside(out),
+                    recipe.engine,
                     examples=[{key: array.shape for key, array in feeds.items()} for feeds in cases.values()],
                     progress=progress,
                 )
@@ -219,12 +226,12 @@ def _compile(
     return dataclasses.replace(bundle, path=out)
 
 
-def as_recipe(recipe: Recipe | str | os.PathLike[str]) -> Recipe:
-    """Return a recipe from itself, from a file, or from the name of a model."""
+def as_recipe(recipe: Recipe | str | os.PathLike[str], *, run_module: bool = False) -> Recipe:
+    """Return a recipe from itself, from a file (`run_module` is `Recipe.load`'s), or from the name of a model."""
     if isinstance(recipe, Recipe):
         return recipe
     if str(recipe).endswith(".toml"):
-        return Recipe.load(Path(recipe))
+        return Recipe.load(Path(recipe), run_module=run_module)
     return Recipe(model=str(recipe))
 
 
@@ -418,8 +425,9 @@ def parity_of(
     # In 16 bits every value is rounded as the types say, which ONNX Runtime's own casts would leave out.
     target = onnxruntime_runner(rounded_in_float32(onnx.load_from_string(onnx_bytes)))
     paths = {block.index: block.path for block in source.blocks}
+    further = {} if traced is None else source.further_cases(traced)
     with progress.step("comparing every block with PyTorch"):
-        return check_parity(reference, target, cases, tolerance_for(recipe.precision), paths)
+        return check_parity(reference, target, {**cases, **further}, tolerance_for(recipe.precision), paths)
 
 
 def validate(

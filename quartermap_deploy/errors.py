@@ -74,6 +74,10 @@ class BundleError(QuartermapError):
     """A bundle that is missing, damaged, or in the way of a new one."""
 
 
+class TrustError(QuartermapError):
+    """A library, a folder or a bundle that is not trusted enough for what it was to be used for."""
+
+
 class ParityError(QuartermapError):
     """A target whose outputs depart from the reference by more than the tolerance."""
 

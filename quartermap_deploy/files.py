@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -64,14 +66,16 @@ class FolderKind:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".draft", dir=path.parent))
+            held = _Held(draft)
         except OSError as error:
             raise self.error(f"cannot write to {path.parent}: {error}") from error
         try:
             yield draft
             # mkdtemp makes folders for their owner alone; these are shared like any other file.
-            umask = os.umask(0)
-            os.umask(umask)
-            draft.chmod(0o777 & ~umask)
+            if not held.set_mode(0o777 & ~_umask()):
+                raise self.error(
+                    f"somebody else replaced {draft} while it was written; choose a folder that only you can write to"
+                )
             self.check_destination(path, force)
             if path.exists():
                 old = draft.with_suffix(".replaced")
@@ -85,11 +89,44 @@ class FolderKind:
             else:
                 draft.rename(path)
         finally:
+            held.close()
             shutil.rmtree(draft, ignore_errors=True)
             # Folders that were made for it go when it did not come; those that hold something stay.
             for parent in made:
                 with contextlib.suppress(OSError):
                     parent.rmdir()
+
+
+class _Held:
+    """A folder that was just made, held open, so that it is known again whatever its name leads to later.
+
+    Where others may write, they can put a link in its place; permissions set by its name would be those of the link's
+    target.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        # Windows opens no folders, and has other permissions.
+        flags = getattr(os, "O_DIRECTORY", None)
+        self._descriptor = None if flags is None else os.open(path, flags | os.O_NOFOLLOW)
+
+    def set_mode(self, mode: int) -> bool:
+        """Set its permissions; returns whether its name still is its own."""
+        if self._descriptor is None:
+            return True
+        os.fchmod(self._descriptor, mode)
+        return self._path.exists() and os.path.samestat(self._path.lstat(), os.fstat(self._descriptor))
+
+    def close(self) -> None:
+        """Let go of it."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def check_outside(path: Path, folders: Iterable[Path], error: type[QuartermapError]) -> None:
@@ -157,13 +194,11 @@ def pending_file(path: Path, data: bytes, mode: int | None = None) -> Iterator[N
         handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with _writing(path):
+            wanted = 0o666 & ~_umask() if mode is None else mode
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
-            if mode is None:
-                umask = os.umask(0)
-                os.umask(umask)
-                mode = 0o666 & ~umask
-            os.chmod(draft, mode)
+                if hasattr(os, "fchmod"):
+                    os.fchmod(file.fileno(), wanted)
         yield
         with _writing(path):
             os.replace(draft, path)
@@ -179,6 +214,31 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise WriteError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def read_regular(path: Path, most: int, *, follow: bool = True) -> bytes:
+    """Return what is in a file that somebody else may have made.
+
+    Args:
+        path: the file.
+        most: how many bytes it may have.
+        follow: whether it may be a link.
+
+    Raises:
+        OSError: if it cannot be read, is no plain file (a pipe may never end), is too large, or a link that may be
+            none; its `strerror` says which.
+    """
+    if not follow and path.is_symlink():
+        raise OSError(errno.ELOOP, "it is a link", str(path))
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with os.fdopen(os.open(path, flags | (0 if follow else getattr(os, "O_NOFOLLOW", 0))), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is no plain file", str(path))
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
+    return data
 
 
 def write_whole(path: Path, data: bytes, mode: int | None = None) -> None:

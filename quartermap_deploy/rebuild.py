@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from quartermap_deploy.bundle import (
-    FORMAT,
     MANIFEST,
     MODEL,
     Bundle,
     describe_file,
     load_bundle,
     new_bundle,
+    read_manifest,
     require_folder,
+    verify_file,
     write_json,
 )
+from quartermap_deploy.carried import carried_libraries
 from quartermap_deploy.compiler import check_target
-from quartermap_deploy.errors import BundleError, QuartermapError, UnknownNameError
+from quartermap_deploy.errors import BundleError, UnknownNameError
 from quartermap_deploy.plain_text import command
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.recipe import Recipe
@@ -38,7 +39,7 @@ def rebuild_bundle(
     plugin: Path | None = None,
     progress: Progress = SILENT,
 ) -> Bundle:
-    """Make engines of a bundle again from its portable model.
+    """Make engines of a bundle again from its portable model. A signature of the bundle goes, as the bundle changes.
 
     Args:
         path: the bundle. Its engines may be damaged or missing; its other files must be whole.
@@ -59,7 +60,7 @@ def rebuild_bundle(
     """
     folder = Path(path)
     require_folder(folder)
-    manifest = _manifest(folder)
+    manifest = read_manifest(folder)
     entries: dict[str, dict[str, Any]] = manifest["targets"]
     engines = {name: entry["file"] for name, entry in entries.items() if entry.get("file") != MODEL}
     names = list(engines) if target is None else [target]
@@ -71,32 +72,35 @@ def rebuild_bundle(
     for name, module in modules.items():
         if not hasattr(module, "prepare"):
             raise UnknownNameError(f"the target {name} has no engine: it runs {MODEL} as it is")
-    recipe, chosen = _recipe(folder, manifest), {}
+    recipe, chosen = Bundle(folder, manifest, {}).recipe(), {}
     for name, module in modules.items():
         wanted = options or _options(manifest, entries.get(name))
         chosen[name] = dataclasses.replace(wanted, plugin=plugin or wanted.plugin)
         check_target(dataclasses.replace(recipe, targets=(name,), engine=chosen[name]), name, module)
     made = {engines[name] for name in names if name in engines}
     with new_bundle(folder, force=True) as draft:
-        files = _copied(folder, draft, {n: e for n, e in manifest["files"].items() if n not in made})
+        files = copy_files(folder, draft, {n: e for n, e in manifest["files"].items() if n not in made})
         for name, module in modules.items():
             with progress.step(f"building for {name}"):
-                entry = module.build(
-                    draft / MODEL, draft, chosen[name].with_cache_beside(folder), progress=progress
-                )
+                entry = module.build(draft / MODEL, draft, chosen[name], progress=progress)
             proved = prove_engine(
                 name,
                 module,
                 draft,
                 entry,
                 recipe.precision,
-                manifest.get("golden", ()),
+                manifest["golden"],
                 advice=lambda name=name: _advice(folder, recipe, name),  # type: ignore[misc]
                 plugin=chosen[name].plugin,
                 progress=progress,
             )
             entries[name] = {**entry, **proved}
             files[entry["file"]] = describe_file(draft / entry["file"])
+        # Carried for an engine that is no more.
+        for library in carried_libraries({"targets": entries, "files": files}):
+            if not library.targets:
+                (draft / library.name).unlink()
+                del files[library.name]
         manifest["files"] = dict(sorted(files.items()))
         write_json(draft / MANIFEST, manifest)
         bundle = load_bundle(draft)
@@ -111,46 +115,15 @@ def _advice(folder: Path, recipe: Recipe, target: str) -> str:
     return f"`{line}` names the block that has to stay in float32."
 
 
-def _recipe(folder: Path, manifest: dict[str, Any]) -> Recipe:
-    """The recipe in a manifest.
-
-    Raises:
-        BundleError: if it has none that can be read.
-    """
-    try:
-        return Bundle(folder, manifest, {}).recipe()
-    except (KeyError, TypeError, ValueError, QuartermapError) as error:
-        raise BundleError(
-            f"the recipe in {folder / MANIFEST} cannot be read ({error!r}); compile the bundle again"
-        ) from error
-
-
 def _options(manifest: dict[str, Any], entry: dict[str, Any] | None) -> EngineOptions:
     """What an engine was built with, or else what the recipe says."""
-    recipe: dict[str, Any] = manifest.get("recipe") or {}
-    return EngineOptions.from_dict((entry or {}).get("options", recipe.get("engine", {})))
+    return EngineOptions.from_dict((entry or {}).get("options", manifest["recipe"].get("engine", {})))
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a bundle, without a look at its other files."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BundleError(f"{folder / MANIFEST} cannot be read: {error}") from error
-    wrong = not isinstance(manifest, dict) or manifest.get("format") != FORMAT
-    if wrong or not all(isinstance(manifest.get(key), dict) for key in ("files", "targets")):
-        raise BundleError(f"{folder / MANIFEST} is not the manifest of a bundle of format {FORMAT}")
-    return dict(manifest)
-
-
-def _copied(folder: Path, draft: Path, files: dict[str, Any]) -> dict[str, Any]:
+def copy_files(folder: Path, draft: Path, files: dict[str, Any]) -> dict[str, Any]:
     """Copy files of a bundle that are what its manifest says; returns what it says."""
     for name, expected in files.items():
-        if Path(name).name != name or not (folder / name).is_file():
-            raise BundleError(f"{name} is missing from the bundle {folder}; compile it again")
-        shutil.copyfile(folder / name, draft / name)
-        if describe_file(draft / name) != expected:
-            raise BundleError(f"{name} in the bundle {folder} does not match its manifest; compile it again")
+        verify_file(folder, name, expected)
+        shutil.copyfile(folder / name, draft / name, follow_symlinks=False)
+        verify_file(draft, name, expected)
     return dict(files)

@@ -46,7 +46,6 @@ import dataclasses
 import difflib
 import json
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,13 +55,9 @@ from quartermap_deploy.data.labels import label_sets
 from quartermap_deploy.data.preprocessing import check_keys
 from quartermap_deploy.errors import InputError, PlanError, RecipeError
 from quartermap_deploy.pruning.plan import QuarterMap
+from quartermap_deploy.reading import ReadingError, read_toml
 from quartermap_deploy.sources.factories import UserModule
 from quartermap_deploy.targets.tensorrt.options import EngineOptions
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _TABLES: dict[str, dict[str, str]] = {
     "model": {
@@ -194,28 +189,30 @@ class Recipe:
             raise RecipeError(f"{idle[0]} is for a module of your own; models of cards need none")
 
     @classmethod
-    def load(cls, path: Path) -> Recipe:
+    def load(cls, path: Path, *, run_module: bool = False) -> Recipe:
         """Read a recipe file. Paths in it are relative to it.
+
+        Args:
+            path: the file.
+            run_module: agree to run what its table [module] names; without, it is read and never run.
 
         Raises:
             RecipeError: if the file is missing or no TOML, or a key or value is wrong.
         """
         path = Path(path)
         try:
-            document = tomllib.loads(path.read_text(encoding="utf-8"))
+            document = read_toml(path)
         except FileNotFoundError:
             raise RecipeError(f"there is no recipe {path}") from None
-        except (OSError, UnicodeDecodeError) as error:
+        except ReadingError as error:
             raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
-        except tomllib.TOMLDecodeError as error:
-            raise RecipeError(f"the recipe {path} is no valid TOML: {error}") from error
         try:
-            return cls._from_document(document, path.parent)
+            return cls._from_document(document, path.parent, None if run_module else path)
         except (RecipeError, PlanError, InputError) as error:
             raise RecipeError(f"the recipe {path}: {error}") from error
 
     @classmethod
-    def _from_document(cls, document: Mapping[str, Any], folder: Path) -> Recipe:
+    def _from_document(cls, document: Mapping[str, Any], folder: Path, named_by: Path | None) -> Recipe:
         fields: dict[str, Any] = {}
         for table, entries in document.items():
             _require_known("table", table, [*_TABLES, *_VALUES])
@@ -227,13 +224,13 @@ class Recipe:
                 fields["quartermap"] = QuarterMap.from_dict(entries)
                 continue
             if table == "module":
-                fields["module"] = UserModule.from_dict(entries, folder)
+                fields["module"] = UserModule.from_dict(entries, folder, named_by=named_by)
                 continue
             if table == "preprocessing":
                 fields["preprocessing"] = dict(entries)
                 continue
             if table == "engine":
-                fields["engine"] = EngineOptions.from_dict(_beside(entries, folder))
+                fields["engine"] = EngineOptions.from_dict(entries)
                 continue
             for key, value in entries.items():
                 _require_known(f"key in [{table}]", key, list(_TABLES[table]))
@@ -270,11 +267,8 @@ class Recipe:
             document["preprocessing"] = dict(self.preprocessing)
         if self.module is not None:
             document["module"] = self._module_table(folder)
-        options = {key: value for key, value in engine.items() if value != usual[key]}
-        options |= {
-            key: path for key in ("plugin", "cache") if (path := getattr(self.engine, key)) is not None
-        }
-        if options:
+        # Neither the plugin nor a cache, which no file decides.
+        if options := {key: value for key, value in engine.items() if value != usual[key]}:
             document["engine"] = options
         order = [
             "model",
@@ -341,14 +335,6 @@ def _toml(value: Any, folder: Path) -> str:
 
 def _is_list(value: object) -> bool:
     return isinstance(value, (list, tuple))
-
-
-def _beside(entries: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Engine options whose paths are relative to the folder of the recipe."""
-    return {
-        key: folder / value if key in ("plugin", "cache") and isinstance(value, str) else value
-        for key, value in entries.items()
-    }
 
 
 def _require_known(kind: str, name: str, known: list[str]) -> None:

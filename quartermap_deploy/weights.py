@@ -7,14 +7,11 @@ architectures need, the spellings of their keys, is in `architectures/checkpoint
 
 from __future__ import annotations
 
-import argparse
 import pickle
 import pickletools
 import re
-import warnings
-import zipfile
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -24,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from quartermap_deploy.errors import CheckpointError
+from quartermap_deploy.weight_files.stored import CodeError, Content, OtherTensor, StoredTensor, WeightsError
+from quartermap_deploy.weight_files.torch_files import ProgramError, read_torch_file
 
 StateDict = dict[str, Tensor]
 
@@ -44,6 +43,12 @@ _CODE_OPERATIONS = frozenset({"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ",
 _SEARCHED = 1 << 20
 
 _LISTED = 5
+_LONGEST = 200
+"""Characters of a name in a message."""
+_LARGEST_HEADER = 8 << 20
+"""Bytes of the header of a safetensors file; a tensor takes about a hundred."""
+_MOST_WRAPPERS, _MOST_PREFIXES = 64, 8
+"""Dictionaries that are looked through for a state dict, and names that are taken off the front of keys."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +110,9 @@ def load_weights(
     own = module.state_dict()
     state, prefix = without_prefix(stored.state, own.__contains__)
     fitting = {key: tensor for key, tensor in state.items() if key in own}
-    check_values(stored.path, _judged(module, fitting))
     odd_shapes = misshapen(fitting, own)
+    if not odd_shapes:
+        check_values(stored.path, _judged(module, fitting))
     missing, unexpected = _load(module, state) if not odd_shapes else _compare(state, own)
     problem = ""
     if odd_shapes or (strict and (missing or unexpected)):
@@ -169,15 +175,24 @@ def read_weights(path: str | PathLike[str], *, prefer_ema: bool = True) -> Store
     require_file(path)
     if path.stat().st_size == 0:
         raise CheckpointError(f"the checkpoint {path} is empty; download it again")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    wrapper, state = unwrap(content, prefer_ema=prefer_ema)
-    if not state:
-        held = some_names(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+    stored = None if path.suffix == ".safetensors" else _read_torch(path)
+    content = _read_safetensors(path) if stored is None else stored.values
+    wrapper, found = unwrap(content, prefer_ema=prefer_ema)
+    if not found:
+        held = some_names(map(_key, content)) if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(
             f"the checkpoint {path} holds no state dict; expected tensors by name, alone or under one of "
             f"{', '.join((*WRAPPERS, *EMA_WRAPPERS))}, but found {held or 'nothing'}"
         )
-    return StoredWeights(path, wrapper, state)
+    for kind in dict.fromkeys(tensor.kind for tensor in found.values() if isinstance(tensor, OtherTensor)):
+        odd = [key for key, tensor in found.items() if tensor == OtherTensor(kind)]
+        raise CheckpointError(
+            f"the checkpoint {path} holds {kind} tensors in {some_names(odd)}; give the checkpoint as it was trained"
+        )
+    try:
+        return StoredWeights(path, wrapper, found if stored is None else stored.tensors(found))
+    except WeightsError as error:
+        raise CheckpointError(f"the checkpoint {path} is damaged: {error}") from error
 
 
 def require_file(path: Path) -> None:
@@ -192,23 +207,43 @@ def require_file(path: Path) -> None:
         raise CheckpointError(f"there is no checkpoint file {path}")
 
 
-def unwrap(content: Any, *, prefer_ema: bool = True) -> tuple[str, StateDict]:
-    """Find the state dict inside a training checkpoint, however deep.
+def unwrap(content: Any, *, prefer_ema: bool = True) -> tuple[str, dict[str, Any]]:
+    """Find the state dict inside a training checkpoint, as deep as training scripts put it.
+
+    Args:
+        content: what the file holds; tensors in it are of torch's class or of those of `weight_files/stored.py`.
+        prefer_ema: whether a moving average comes before the weights.
 
     Returns:
         The keys under which it lies, with dots between them, and the tensors by name, none if there is no state dict.
     """
-    if not isinstance(content, Mapping):
-        return "", {}
     order = (*EMA_WRAPPERS, *WRAPPERS) if prefer_ema else (*WRAPPERS, *EMA_WRAPPERS)
+    return _unwrapped(content, order, set())
+
+
+def _unwrapped(content: Any, order: Sequence[str], seen: set[int]) -> tuple[str, dict[str, Any]]:
+    # A dictionary may hold itself, or another one under each key and that a third one; each is looked at once.
+    if not isinstance(content, Mapping) or id(content) in seen or len(seen) >= _MOST_WRAPPERS:
+        return "", {}
+    seen.add(id(content))
     for key in order:
         if isinstance(content.get(key), Mapping):
-            inner, state = unwrap(content[key], prefer_ema=prefer_ema)
+            inner, state = _unwrapped(content[key], order, seen)
             if state:
                 return f"{key}.{inner}" if inner else key, state
-    if not all(isinstance(value, Tensor) for value in content.values()):
+    if not all(
+        isinstance(key, (str, int)) and isinstance(value, (Tensor, StoredTensor, OtherTensor))
+        for key, value in content.items()
+    ):
         return "", {}
-    return "", {str(key): value for key, value in content.items()}
+    return "", {_key(key): value for key, value in content.items()}
+
+
+def _key(key: object) -> str:
+    """The name of a tensor, or what stands in its place; numbers may have thousands of digits, and tuples no end."""
+    if isinstance(key, str):
+        return key
+    return str(key) if isinstance(key, int) and key.bit_length() < 64 else f"a {type(key).__name__}"
 
 
 def without_prefix(state: StateDict, known: Callable[[str], bool]) -> tuple[StateDict, str]:
@@ -227,7 +262,7 @@ def without_prefix(state: StateDict, known: Callable[[str], bool]) -> tuple[Stat
     hits: Counter[str] = Counter()
     for key in state:
         prefix, rest = "", key
-        while True:
+        for _ in range(_MOST_PREFIXES):
             hits[prefix] += known(rest)
             first, dot, rest = rest.partition(".")
             if not dot or first not in PREFIXES:
@@ -285,65 +320,43 @@ def some_names(names: Iterable[str]) -> str:
     """Return the first names, and how many more there are."""
     listed = list(names)
     rest = len(listed) - _LISTED
-    return ", ".join(listed[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")
+    shown = (name if len(name) <= _LONGEST else f"{name[:_LONGEST]}…" for name in listed[:_LISTED])
+    return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _read_safetensors(path: Path) -> StateDict:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
+        with path.open("rb") as file:
+            head = int.from_bytes(file.read(8), "little")
+        # The library checks that what the header says fits the file, but reads one of 100 MB first.
+        if head > min(_LARGEST_HEADER, path.stat().st_size):
+            raise WeightsError(f"its header would have {head:,} bytes")
         return load_file(path)
-    except (SafetensorError, ValueError, OSError) as error:
+    except Exception as error:  # of many kinds, some of the library's own
         raise CheckpointError(
             f"the checkpoint {path} is damaged or no safetensors file{_what_else(path)}: {error}"
         ) from error
 
 
-def _read_pickle(path: Path) -> Any:
-    # Training scripts of this family keep their settings beside the weights, as a yacs CfgNode (a dict) or an
-    # argparse Namespace. Both hold values only; yacs need not be installed, an ordered dict takes the place
-    # of its class.
-    harmless: list[Any] = [(OrderedDict, "yacs.config.CfgNode"), argparse.Namespace]
-    _refuse_programs(path)
+def _read_torch(path: Path) -> Content:
     try:
-        with torch.serialization.safe_globals(harmless), warnings.catch_warnings():
-            # What torch has to say about an odd pickle is in the error below.
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises almost anything on a damaged file
-        named = (
-            re.search(r"GLOBAL (\w\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        )
-        if named or _may_run_code(path):
+        return read_torch_file(path)
+    except ProgramError as error:
+        raise CheckpointError(f"{path} {error}") from None
+    except (WeightsError, OSError) as error:
+        named = str(error) if isinstance(error, CodeError) else ""
+        if isinstance(error, CodeError) or _may_run_code(path):
             raise CheckpointError(
-                f"the checkpoint {path} {f'holds a pickled {named[1]}' if named else 'is a plain pickle'}, which could "
+                f"the checkpoint {path} {f'holds a pickled {named}' if named else 'is a plain pickle'}, which could "
                 "run code, so it was refused. Where you trust it, load it yourself and save model.state_dict() as "
                 "safetensors"
             ) from error
         raise CheckpointError(
-            f"the checkpoint {path} is truncated, damaged or not a PyTorch file{_what_else(path)}; download it again"
+            f"the checkpoint {path} is truncated, damaged or not a PyTorch file{_what_else(path)}: {error}; download "
+            "it again"
         ) from error
-
-
-def _refuse_programs(path: Path) -> None:
-    """Refuse a whole program, which is a zip file as weights are, and holds some too."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return
-    inner = {name.partition("/")[2] for name in names}
-    kind, load = "", ""
-    if "constants.pkl" in inner and any(name.startswith("code/") for name in inner):
-        kind, load = "a TorchScript archive", "torch.jit.load(…)"
-    elif {"archive_format", "models/model.json"} & inner or "serialized_exported_program.json" in names:
-        kind, load = "a program of torch.export", "torch.export.load(…).module()"
-    if kind:
-        raise CheckpointError(
-            f"{path} is {kind}, not weights; give the checkpoint that it was made from, or save "
-            f"{load}.state_dict() with torch.save and give that file"
-        )
 
 
 def _what_else(path: Path) -> str:

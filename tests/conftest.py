@@ -25,6 +25,13 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests have a store of plugins and caches of their own, as have the processes that they start."""
+    os.environ["QUARTERMAP_HOME"] = str(tmp_path_factory.mktemp("home"))
+    os.environ.pop("QUARTERMAP_PLUGIN", None)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _shared_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tell `helpers` of a folder that all processes of this test run share; pytest removes it by and by."""
     own = tmp_path_factory.getbasetemp()

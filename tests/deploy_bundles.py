@@ -58,9 +58,10 @@ def with_engine(
         "version": version,
         "compute_capabilities": [capability],
         "inputs": {"images": ["batch", 3, 64, 64]},
+        "outputs": ["logits"],
         "options": engine_options.to_dict(),
         "plugin": None if plugin is None else {"file": plugin.name, **_hash(plugin)},
-        "key": "0",
+        "key": "0" * 64,
         "build": {"engine_bytes": (folder / "model.tensorrt.engine").stat().st_size},
     }
     manifest = json.loads((folder / "manifest.json").read_text())

@@ -7,11 +7,12 @@ import itertools
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_models import CONFIGS, build, load, relative_error, tiny
+from reference_models import CONFIGS, DATA, build, load, relative_error, tiny
 from torch import nn
 from torch.export import Dim
 
@@ -22,6 +23,7 @@ from quartermap_deploy.architectures.layers import Linear2d, PatchMerging
 from quartermap_deploy.architectures.medmamba import MedMambaConfig
 from quartermap_deploy.architectures.ss2d import SS2D
 from quartermap_deploy.architectures.vmamba import VMambaConfig
+from quartermap_deploy.complexity import measure
 from quartermap_deploy.errors import InputError, QuartermapError, UnknownNameError
 
 TOLERANCE = 1e-5
@@ -166,6 +168,18 @@ def test_patch_merging_stacks_patches_and_mends_odd_sides(
     corners = [padded[:, row::2, column::2] for row, column in ((0, 0), (1, 0), (0, 1), (1, 1))]
     expected = merging.reduction(merging.norm(torch.cat(corners, dim=-1)))
     torch.testing.assert_close(merging(x), expected)
+
+
+def test_medmamba_crops_maps_of_odd_sides_as_the_public_code_does() -> None:
+    """Stages of 25×27, 12×13, 6×6 and 3×3: with padding they would be 13×14, 7×7 and 4×4."""
+    model = load("medmamba").model
+    images = torch.from_numpy(np.random.default_rng(20).standard_normal((2, 3, 100, 108)).astype(np.float32))
+    with np.load(DATA / "medmamba_odd.npz") as file:
+        expected = torch.from_numpy(file["output"])
+    with torch.no_grad():
+        assert relative_error(model(images), expected) <= 1e-5
+    sizes = [block.map_size for block in measure(model, (100, 108)).blocks]
+    assert sizes[::2] == [(25, 27), (12, 13), (6, 6), (3, 3)]
 
 
 def test_initialisation_is_that_of_the_public_code() -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from quartermap_deploy.bench import Timing, interleave
+from quartermap_deploy.bench import Timing, interleave, measured
 from quartermap_deploy.errors import InputError
 
 
@@ -101,6 +101,18 @@ def test_ratio_compares_calls_of_the_same_round() -> None:
     assert ours.ratio_spread(theirs) == (2.5, 3.5)
     assert ours.ratio(ours) == 1.0
     assert Timing((2.0,)).ratio_spread(Timing((1.0,))) == (2.0, 2.0)
+
+
+def test_the_speed_of_a_function_is_the_median_of_its_rounds_and_not_a_ratio_of_medians() -> None:
+    first = Timing((1.0, 4.0, 9.0))
+    other = Timing((2.0, 1.0, 3.0))
+    # Rounds: 1/2, 4, 3. Medians: 4 and 2.
+    assert first.ratio(other) == 3.0
+    values = measured(other, first, batch=6)
+    assert values["speed"] == 3.0
+    assert values["speed_quartiles"] == [1.75, 3.5]
+    assert (values["median_ms"], values["minimum_ms"], values["maximum_ms"]) == (2000.0, 1000.0, 3000.0)
+    assert values["images_per_second"] == 3.0
 
 
 def test_progress_sees_every_round() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -27,8 +28,9 @@ from quartermap_deploy.errors import (
     QuartermapError,
     UnknownNameError,
 )
-from quartermap_deploy.files import FolderKind
+from quartermap_deploy.files import FolderKind, write_whole
 from quartermap_deploy.revalidate import validate_bundle
+from quartermap_deploy.validation.golden import read_golden
 from quartermap_deploy.validation.inputs import real_images
 
 PLAN = qm.QuarterMap(every=3)
@@ -63,6 +65,23 @@ def test_it_computes_what_pruned_pytorch_computes(digits_bundle: qm.Bundle, imag
     np.testing.assert_allclose(digits_bundle.run(images), expected, atol=1e-4 * np.abs(expected).max())
     unpruned = qm.create_model("vmamba_digits")(torch.from_numpy(images)).detach().numpy()
     assert np.abs(unpruned - expected).max() > 1e-2 * np.abs(expected).max()
+
+
+def test_golden_outputs_are_computed_in_double(digits_bundle: qm.Bundle) -> None:
+    """Nobody's rounding: not one bit is that of float32, which differs."""
+    pruned = qm.prune(qm.create_model("vmamba_digits"), PLAN)
+    cases, golden = read_golden(digits_bundle.path, digits_bundle.manifest["golden"])
+    assert list(cases) == ["images", "single image", "zeros"]
+    differing = 0
+    for feeds, outputs in zip(cases.values(), golden, strict=True):
+        images = torch.from_numpy(feeds["images"])
+        with torch.no_grad():
+            single = pruned.float()(images).numpy()
+            double = pruned.double()(images.double()).numpy()
+        assert outputs["logits"].dtype == np.float32
+        np.testing.assert_allclose(outputs["logits"], double, rtol=2**-23, atol=1e-9 * np.abs(double).max())
+        differing += int((single != double.astype(np.float32)).sum())
+    assert differing > 0
 
 
 def test_the_report_covers_every_block_and_case(digits_bundle: qm.Bundle) -> None:
@@ -228,6 +247,60 @@ def test_an_old_bundle_is_put_back_if_the_new_one_cannot_take_its_place(
     assert [path.name for path in copy_of_bundle.parent.iterdir()] == ["copy"]
 
 
+def test_a_draft_that_others_replace_by_a_link_changes_nothing_of_the_target(tmp_path: Path) -> None:
+    kind = FolderKind("bundle", "manifest.json", BundleError)
+    private = tmp_path / "private"
+    private.mkdir(mode=0o700)
+    with pytest.raises(BundleError, match="somebody else replaced"), kind.new(tmp_path / "out") as draft:
+        (draft / "manifest.json").write_text("{}")
+        draft.rename(tmp_path / "away")
+        draft.symlink_to(private)
+    assert private.stat().st_mode & 0o777 == 0o700
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_has_the_permissions_of_any_other_whatever_becomes_of_its_draft(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        write_whole(tmp_path / "a", b"1")
+        write_whole(tmp_path / "b", b"2", mode=0o600)
+    finally:
+        os.umask(old)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in "ab"] == [0o640, 0o600]
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit, MemoryError])
+def test_an_interruption_leaves_no_draft_and_the_old_bundle(
+    copy_of_bundle: Path, interruption: type[BaseException]
+) -> None:
+    kind = FolderKind("bundle", "manifest.json", BundleError)
+    before = (copy_of_bundle / "manifest.json").read_bytes()
+    with pytest.raises(interruption), kind.new(copy_of_bundle, force=True) as draft:
+        (draft / "manifest.json").write_text("{}")
+        assert (copy_of_bundle / "manifest.json").read_bytes() == before
+        raise interruption
+    assert (copy_of_bundle / "manifest.json").read_bytes() == before
+    assert [path.name for path in copy_of_bundle.parent.iterdir()] == ["copy"]
+
+
+def test_the_old_bundle_stays_until_the_new_one_is_in_its_place(
+    copy_of_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = FolderKind("bundle", "manifest.json", BundleError)
+    removed: list[list[str]] = []
+
+    def watched(path: Path, **settings: Any) -> None:
+        if path.exists():
+            removed.append(sorted(entry.name for entry in copy_of_bundle.iterdir()))
+            remove(path, **settings)
+
+    remove = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    with kind.new(copy_of_bundle, force=True) as draft:
+        (draft / "manifest.json").write_text("{}")
+    assert removed == [["manifest.json"]], "what was there is removed once, when the new one is in place"
+
+
 def test_force_never_removes_what_is_no_bundle(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
@@ -253,7 +326,10 @@ DAMAGE = {
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "has no manifest.json"),
     "broken manifest": (lambda f: (f / "manifest.json").write_text("{"), "cannot be read"),
     "other manifest": (lambda f: (f / "manifest.json").write_text("[]"), "not the manifest"),
-    "manifest without blocks": (lambda f: _set(f / "manifest.json", blocks=None), "no proper blocks"),
+    "manifest without blocks": (
+        lambda f: _set(f / "manifest.json", blocks=None),
+        "blocks is null, expected array",
+    ),
     "unlisted file": (lambda f: (f / "extra.txt").write_text("x"), "does not list"),
     "newer format": (
         lambda f: (f / "manifest.json").write_text('{"format": 99, "files": {}}'),
@@ -267,14 +343,6 @@ def test_damaged_bundles_are_refused(copy_of_bundle: Path, kind: str) -> None:
     damage, message = DAMAGE[kind]
     damage(copy_of_bundle)
     with pytest.raises(BundleError, match=message):
-        qm.load_bundle(copy_of_bundle)
-
-
-def test_a_manifest_cannot_point_outside_its_bundle(copy_of_bundle: Path) -> None:
-    manifest = json.loads((copy_of_bundle / "manifest.json").read_text())
-    manifest["files"]["../../etc/passwd"] = {"sha256": "", "bytes": 0}
-    (copy_of_bundle / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(BundleError, match="no plain file name"):
         qm.load_bundle(copy_of_bundle)
 
 
@@ -304,15 +372,15 @@ def test_an_unknown_target_is_refused(digits_bundle: qm.Bundle, images: Any) -> 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"inputs": []}, "no inputs"),
-        ({"inputs": [{"name": "images"}]}, "is no input or output"),
+        ({"inputs": []}, "inputs is "),
+        ({"inputs": [{"name": "images"}]}, "inputs.0 has no shape, type"),
         ({"outputs": [{"name": "x", "shape": [1], "type": "object"}]}, "is no input or output"),
-        ({"outputs": [{"name": "x", "shape": [True], "type": "int8"}]}, "is no input or output"),
-        ({"labels": [1]}, "labels are no texts"),
+        ({"outputs": [{"name": "x", "shape": [True], "type": "int8"}]}, "shape.0 is true"),
+        ({"labels": [1]}, "labels.0 is 1, expected string"),
         ({"preprocessing": {"crop": [64, 64]}}, "no mean"),
         ({"preprocessing": {"crop": [64, 64], "mean": ["a"], "std": [1]}}, "mean"),
         ({"size_rules": ["__import__('os')"]}, "no rule of sizes"),
-        ({"task": None}, "no proper task"),
+        ({"task": None}, "task is null, expected one of classification, "),
     ],
 )
 def test_a_manifest_that_means_nothing_is_refused(

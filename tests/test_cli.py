@@ -471,8 +471,9 @@ def test_a_checkpoint_for_another_number_of_classes_is_told_of(
 
 
 def test_recipes_of_the_repository_are_complete() -> None:
-    folder = models_directory().parent / "export"
-    for path in folder.glob("*.toml"):
+    recipes = sorted((models_directory().parent / "export").glob("*.toml"))
+    assert recipes
+    for path in recipes:
         options = program.build_parser().parse_args(["compile", str(path)])
         recipe, out = recipe_and_folder(options)
         assert recipe.model in list_models() and out == Path("bundles") / path.stem

@@ -150,7 +150,7 @@ def test_broken_images_are_a_warning(workplace: Path) -> None:
         (("--labels", "absent.txt"), "absent.txt cannot be read"),
         (("--labels", "imagenet"), "'imagenet' have 1000 names"),
         (("--preprocessing", "mean=1"), "has 1 number; expected 3"),
-        (("--preprocessing", "crop=48"), "makes images of (3, 48, 48)"),
+        (("--preprocessing", "crop=48"), "makes images of 48x48, but the model is compiled for 64x64"),
     ],
 )
 def test_what_is_wrong_is_said(

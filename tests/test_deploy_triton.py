@@ -651,28 +651,19 @@ def test_what_is_no_bundle_is_refused(dynamic: Path, place: Path) -> None:
     assert "golden files" in refused(place, "without", "-o", "repository")
     shutil.copytree(dynamic, place / "mute")
     change_manifest(place / "mute", inputs={})
-    assert "has no proper inputs" in refused(place, "mute", "-o", "repository")
+    assert "inputs is {}, expected array" in refused(place, "mute", "-o", "repository")
 
 
 def test_targets_that_the_bundle_lacks_are_refused(dynamic: Path, place: Path) -> None:
     message = refused(place, dynamic, "-o", "repository", "--backend", "tensorrt")
     assert "built for onnxruntime, not for tensorrt" in message and "quartermap rebuild" in message
     assert "no backend 'torch'" in refused(place, dynamic, "-o", "repository", "--backend", "torch")
-    shutil.copytree(dynamic, place / "rtx")
-    change_manifest(place / "rtx", targets={"tensorrt-rtx": {"file": "model.tensorrt_rtx.engine"}})
+    with_engine(dynamic, place / "rtx")
+    entry = json.loads((place / "rtx" / "manifest.json").read_text())["targets"]["tensorrt"]
+    change_manifest(place / "rtx", targets={"tensorrt-rtx": entry})
     assert "Triton has no backend for that" in refused(place, "rtx", "-o", "repository")
     message = refused(place, "rtx", "-o", "repository", "--backend", "onnxruntime")
     assert "built for tensorrt-rtx, not for onnxruntime" in message
-
-
-def test_engines_that_do_not_say_what_they_are_for_are_refused(dynamic: Path, place: Path) -> None:
-    for missing in ("compute_capabilities", "version"):
-        bundle = with_engine(dynamic, place / missing)
-        targets = json.loads((bundle / "manifest.json").read_text())["targets"]
-        targets["tensorrt"][missing] = []
-        change_manifest(bundle, targets=targets)
-        message = refused(place, bundle, "-o", "repository")
-        assert missing in message and f"quartermap rebuild {bundle} --target tensorrt" in message
 
 
 def test_a_missing_or_another_plugin_is_refused(
@@ -683,7 +674,7 @@ def test_a_missing_or_another_plugin_is_refused(
     assert "no plugin library" in refused(place, bundle, "-o", "repository", "--plugin", place / "lost.so")
     (place / "other.so").write_bytes(b"another one")
     message = refused(place, bundle, "-o", "repository", "--plugin", place / "other.so")
-    assert "is another library" in message
+    assert "found another library" in message
     plain = with_engine(dynamic, place / "plain")
     assert "needs no plugin" in refused(place, plain, "-o", "repository", "--plugin", plugin)
     message = refused(place, dynamic, "-o", "repository", "--plugin", plugin)

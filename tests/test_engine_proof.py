@@ -137,7 +137,7 @@ def test_the_block_at_fault_is_named_when_compiling_fails(
     engines.behaviour.wrong = wrong_in_16_bits
     with pytest.raises(ParityError, match=rf"Nothing was written; block_{FAULTY} in float32 restores parity"):
         qm.compile(recipe(), tmp_path / "bundle")
-    assert [path.name for path in tmp_path.iterdir()] == [".quartermap-cache"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_fault_in_float32_is_none_of_precision(engines: Engines, compiled: Path) -> None:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
+import struct
+import tracemalloc
+import warnings
+import zlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from quartermap_deploy.architectures.cards import load_card
-from quartermap_deploy.data.images import open_image, prepare, restored, sample_photographs
+from quartermap_deploy.data.images import FORMATS, open_image, prepare, restored, sample_photographs
 from quartermap_deploy.data.preprocessing import INTERPOLATIONS, Preprocessing
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.evaluation.batches import batches
@@ -204,23 +213,26 @@ def test_data_sets_are_prepared_in_the_colours_of_the_model() -> None:
     np.testing.assert_array_equal(batch.images, prepare([Images().image(0)], grey))
 
 
+NOT_FINITE = "the image has NaN or infinite values"
+
+
 @pytest.mark.parametrize(
-    "image",
+    ("image", "words"),
     [
-        np.zeros((8, 8, 3), dtype=np.float32),
-        np.zeros((8, 8, 1), dtype=np.uint8),
-        np.zeros((3, 8, 8), dtype=np.uint8),
-        np.zeros((0, 8), dtype=np.uint8),
-        np.full((8, 8), np.nan, dtype=np.float32),
-        Image.fromarray(np.full((8, 8), np.nan, dtype=np.float32)),
-        Image.fromarray(np.full((8, 8), np.inf, dtype=np.float32)),
-        [[0, 255], [255, 0]],
-        "no such file.png",
-        __file__,
+        (np.zeros((8, 8, 3), dtype=np.float32), r"shape \(8, 8, 3\) and type float32 is no image; expected"),
+        (np.zeros((8, 8, 1), dtype=np.uint8), r"shape \(8, 8, 1\) and type uint8 is no image; expected"),
+        (np.zeros((3, 8, 8), dtype=np.uint8), r"shape \(3, 8, 8\) and type uint8 is no image; expected"),
+        (np.zeros((0, 8), dtype=np.uint8), r"shape \(0, 8\) and type uint8 is no image; expected"),
+        (np.zeros((8, 8), dtype=np.float32), r"shape \(8, 8\) and type float32 is no image; expected"),
+        (Image.fromarray(np.full((8, 8), np.nan, dtype=np.float32)), NOT_FINITE),
+        (Image.fromarray(np.full((8, 8), np.inf, dtype=np.float32)), NOT_FINITE),
+        ([[0, 255], [255, 0]], "a list is no image; expected a file, an array or a Pillow image"),
+        ("no such file.png", r"the image no such file\.png cannot be read: .*No such file"),
+        (__file__, r"test_images\.py cannot be read"),
     ],
 )
-def test_what_is_no_image_is_refused(image: object) -> None:
-    with pytest.raises(InputError):
+def test_what_is_no_image_is_refused(image: object, words: str) -> None:
+    with pytest.raises(InputError, match=words):
         open_image(image)  # type: ignore[arg-type]
 
 
@@ -318,3 +330,88 @@ def test_values_that_say_no_brightness_are_refused(values: np.ndarray, message: 
 def test_an_empty_batch_is_refused() -> None:
     with pytest.raises(InputError, match="no image"):
         prepare([], IMAGENET)
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_an_eps_by_another_name_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow would start Ghostscript on it; here a program of that name leaves a trace."""
+    trace, folder = tmp_path / "trace", tmp_path / "bin"
+    folder.mkdir()
+    for name in ("gs", "gswin32c", "gswin64c"):
+        (folder / name).write_text(f"#!/bin/sh\ntouch {trace}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    (tmp_path / "a.png").write_bytes(POSTSCRIPT)
+    with pytest.raises(InputError, match=r"a\.png cannot be read"):
+        open_image(tmp_path / "a.png")
+    assert not trace.exists()
+    # The test can fail: this is what Pillow does by itself.
+    with contextlib.suppress(OSError), Image.open(tmp_path / "a.png") as image:
+        image.load()
+    assert trace.exists()
+
+
+@pytest.mark.parametrize("format", ["GIF", "PPM", "TGA", "ICO", "PCX", "SGI", "PDF", "JPEG2000"])
+def test_formats_that_nobody_promised_are_refused(tmp_path: Path, format: str) -> None:
+    picture = Image.new("RGB", (16, 16))
+    try:
+        picture.save(tmp_path / "a.png", format)
+    except (OSError, KeyError):
+        pytest.skip(f"this Pillow does not write {format}")
+    with pytest.raises(InputError, match=r"a\.png cannot be read"):
+        open_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_others_are_read_whatever_they_are_called(tmp_path: Path, format: str) -> None:
+    picture = Image.new("RGB", (16, 12), (200, 40, 90))
+    picture.save(tmp_path / "a.png", format)
+    assert open_image(tmp_path / "a.png").size == (16, 12)
+
+
+def tiled(side: int) -> bytes:
+    """A TIFF of 16 x 16 pixels that says it lies in tiles of some more."""
+    tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: 300, 325: 64}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(1000)
+
+
+def test_a_tiff_in_tiles_larger_than_itself_is_refused(tmp_path: Path) -> None:
+    """A tile is unpacked whole: this one would take 900 MB."""
+    (tmp_path / "a.tif").write_bytes(tiled(30_000))
+    with pytest.raises(InputError, match=r"a\.tif has 16 x 16 pixels in tiles of 30000 x 30000"):
+        open_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("chunk", [b"zTXt", b"iTXt", b"iCCP"])
+def test_texts_of_a_png_that_unpack_to_gigabytes_are_not_unpacked(tmp_path: Path, chunk: bytes) -> None:
+    packed = zlib.compress(bytes(200_000_000), 9)
+    head = {b"zTXt": b"a\0\0", b"iTXt": b"a\0\1\0\0\0", b"iCCP": b"a\0\0"}[chunk]
+    plain = io.BytesIO()
+    Image.new("L", (4, 4)).save(plain, "PNG")
+    data = plain.getvalue()
+    body = chunk + head + packed
+    whole = (
+        data[:33] + struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body)) + data[33:]
+    )
+    (tmp_path / "a.png").write_bytes(whole)
+    tracemalloc.start()
+    with contextlib.suppress(InputError):
+        open_image(tmp_path / "a.png")
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
+
+
+def test_more_pixels_than_a_file_may_have_are_not_decoded(tmp_path: Path) -> None:
+    plain = io.BytesIO()
+    Image.new("L", (4, 4)).save(plain, "PNG")
+    data = bytearray(plain.getvalue())
+    data[16:24] = struct.pack(">II", 60_000, 60_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    (tmp_path / "a.png").write_bytes(data)
+    with warnings.catch_warnings(), pytest.raises(InputError, match=r"a\.png .*pixels"):
+        warnings.simplefilter("ignore")
+        open_image(tmp_path / "a.png")

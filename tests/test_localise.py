@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,9 +22,11 @@ from quartermap_deploy.frontend.exporter import INPUT
 from quartermap_deploy.passes import infer_shapes, lower
 from quartermap_deploy.passes.cast_precision import cast_precision
 from quartermap_deploy.sources.architectures import architecture_reference, architecture_source
+from quartermap_deploy.validation import localise as localise_module
+from quartermap_deploy.validation.comparison import OutputComparison
 from quartermap_deploy.validation.golden import golden_runner
 from quartermap_deploy.validation.localise import LocaliseReport, localise
-from quartermap_deploy.validation.parity import check_parity
+from quartermap_deploy.validation.parity import ParityReport, check_parity
 from quartermap_deploy.validation.rounding import rounded_in_float32
 from quartermap_deploy.validation.runners import TorchRunner, onnxruntime_runner, with_block_outputs
 from quartermap_deploy.validation.tolerances import Tolerance
@@ -137,6 +140,38 @@ def test_a_fault_that_is_not_one_of_precision_is_not_blamed_on_a_block() -> None
 
 def test_what_is_kept_anyway_counts() -> None:
     assert found(network([2]), keep_float32=["projected_2"]).passed
+
+
+def test_blocks_that_are_kept_anyway_count() -> None:
+    assert not found(network([2]), blocks_float32=[1]).passed
+    assert found(network([2]), blocks_float32=[2]).passed
+    # Two faults, one of which is kept anyway: the other is the one that is named, and tried with the first.
+    report = found(network([1, 3]), blocks_float32=[3])
+    assert report.restoring == (1,) and list(report.alone)[:2] == [1, 2]
+
+
+def test_of_several_blocks_that_mend_the_best_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The errors that are left are given here, by the block that is in float32; real ones seldom are so near."""
+    left = {1: 4e-3, 2: 1e-3, 3: 3e-3, 0: 9e-3}
+
+    def judged(reference: object, target: object, feeds: object, tolerance: Tolerance) -> ParityReport:
+        (block,) = float32 or (None,)
+        error = 8e-3 if block is None else left[block]
+        outcome = OutputComparison("y", error, error, 1.0, tolerance.relative, error <= tolerance.relative)
+        return ParityReport("float32", "float16", tolerance, {"images": [outcome]})
+
+    def typed(model: onnx.ModelProto, precision: str, **kept: Any) -> tuple[onnx.ModelProto, None]:
+        float32[:] = kept["blocks_float32"]
+        if not float32 and kept["keep_float32"]:
+            float32[:] = [0]
+        return model, None
+
+    float32: list[int] = []
+    monkeypatch.setattr(localise_module, "cast_precision", typed)
+    monkeypatch.setattr(localise_module, "check_parity", judged)
+    report = found(network())
+    assert [part for part, (passed, _) in report.alone.items() if passed] == [1, 2, 3]
+    assert (report.restoring, report.remaining, report.error) == ((2,), 1e-3, 8e-3)
 
 
 def test_a_runner_of_ones_own_may_have_the_result_alone() -> None:

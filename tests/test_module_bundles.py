@@ -121,11 +121,13 @@ def test_a_recipe_of_a_module_is_evaluated(tmp_path: Path) -> None:
         f'[module]\nfactory = "{TOYS}:Classifier"\nexample = [2, 3, 32, 32]\n'
         "[preprocessing]\nmean = [0.5, 0.5, 0.5]\nstd = [0.25, 0.25, 0.25]\ncrop = [32, 32]\nfit = 'stretch'\n"
     )
-    values = done("eval", recipe, "--target", "torch", "--limit", 12, "--json").json
+    text = refused("eval", recipe, "--target", "torch", "--limit", 12)
+    assert f"names code that would be run: {TOYS}:Classifier" in text and "--run-module" in text
+    values = done("eval", recipe, "--target", "torch", "--limit", 12, "--json", "--run-module").json
     assert values["model"] == "Classifier" and values["images"] == 12 and values["weights"] == "new"
     assert values["overridden"] == []
     values = done(
-        *("eval", recipe, "--target", "torch", "--limit", 2, "--json"),
+        *("eval", recipe, "--target", "torch", "--limit", 2, "--json", "--run-module"),
         *("--preprocessing", "std=0.5,0.5,0.5", "--labels", "digits"),
     ).json
     assert values["overridden"] == ["labels", "std"] and values["preprocessing"]["std"] == [0.5] * 3

@@ -687,6 +687,37 @@ class TestSink:
         assert report.changed == ["block 1: restored after LayerNormalization"]
         assert readers(model, "first")
 
+    @pytest.mark.parametrize(
+        ("convolution", "begin"),
+        [
+            ("Conv <pads = [1, 1, 1, 1]>", 1),
+            ("Conv <pads = [0, 0, 1, 1]>", 0),
+            ("Conv <kernel_shape = [1, 1], pads = [1, 0, 0, 0]>", 0),
+        ],
+    )
+    def test_stops_at_a_convolution_of_one_position_that_is_padded(
+        self, convolution: str, begin: int
+    ) -> None:
+        """What it adds at the edges would be upsampled with the rest."""
+        text = edited(
+            CHANNEL_FIRST,
+            "mixed = Conv (first, out_proj)",
+            f"wide = {convolution} (first, square)\n    cut = Slice (wide, begins, ends, sides)\n"
+            "    mixed = Conv (cut, out_proj)",
+        )
+        model, report = sunk(
+            text,
+            select(1),
+            8,
+            9,
+            square=np.random.default_rng(0).standard_normal((D_INNER, D_INNER, 1, 1)).astype(np.float32),
+            begins=np.array([begin, begin]),
+            ends=np.array([begin + 8, begin + 9]),
+            sides=np.array([2, 3]),
+        )
+        assert report.changed == ["block 1: restored after LayerNormalization"]
+        assert readers(model, "first")
+
     @pytest.mark.parametrize("line", ["beside = Conv (scanned, out_proj)", "beside = ReduceMax (scanned)"])
     def test_leaves_a_map_that_is_read_twice(self, line: str) -> None:
         text = edited(CHANNEL_FIRST, "y = Add (x, mixed)", f"{line}\n    y = Add (beside, mixed)")

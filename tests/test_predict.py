@@ -321,3 +321,9 @@ print(len(found[0].scores))
         [sys.executable, "-c", script, str(dynamic_bundle())], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (0, "5\n"), done.stderr
+
+
+def test_numbers_of_words_that_are_not_there_are_the_users_to_mend() -> None:
+    feeds = {"tokens": np.full((1, 12), 99), "keep": np.ones((1, 12), bool)}
+    with pytest.raises(InputError, match=r"cannot take these values.*idx=99"):
+        qm.load_bundle(words_bundle()).run(feeds)

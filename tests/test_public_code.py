@@ -269,6 +269,16 @@ def test_blocks_nest(repository: Callable[..., None]) -> None:
         model(X)
 
 
+def test_a_block_counts_what_is_imported_after_one_inside_it(repository: Callable[..., None]) -> None:
+    with pytest.raises(KeyError), qm.public_code() as outer:
+        with qm.public_code() as inner:
+            pass
+        importlib.import_module("mamba_ssm.ops.selective_scan_interface")
+        assert "mamba_ssm" in outer.supplied and not inner.supplied
+        raise KeyError
+    assert "mamba_ssm" not in sys.modules
+
+
 def test_blocks_of_two_threads_may_close_in_any_order(repository: Callable[..., None]) -> None:
     repository(ours_ops=LOOP, ours_model=MODEL.format(package="ours_ops", scan="selective_scan_ref"))
     model, before = made("ours_model"), state()

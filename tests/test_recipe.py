@@ -44,7 +44,6 @@ names = ["onnxruntime"]
 profiles = [{ batch = [1, 4, 16], height = [48, 48, 96], width = [64, 64, 128] }]
 compute_capabilities = ["8.9"]
 optimization_level = 2
-plugin = "libs/plugin.so"
 
 [validation]
 images = "pictures"
@@ -71,7 +70,6 @@ def test_every_key_is_read(tmp_path: Path) -> None:
             profiles=(Profile((1, 4, 16), (48, 48, 96), (64, 64, 128)),),
             compute_capabilities=("8.9",),
             optimization_level=2,
-            plugin=tmp_path / "libs/plugin.so",
         ),
         images=tmp_path / "pictures",
         seed=3,

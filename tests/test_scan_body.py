@@ -121,6 +121,14 @@ def test_steps_of_every_size_are_exact_over_a_long_map(
         assert error(scan(case), case.expected(torch.float32)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("step", [1e-5, 1e-4])
+def test_small_steps_do_not_gather_rounding_errors_across_lines(step: float) -> None:
+    # On an even map every decay is rounded the same way. A product of decays would be off by 1.3e-4 here, their sum in
+    # the exponent by 5e-6.
+    case = scan_case(1, 2, 112, 112, d_state=1, rank=2, steps=(step, 1.01 * step), skip=False, even=True)
+    assert error(scan(case), case.expected(torch.float32)) <= 1e-5
+
+
 @pytest.mark.parametrize(("d_state", "rank"), [(1, 2), (4, None)])
 def test_one_session_takes_every_size(d_state: int, rank: int | None) -> None:
     sizes = [(1, 7, 7), (3, 2, 9), (1, 1, 1), (2, 13, 5), (1, 7, 7), (4, 1, 6), (1, 28, 28)]

@@ -60,8 +60,8 @@ def test_golden_outputs_that_do_not_match_are_never_served(copy: Path) -> None:
     change_manifest(copy)
     server = Served(copy)
     listening = server.until("listening")
-    found = set()
-    while server.process.poll() is None:
+    found, deadline = set(), time.monotonic() + 120
+    while server.process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(OSError, http.client.HTTPException):
             found.add(ask(server, "GET", "/v2/health/ready")[0])
             found.add(ask(server, "POST", f"/v2/models/{MODEL}/infer", b"{}")[0])
@@ -231,7 +231,7 @@ def test_a_signal_before_it_listens_ends_it_well(copy: Path) -> None:
         "import os, signal, sys\n"
         "import quartermap_deploy.bundle as bundle\n"
         "from quartermap_deploy.cli import main\n"
-        "bundle.load_bundle = lambda path: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "bundle.load_bundle = lambda path, signed_by: os.kill(os.getpid(), signal.SIGTERM)\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     command = [sys.executable, "-c", script, "serve", str(copy), "--log", "json"]
@@ -306,7 +306,9 @@ def test_while_it_stops_it_is_alive_not_ready_and_refuses() -> None:
             with grpc.insecure_channel(server.grpc) as channel:
                 check = channel.unary_unary("/grpc.health.v1.Health/Check")
                 assert check(b"") == b"\x08\x01"
+                deadline = time.monotonic() + 60
                 while json.loads(ask(server, "GET", "/v2/health/ready")[2])["phase"] == "ready":
+                    assert time.monotonic() < deadline
                     server.process.send_signal(signal.SIGTERM)
                     server.until("stopping")
                 assert check(b"") == b"\x08\x02"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from quartermap_deploy.errors import ExportError, InputError, PlanError, Unknown
 from quartermap_deploy.pruning.plan import QuarterMap
 from quartermap_deploy.sources import discovery
 from quartermap_deploy.sources.modules import _inputs, module_source
+from quartermap_deploy.validation.given import as_reference
 
 
 class Scan(nn.Module):
@@ -60,8 +62,12 @@ class Network(nn.Module):
             "number": (z, 3),
             "nothing": None,
             "logits": z.mean(1),
+            "double": z.double(),
+            "changing": z,
         }
         self.calls += 1
+        if self.what == "changing":
+            first.mul_(2)
         if self.what == "noisy":
             return z + torch.rand_like(z)
         if self.what == "counting":
@@ -201,6 +207,9 @@ def test_arrays_and_other_types_become_float32() -> None:
         ("tensor", torch.randn(2, 6, 5), {}, ExportError, "fails on its example inputs"),
         ("noisy", None, {}, ExportError, "draws random numbers.*gives another 'output' at every call"),
         ("counting", None, {}, ExportError, "gives another 'output' at every call"),
+        ("changing", None, {}, ExportError, r"changes its input 'first' in place.*first = first\.clone\(\)"),
+        ("tensor", torch.full((2, 6, 4), torch.nan), {}, InputError, "'output' with NaN or infinite values"),
+        ("double", None, {}, InputError, r"returns 'output' in float64; expected float32.*\.float\(\)"),
         ("number", None, {}, InputError, "returns a int as 'output_1'; expected tensors"),
         ("nothing", None, {}, InputError, "returns no tensor"),
         ("tensor", [], {}, InputError, "no example inputs"),
@@ -235,6 +244,23 @@ def test_torchscript_is_told_as_such() -> None:
         module_source(torch.jit.trace(nn.Linear(4, 4), torch.zeros(1, 4)), torch.zeros(1, 4))
 
 
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_what_is_around_a_module_is_taken_off(wrap: Any) -> None:
+    found = module_source(wrap(Network()), torch.randn(2, 6, 4))
+    assert found.name == "Network" and type(found.module) is Network
+
+
+def test_a_module_without_values_is_refused() -> None:
+    with pytest.raises(ExportError, match=r"meta device, where encoder\.A has no values"):
+        module_source(Network().to("meta"), torch.randn(2, 6, 4))
+
+
+def test_bfloat16_becomes_float32() -> None:
+    found = module_source(Network().bfloat16(), torch.ones(2, 6, 4, dtype=torch.bfloat16))
+    assert found.example["first"].dtype == np.float32
+    assert {parameter.dtype for parameter in found.module.parameters()} == {torch.float32}
+
+
 def test_what_is_no_module_is_refused() -> None:
     with pytest.raises(InputError, match=r"a str is no torch\.nn\.Module"):
         module_source("model.pth", torch.zeros(1, 4))  # type: ignore[arg-type]
@@ -259,3 +285,31 @@ def test_a_scan_of_unknown_order_is_not_pruned() -> None:
     found = source()
     with pytest.raises(PlanError, match="the order of block_2/scan is unknown"):
         found.reference(QuarterMap(blocks=(2,))).run(found.example)
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        (torch.zeros(2, 6, 4), r"is a Tensor; expected \(inputs, outputs\), or the path"),
+        ((torch.zeros(2, 6, 4),) * 3, "is 3 values; expected"),
+        ((torch.full((2, 6, 4), torch.nan), torch.zeros(2, 3, 4)), "NaN or infinite values in 'first'"),
+        ((torch.zeros(2, 6, 4), torch.full((2, 3, 4), torch.inf)), "NaN or infinite values in 'output'"),
+        ("none.npz", r"none\.npz cannot be read"),
+    ],
+)
+def test_a_reference_that_is_none_is_refused(reference: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        as_reference(source(), reference)
+
+
+def test_a_reference_is_two_nests_of_tensors_or_a_file(tmp_path: Path) -> None:
+    x, y = torch.ones(2, 6, 4), torch.ones(2, 3, 4)
+    np.savez(tmp_path / "saved.npz", first=x.numpy(), output=y.numpy())
+    for reference in (
+        (x, y),
+        [{"first": x}, {"output": y}],
+        tmp_path / "saved.npz",
+        str(tmp_path / "saved.npz"),
+    ):
+        found = as_reference(source(), reference)
+        assert list(found.inputs) == ["first"] and list(found.outputs) == ["output"]

@@ -32,6 +32,7 @@ from quartermap_deploy.errors import BundleError, EngineError, InputError, Missi
 from quartermap_deploy.gpu import Gpu
 from quartermap_deploy.native.contract import CONTRACT
 from quartermap_deploy.native.errors import PluginError
+from quartermap_deploy.native.store import add_library
 from quartermap_deploy.passes.lower import lower
 from quartermap_deploy.passes.shapes import infer_shapes
 from quartermap_deploy.targets.tensorrt import builder as tensorrt_builder
@@ -709,9 +710,9 @@ def test_the_manifest_helps_to_find_the_library(
         BundleError, match=rf"built for TensorRT {major}\.7\.0, found another library .*--plugin"
     ):
         tensorrt.open(tmp_path, entry)
-    # ./plugin has the right one, so that is taken, whatever the environment says.
-    (tmp_path / "plugin").mkdir()
-    shutil.copy(wanted, tmp_path / "plugin" / "libquartermap_plugin.so")
+    # The user's store has the right one, so that is taken, whatever the environment says.
+    monkeypatch.setenv("QUARTERMAP_HOME", str(tmp_path / "home"))
+    add_library(wanted.read_bytes(), wanted.name, "installed from a bundle", "a test")
     tensorrt.open(tmp_path, entry).run(images(1))
     # What is named is meant.
     with pytest.raises(BundleError, match="found another library"):
@@ -726,7 +727,10 @@ def rtx_entry(folder: Path) -> dict[str, Any]:
     return tensorrt_rtx.build(save(small_model(), folder), folder, options)
 
 
-def test_an_rtx_engine_runs_by_its_profiles(rtx: Engines, tmp_path: Path) -> None:
+def test_an_rtx_engine_runs_by_its_profiles(
+    rtx: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUARTERMAP_HOME", str(tmp_path / "home"))
     folder = tmp_path / "bundle"
     folder.mkdir()
     entry = rtx_entry(folder)
@@ -746,7 +750,7 @@ def test_an_rtx_engine_runs_by_its_profiles(rtx: Engines, tmp_path: Path) -> Non
         ("run", 1),
         ("run", 1),
     ]
-    (cache,) = (tmp_path / ".quartermap-cache").glob("*.runtime")
+    (cache,) = (tmp_path / "home" / "cache").glob("*.runtime")
     assert cache.read_bytes() == b"kernels"
     session.close()
     assert not rtx.cuda.memory and not rtx.cuda.streams

@@ -392,7 +392,7 @@ def test_a_refused_operator_is_named_with_its_block(tmp_path: Path) -> None:
     model = small_model("Frobnicate")
     model.graph.node[1].domain = "elsewhere"
     model.opset_import.append(helper.make_opsetid("elsewhere", 1))
-    with pytest.raises(EngineError, match=r"Frobnicate at node block_1/odd, block 1: "):
+    with pytest.raises(BundleError, match=r"it has the operator 'Frobnicate' of the domain 'elsewhere'"):
         tensorrt_rtx.build(save(model, tmp_path), tmp_path, OPTIONS)
     # An operator of ONNX that TensorRT has not: the parser gives its own condition as the reason, "false".
     with pytest.raises(
@@ -749,8 +749,11 @@ def test_scans_become_plugin_nodes() -> None:
 
 def test_targets_are_known() -> None:
     for name, flavour in (("tensorrt", TENSORRT), ("tensorrt-rtx", TENSORRT_RTX)):
-        assert load_target(name) is not None
+        target = load_target(name)
+        assert all(callable(getattr(target, part)) for part in ("build", "open", "prepare"))
+        assert "float16" in target.PRECISIONS
         assert isinstance(flavour, Flavour) and flavour.target == name
+    assert load_target("tensorrt") is not load_target("tensorrt-rtx")
 
 
 # Options --------------------------------------------------------------------------------------------------------

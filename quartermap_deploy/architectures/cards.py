@@ -7,7 +7,6 @@ installed wheel, beside the weights that come with the package. Reading a card n
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,7 @@ from quartermap_deploy.data.labels import check_labels, label_sets, shipped_labe
 from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.data.shipped import models_directory
 from quartermap_deploy.errors import InputError, QuartermapError, UnknownNameError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from quartermap_deploy.reading import read_toml
 
 
 @dataclass(frozen=True)
@@ -155,7 +150,7 @@ def read_card(path: Path) -> ModelCard:
         QuartermapError: if the file is no TOML, or a key is missing, unknown or in the wrong place.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = read_toml(path)
         parts: dict[str, Any] = {
             "preprocessing": Preprocessing.from_dict(values.pop("preprocessing")),
             "sizes": Sizes(**values.pop("sizes")),

@@ -23,6 +23,7 @@ from quartermap_deploy.weights import (
     describe_misfit,
     misshapen,
     read_weights,
+    some_names,
     without_prefix,
 )
 
@@ -78,7 +79,7 @@ class Checkpoint:
         """Blocks per stage, as its keys number them."""
         found: dict[int, int] = {}
         for key in self.state:
-            if match := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", key):
+            if match := re.match(r"layers\.(\d{1,4})\.blocks\.(\d{1,4})\.", key):
                 stage, block = map(int, match.groups())
                 found[stage] = max(found.get(stage, 0), block + 1)
         return tuple(found[stage] for stage in sorted(found))
@@ -99,12 +100,16 @@ def read_checkpoint(path: str | PathLike[str], *, prefer_ema: bool = True) -> Ch
 
     Raises:
         CheckpointError: if the file is missing, damaged or holds code, holds no state dict, or a weight is no
-            floating-point number, NaN or infinite.
+            floating-point number, NaN or infinite, or has no numbers.
     """
     stored = read_weights(path, prefer_ema=prefer_ema)
     short, prefix = without_prefix(stored.state, _is_ours)
     state = {key: tensor for key, tensor in short.items() if _is_ours(key)}
-    check_values(stored.path, {key: tensor for key, tensor in state.items() if not COUNTER.search(key)})
+    weights = {key: tensor for key, tensor in state.items() if not COUNTER.search(key)}
+    if empty := [key for key, tensor in weights.items() if not tensor.numel()]:
+        # Their sizes would be a model's, without a single number for it.
+        raise CheckpointError(f"the checkpoint {path} holds tensors without numbers: {some_names(empty)}")
+    check_values(stored.path, weights)
     others = {k: tensor for k, tensor in short.items() if k not in state and not COUNTER.search(k)}
     return Checkpoint(stored.path, prefix, state, others)
 
@@ -189,17 +194,17 @@ def misfit(model: nn.Module, state: Mapping[str, Tensor]) -> str:
     return describe_misfit(missing, unexpected, misshapen(state, own))
 
 
-def load_state(
+def require_fit(
     model: nn.Module,
     state: Mapping[str, Tensor],
     *,
     source: str,
     advice: str = "Choose the model that the checkpoint was trained as",
 ) -> None:
-    """Load a state dict in the model's spelling; only training counters may be missing.
+    """Check that a state dict in the model's spelling fits; only training counters may be missing.
 
     Args:
-        model: receives the weights.
+        model: is not changed, and may be one without memory.
         state: as `canonical_state_dict` returns it.
         source: file name, for messages.
         advice: the last sentence of the message when it does not fit.
@@ -207,9 +212,18 @@ def load_state(
     Raises:
         CheckpointError: if tensors are missing, unexpected or of another shape; the message names them.
     """
-    own = model.state_dict()
     if problem := misfit(model, state):
+        count = len(model.state_dict())
         raise CheckpointError(
-            f"the checkpoint {source} does not fit this model ({len(own)} tensors). {problem}. {advice}"
+            f"the checkpoint {source} does not fit this model ({count} tensors). {problem}. {advice}"
         )
-    model.load_state_dict({key: state.get(key, tensor) for key, tensor in own.items()})
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Load a state dict in the model's spelling, after a check as `require_fit` makes it.
+
+    Raises:
+        CheckpointError: as `require_fit` does.
+    """
+    require_fit(model, state, source=source)
+    model.load_state_dict({key: state.get(key, tensor) for key, tensor in model.state_dict().items()})

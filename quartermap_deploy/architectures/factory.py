@@ -21,6 +21,7 @@ from quartermap_deploy.architectures.checkpoint import (
     misfit,
     neutral_key,
     read_checkpoint,
+    require_fit,
 )
 from quartermap_deploy.architectures.medmamba import MedMamba, MedMambaConfig
 from quartermap_deploy.architectures.vmamba import VMamba, VMambaConfig
@@ -112,21 +113,22 @@ def create_with_weights(
         model = as_backbone(model, out_indices) if features_only else model
         return model.eval(), Weights("new", new_head=not features_only)
     stored = read_checkpoint(path)
-    model = build(card, num_classes=num_classes or stored.num_classes, in_chans=_in_chans(stored, in_chans))
     source: Literal["checkpoint", "included"] = "included" if checkpoint is None else "checkpoint"
-    if features_only:
-        backbone = as_backbone(model, out_indices)
-        notes = _load_backbone(backbone, model, stored, card)
-        return backbone.eval(), Weights(source, new_head=False, notes=notes)
-    new_head = num_classes is not None and num_classes != stored.num_classes
-    state = canonical_state_dict({**stored.state, **stored.others}, model)
-    if new_head:
-        initialised = model.state_dict()
-        state.update(
-            {key: initialised[key] for key in (f"{model.head_path}.weight", f"{model.head_path}.bias")}
-        )
-    _load(model, state, stored, card)
-    return model.eval(), Weights(source, new_head, _prefix_note(stored))
+    sizes = {
+        "num_classes": num_classes or stored.num_classes,
+        "in_chans": _in_chans(stored, in_chans),
+    }
+    new_head = not features_only and num_classes is not None and num_classes != stored.num_classes
+    # The file says how large the model is, so its tensors are compared with a model that takes no memory first.
+    with torch.device("meta"):
+        classifier = build(card, **sizes)
+        empty = as_backbone(classifier, out_indices) if features_only else classifier
+        _require_fit(empty, _state_of(empty, classifier, stored, new_head)[0], stored, card)
+    classifier = build(card, **sizes)
+    made = as_backbone(classifier, out_indices) if features_only else classifier
+    state, notes = _state_of(made, classifier, stored, new_head)
+    load_state(made, state, source=str(stored.path))
+    return made.eval(), Weights(source, new_head, notes)
 
 
 def build(
@@ -175,23 +177,42 @@ def _in_chans(stored: Checkpoint, wanted: int | None) -> int | None:
     return wanted if found is None else found
 
 
-def _load(
+def _require_fit(
     model: VisualStateSpaceModel, state: dict[str, Tensor], stored: Checkpoint, card: ModelCard
 ) -> None:
-    """Load a state dict in the model's spelling; if it does not fit, say which model it is of."""
-    try:
-        load_state(model, state, source=str(stored.path))
-    except CheckpointError:
-        # Looking at every other model takes a second, so only a checkpoint that does not fit pays for it.
-        load_state(model, state, source=str(stored.path), advice=_advice(stored, card, model.task))
+    """Check that a state dict in the model's spelling fits; if it does not, say which model it is of."""
+    # Looking at every other model takes a second, so only a checkpoint that does not fit pays for it.
+    if misfit(model, state):
+        require_fit(model, state, source=str(stored.path), advice=_advice(stored, card, model.task))
 
 
-def _load_backbone(
-    backbone: Backbone, classifier: VisualStateSpaceModel, stored: Checkpoint, card: ModelCard
-) -> tuple[str, ...]:
-    """Load a backbone from a checkpoint of its own, of a detector or segmenter, or of a classifier; returns notes."""
+def _state_of(
+    model: VisualStateSpaceModel, classifier: VisualStateSpaceModel, stored: Checkpoint, new_head: bool
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """What of a checkpoint goes into a model, in its spelling, and notes.
+
+    Args:
+        model: the classifier, or its backbone, for which the checkpoint may be of a backbone, a detector or segmenter,
+            or a classifier.
+        classifier: the classifier.
+        stored: the checkpoint.
+        new_head: leave the last layer of the classifier as it is.
+    """
+    if isinstance(model, Backbone):
+        return _state_of_backbone(model, classifier, stored)
+    state = canonical_state_dict({**stored.state, **stored.others}, model)
+    if new_head:
+        initialised = model.state_dict()
+        state.update(
+            {key: initialised[key] for key in (f"{model.head_path}.weight", f"{model.head_path}.bias")}
+        )
+    return state, _prefix_note(stored)
+
+
+def _state_of_backbone(
+    backbone: Backbone, classifier: VisualStateSpaceModel, stored: Checkpoint
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     state, surplus, norms = _backbone_state(backbone, classifier, stored)
-    _load(backbone, state, stored, card)
     notes = list(_prefix_note(stored))
     if left_out := Counter(key.partition(".")[0] for key in (*surplus, *stored.others)):
         counted = ", ".join(f"{count} of {part}" for part, count in left_out.items())
@@ -199,7 +220,7 @@ def _load_backbone(
     if norms:
         names = ", ".join(dict.fromkeys(key.partition(".")[0] for key in norms))
         notes.append(f"the checkpoint has no {names}, so these normalise with scale 1 and shift 0")
-    return tuple(notes)
+    return state, tuple(notes)
 
 
 def _backbone_state(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from quartermap_deploy.cli.common import (
     add_command,
     add_output_options,
     add_plugin_option,
+    add_signature_option,
     at_least_one,
     file_or_folder,
     make_progress,
@@ -90,6 +91,7 @@ def add_parser(subparsers: Subparsers) -> None:
         help="what each bundle runs on; several run in turns, too (default: onnxruntime, or the bundle's only target)",
     )
     add_plugin_option(parser)
+    add_signature_option(parser, "each bundle")
     add_output_options(parser)
 
 
@@ -100,7 +102,7 @@ def run(options: argparse.Namespace) -> None:
     paths = dict(zip(bundle_labels(options.bundles), options.bundles, strict=True))
     threads = options.threads or default_threads()
     with results_only():
-        bundles = load_bundles(paths, make_progress(options))
+        bundles = load_bundles(paths, make_progress(options), options.signed_by)
         timings = time_bundles(bundles, options, make_progress(options))
     first = next(iter(timings.values()))
     results = [
@@ -120,14 +122,16 @@ def run(options: argparse.Namespace) -> None:
         show(result_table(values))
 
 
-def load_bundles(paths: Mapping[str, Path], progress: Progress) -> dict[str, Bundle]:
-    """Load the bundles, by their names in the results."""
+def load_bundles(
+    paths: Mapping[str, Path], progress: Progress, signed_by: Sequence[Path] = ()
+) -> dict[str, Bundle]:
+    """Load the bundles, by their names in the results; `load_bundle` says who `signed_by` are."""
     from quartermap_deploy.bundle import load_bundle
 
     found = {}
     with progress.step("loading the bundles", total=len(paths)) as advance:
         for label, path in paths.items():
-            found[label] = load_bundle(path)
+            found[label] = load_bundle(path, signed_by=signed_by)
             advance(1)
     return found
 

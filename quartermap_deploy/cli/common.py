@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from quartermap_deploy.plain_text import printable, printable_json
+from quartermap_deploy.plain_text import command, printable, printable_json
 from quartermap_deploy.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -136,8 +136,27 @@ def add_plugin_option(options: Any, dest: str = "plugin", default: object = None
         type=file_or_folder,
         metavar="FILE",
         default=default,
-        help="plugin library for the target tensorrt (default: the environment variable QUARTERMAP_PLUGIN, or what "
-        "`quartermap plugin build` left in ./plugin)",
+        help="plugin library for the target tensorrt (default: the environment variable QUARTERMAP_PLUGIN, or your own "
+        "store, which `quartermap plugin build` fills; never one of a bundle or a recipe)",
+    )
+
+
+def add_signature_option(options: Any, what: str = "the bundle") -> None:
+    """Add who must have signed a bundle, to a parser or a group of one.
+
+    Args:
+        options: where to.
+        what: has to be signed.
+    """
+    options.add_argument(
+        "--require-signature",
+        dest="signed_by",
+        type=file_or_folder,
+        action="append",
+        default=[],
+        metavar="KEY",
+        help=f"PEM file of a public key by which {what} must be signed (`quartermap sign`), which is checked before "
+        "anything of it is believed; may be given several times, and then all must have signed (default: none)",
     )
 
 
@@ -153,6 +172,15 @@ def add_factory_option(options: Any, when: str) -> None:
         metavar="MODULE:NAME",
         help=f"{when}, what makes the module: package.module:name or path/to/model.py:Net (default: none, as nothing "
         "that a bundle names is ever run)",
+    )
+
+
+def add_run_module_option(options: Any) -> None:
+    """Add the consent to run what a recipe file names."""
+    options.add_argument(
+        "--run-module",
+        action="store_true",
+        help="run the module that a recipe file names in [module], as you trust who wrote it (default: refuse)",
     )
 
 
@@ -384,6 +412,21 @@ class TerminalProgress:
 
 
 # Bundles --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def signatures_dropped(folder: Path) -> Iterator[None]:
+    """While open, a bundle may be replaced by another; if it was signed, its signatures went, and that is said."""
+    from quartermap_deploy.signatures import SIGNATURES
+
+    path = folder / SIGNATURES
+    signed = os.path.lexists(path)
+    yield
+    if signed and not os.path.lexists(path):
+        line = command("quartermap", "sign", folder, "--key", "PRIVATE.pem")
+        message(
+            "warning", f"the bundle was changed, so its signatures were dropped; sign it again with: {line}"
+        )
 
 
 def bundle_json(bundle: Bundle) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from quartermap_deploy.cli.common import (
     add_command,
     add_output_options,
     add_plugin_option,
+    add_run_module_option,
     at_least_one,
     bundle_json,
     file_or_folder,
@@ -24,6 +25,7 @@ from quartermap_deploy.cli.common import (
     print_json,
     results_only,
     show,
+    signatures_dropped,
     words,
 )
 from quartermap_deploy.cli.module_options import (
@@ -99,6 +101,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     _add_model_options(parser)
     add_module_options(parser)
+    add_run_module_option(parser)
     _add_plan_options(parser)
     _add_graph_options(parser)
     _add_engine_options(parser)
@@ -292,7 +295,7 @@ def _add_graph_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "engines, for the targets tensorrt and tensorrt-rtx (not with a recipe)"
+        "engines, for the targets tensorrt and tensorrt-rtx (with a recipe, --plugin alone)"
     )
     profile = EngineOptions().profiles[0].batch
     group.add_argument(
@@ -342,7 +345,7 @@ def run(options: argparse.Namespace) -> None:
     from quartermap_deploy.compiler import compile
 
     recipe, out = recipe_and_folder(options)
-    with results_only():
+    with signatures_dropped(out), results_only():
         bundle = compile(recipe, out, force=options.force, progress=make_progress(options))
     # After the work: an error then is the only message, and a warning stands where it is seen.
     engines = engines_of(bundle)
@@ -366,6 +369,8 @@ def recipe_and_folder(options: argparse.Namespace) -> tuple[Recipe, Path]:
     """
     source: str = options.source
     given = vars(options)
+    # A recipe decides how engines are built, but never which library is loaded for that.
+    plugin = given.pop("engine_plugin", None) if source.endswith(".toml") else None
     engine = engine_options(given)
     if engine is not None:
         given["engine"] = engine
@@ -395,7 +400,9 @@ def recipe_and_folder(options: argparse.Namespace) -> tuple[Recipe, Path]:
                 f"the recipe {source} decides what {_flags(decided)} would set; change the file, or leave the "
                 "option out"
             )
-        recipe = dataclasses.replace(Recipe.load(Path(source)), **set_fields)
+        recipe = dataclasses.replace(Recipe.load(Path(source), run_module=options.run_module), **set_fields)
+        if plugin is not None:
+            recipe = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, plugin=plugin))
         return recipe, options.out or BUNDLES / Path(source).stem
     if not is_module:
         load_card(source)

@@ -10,6 +10,7 @@ from quartermap_deploy.cli.common import (
     add_bundle_argument,
     add_command,
     add_output_options,
+    add_signature_option,
     at_least_one,
     delay_ms,
     file_or_folder,
@@ -62,7 +63,7 @@ def _add_triton(subparsers: Subparsers) -> None:
             """,
         examples="""
             quartermap deploy triton bundles/digits_k3 -o repository
-            quartermap deploy triton bundles/tiny_k3 -o repository --plugin plugin/libquartermap_plugin.so
+            quartermap deploy triton bundles/tiny_k3 -o repository --plugin libquartermap_plugin.so
             quartermap deploy triton bundles/tiny_a100 -o repository --engines-from bundles/tiny_l4 --mount /models
             """,
     )
@@ -225,9 +226,10 @@ def _add_model_options(parser: CommandParser) -> None:
         "--plugin",
         type=file_or_folder,
         metavar="FILE",
-        help="plugin library of the engines (default: the environment variable QUARTERMAP_PLUGIN, or what `quartermap "
-        "plugin build` left in ./plugin)",
+        help="plugin library of the engines (default: the environment variable QUARTERMAP_PLUGIN, or your own store, "
+        "which `quartermap plugin build` fills)",
     )
+    add_signature_option(model, "the bundle, and each of --engines-from,")
     model.add_argument(
         "--engines-from",
         type=file_or_folder,
@@ -263,6 +265,7 @@ def _triton_options(options: argparse.Namespace, **more: Any) -> TritonOptions:
         image_workers=options.image_workers,
         plugin=options.plugin,
         engines_from=tuple(options.engines_from),
+        signed_by=tuple(options.signed_by),
         **more,
     )
 

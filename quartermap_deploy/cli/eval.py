@@ -9,6 +9,8 @@ from quartermap_deploy.cli.common import (
     add_command,
     add_factory_option,
     add_output_options,
+    add_run_module_option,
+    add_signature_option,
     at_least_one,
     file_or_folder,
     make_progress,
@@ -119,6 +121,8 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         "(default: the recipe's, or those that come with the package)",
     )
     add_factory_option(parser, "on the target torch, for a bundle of a module of yours")
+    add_run_module_option(parser)
+    add_signature_option(parser)
     add_labels_option(parser, "the bundle's, the recipe's or those of the model's card")
     add_preprocessing_option(parser, "as the bundle, the recipe or the model's card says")
 
@@ -140,8 +144,10 @@ def run(options: argparse.Namespace) -> None:
             options.target,
             checkpoint=options.checkpoint,
             factory=options.factory,
+            run_module=options.run_module,
             labels=options.labels,
             preprocessing=prepared,
+            signed_by=options.signed_by,
             progress=progress,
         )
         dataset = dataset.for_model(runner.num_classes, runner.labels)

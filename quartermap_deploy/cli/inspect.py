@@ -10,6 +10,7 @@ from quartermap_deploy.cli.common import (
     add_bundle_argument,
     add_command,
     add_output_options,
+    add_signature_option,
     bundle_json,
     print_json,
     show,
@@ -47,6 +48,7 @@ def add_parser(subparsers: Subparsers) -> None:
             """,
     )
     add_bundle_argument(parser)
+    add_signature_option(parser)
     add_output_options(parser, quiet=False)
 
 
@@ -58,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
     """
     from quartermap_deploy.bundle import load_bundle
 
-    bundle = load_bundle(options.bundle)
+    bundle = load_bundle(options.bundle, signed_by=options.signed_by)
     bundle.check_graph()
     if options.json:
         print_json(bundle_json(bundle))

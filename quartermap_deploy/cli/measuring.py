@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from quartermap_deploy.cli.data import dataset_of, warn_of_broken
 from quartermap_deploy.cli.overrides import add_preprocessing_option, preprocessing_of
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.plain_text import printable
+from quartermap_deploy.reading import read_json
 
 if TYPE_CHECKING:
     from quartermap_deploy.evaluation.datasets import Dataset
@@ -145,7 +145,7 @@ def _about_bundle(source: str, manifest: Path) -> str:
     from quartermap_deploy.evaluation.subject import CARDS_ALONE
 
     try:
-        model = json.loads(manifest.read_text(encoding="utf-8"))["model"]
+        model = read_json(manifest)["model"]
         name, is_module = str(model["name"]), model.get("source") == "module"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         name, is_module = "a name from `quartermap models`, or a file .toml", False
@@ -190,7 +190,7 @@ def kept_on_interruption(path: Path | None) -> Iterator[None]:
 
 def _holds_something(path: Path) -> bool:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except (OSError, ValueError):
         return False
     return isinstance(values, dict) and any(values.get(name) for name in KEPT)

@@ -12,6 +12,7 @@ from quartermap_deploy.cli.common import (
     add_bundle_argument,
     add_command,
     add_output_options,
+    add_signature_option,
     at_least_one,
     file_or_folder,
     make_progress,
@@ -104,6 +105,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--target", metavar="NAME", help="target to run (default: onnxruntime, or the bundle's only one)"
     )
     add_labels_option(parser)
+    add_signature_option(parser)
     add_preprocessing_option(parser)
     add_output_options(parser)
 
@@ -126,7 +128,7 @@ def run(options: argparse.Namespace) -> None:
         FOLDER.check_destination(options.out, options.force)
     progress = make_progress(options)
     with results_only():
-        bundle = load_bundle(options.bundle)
+        bundle = load_bundle(options.bundle, signed_by=options.signed_by)
         images = listed(options.files)
         with progress.step("opening the bundle"):
             predictor = make_predictor(

@@ -22,6 +22,7 @@ from quartermap_deploy.cli import (
     rebuild,
     report,
     serve,
+    sign,
     tune,
     validate,
 )
@@ -47,6 +48,7 @@ COMMANDS = (
     report,
     serve,
     deploy,
+    sign,
     rebuild,
     plugin,
 )

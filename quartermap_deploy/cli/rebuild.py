@@ -16,6 +16,7 @@ from quartermap_deploy.cli.common import (
     print_json,
     results_only,
     show,
+    signatures_dropped,
     terminable,
 )
 from quartermap_deploy.tables.layout import facts, with_verdict
@@ -38,7 +39,7 @@ def add_parser(subparsers: Subparsers) -> None:
             Make the engines of a bundle again from its portable model: after another version of TensorRT, on another
             GPU, with another plugin, or where an engine file is damaged. The engines keep their options. Where there is
             a GPU that an engine is for, it is run and compared with the golden outputs. The bundle changes only when
-            everything went well.
+            everything went well; its signatures then go.
             """,
         examples="""
             quartermap rebuild bundles/vmamba_tiny_k3
@@ -64,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
     """
     from quartermap_deploy.rebuild import rebuild_bundle
 
-    with terminable(), results_only():
+    with signatures_dropped(options.bundle), terminable(), results_only():
         bundle = rebuild_bundle(
             options.bundle, options.target, plugin=options.plugin, progress=make_progress(options)
         )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from quartermap_deploy.cli.common import (
     add_bundle_argument,
     add_command,
+    add_signature_option,
     at_least_one,
     delay_ms,
     message,
@@ -68,6 +69,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--name", metavar="NAME", help="what clients call the model (default: the bundle's name for it)"
     )
     add_labels_option(parser)
+    add_signature_option(parser)
     add_preprocessing_option(parser)
     parser.add_argument(
         "--host",
@@ -224,7 +226,7 @@ def _serve(options: argparse.Namespace, log: EventLog) -> None:
             message("error", str(error))
         os._exit(0 if error is None else USER_ERROR)
 
-    serve(load_bundle(options.bundle), settings, log, started, leave)
+    serve(load_bundle(options.bundle, signed_by=options.signed_by), settings, log, started, leave)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from quartermap_deploy.cli.common import (
     add_factory_option,
     add_output_options,
     add_plugin_option,
+    add_signature_option,
     file_or_folder,
     make_progress,
     print_json,
@@ -92,6 +93,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     add_factory_option(parser, "for --reference torch and --localise of a bundle of a module of yours")
     add_plugin_option(parser)
+    add_signature_option(parser)
     add_output_options(parser)
 
 
@@ -104,7 +106,7 @@ def run(options: argparse.Namespace) -> None:
     from quartermap_deploy.bundle import load_bundle
     from quartermap_deploy.revalidate import validate_bundle
 
-    bundle = load_bundle(options.bundle)
+    bundle = load_bundle(options.bundle, signed_by=options.signed_by)
     if options.localise:
         run_localise(bundle, options)
         return

@@ -22,7 +22,23 @@ if TYPE_CHECKING:
 ImageLike: TypeAlias = "str | PathLike[str] | NDArray[np.uint8] | Image"
 """A file, an array (H, W), (H, W, 3) or (H, W, 4) of uint8, or a Pillow image."""
 
-UNREADABLE = (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, struct.error, zlib.error)
+FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
+"""Pillow's names of what files may be, whatever they are called; `image_files.IMAGE_SUFFIXES` has their endings."""
+LARGEST_FILE = 178_956_970
+"""Most pixels of a file, those at which Pillow refuses by itself. As RGB they take 720 MB in Pillow."""
+UNREADABLE = (
+    *(
+        OSError,
+        SyntaxError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        AssertionError,
+    ),
+    *(EOFError, MemoryError, RuntimeError, RuntimeWarning, struct.error, zlib.error),
+)
 """What Pillow's readers raise on damaged files, beside its own errors."""
 
 
@@ -96,8 +112,10 @@ def open_image(image: ImageLike, color: Color = "rgb") -> Image:
 
     if isinstance(image, (str, PathLike)):
         try:
-            with pillow.open(image) as opened:
+            with pixels.opened(image, FORMATS, LARGEST_FILE) as opened:
                 return _with_color(opened, color, f"the image {image}")
+        except pixels.UnfitImageError as error:
+            raise InputError(f"the image {image} {error}") from error
         except (*UNREADABLE, UnidentifiedImageError, pillow.DecompressionBombError) as error:
             raise InputError(f"the image {image} cannot be read: {error}") from error
     if isinstance(image, np.ndarray):

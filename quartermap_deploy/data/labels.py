@@ -14,6 +14,10 @@ from pathlib import Path
 
 from quartermap_deploy.data.shipped import models_directory
 from quartermap_deploy.errors import InputError
+from quartermap_deploy.reading import ReadingError, read_text
+
+LARGEST = 16 << 20
+"""Bytes of a file of class names; those of ImageNet-21K take 0.5 MB."""
 
 
 def label_sets() -> tuple[str, ...]:
@@ -48,13 +52,13 @@ def read_labels(
         return check_labels(shipped_labels(name), classes, f"the labels {name!r}")
     try:
         # Editors on Windows begin a file with a mark, which is no part of the first name.
-        lines = Path(given).read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(Path(given), LARGEST, "utf-8-sig").splitlines()
     except FileNotFoundError:
         raise InputError(
             f"the labels {given} cannot be read: there is no such file, nor a set of that name among "
             f"{', '.join(label_sets())}"
         ) from None
-    except (OSError, ValueError) as error:
+    except ReadingError as error:
         raise InputError(f"the labels {given} cannot be read: {error}") from error
     return check_labels([line.strip() for line in lines], classes, f"the labels {given}", "line")
 

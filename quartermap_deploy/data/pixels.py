@@ -13,12 +13,57 @@ import numpy as np
 LARGEST = 50_000_000
 """Most pixels of an image, and of what a resize makes of it. As RGB they take 200 MB in Pillow."""
 
+LARGEST_TILE = 1 << 22
+"""Most pixels of a tile of a TIFF that may be larger than the image."""
+
 MODES = {"rgb": "RGB", "bgr": "RGB", "grey": "L", "rgba": "RGBA"}
 """Pillow's name for an image that has the colours of a model."""
 
 
 class UnfitImageError(ValueError):
     """An image that can be read, and is none that a model could be given; the message ends a sentence about it."""
+
+
+def opened(file: Any, formats: tuple[str, ...], largest: int = LARGEST) -> Any:
+    """Return a Pillow image of which only the head was read; the one place where image files are opened.
+
+    Pillow knows dozens of formats, goes by the content and not by the name, and starts Ghostscript on one of them.
+
+    Args:
+        file: its path, or a file that is open.
+        formats: Pillow's names of the formats that it may have.
+        largest: how many pixels it may have.
+
+    Raises:
+        UnfitImageError: if it has more pixels, or says that it lies in tiles that do.
+        Exception: of many kinds, if it has another format or is damaged.
+    """
+    from PIL import Image
+
+    image = Image.open(file, formats=formats)
+    try:
+        check_size(image.width, image.height, largest)
+        _check_tiles(image)
+    except Exception:
+        image.close()
+        raise
+    return image
+
+
+def _check_tiles(image: Any) -> None:
+    """Refuse a TIFF whose tiles are much larger than itself: each is unpacked whole, whatever it is called for.
+
+    Raises:
+        UnfitImageError: if it is one.
+    """
+    tags = getattr(image, "tag_v2", {})
+    width, height = (tags.get(tag, 0) for tag in (322, 323))
+    if not isinstance(width, int) or not isinstance(height, int):
+        raise UnfitImageError(f"has tiles of {width!r} x {height!r} pixels")
+    if width * height > LARGEST_TILE and width * height > 4 * image.width * image.height:
+        raise UnfitImageError(
+            f"has {image.width} x {image.height} pixels in tiles of {width} x {height}; write it without tiles"
+        )
 
 
 def check_size(width: int, height: int, largest: int = LARGEST) -> None:
@@ -29,7 +74,7 @@ def check_size(width: int, height: int, largest: int = LARGEST) -> None:
     """
     if width * height > largest:
         raise UnfitImageError(
-            f"has {width} x {height} pixels, at most {largest:,} are taken; send a smaller one"
+            f"has {width} x {height} pixels, at most {largest:,} are taken; give a smaller one"
         )
 
 

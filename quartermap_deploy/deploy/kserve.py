@@ -195,6 +195,7 @@ def deploy_kserve(
         BundleError: if the bundle is none, or is damaged.
         DeployError: if it cannot be served so, or something else is in the way. Nothing is written then.
         InputError: if the labels or the preprocessing do not fit.
+        TrustError: if a bundle is not signed by those who should have.
         QuartermapError: if a plugin library is missing.
     """
     out, options, triton = Path(out), options or KServeOptions(), triton or TritonOptions()

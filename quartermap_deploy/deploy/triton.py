@@ -81,6 +81,7 @@ class TritonOptions:
         image_workers: how many images are decoded at the same time.
         plugin: the plugin library of the engines; None looks where `quartermap compile` does.
         engines_from: more bundles of the same model, whose engines are for other GPUs.
+        signed_by: PEM files of public keys by all of which the bundles must be signed; see `load_bundle`.
         mounted_at: where the repository will lie on the machine that serves it; None for where it is written.
     """
 
@@ -98,6 +99,7 @@ class TritonOptions:
     image_workers: int = 2
     plugin: Path | None = None
     engines_from: tuple[Path, ...] = ()
+    signed_by: tuple[Path, ...] = ()
     mounted_at: str | None = None
 
     def __post_init__(self) -> None:
@@ -252,6 +254,7 @@ def deploy_triton(
         BundleError: if the bundle is none, or is damaged.
         DeployError: if it cannot be served so, or something else is in the way. Nothing is written then.
         InputError: if the labels or the preprocessing do not fit.
+        TrustError: if a bundle is not signed by those who should have.
         QuartermapError: if a plugin library is missing.
     """
     out, options = Path(out), options or TritonOptions()
@@ -282,8 +285,9 @@ def plan_triton(bundle: str | os.PathLike[str], out: Path, options: TritonOption
     """Decide what will be written; `deploy_triton` says what is raised."""
     from quartermap_deploy.validation.golden import read_golden
 
-    loaded = load_bundle(bundle)
-    source = find_source(loaded, options.backend, engines_from=options.engines_from, plugin=options.plugin)
+    loaded = load_bundle(bundle, signed_by=options.signed_by)
+    others = [load_bundle(path, signed_by=options.signed_by) for path in options.engines_from]
+    source = find_source(loaded, options.backend, engines_from=others, plugin=options.plugin)
     if source.backend == "tensorrt" and options.device == "cpu":
         raise DeployError(
             "engines of TensorRT run on GPUs; leave the device out, or take the backend onnxruntime"

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.batch_axis import batch_of
-from quartermap_deploy.bundle import MODEL, Bundle, load_bundle
-from quartermap_deploy.errors import DeployError, QuartermapError
-from quartermap_deploy.files import file_hash
+from quartermap_deploy.bundle import MODEL, Bundle
+from quartermap_deploy.errors import DeployError, EngineError, QuartermapError
+from quartermap_deploy.onnx_bounds import check_model
 from quartermap_deploy.plain_text import command
 from quartermap_deploy.targets.tensorrt.options import EngineOptions, Profile
+
+if TYPE_CHECKING:
+    from quartermap_deploy.targets.tensorrt.plugin import WantedLibrary
 
 BACKENDS = ("onnxruntime", "tensorrt")
 """Of Triton, each with the target of the same name; TensorRT for RTX has none."""
@@ -83,7 +86,7 @@ def find_source(
     bundle: Bundle,
     backend: str | None = None,
     *,
-    engines_from: Sequence[Path] = (),
+    engines_from: Sequence[Bundle] = (),
     plugin: Path | None = None,
 ) -> Source:
     """Find what is served of a bundle.
@@ -97,7 +100,6 @@ def find_source(
     Raises:
         DeployError: if the bundle was not built for the backend, an engine does not say for which GPU it is, or the
             bundles or the plugin do not belong together.
-        BundleError: if one of the other bundles is none, or is damaged.
         EngineError: if there is no plugin library.
     """
     chosen = choose_backend(bundle, backend)
@@ -106,15 +108,16 @@ def find_source(
         for value, name in ((engines_from, "other bundles' engines"), (plugin, "a plugin")):
             if value:
                 raise DeployError(f"the backend onnxruntime takes no engines, so {name} must be left out")
+        check_model(bundle.path / MODEL)
         return Source(chosen, {ONNX_FILE: bundle.path / MODEL}, ONNX_FILE, static, 1 if static else None)
-    return _engines([bundle, *map(load_bundle, engines_from)], static, plugin)
+    return _engines([bundle, *engines_from], static, plugin)
 
 
 def _engines(bundles: Sequence[Bundle], static: bool, plugin: Path | None) -> Source:
     """What is served of bundles of one model, each with an engine."""
     for other in bundles[1:]:
         choose_backend(other, "tensorrt")
-    entries = [_entry(bundle) for bundle in bundles]
+    entries = [bundle.manifest["targets"]["tensorrt"] for bundle in bundles]
     first = entries[0]
     options = EngineOptions.from_dict(first["options"])
     for bundle, entry in zip(bundles[1:], entries[1:], strict=True):
@@ -153,18 +156,6 @@ def _engines(bundles: Sequence[Bundle], static: bool, plugin: Path | None) -> So
     )
 
 
-def _entry(bundle: Bundle) -> dict[str, Any]:
-    """The manifest's entry for the engine."""
-    entry: dict[str, Any] = bundle.manifest["targets"]["tensorrt"]
-    needed = ("file", "version", "compute_capabilities", "options")
-    if missing := [name for name in needed if not entry.get(name)]:
-        raise DeployError(
-            f"the manifest of {bundle.path} does not say what its engine is for (no {', '.join(missing)}); make it "
-            f"again with `{command('quartermap', 'rebuild', bundle.path, '--target', 'tensorrt')}`"
-        )
-    return entry
-
-
 def _compare(first: Bundle, other: Bundle, expected: dict[str, Any], found: dict[str, Any]) -> None:
     """Check that two engines can be one model to Triton."""
     same = {
@@ -174,7 +165,8 @@ def _compare(first: Bundle, other: Bundle, expected: dict[str, Any], found: dict
         ),
         "version of TensorRT": (expected["version"], found["version"]),
         "plugin": tuple(
-            (entry.get("plugin") or {}).get("sha256", "none")[:12] for entry in (expected, found)
+            "none" if wanted is None else wanted.sha256[:12]
+            for wanted in (_wanted(first, expected), _wanted(other, found))
         ),
         "profiles": (expected["options"].get("profiles"), found["options"].get("profiles")),
     }
@@ -211,25 +203,32 @@ def batch_limit(profiles: Sequence[Profile], bundle: Path) -> int:
     return reached
 
 
+def _wanted(bundle: Bundle, entry: dict[str, Any]) -> WantedLibrary | None:
+    """The plugin library that an engine was built with, as its manifest says."""
+    from quartermap_deploy.targets.tensorrt.plugin import WantedLibrary
+
+    try:
+        return WantedLibrary.of_entry(entry)
+    except EngineError as error:
+        raise DeployError(f"{bundle.path}: {error}") from error
+
+
 def _plugin(bundle: Bundle, entry: dict[str, Any], named: Path | None) -> Path | None:
     """The plugin library that an engine was built with."""
-    from quartermap_deploy.targets.tensorrt.plugin import find_library
+    from quartermap_deploy.targets.tensorrt.plugin import find_library, wrong_library
 
-    expected = entry.get("plugin")
-    if expected is None:
+    wanted = _wanted(bundle, entry)
+    if wanted is None:
         if named is not None:
             raise DeployError(f"the engine in {bundle.path} needs no plugin; leave {named} out")
         return None
     try:
-        found = find_library(named, expected)
+        found = find_library(named, wanted)
     except QuartermapError as error:
         raise DeployError(
-            f"the engine in {bundle.path} needs the plugin that it was built with, {expected['file']}, sha256 "
-            f"{expected['sha256'][:12]}…, to go with it: name it with --plugin ({error})"
+            f"the engine in {bundle.path} needs the plugin that it was built with, {wanted}, to go with it: name it "
+            f"with --plugin ({error})"
         ) from error
-    if file_hash(found) != expected["sha256"]:
-        raise DeployError(
-            f"the engine in {bundle.path} was built with the plugin {expected['file']}, sha256 "
-            f"{expected['sha256'][:12]}…, and {found} is another library; name that one with --plugin"
-        )
+    if (reason := wrong_library(found, wanted)) is not None:
+        raise DeployError(f"of the engine in {bundle.path}: {reason}; name that one with --plugin")
     return found

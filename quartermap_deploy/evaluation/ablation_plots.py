@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +34,29 @@ def require_matplotlib() -> None:
         MissingDependencyError: if it is not.
     """
     try:
-        import matplotlib  # noqa: F401
+        if sys.modules.get("matplotlib") is None:
+            with _in_an_empty_folder():
+                import matplotlib  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError.for_extra(
             "plots need", "matplotlib", "report", ", or leave the plots out with --no-plots"
         ) from error
+
+
+@contextmanager
+def _in_an_empty_folder() -> Iterator[None]:
+    """While open, the current folder is another one.
+
+    matplotlib reads its settings when it is imported, and those of a file `matplotlibrc` in the current folder, which
+    may be anybody's, come first. Among them are programs to start.
+    """
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory() as empty:
+        os.chdir(empty)
+        try:
+            yield
+        finally:
+            os.chdir(before)
 
 
 def write_plots(values: Mapping[str, Any], results: Path) -> list[Path]:

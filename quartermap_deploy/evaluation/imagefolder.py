@@ -13,6 +13,7 @@ tells which: classes.txt, or LOC_synset_mapping.txt, whose lines go on with word
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
 from collections.abc import Mapping
@@ -24,12 +25,15 @@ import numpy as np
 from quartermap_deploy.data.image_files import IMAGE_SUFFIXES
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.evaluation.datasets import NAMED, Dataset, fingerprint
+from quartermap_deploy.reading import ReadingError, read_text
 
 DEFAULT_SPLITS = ("val", "validation", "test")
 LABELS_FILE = "labels.csv"
 CLASS_LISTS = ("classes.txt", "LOC_synset_mapping.txt")
 COMPANIONS = (LABELS_FILE, *CLASS_LISTS)
 """Files that belong to the images of a flat folder and are none of them."""
+LARGEST_LIST = 64 << 20
+"""Bytes of one of them; a million images and their classes take some 40 MB."""
 SHOWN = 3
 """Names in a note; the rest is counted."""
 _SYNSET = re.compile(r"(?<![0-9A-Za-z])n\d{8}(?!\d)")
@@ -255,9 +259,9 @@ def _read_labels(path: Path) -> dict[str, str]:
     """Lines "file,class" by file; what follows a class after a blank, as in LOC_val_solution.csv, is left out."""
     try:
         # Spreadsheets write a mark of the encoding first.
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.reader(file) if row]
-    except (UnicodeDecodeError, csv.Error) as error:
+        text = read_text(path, LARGEST_LIST, "utf-8-sig")
+        rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
+    except (ReadingError, csv.Error) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     if bad := next((row for row in rows if len(row) < 2 or not row[1].strip()), None):
         line = ",".join(bad)
@@ -298,11 +302,10 @@ def _class_list(folder: Path, root: Path) -> tuple[Path, tuple[str, ...]] | None
         if not path.is_file():
             continue
         try:
-            lines = [
-                line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()
-            ]
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(path, LARGEST_LIST, "utf-8-sig")
+        except (OSError, ReadingError) as error:
             raise InputError(f"{path} cannot be read: {error}") from error
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         words = path.name == CLASS_LISTS[1]
         classes = tuple(line.split()[0] if words else line for line in lines)
         if len(set(classes)) != len(classes) or not classes:

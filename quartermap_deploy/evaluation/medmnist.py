@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from quartermap_deploy.arrays import ArrayError, opened_arrays
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.evaluation.datasets import Dataset, fingerprint
 
 SPLITS = ("train", "val", "test")
+_LABELS = tuple(f"{split}_labels" for split in SPLITS)
 
 
 def read_medmnist(path: Path, split: str) -> Dataset:
@@ -29,14 +29,11 @@ def read_medmnist(path: Path, split: str) -> Dataset:
         hint = "it is a folder" if path.is_dir() else "there is no such file"
         raise InputError(f"cannot read {path}: {hint}; expected an .npz file of MedMNIST")
     try:
-        # np.load would take a single array too, and give something else than a file.
-        if not zipfile.is_zipfile(path):
-            raise ValueError("it is no archive")
-        with np.load(path, allow_pickle=False) as file:
-            _check_split(path, split, file.files)
-            images, labels = file[f"{split}_images"], file[f"{split}_labels"]
-            others = [file[name] for name in file.files if name.endswith("_labels")]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        with opened_arrays(path) as file:
+            _check_split(path, split, file.names)
+            images, labels = file.read(f"{split}_images"), file.read(f"{split}_labels")
+            others = [file.read(name) for name in file.names if name in _LABELS]
+    except (OSError, ArrayError) as error:
         raise InputError(f"{path} is no .npz file that can be read: {error}") from error
     name = f"{path.stem}, {split}"
     images = _images(name, images)

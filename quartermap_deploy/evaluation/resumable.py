@@ -17,6 +17,7 @@ from typing import Any
 
 from quartermap_deploy.errors import ReportError
 from quartermap_deploy.files import folders_for, obstacle_to, write_whole
+from quartermap_deploy.reading import ReadingError, read_json
 
 FORMAT = 1
 Rows = Sequence[Mapping[str, Any]]
@@ -101,9 +102,9 @@ class ResultFile:
 
     def _take_up(self, path: Path, force: bool) -> None:
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
             known = {name: found[name] for name in ("command", "format", "key")}
-        except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError):
+        except (OSError, ReadingError, KeyError, TypeError):
             known, found = {}, {}
         same = all(known.get(name) == self.values[name] for name in ("command", "format", "key"))
         if same and found.keys() >= self.values.keys():

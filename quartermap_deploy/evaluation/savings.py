@@ -170,14 +170,12 @@ class PlanTimer:
         errors: dict[tuple[int, int], float] = {}
         noisy = True
         for number, stride in enumerate(strides):
-            (whole, error), *parts = found[number * len(sets) : (number + 1) * len(sets)]
-            noisy = noisy and (whole <= 0 or error > NOISE_LIMIT * whole)
-            total = sum(share for share, _ in parts)
-            scale = min(max(whole / total, 0.5), 2.0) if whole > 0 and total > 0 else 1.0
-            for numbers, (share, error) in zip(sets[1:], parts, strict=True):
+            whole, *parts = found[number * len(sets) : (number + 1) * len(sets)]
+            noisy = noisy and is_noisy(whole)
+            for numbers, (share, error) in zip(sets[1:], scaled(whole, parts), strict=True):
                 for index in numbers:
-                    shares[index, stride] = scale * share / len(numbers)
-                    errors[index, stride] = scale * error / len(numbers)
+                    shares[index, stride] = share / len(numbers)
+                    errors[index, stride] = error / len(numbers)
         note = f"measured in turns on {self.target}, stage by stage, {self.settings()}"
         return Savings("time", shares, errors, note, noisy)
 
@@ -194,6 +192,22 @@ class PlanTimer:
         exported = export_model(recipe, self._source, SILENT, self._traced)
         self._traced = exported.traced
         return exported_run(exported, recipe, self._source.inputs[0].shape[0])
+
+
+def is_noisy(whole: tuple[float, float]) -> bool:
+    """Whether too little is known of what all blocks together save: a share of the time, and its standard error."""
+    share, error = whole
+    return not (share > 0 and error <= NOISE_LIMIT * share)
+
+
+def scaled(whole: tuple[float, float], parts: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Scale what the stages save, each with its standard error, to add up to what the whole model saves.
+
+    By 2 at most, or 1/2: beyond that the two measurements contradict each other.
+    """
+    total = sum(share for share, _ in parts)
+    scale = min(max(whole[0] / total, 0.5), 2.0) if whole[0] > 0 and total > 0 else 1.0
+    return [(scale * share, scale * error) for share, error in parts]
 
 
 def _saved(pruned: Timing, unpruned: Timing) -> tuple[float, float]:

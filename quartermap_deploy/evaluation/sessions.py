@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from quartermap_deploy.bundle import MODEL, Bundle, load_bundle
 from quartermap_deploy.data.labels import class_names
 from quartermap_deploy.data.preprocessing import KEYS, Preprocessing
-from quartermap_deploy.errors import BundleError, InputError, UnknownNameError
+from quartermap_deploy.errors import BundleError, InputError, TrustError, UnknownNameError
 from quartermap_deploy.evaluation.runs import (
     TORCH,
     exported_run,
@@ -25,6 +25,7 @@ from quartermap_deploy.evaluation.runs import (
     weights_hash,
 )
 from quartermap_deploy.image_interface import fitting_preprocessing
+from quartermap_deploy.plain_text import printable
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.pruning.plan import QuarterMap
 from quartermap_deploy.recipe import Recipe
@@ -97,6 +98,8 @@ def runner_for(
     factory: str | None = None,
     labels: Labels | None = None,
     preprocessing: Mapping[str, Any] | None = None,
+    run_module: bool = False,
+    signed_by: Sequence[Path] = (),
     progress: Progress = SILENT,
 ) -> Runner:
     """Make a classifier ready to run.
@@ -112,9 +115,13 @@ def runner_for(
         factory: for a bundle of a module of the user's in PyTorch, what makes the module, as `package.module:name`.
         labels: names of the classes in place of those that the source has: a list, a file, or a set by name.
         preprocessing: values that replace those of the source's preprocessing, by name; all of them where it has none.
+        run_module: agree to run the module that a recipe file names in [module].
+        signed_by: for the folder of a bundle, PEM files of the public keys by which it must be signed.
         progress: told about the steps.
 
     Raises:
+        TrustError: if the bundle is not signed so, or what is no bundle is to be; or if a recipe file names code, and
+            `run_module` does not agree.
         UnknownNameError: if there is no such target, or the bundle was not built for it.
         InputError: if it is no classifier of one image, nobody says how images are prepared for it, or the labels or
             the preprocessing do not fit it.
@@ -124,10 +131,14 @@ def runner_for(
         raise UnknownNameError.for_choice("target", target, (TORCH, *list_targets()))
     given = Given(checkpoint, factory, labels, preprocessing or {})
     if isinstance(source, Bundle) or (not isinstance(source, Recipe) and _is_bundle(source)):
-        bundle = source if isinstance(source, Bundle) else load_bundle(source)
+        bundle = source if isinstance(source, Bundle) else load_bundle(source, signed_by=signed_by)
         return _bundle_runner(bundle, target or bundle.default_target, given, progress)
     from quartermap_deploy.compiler import as_recipe
 
+    if signed_by:
+        raise TrustError(
+            f"{printable(source)} is no bundle, and nothing else is signed; compile it, and sign the bundle"
+        )
     if isinstance(source, str) and names_a_factory(source):
         raise InputError(
             f"{source} names a module of yours; write a recipe with it in [module], its example input, and in "
@@ -137,7 +148,7 @@ def runner_for(
         raise InputError(
             f"{source} is no bundle, and a recipe names its factory itself, in [module]; leave {factory} out"
         )
-    recipe = as_recipe(source)
+    recipe = as_recipe(source, run_module=run_module)
     name = recipe.model if isinstance(source, Recipe) else Path(source).stem
     return _recipe_runner(recipe, name, target or DEFAULT, given, progress)
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.files import folders_for, obstacle_to, write_whole
+from quartermap_deploy.reading import ReadingError, read_json
 
 FORMAT = 1
 TOP = 5
@@ -98,10 +99,10 @@ class Tally:
             InputError: if the file is damaged, or belongs to another evaluation.
         """
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
         except FileNotFoundError:
             return cls.empty(num_classes)
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except ReadingError as error:
             raise InputError(
                 f"the state {path} cannot be read: {error}; delete it to begin anew, or name another file"
             ) from error

@@ -13,6 +13,7 @@ from quartermap_deploy.evaluation.fidelity import Fidelity
 from quartermap_deploy.evaluation.savings import Savings
 from quartermap_deploy.evaluation.search import Candidate
 from quartermap_deploy.files import folders_for, write_whole
+from quartermap_deploy.reading import read_json
 
 FORMAT = 1
 
@@ -47,7 +48,7 @@ class Tried:
 
     def _read(self, force: bool) -> None:
         try:
-            values = json.loads(self.path.read_text(encoding="utf-8"))
+            values = read_json(self.path)
             if values["format"] == FORMAT and values["key"] == self.key:
                 self.found = {
                     Candidate(tuple(entry["blocks"]), entry["stride"]): Fidelity(
@@ -58,7 +59,7 @@ class Tried:
                 self.savings_key = values["savings_key"]
                 self.savings = None if values["savings"] is None else Savings.from_dict(values["savings"])
                 return
-        except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass
         if not force:
             raise RecipeError(

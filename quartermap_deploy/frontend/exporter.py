@@ -145,19 +145,20 @@ def trace_module(
     """
     import torch
 
-    batch = torch.export.Dim("batch")
+    # From 2 on, as torch takes a size of 1 for a special one.
+    batch, side = torch.export.Dim("batch", min=2), torch.export.Dim.DYNAMIC(min=2)
     axes: dict[str, dict[int, Any]] = {
-        name: {axis: batch if axis == 0 else torch.export.Dim.DYNAMIC for axis in open_axes.get(name, {})}
-        for name in example
+        name: {axis: batch if axis == 0 else side for axis in open_axes.get(name, {})} for name in example
     }
     args = () if by_keyword else tuple(example.values())
     kwargs = dict(example) if by_keyword else {}
     shapes: Any = axes if by_keyword else tuple(axes.values())
-    with _operators(), _quiet(), _marked_blocks(module, calls):
+    with _operators(), _quiet(), _any_size(), _marked_blocks(module, calls):
         program = _program(module, args, kwargs, shapes if any(axes.values()) else None)
-        rules = _rules(program, list(example))
-        exported = _exported(program, module, list(example), list(output_names))
-    return TracedGraph(_tidy(exported, calls, open_axes), rules)
+        found = _exported(program, module, list(example), list(output_names))
+    # Read after the export: taking operators apart decides by sizes, too.
+    rules = _rules(found.exported_program, open_axes)
+    return TracedGraph(_tidy(found.model, calls, open_axes), rules)
 
 
 def to_onnx(
@@ -190,7 +191,7 @@ def to_onnx(
 
     with _operators(), _quiet():
         program = _program(module, arguments, {}, dynamic_shapes)
-        exported = _exported(program, module, input_names, output_names)
+        exported = _exported(program, module, input_names, output_names).model
     _fold(exported)
     for node in exported.graph:
         if node.domain == DOMAIN:
@@ -211,6 +212,14 @@ def _program(
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         sizes = ", ".join(str(tuple(item.shape)) for item in (*args, *kwargs.values()))
+        fixed = re.findall(r"L\['(\w+)'\]\.size\(\)\[(\d+)\] as dynamic .*? constant \((\d+)\)", str(error))
+        if fixed:
+            axes = ", ".join(f"{name}[{axis}] at {size}" for name, axis, size in fixed)
+            raise ExportError(
+                f"the module {type(module).__name__} fixes what was to be open: {axes}. It compares the size with "
+                "another one, as that of a table of positions, or makes a Python number of it; give an example of "
+                "another size, or fix the size with dynamic_size=False, the batch with dynamic_batch=False"
+            ) from error
         raise ExportError(
             f"torch.export failed on {type(module).__name__}, traced with input {sizes}: {_innermost(error)}"
         ) from error
@@ -222,7 +231,7 @@ def _exported(
     input_names: Sequence[str] | None,
     output_names: Sequence[str] | None,
 ) -> Any:
-    """A program as `torch.onnx.export` gives it, an onnx_ir.Model."""
+    """A program as `torch.onnx.export` gives it: an `ONNXProgram`, with the program in operators that ONNX has."""
     import torch
 
     try:
@@ -241,7 +250,7 @@ def _exported(
             "ONNX has no such operator, write that part of the module in others, or leave it out of what is compiled"
         ) from error
     assert found is not None
-    return found.model
+    return found
 
 
 def _where(program: Any, error: BaseException) -> str:
@@ -262,15 +271,34 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _rules(program: Any, names: Sequence[str]) -> tuple[str, ...]:
+def _rules(program: Any, open_axes: Mapping[str, Mapping[int, str]]) -> tuple[str, ...]:
     """What the program takes for granted about sizes; torch keeps it as Python over `L['x'].size()[2]`."""
-    found = []
+    # Sizes from 2 on were traced, and nothing notes where a size of 1 would have gone another way. A batch of one is
+    # compared with the module at every export instead, so a rule that only it breaks does not count.
+    found = [
+        f"{name}[{axis}] > 1" for name, axes in open_axes.items() for axis in axes if axes[axis] != "batch"
+    ]
     for code in getattr(program, "_guards_code", None) or ():
         # A container of arguments comes before the name where the inputs are given by keyword.
         rule = re.sub(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]", r"\1[\2]", code)
+        for name, axes in open_axes.items():
+            if axes.get(0) == "batch":
+                rule = re.sub(rf"\b{name}\[0\]", f"max(2, {name}[0])", rule)
         if "L[" not in rule and rule not in found:
             found.append(rule)
     return tuple(found)
+
+
+@contextlib.contextmanager
+def _any_size() -> Iterator[None]:
+    """Let torch go the way that is right at any size where it goes another one at some, as its ONNX exporter does.
+
+    Else it takes for granted how tensors lie in memory, which is nothing to a graph, and many sizes would be refused.
+    """
+    from torch.fx.experimental import _config
+
+    with _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        yield
 
 
 def _innermost(error: BaseException) -> str:

@@ -17,8 +17,6 @@ from quartermap_deploy.files import write_whole
 from quartermap_deploy.native.errors import PluginError
 from quartermap_deploy.progress import SILENT, Progress
 
-DEFAULT_OUTPUT = Path("plugin")
-"""Where `quartermap plugin build` puts the library, in the folder it is called in."""
 OLDEST_ARCHITECTURE = 80
 PLUGIN_LIBRARY = "libquartermap_plugin.so"
 KERNEL_LIBRARY = "libquartermap_kernels.so"

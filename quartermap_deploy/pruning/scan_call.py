@@ -9,6 +9,7 @@ name, and nothing here is shared with the passes that prune the graph.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,12 +36,18 @@ class PrunedScans:
         pruned: names of the scans that are pruned.
         subsample: how.
         nodes: for scans that are one node of the graph with others, such as one for each direction, the node's name.
+        orders_at: where sizes are open, gives the orders at other shapes of the model's inputs, by their names.
     """
 
     orders: Mapping[str, ScanOrder]
     pruned: frozenset[str] = frozenset()
     subsample: Subsample = field(default_factory=Subsample)
     nodes: Mapping[str, str] = field(default_factory=dict)
+    orders_at: Callable[[Mapping[str, Sequence[int]]], Mapping[str, ScanOrder]] | None = None
+
+    def at(self, shapes: Mapping[str, Sequence[int]]) -> PrunedScans:
+        """The same where the model's inputs, by name, have these shapes."""
+        return self if self.orders_at is None else dataclasses.replace(self, orders=self.orders_at(shapes))
 
     def run(
         self, name: str, scan: Scan, arguments: Sequence[Any], followed: Mapping[str, NDArray[Any]]

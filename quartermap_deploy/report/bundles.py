@@ -15,6 +15,7 @@ from quartermap_deploy.report.charts import (
     logarithmic_axis,
 )
 from quartermap_deploy.report.parts import Figure, Heading, Note, Part, Section, Table
+from quartermap_deploy.tables.bundle import carried_text, signed_text
 from quartermap_deploy.tables.words import (
     count_text,
     error_text,
@@ -121,6 +122,8 @@ def _facts_table(bundle: Bundle) -> Table:
         *(("sizes", f"only with {rule}") for rule in manifest["size_rules"]),
         ("images", preprocessing_text(bundle.preprocessing)),
         ("weights", weights_text(manifest["model"])),
+        *(("carries", text) for text in (carried_text(manifest),) if text),
+        *(("signed", text) for text in (signed_text(bundle),) if text),
     ]
     return Table("what goes in and comes out", ("what", "value"), tuple(rows))
 

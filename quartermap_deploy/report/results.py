@@ -5,13 +5,13 @@ A result is known by its keys, so that a file may have any name. Tables are thos
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from quartermap_deploy.errors import ReportError
+from quartermap_deploy.reading import ReadingError, read_json
 from quartermap_deploy.report.parts import Heading, Note, Part, Section, Table, from_rich, left_out
 from quartermap_deploy.report.plots import ablation_plot, comparison_plot, search_plots
 from quartermap_deploy.tables import ablation, comparison, search, timing
@@ -57,10 +57,10 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
 def _read(path: Path) -> list[Result]:
     """One result, or several in a list."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         raise ReportError(f"there is no file {path} with results") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ReadingError as error:
         raise ReportError(f"the results {path} cannot be read as JSON: {error}") from error
     entries = content if isinstance(content, list) else [content]
     return [Result(kind_of(path, entry), path.stem, entry) for entry in entries]

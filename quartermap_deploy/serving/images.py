@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import IO, TYPE_CHECKING, TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +15,6 @@ from quartermap_deploy.data.preprocessing import Color, Preprocessing
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.serving.pixel_data import Buffer, DamagedError, PixelData, pixel_data
 from quartermap_deploy.serving.refusal import invalid
-
-if TYPE_CHECKING:
-    pass
 
 Result = TypeVar("Result")
 
@@ -110,10 +107,8 @@ class ImageFile:
         return "grey" if data.mode in _GREYS and color in ("rgb", "bgr") else color
 
     def _prepare(self) -> NDArray[np.float32]:
-        from PIL import Image
-
         settings = self._preprocessing
-        with Image.open(cast("IO[bytes]", self._data.open()), formats=FORMATS) as image:
+        with pixels.opened(self._data.open(), FORMATS) as image:
             if image.size != (self._data.width, self._data.height):
                 raise DamagedError("says two sizes")
             color = self._color(self._data)
@@ -142,7 +137,7 @@ class ImageFile:
             raise invalid(
                 f"image {self._place} has too many pixels, at most {LARGEST:,} are taken; send a smaller one"
             ) from None
-        except (*UNREADABLE, MemoryError) as error:
+        except UNREADABLE as error:
             what = f"of {self._size} bytes cannot be read as JPEG or PNG" if self._size else "is empty"
             why = f": it {error}" if self._size and isinstance(error, DamagedError) else ""
             raise invalid(f"image {self._place} {what}{why}") from error

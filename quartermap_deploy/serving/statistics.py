@@ -5,6 +5,7 @@ Everything here belongs to the thread of the event loop. Times are whole nanosec
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -155,10 +156,13 @@ class ModelStatistics:
 
 
 def percentile(ordered: list[int], share: float) -> float | None:
-    """Return the nearest rank of ordered nanoseconds, in milliseconds; None where there are none."""
+    """Return a percentile of ordered nanoseconds, in milliseconds; None where there are none.
+
+    It is the smallest of them that at least this share is not above (nearest rank).
+    """
     if not ordered:
         return None
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] / 1e6
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] / 1e6
 
 
 def prometheus(models: Iterable[ModelStatistics]) -> str:

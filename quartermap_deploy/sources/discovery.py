@@ -80,10 +80,12 @@ def discover(
     about one length of sequence, unless `stages` says how many blocks each stage has.
 
     Raises:
-        ExportError: if the module raises on its example inputs, or makes no scan.
-        InputError: if it returns something else than tensors, or `stages` does not fit.
+        ExportError: if the module raises on its example inputs, changes them, or makes no scan.
+        InputError: if it returns something else than tensors, floating-point numbers that are not float32 or not
+            finite, or `stages` does not fit.
     """
     watch = _Watch(module)
+    before = {name: value.clone() for name, value in feeds.items()}
     try:
         with torch.no_grad(), running(), watch:
             outputs = signature.call(module, feeds)
@@ -98,17 +100,37 @@ def discover(
             f"{type(error).__name__}: {' '.join(str(error).split())[:300]}; give inputs of the shapes that it takes "
             "(--example 1x3x224x224, or several as name=1x3x64x64)"
         ) from error
+    changed = [name for name, value in feeds.items() if not _equal(value, before[name])]
+    if changed:
+        raise ExportError(
+            f"the module {type(module).__name__} changes its input {changed[0]!r} in place, which a graph cannot; let "
+            f"its forward begin with a copy, {changed[0]} = {changed[0]}.clone()"
+        )
+    for name, value in outputs.items():
+        if value.is_complex() or (value.is_floating_point() and value.dtype != torch.float32):
+            raise InputError(
+                f"the module returns {name!r} in {str(value.dtype).removeprefix('torch.')}; expected float32 for what "
+                "is no whole number, as the graph is in float32: return it with .float() from a small module around it"
+            )
+        if value.is_floating_point() and not value.isfinite().all():
+            raise InputError(
+                f"the module returns {name!r} with NaN or infinite values on its example inputs, so nothing can be "
+                "compared; give inputs and weights for which its outputs are numbers"
+            )
     if not watch.found:
         raise ExportError(
             f"the module {type(module).__name__} makes no selective scan that is known here. If it has one, name it: "
             'scans={"package.module:function": adapter} (docs/your-own-model.md); if it has none, torch.onnx.export '
             "is all that it needs"
         )
-    same = outputs.keys() == again.keys() and all(
-        torch.equal(torch.nan_to_num(outputs[name]), torch.nan_to_num(again[name])) for name in outputs
-    )
+    same = outputs.keys() == again.keys() and all(_equal(outputs[name], again[name]) for name in outputs)
     float64 = same and _computes_in_float64(module, feeds, signature, running, outputs)
     return _described(module, watch, outputs, same, float64, stages)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same; NaN is like NaN."""
+    return torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))
 
 
 def _described(

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from quartermap_deploy.errors import InputError, QuartermapError, RecipeError
+from quartermap_deploy.errors import InputError, QuartermapError, RecipeError, TrustError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,6 +38,7 @@ class UserModule:
         strict_weights: refuse weights whose keys are not exactly the module's.
         stages: how many blocks each stage has; None tells stages apart by the length of their sequences.
         scans: adapters for scans that this package does not know, both as `package.module:name`; see `public_code`.
+        named_by: the file that names all this, for as long as nobody agreed to run code that a file names.
 
     Raises:
         RecipeError: if a value is of the wrong kind.
@@ -49,6 +50,7 @@ class UserModule:
     strict_weights: bool = True
     stages: tuple[int, ...] | None = None
     scans: Mapping[str, str] = field(default_factory=dict)
+    named_by: Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.factory, str) or not _split(self.factory):
@@ -100,8 +102,10 @@ class UserModule:
         return {**values, "scans": dict(self.scans)} if self.scans else values
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], folder: Path = Path()) -> UserModule:
-        """Read the table `[module]` of a recipe; a file is looked for beside the recipe.
+    def from_dict(
+        cls, values: Mapping[str, Any], folder: Path = Path(), *, named_by: Path | None = None
+    ) -> UserModule:
+        """Read the table `[module]` of a recipe; a file is looked for in `folder`, beside the recipe.
 
         Raises:
             RecipeError: if a key is unknown or missing, or a value is wrong.
@@ -120,7 +124,7 @@ class UserModule:
             fields["factory"] = f"{folder / where}:{name}"
         if isinstance(fields["example"], (list, tuple)):
             fields["example"] = {INPUT: tuple(fields["example"])}
-        return cls(**fields)
+        return cls(**fields, named_by=named_by)
 
 
 def check_shape(name: str, shape: object) -> None:
@@ -162,12 +166,14 @@ def build_module(wanted: UserModule) -> nn.Module:
     This runs the user's code, and no other: nothing that a bundle or a checkpoint names is ever run.
 
     Raises:
+        TrustError: if a file named it, and nobody agreed to that.
         InputError: if there is no such file, module or factory, it raises, or makes something else than a module.
     """
     from torch import nn
 
     from quartermap_deploy.sources.public_code.context import public_code
 
+    _require_agreement(wanted)
     with public_code():
         factory = _find(wanted.factory)
         try:
@@ -190,12 +196,23 @@ def build_module(wanted: UserModule) -> nn.Module:
     return made
 
 
+def _require_agreement(wanted: UserModule) -> None:
+    if wanted.named_by is not None:
+        code = ", ".join([wanted.factory, *wanted.scans.values()])
+        raise TrustError(
+            f"{wanted.named_by} names code that would be run: {code}. If you trust who wrote it, say --run-module (in "
+            "Python: Recipe.load(path, run_module=True))"
+        )
+
+
 def find_scans(wanted: UserModule) -> dict[str, Any] | None:
     """Import the adapters of scans that the user named, by the scans; None if there are none.
 
     Raises:
+        TrustError: if a file named them, and nobody agreed to that.
         InputError: if one is not there.
     """
+    _require_agreement(wanted)
     return {scan: _find(adapter) for scan, adapter in wanted.scans.items()} or None
 
 

@@ -32,35 +32,45 @@ def output_infos(model: onnx.ModelProto) -> tuple[TensorInfo, ...]:
     return tuple(found)
 
 
-def orders_at(
-    model: onnx.ModelProto,
-    shapes: Mapping[str, Sequence[int]],
-    orders: Mapping[str, ScanOrder],
-    nodes: Mapping[str, str],
-) -> dict[str, ScanOrder]:
-    """The orders of a graph's scans when its inputs have certain shapes.
+class SizedOrders:
+    """The orders of a graph's scans at whatever sizes its inputs have.
 
     Args:
         model: a graph with open sizes.
-        shapes: of its inputs, by name.
         orders: of the module's scans, by name, at whatever size they were read off.
         nodes: names of the graph's scans that several of the module's are together.
-
-    Returns:
-        Those that are known at these shapes.
     """
-    from quartermap_deploy.passes.shapes import infer_shapes_at
 
-    types = infer_shapes_at(model, shapes)
-    sizes: dict[str, tuple[int, int]] = {}
-    for node in model.graph.node:
-        if node.domain == DOMAIN and node.op_type == SELECTIVE_SCAN_2D and node.input[0] in types:
-            sides = [dim.dim_value for dim in types[node.input[0]].tensor_type.shape.dim[2:]]
-            if len(sides) == 2 and all(sides):
-                sizes[node.name] = (sides[0], sides[1])
-    found: dict[str, ScanOrder] = {}
-    for name, order in orders.items():
-        if (size := sizes.get(nodes.get(name, name))) is not None:
-            with contextlib.suppress(PlanError):
-                found[name] = order.at(*size)
-    return found
+    def __init__(
+        self, model: onnx.ModelProto, orders: Mapping[str, ScanOrder], nodes: Mapping[str, str]
+    ) -> None:
+        from quartermap_deploy.passes.recovery.graph_index import GraphIndex
+
+        self._index, self._orders, self._nodes = GraphIndex(model), orders, nodes
+        self._known: dict[tuple[tuple[str, tuple[int, ...]], ...], dict[str, ScanOrder]] = {}
+
+    def at(self, shapes: Mapping[str, Sequence[int]]) -> Mapping[str, ScanOrder]:
+        """The orders that are known where the inputs, by name, have these shapes."""
+        key = tuple((name, tuple(shape)) for name, shape in shapes.items())
+        if key not in self._known:
+            self._known[key] = self._computed(dict(key))
+        return self._known[key]
+
+    def _computed(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, ScanOrder]:
+        from quartermap_deploy.passes.recovery.concrete import concrete_graph
+        from quartermap_deploy.passes.recovery.refusal import Refused
+
+        found: dict[str, ScanOrder] = {}
+        with contextlib.suppress(Refused):
+            concrete = concrete_graph(self._index, shapes)
+            maps = {
+                node.name: node.input[0]
+                for node in self._index.nodes
+                if node.domain == DOMAIN and node.op_type == SELECTIVE_SCAN_2D
+            }
+            for name, order in self._orders.items():
+                if (map_ := maps.get(self._nodes.get(name, name))) is not None:
+                    with contextlib.suppress(PlanError, Refused):
+                        _, _, height, width = concrete.shape(map_)
+                        found[name] = order.at(height, width)
+        return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -17,16 +18,17 @@ from torch import Tensor, nn
 from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.errors import ExportError, InputError, UnknownNameError
 from quartermap_deploy.frontend.exporter import trace_module
+from quartermap_deploy.pruning.orders import ScanOrder
 from quartermap_deploy.pruning.plan import QuarterMap, Subsample
 from quartermap_deploy.pruning.scan_call import PrunedScans
-from quartermap_deploy.size_rules import is_rule
-from quartermap_deploy.sources.cases import module_cases
+from quartermap_deploy.size_rules import SizeRules, is_rule
+from quartermap_deploy.sources.cases import batch_case, module_cases, size_cases
 from quartermap_deploy.sources.description import TASKS, Feeds, Pictures, SourceBlock, WeightsOrigin
 from quartermap_deploy.sources.discovery import Discovery, discover
-from quartermap_deploy.sources.graph_facts import orders_at, output_infos
+from quartermap_deploy.sources.graph_facts import SizedOrders, output_infos
 from quartermap_deploy.sources.public_code.context import public_code
 from quartermap_deploy.sources.reference import Reference
-from quartermap_deploy.sources.signature import BASE_NAMES, OTHER, Signature, input_names
+from quartermap_deploy.sources.signature import BASE_NAMES, OTHER, Signature, as_tensors, input_names
 from quartermap_deploy.sources.source_model import SourceModel, Traced
 from quartermap_deploy.tensor_info import TensorInfo
 
@@ -65,6 +67,11 @@ class ModuleSource(SourceModel):
     def example_shapes(self) -> dict[str, tuple[int, ...]]:
         """Sizes of the example inputs."""
         return {name: array.shape for name, array in self.example.items()}
+
+    @property
+    def dynamic_size(self) -> bool:
+        """Whether an axis other than the batch is open."""
+        return any(isinstance(size, str) for item in self.inputs for size in item.shape[1:])
 
     def with_labels(self, labels: Sequence[str]) -> ModuleSource:
         """The same model with names of its classes.
@@ -108,10 +115,12 @@ class ModuleSource(SourceModel):
             if scan.refused is None and len(scan.nodes) == 1
             for name in scan.scans
         }
-        orders = recovered.orders
-        if any(isinstance(size, str) for item in self.inputs for size in item.shape[1:]):
-            orders = orders_at(recovered.model, self.example_shapes, orders, nodes)
-        traced = Traced(recovered.model, outputs, rules, orders, nodes, (recovered.report,))
+        orders: Mapping[str, ScanOrder] = recovered.orders
+        orders_at = None
+        if self.dynamic_size:
+            orders_at = SizedOrders(recovered.model, recovered.orders, nodes).at
+            orders = orders_at(self.example_shapes)
+        traced = Traced(recovered.model, outputs, rules, orders, nodes, (recovered.report,), orders_at)
         if self.dynamic_batch:
             self._require_open_batch(traced)
         return traced
@@ -120,9 +129,11 @@ class ModuleSource(SourceModel):
         """The module in PyTorch, with the scans of the plan's blocks pruned in their calls."""
         selected = self.selected(plan)
         pruned = frozenset(site.name for site in self.discovery.sites if site.block in selected)
-        orders, nodes = ({}, {}) if traced is None else (traced.orders, traced.nodes)
         subsample = Subsample() if plan is None else plan.subsample
-        scans = PrunedScans(orders, pruned, subsample, nodes)
+        if traced is None:
+            scans = PrunedScans({}, pruned, subsample)
+        else:
+            scans = PrunedScans(traced.orders, pruned, subsample, traced.nodes, traced.orders_at)
         return Reference(
             self.module,
             self.inputs,
@@ -151,6 +162,38 @@ class ModuleSource(SourceModel):
             if any(len(array) != len(next(iter(images.values()))) for array in others.values() if array.ndim):
                 images = {}
         return module_cases(self.inputs, self.example, images)
+
+    def further_cases(self, traced: Traced) -> dict[str, Feeds]:
+        """Another batch than those that the user gave, and where sizes are open, other sizes.
+
+        Raises:
+            ExportError: if the graph takes no other size than that of the example.
+        """
+        cases: dict[str, Feeds] = {}
+        if (batch := batch_case(self.inputs, self.example)) is not None:
+            cases["three examples"] = batch
+        if self.dynamic_size:
+            refused: list[str] = []
+            sizes = size_cases(self.inputs, self.example, lambda feeds: self._takes(feeds, traced, refused))
+            if not sizes:
+                raise ExportError(
+                    "height and width were to be open, but no other size than the example's was found that can be run: "
+                    f"{refused[0] if refused else 'none fits'}; leave them fixed with dynamic_size=False (without "
+                    "--dynamic-size), or give an example of another size"
+                )
+            cases |= sizes
+        return cases
+
+    def _takes(self, feeds: Feeds, traced: Traced, refused: list[str]) -> bool:
+        """Whether graph and module take such sizes; why not is added to `refused`."""
+        try:
+            SizeRules(traced.rules).check({name: array.shape for name, array in feeds.items()})
+            with torch.no_grad(), self.running():
+                self.signature.call(self.module, as_tensors(feeds))
+        except Exception as error:
+            refused.append(" ".join(str(error).split())[:300])
+            return False
+        return True
 
     def feeds(self, least: int | None = None) -> dict[str, Tensor]:
         """The example inputs as tensors.
@@ -254,6 +297,7 @@ def module_source(
         )
     if task is not None and task not in TASKS:
         raise UnknownNameError.for_choice("task", task, TASKS)
+    model = unwrapped(model)
     prepared = _prepared(model)
     example, by_keyword = _named_example(prepared, example_inputs)
     inputs = tuple(_inputs(example, dynamic_batch, dynamic_size))
@@ -285,8 +329,29 @@ def module_source(
     )
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module in what spreads it over devices, or compiles it for this one."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
 def _prepared(model: nn.Module) -> nn.Module:
-    """A copy of a module in eval mode, in float32, on the CPU."""
+    """A copy of a module in eval mode, in float32, on the CPU.
+
+    Raises:
+        ExportError: if it cannot be copied, or some of its weights have no values.
+    """
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    if empty := next((name for name, tensor in tensors if tensor.is_meta), None):
+        raise ExportError(
+            f"the module {type(model).__name__} is on the meta device, where {empty} has no values; make it on the CPU "
+            "and load its weights"
+        )
     try:
         copied = copy.deepcopy(model)
     except Exception as error:
@@ -316,7 +381,11 @@ def _named_example(model: nn.Module, example: Any) -> tuple[Feeds, bool]:
                 f"the example input {name!r} is a {type(value).__name__}; expected a tensor. What is no tensor belongs "
                 "into a small module around it"
             )
-        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        if isinstance(value, Tensor):
+            # NumPy has no bfloat16.
+            array = (value.detach().float() if value.is_floating_point() else value.detach()).cpu().numpy()
+        else:
+            array = np.asarray(value)
         if 0 in array.shape:
             raise InputError(f"the example input {name!r} of shape {array.shape} is empty")
         # Half and double precision alike: the portable model is in float32.

@@ -98,7 +98,8 @@ class Reference:
         if double and self.float64:
             module = self._in_float64()
             tensors = {k: v.double() if v.is_floating_point() else v for k, v in tensors.items()}
-        with torch.no_grad(), self.running(), _Parts(self, module, keep, followed, double):
+        scans = None if self.scans is None else self.scans.at({k: tuple(v.shape) for k, v in tensors.items()})
+        with torch.no_grad(), self.running(), _Parts(self, scans, module, keep, followed, double):
             outputs = self.signature.call(module, tensors)
         return {
             name: (value.float() if value.is_floating_point() else value).cpu().numpy()
@@ -121,6 +122,7 @@ class _Parts(TorchDispatchMode):
     def __init__(
         self,
         reference: Reference,
+        scans: PrunedScans | None,
         module: nn.Module,
         keep: Keep,
         followed: Mapping[str, NDArray[Any]],
@@ -128,7 +130,7 @@ class _Parts(TorchDispatchMode):
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._keep, self._followed, self._double = keep, followed, double
-        self._scans = reference.scans
+        self._scans = scans
         self._running: list[_Call] = []
         self._sums: dict[str, Tensor] = {}
         self._calls: dict[int, int] = {}

@@ -7,7 +7,7 @@ Everything after it in the pipeline (export, passes, targets, parity, golden fil
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ class Traced:
         rules: what sizes must fulfil, as expressions over `name[axis]`; see `sizes`.
         orders: in which order each scan, by its name, visits the positions of its map, where that is known.
         nodes: for scans of the module that are one node of the graph together, the name of that.
+        orders_at: where sizes are open, gives the orders at other shapes of the inputs, by name.
         reports: what `recover_2d` did, or nothing for models whose scans are two-dimensional from the start.
     """
 
@@ -44,6 +45,7 @@ class Traced:
     orders: Mapping[str, ScanOrder] = field(default_factory=dict)
     nodes: Mapping[str, str] = field(default_factory=dict)
     reports: tuple[PassReport, ...] = ()
+    orders_at: Callable[[Mapping[str, Sequence[int]]], Mapping[str, ScanOrder]] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +109,17 @@ class SourceModel(abc.ABC):
         Args:
             pictures: gives real images; None takes what the model came with.
         """
+
+    def further_cases(self, traced: Traced) -> dict[str, Feeds]:
+        """Inputs that parity is checked on beside `cases`, which stay out of golden files and engines.
+
+        Args:
+            traced: what `trace` returned.
+
+        Raises:
+            ExportError: if axes that were to be open are not.
+        """
+        return {}
 
     def image_preprocessing(self, item: TensorInfo) -> Preprocessing:
         """How a picture becomes this input: as the model says, or else scaled to about -2…2.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+from quartermap_deploy.carried import carried_libraries
+from quartermap_deploy.signatures import SHOWN, read_signatures
 from quartermap_deploy.tables.layout import with_verdict
 from quartermap_deploy.tables.words import (
     count_text,
@@ -53,9 +56,26 @@ def bundle_facts(bundle: Bundle) -> dict[str, object]:
         "images": preprocessing_text(bundle.preprocessing),
         **({"sizes": f"only with {' and '.join(rules)}"} if rules else {}),
         "targets": ", ".join(manifest["targets"]),
+        **({"carries": carried} if (carried := carried_text(manifest)) else {}),
+        **({"signed": signed} if (signed := signed_text(bundle)) else {}),
         "size": f"{size / 1e6:.1f} MB in {len(manifest['files']) + 1} files",
         "where": bundle.path,
     }
+
+
+def carried_text(manifest: Mapping[str, Any]) -> str:
+    """What libraries are among a bundle's files, and that nothing loads them; empty where there are none."""
+    return ", ".join(
+        f"{library.name}, sha256 {library.sha256[:16]}…: native code, which is not loaded from here"
+        + ("; `quartermap plugin install` takes it over, after asking" if library.targets else "")
+        for library in carried_libraries(manifest)
+    )
+
+
+def signed_text(bundle: Bundle) -> str:
+    """By which keys a bundle says that it is signed; empty where it is not."""
+    keys = ", ".join(f"{signature.key[:SHOWN]}…" for signature in read_signatures(bundle.path))
+    return f"by {keys}, as it says; --require-signature checks that" if keys else ""
 
 
 def _of(part: int, whole: int) -> str:

@@ -30,7 +30,10 @@ def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[obj
     )
     for column in columns:
         right = column.startswith(">")
-        result.add_column(column.removeprefix(">"), justify="right" if right else "left", overflow="fold")
+        # A Text, as brackets in a string would be markup.
+        result.add_column(
+            Text(_shown(column.removeprefix(">"))), justify="right" if right else "left", overflow="fold"
+        )
     for row in rows:
         result.add_row(
             *("–" if cell is None else cell if isinstance(cell, Text) else Text(_shown(cell)) for cell in row)
@@ -69,5 +72,5 @@ def with_verdict(passed: bool, text: str) -> Text:
 def _title(title: str | None) -> Text | None:
     from rich.text import Text
 
-    # A Text, as brackets in a string would be markup: VMamba-T [s1l8].
+    # As above: VMamba-T [s1l8].
     return None if title is None else Text(_shown(title), style="bold")

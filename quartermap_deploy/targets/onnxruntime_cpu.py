@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from quartermap_deploy.errors import BundleError, InputError
 from quartermap_deploy.machine import all_cores, usable_cores
+from quartermap_deploy.onnx_bounds import check_model
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.size_rules import SizeRules
 from quartermap_deploy.targets.session import Session, check_feeds
@@ -23,6 +24,8 @@ MODEL_FILE = "model.onnx"
 PRECISIONS = ("float32", "float16")
 """ONNX Runtime has no kernels for bfloat16 on a CPU and refuses such a model."""
 THREADS_VARIABLE = "QUARTERMAP_THREADS"
+LARGEST_FOLDED = str(64 << 20)
+"""Bytes of a tensor that ONNX Runtime computes of constants ahead of time."""
 
 
 class OnnxRuntimeSession(Session):
@@ -38,7 +41,7 @@ class OnnxRuntimeSession(Session):
             rules: what the sizes of its inputs must fulfil; see `size_rules`.
 
         Raises:
-            BundleError: if ONNX Runtime refuses the model.
+            BundleError: as `inference_session` raises it.
         """
         self._session = inference_session(model, threads)
         self.inputs = tuple(_info(value) for value in self._session.get_inputs())
@@ -51,11 +54,19 @@ class OnnxRuntimeSession(Session):
         Floating-point values are float32, or float16 where the model was exported with io = "same".
 
         Raises:
-            InputError: if an input is missing, unknown, or of another type or shape than the model takes.
+            InputError: if an input is missing, unknown, or of another type or shape than the model takes, or holds
+                values that it cannot take, such as numbers of words that are not there.
         """
+        from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+
         check_feeds(self.inputs, feeds)
         self._rules.check({name: array.shape for name, array in feeds.items()})
-        found = self._session.run(None, dict(feeds))
+        try:
+            found = self._session.run(None, dict(feeds))
+        except InvalidArgument as error:
+            raise InputError(
+                f"the model cannot take these values: {' '.join(str(error).split())[:300]}"
+            ) from error
         return {item.name: value for item, value in zip(self.outputs, found, strict=True)}
 
 
@@ -79,8 +90,10 @@ def inference_session(model: Path | bytes, threads: int | None = None, *, profil
         profile: record the time of every node; `end_profiling` writes it into a file whose name starts so.
 
     Raises:
-        BundleError: if ONNX Runtime refuses the model.
+        BundleError: if the model holds what this package does not write (see `onnx_bounds`), or ONNX Runtime refuses
+            it.
     """
+    check_model(model)
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -89,6 +102,8 @@ def inference_session(model: Path | bytes, threads: int | None = None, *, profil
     options.intra_op_num_threads = threads if threads is not None else _threads_wanted()
     # Idle workers spin for some milliseconds after a run and would take the cores from the next session's run.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # What stands in the file is computed once, while it is loaded; versions that do not know this setting ignore it.
+    options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", LARGEST_FOLDED)
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)

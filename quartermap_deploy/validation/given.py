@@ -6,6 +6,7 @@ reading of the scan. Tensors that the module's own kernels made say it.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quartermap_deploy.arrays import ArrayError, opened_arrays
 from quartermap_deploy.errors import InputError, ParityError
 from quartermap_deploy.validation.comparison import compare_output
 from quartermap_deploy.validation.tolerances import GIVEN
@@ -64,6 +66,24 @@ class GivenReference:
         }
 
 
+def as_reference(source: ModuleSource, reference: Any) -> GivenReference:
+    """What the user saved, as `compile_module` takes it: (inputs, outputs), or an .npz file.
+
+    Raises:
+        InputError: if it is neither, or does not fit the module.
+    """
+    if isinstance(reference, (str, os.PathLike)):
+        return read_reference(source, Path(reference))
+    if not isinstance(reference, (tuple, list)) or len(reference) != 2:
+        found = (
+            f"{len(reference)} values"
+            if isinstance(reference, (tuple, list))
+            else f"a {type(reference).__name__}"
+        )
+        raise InputError(f"the reference is {found}; expected (inputs, outputs), or the path of an .npz file")
+    return given_reference(source, *reference)
+
+
 def given_reference(source: ModuleSource, inputs: Any, outputs: Any) -> GivenReference:
     """Name what the user saved as the module's inputs and outputs are named.
 
@@ -73,7 +93,7 @@ def given_reference(source: ModuleSource, inputs: Any, outputs: Any) -> GivenRef
         outputs: what the module returned, as it returned it, or a dictionary by the names of the outputs.
 
     Raises:
-        InputError: if something is missing, unknown, or of another shape than the module takes.
+        InputError: if something is missing, unknown, or holds NaN or infinite values.
     """
     names = list(source.signature.inputs)
     fed = _by_name(inputs, names, "inputs")
@@ -87,7 +107,14 @@ def given_reference(source: ModuleSource, inputs: Any, outputs: Any) -> GivenRef
         raise InputError(
             f"the reference has the output {unknown[0]!r}; the module has {', '.join(wanted)}, in this order"
         )
-    return GivenReference(fed, {name: _float32(array) for name, array in returned.items()})
+    reference = GivenReference(fed, {name: _float32(array) for name, array in returned.items()})
+    for name, array in {**reference.inputs, **reference.outputs}.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise InputError(
+                f"the reference has NaN or infinite values in {name!r}, with which nothing can be compared; save it "
+                "from a run that gives numbers"
+            )
+    return reference
 
 
 def read_reference(source: ModuleSource, path: Path) -> GivenReference:
@@ -97,19 +124,20 @@ def read_reference(source: ModuleSource, path: Path) -> GivenReference:
         InputError: if it cannot be read, holds pickled objects, or something is missing or unknown.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except Exception as error:
+        with opened_arrays(path) as archive:
+            named = archive.names
+            arrays = {name: archive.read(name) for name in named if name in _wanted(source)}
+    except (OSError, ArrayError) as error:
         raise InputError(
             f"the reference {path} cannot be read: {' '.join(str(error).split())[:200]}; expected an .npz file with an "
             f"array for each of {', '.join(_wanted(source))}"
         ) from error
-    unknown = [name for name in arrays if name not in _wanted(source)]
+    unknown = [name for name in named if name not in _wanted(source)]
     absent = [name for name in source.signature.inputs if name not in arrays]
     if unknown or absent or len(arrays) == len(source.signature.inputs):
         outputs = ", ".join(source.discovery.outputs)
         raise InputError(
-            f"the reference {path} holds {', '.join(sorted(arrays))}; expected the inputs "
+            f"the reference {path} holds {', '.join(sorted(named))}; expected the inputs "
             f"{', '.join(source.signature.inputs)}, and one at least of the outputs {outputs}"
         )
     inputs = {name: arrays.pop(name) for name in source.signature.inputs}

@@ -38,15 +38,16 @@ class ParityReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every output of every case is within the tolerance."""
+        """Whether every output of every case is within the tolerance; no cases, and no outputs, prove nothing."""
         return bool(self.cases) and all(
-            output.passed for outputs in self.cases.values() for output in outputs
+            bool(outputs) and all(output.passed for output in outputs) for outputs in self.cases.values()
         )
 
     @property
     def worst(self) -> float:
-        """The largest relative error."""
-        return max(output.relative_error for outputs in self.cases.values() for output in outputs)
+        """The largest relative error; infinite where nothing was compared."""
+        errors = [output.relative_error for outputs in self.cases.values() for output in outputs]
+        return max(errors, default=np.inf)
 
     @property
     def first_departing_block(self) -> int | None:

@@ -25,9 +25,9 @@ import triton_python_backend_utils as pb_utils
 from quartermap_deploy.data.pixels import (
     MODES,
     UnfitImageError,
-    check_size,
     cropped,
     levels,
+    opened,
     planes,
     with_mode,
 )
@@ -52,7 +52,6 @@ class TritonPythonModel:
             ) from error
         config = json.loads(args["model_config"])
         settings = json.loads(config["parameters"]["preprocessing"]["string_value"])
-        self.pillow = Image
         # The limit below is ours; Pillow's own would only warn.
         Image.MAX_IMAGE_PIXELS = None
         self.input, self.output = config["input"][0]["name"], config["output"][0]["name"]
@@ -84,8 +83,7 @@ class TritonPythonModel:
     def prepare(self, data: bytes, place: int) -> Any:
         """Return one image as (channels, height, width); `place` is for the message."""
         try:
-            image = self.pillow.open(io.BytesIO(data), formats=FORMATS)
-            check_size(image.width, image.height, self.largest)
+            image = opened(io.BytesIO(data), FORMATS, self.largest)
             centre = cropped(with_mode(image, MODES[self.color]), self.resize, self.crop, **self.settings)
         except UnfitImageError as error:
             raise NoImageError(f"image {place} {error}") from error

@@ -35,7 +35,7 @@ from quartermap_deploy.sources.public_code.on_cpu import Device, OnCPU
 from quartermap_deploy.sources.public_code.patches import Item, Patches
 
 
-@dataclass
+@dataclass(eq=False)
 class PublicCode:
     """What an open `public_code` block did.
 

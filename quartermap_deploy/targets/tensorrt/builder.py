@@ -21,6 +21,7 @@ from quartermap_deploy.errors import EngineError, InputError
 from quartermap_deploy.files import write_whole
 from quartermap_deploy.gpu import Gpu
 from quartermap_deploy.lowering.operator import SELECTIVE_SCAN_2D
+from quartermap_deploy.onnx_bounds import check_model
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.targets.tensorrt.caches import TimingCache, cache_key
 from quartermap_deploy.targets.tensorrt.checks import (
@@ -50,7 +51,6 @@ from quartermap_deploy.targets.tensorrt.objects import (
     require_gpu,
 )
 from quartermap_deploy.targets.tensorrt.options import (
-    CACHE_FOLDER,
     EngineOptions,
     ModelShapes,
     named_shapes,
@@ -95,13 +95,15 @@ def build_engine(
     Raises:
         MissingDependencyError: if TensorRT is absent or its version is not supported.
         InputError: if the profiles do not fit the model or exclude an example.
+        TrustError: if others could write to the cache.
         EngineError: if there is no GPU where one is needed, the parser refuses a node, the build fails, or the engine
             is not what the graph says. Nothing is written then.
     """
     trt = flavour.load()
     gpu = devices.find_gpu()
     require_gpu(flavour, gpu)
-    model = onnx.load(model_path)
+    check_model(model_path)
+    model = onnx.load(model_path, load_external_data=False)
     shapes = input_shapes(model)
     check_examples(options, shapes, examples)
     prepared = prepare(model, extremes(options, shapes))
@@ -121,7 +123,7 @@ def build_engine(
             built.set_shape(name, *ranges)
         if config.add_optimization_profile(built) < 0:
             raise InputError(f"{flavour.title} refuses the profile {profile}: {last_error(logger)}")
-    timing = TimingCache(config, flavour, options.cache or Path(directory).parent / CACHE_FOLDER, key)
+    timing = TimingCache(config, flavour, options.cache, key)
 
     phases = Phases(progress)
     monitor = make_monitor(trt, phases)

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from quartermap_deploy.errors import InputError
+from quartermap_deploy.plain_text import printable
 
 Range = tuple[int, int, int]
-CACHE_FOLDER = ".quartermap-cache"
-"""Where caches lie beside a bundle."""
 LARGEST_TENSOR = 2**31 - 1
 """Elements, by TensorRT's documentation of `Dims`."""
 HARDWARE = ("none", "ampere_plus", "same_compute_capability")
@@ -23,6 +22,12 @@ RANGES = ("batch", "height", "width")
 """The open axes that a profile has ranges for."""
 IMAGE_AXES = 4
 """Axes of an input that holds images."""
+_NEVER_IN_A_FILE = {
+    "plugin": "a library is code that would run, so it is loaded only from where you put it; take the line out, and "
+    "name the library with --plugin (in Python: plugin=) or in the environment variable QUARTERMAP_PLUGIN",
+    "cache": "TensorRT believes what lies there, so caches are in a folder of yours; take the line out",
+}
+"""Options that no file decides, each with what to do instead."""
 
 ModelShapes = Mapping[str, Sequence[int | str]]
 """For each input of a model, its shape; an open axis is a string."""
@@ -167,8 +172,9 @@ class EngineOptions:
         tf32: let float32 products round their factors to 10 bits of mantissa. Off, because float32 engines are held to
             float32 tolerances.
         workspace: most bytes of scratch memory on the GPU; None for all of it.
-        plugin: the plugin library; None looks where `quartermap plugin build` puts it. TensorRT only.
-        cache: folder of timing and runtime caches; None for `.quartermap-cache` beside the bundle.
+        plugin: the plugin library; None looks where `plugin.find_library` does. TensorRT only. It is said in Python or
+            on the command line, never in a file.
+        cache: folder of timing caches, which must be this user's alone; None for this user's cache. Likewise.
     """
 
     profiles: tuple[Profile, ...] = (Profile(),)
@@ -208,10 +214,6 @@ class EngineOptions:
         if level is not None and not (type(level) is int and 0 <= level <= 5):
             raise InputError(f"optimization_level = {level!r}; expected 0 to 5")
 
-    def with_cache_beside(self, bundle: Path) -> EngineOptions:
-        """Return the options with their cache beside a bundle, unless they name a folder for it."""
-        return dataclasses.replace(self, cache=self.cache or bundle.absolute().parent / CACHE_FOLDER)
-
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON: everything that changes the engine, so neither the cache nor a path."""
         values = dataclasses.asdict(self)
@@ -225,14 +227,18 @@ class EngineOptions:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EngineOptions:
-        """Return options from plain values.
+        """Return options from plain values, as a recipe or a manifest has them.
 
         Raises:
-            InputError: if a key is unknown or a value is wrong.
+            InputError: if a key is unknown or a value is wrong, or if they name the plugin or a cache: whatever code
+                runs and wherever is written to, a file does not say.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
+        for key, instead in _NEVER_IN_A_FILE.items():
+            if values.get(key) is not None:
+                raise InputError(f"{key} = {printable(values[key])!r} does not belong in a file: {instead}")
+        known = [field.name for field in dataclasses.fields(cls) if field.name not in _NEVER_IN_A_FILE]
         for key in values:
-            if key not in known:
+            if key not in (*known, *_NEVER_IN_A_FILE):
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else f" Expected one of {', '.join(known)}."
                 raise InputError(f"unknown engine option {key!r}.{hint}")
@@ -243,9 +249,6 @@ class EngineOptions:
             if "compute_capabilities" in fields:
                 found = fields["compute_capabilities"]
                 fields["compute_capabilities"] = tuple([found] if isinstance(found, str) else found)
-            for name in ("plugin", "cache"):
-                if fields.get(name) is not None:
-                    fields[name] = Path(fields[name])
         except TypeError as error:
             raise InputError(f"engine options {dict(values)!r} are wrong: {error}") from error
         return cls(**fields)

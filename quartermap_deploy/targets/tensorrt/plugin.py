@@ -1,9 +1,10 @@
-"""The plugin library of the target `tensorrt`: found, checked before it is trusted, and loaded once."""
+"""The plugin library of the target `tensorrt`: found where the user put it, checked, and then loaded, once."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from quartermap_deploy.errors import EngineError
 from quartermap_deploy.files import file_hash
 from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D
-from quartermap_deploy.plain_text import command
+from quartermap_deploy.plain_text import command, printable
 from quartermap_deploy.targets.tensorrt.flavour import version_numbers
 from quartermap_deploy.targets.tensorrt.objects import last_error
 
@@ -50,66 +51,124 @@ _loaded: dict[str, PluginLibrary] = {}
 """For each TensorRT module, the library that its registry has got from us. A registry lives as long as the process."""
 
 
-def find_library(named: Path | None = None, expected: Mapping[str, Any] | None = None) -> Path:
-    """Find the plugin library.
+@dataclass(frozen=True)
+class WantedLibrary:
+    """The library that an engine was built with, as its manifest entry says: what it is, never where it is.
 
-    One that is named is taken as it is. Otherwise it is the one of the environment variable QUARTERMAP_PLUGIN, or the
-    one in ./plugin; where an engine asks for a certain one, that of the two which is it.
+    Attributes:
+        sha256: its hash, by which it is known.
+        file: what its file was called.
+        tensorrt: the version of TensorRT whose headers it was built with, or None.
+    """
+
+    sha256: str
+    file: str
+    tensorrt: str | None
+
+    @classmethod
+    def of_entry(cls, entry: Mapping[str, Any]) -> WantedLibrary | None:
+        """The library that an engine wants, or None if it needs none.
+
+        Args:
+            entry: the engine's manifest entry.
+
+        Raises:
+            EngineError: if what the entry says about it means nothing.
+        """
+        values = entry.get("plugin")
+        if values is None:
+            return None
+        sha256 = values.get("sha256") if isinstance(values, Mapping) else None
+        if not isinstance(sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", sha256):
+            raise EngineError(
+                "the manifest says that the engine needs a plugin, but not which one: expected its sha256, 64 letters "
+                "from 0 to f"
+            )
+        tensorrt = values.get("tensorrt")
+        return cls(sha256, str(values.get("file")), None if tensorrt is None else str(tensorrt))
+
+    def __str__(self) -> str:
+        built = f", built for TensorRT {printable(self.tensorrt)}" if self.tensorrt else ""
+        return f"{printable(self.file)}, sha256 {self.sha256[:12]}…{built}"
+
+
+def find_library(named: Path | None = None, wanted: WantedLibrary | None = None) -> Path:
+    """Find the plugin library, where the user or the administrator put it, and nowhere else.
+
+    One that is named is taken as it is. Otherwise it is the one of the environment variable QUARTERMAP_PLUGIN, or one
+    of the user's store: that which an engine wants, or the one that was built here last. Neither a bundle, a recipe
+    nor the current folder is looked into.
 
     Args:
         named: what the caller named.
-        expected: what the manifest of an engine says about the library that it was built with.
+        wanted: what an engine was built with.
 
     Raises:
         EngineError: if there is none.
+        TrustError: if others could put libraries into the store.
     """
-    from quartermap_deploy.native.build import DEFAULT_OUTPUT, PLUGIN_LIBRARY
+    from quartermap_deploy.native.store import find_stored, newest_built
 
     if named is not None:
         candidates = [Path(named)]
     else:
-        variable, built_here = os.environ.get(PLUGIN_VARIABLE), DEFAULT_OUTPUT / PLUGIN_LIBRARY
-        candidates = [Path(variable)] if variable else []
-        candidates += [built_here] if built_here.is_file() else []
+        stored = newest_built() if wanted is None else find_stored(wanted.sha256)
+        candidates = [path for path in (_of_environment(), stored) if path is not None]
     if not candidates:
-        what = "" if expected is None else f", for this engine {_described(expected)}"
+        what, carried = "", ""
+        if wanted is not None:
+            what = f", for this engine {wanted}"
+            carried = "; one that a bundle carries is taken over by `quartermap plugin install BUNDLE`"
         raise EngineError(
-            f"the target tensorrt needs the SelectiveScan2D plugin{what}; {_BUILD}, and name the library with "
-            f"--plugin, in the option plugin, or in the environment variable {PLUGIN_VARIABLE}"
+            f"the target tensorrt needs the SelectiveScan2D plugin{what}; {_BUILD}, or name the library in the "
+            f"environment variable {PLUGIN_VARIABLE}, or with --plugin where there is that option{carried}"
         )
     if not candidates[0].is_file():
-        raise EngineError(f"there is no plugin library {candidates[0]}; {_BUILD}")
-    wanted = None if expected is None else expected.get("sha256")
-    fitting = (path for path in candidates if wanted is not None and file_hash(path) == wanted)
+        raise EngineError(f"there is no plugin library {printable(candidates[0])}; {_BUILD}")
+    fitting = (path for path in candidates if wanted is not None and file_hash(path) == wanted.sha256)
     return next(fitting, candidates[0]).absolute()
 
 
-def wrong_library(path: Path, expected: Mapping[str, Any]) -> str | None:
-    """Why a library is not the one that an engine was built with, or None if it is.
+def _of_environment() -> Path | None:
+    """The library that the environment names.
+
+    Raises:
+        EngineError: if its path is relative: in a folder of somebody else it would be somebody else's library.
+    """
+    value = os.environ.get(PLUGIN_VARIABLE)
+    if not value:
+        return None
+    if not os.path.isabs(value):
+        raise EngineError(
+            f"the environment variable {PLUGIN_VARIABLE} is {printable(value)!r}; expected a path from / on, so that "
+            "it means the same library wherever a command is called"
+        )
+    return Path(value)
+
+
+def wrong_library(path: Path, wanted: WantedLibrary) -> str | None:
+    """Why a library is not the one that an engine was built with, or None if it is. Nothing of it is run.
 
     Args:
         path: the library at hand.
-        expected: what the engine's manifest entry says about its plugin.
+        wanted: what the engine was built with.
     """
-    if file_hash(path) == expected["sha256"]:
+    if file_hash(path) == wanted.sha256:
         return None
-    return f"it was built with the plugin {_described(expected)}, found another library {path}"
+    return f"it was built with the plugin {wanted}, found another library {printable(path)}"
 
 
-def _described(expected: Mapping[str, Any]) -> str:
-    built = f", built for TensorRT {expected['tensorrt']}" if expected.get("tensorrt") else ""
-    return f"{expected['file']}, sha256 {expected['sha256'][:12]}…{built}"
-
-
-def check_library(trt: Any, path: Path) -> PluginLibrary:
+def check_library(trt: Any, path: Path, sha256: str | None = None) -> PluginLibrary:
     """Check that a file is our plugin, for a GPU and for this TensorRT.
 
     TensorRT itself maps whatever it is given: a file that was cut short ends the process, and a library for another
-    major version has its functions at other places than TensorRT calls.
+    major version has its functions at other places than TensorRT calls. Its hash and its form are looked at before it
+    is loaded, and what it says about itself after that, as it is the library that says it.
 
     Args:
         trt: the module.
         path: the library.
+        sha256: its hash, where a certain one is wanted.
 
     Raises:
         PluginError: if it is missing, damaged, no library of ours, or of another release.
@@ -119,7 +178,8 @@ def check_library(trt: Any, path: Path) -> PluginLibrary:
     from quartermap_deploy.native.contract import differences
     from quartermap_deploy.native.errors import PluginError
 
-    found = libraries.describe(libraries.load(path), path)
+    sha256 = sha256 or libraries.inspect(path)
+    found = libraries.describe(libraries.load(path, sha256), path)
     build = found.pop("build", None) or {}
     if wrong := differences(found):
         raise PluginError(
@@ -136,10 +196,10 @@ def check_library(trt: Any, path: Path) -> PluginLibrary:
             f"the plugin library {path} was built with the headers of TensorRT {tensorrt}, found TensorRT "
             f"{trt.__version__}; {_BUILD} and headers of the same major version"
         )
-    return PluginLibrary(Path(path), file_hash(path), tensorrt, cuda)
+    return PluginLibrary(Path(path), sha256, tensorrt, cuda)
 
 
-def load_plugin(trt: Any, logger: Any, path: Path) -> PluginLibrary:
+def load_plugin(trt: Any, logger: Any, path: Path, sha256: str | None = None) -> PluginLibrary:
     """Load the plugin library into TensorRT's registry, unless it is there already.
 
     The registry keeps one creator of a name, the first. So a second, different library is refused: engines would be
@@ -149,6 +209,7 @@ def load_plugin(trt: Any, logger: Any, path: Path) -> PluginLibrary:
         trt: the module.
         logger: as `make_logger` returns it.
         path: the library.
+        sha256: its hash, where a certain one is wanted.
 
     Raises:
         PluginError: as `check_library` says.
@@ -156,7 +217,7 @@ def load_plugin(trt: Any, logger: Any, path: Path) -> PluginLibrary:
     """
     registry = trt.get_plugin_registry()
     before, mapped = has_creator(registry), _is_mapped(path)
-    library = check_library(trt, path)
+    library = check_library(trt, path, sha256)
     ours = _loaded.get(trt.__name__)
     if before and ours is not None and ours.sha256 == library.sha256:
         # As after an earlier build in this process: TensorRT refuses to load the same plugins twice.

@@ -13,24 +13,28 @@ from numpy.typing import NDArray
 
 from quartermap_deploy import gpu as devices
 from quartermap_deploy.errors import BundleError, EngineError, InputError
-from quartermap_deploy.files import write_whole
 from quartermap_deploy.gpu import Gpu
 from quartermap_deploy.plain_text import command
 from quartermap_deploy.size_rules import SizeRules
 from quartermap_deploy.targets.session import Session, check_feeds
+from quartermap_deploy.targets.tensorrt.caches import RuntimeCache
 from quartermap_deploy.targets.tensorrt.checks import check_file
 from quartermap_deploy.targets.tensorrt.cuda_runtime import require_runtime
 from quartermap_deploy.targets.tensorrt.flavour import Flavour, version_numbers
 from quartermap_deploy.targets.tensorrt.monitor import make_logger
 from quartermap_deploy.targets.tensorrt.objects import last_error, make_runtime
 from quartermap_deploy.targets.tensorrt.options import (
-    CACHE_FOLDER,
     EngineOptions,
     ModelShapes,
     named_shapes,
     taken_shapes,
 )
-from quartermap_deploy.targets.tensorrt.plugin import find_library, load_plugin, wrong_library
+from quartermap_deploy.targets.tensorrt.plugin import (
+    WantedLibrary,
+    find_library,
+    load_plugin,
+    wrong_library,
+)
 from quartermap_deploy.tensor_info import TensorInfo
 
 TRUST_VARIABLE = "QUARTERMAP_TRUST_ENGINE_CODE"
@@ -69,9 +73,10 @@ def open_engine(
         BundleError: if the engine does not fit this machine, is not whole, or brings code that nobody trusts; the
             message says how to make it again.
         QuartermapError: of the plugin library, if it is missing or wrong.
+        TrustError: if others could write to this user's cache.
     """
     mend = f"make it again with `{command('quartermap', 'rebuild', bundle_path, '--target', flavour.target)}`"
-    needed = ("file", "version", "compute_capabilities", "inputs", "outputs", "options", "key", "build")
+    needed = ("file", "version", "compute_capabilities", "inputs", "outputs", "options", "build")
     missing = [name for name in needed if name not in entry]
     if missing or (missing := _misshapen(entry)):
         raise BundleError(
@@ -80,6 +85,7 @@ def open_engine(
         )
     path = Path(bundle_path) / entry["file"]
     try:
+        wanted = WantedLibrary.of_entry(entry)
         check_file(path, entry)
     except EngineError as error:
         raise BundleError(f"{error}; {mend}") from error
@@ -104,19 +110,20 @@ def open_engine(
     # Before the plugin: the first object gives the registry its logger.
     runtime = make_runtime(trt, flavour, logger, host_code=host_code)
     # A version-compatible engine brings its plugin along, for the registry of its own runtime.
-    if (expected := entry.get("plugin")) is not None and not host_code:
-        library = find_library(plugin, expected)
-        if (reason := wrong_library(library, expected)) is not None:
+    if wanted is not None and not host_code:
+        library = find_library(plugin, wanted)
+        if (reason := wrong_library(library, wanted)) is not None:
             raise BundleError(
                 f"the engine {path} cannot run here: {reason}; name that one with --plugin, or {mend}"
             )
-        load_plugin(trt, logger, library)
-    engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        load_plugin(trt, logger, library, wanted.sha256)
+    data = path.read_bytes()
+    engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
         raise BundleError(f"{flavour.title} refuses the engine {path}: {last_error(logger)}; {mend}")
     check_bindings(trt, engine, entry, path)
     if flavour.portable:
-        cache = Path(bundle_path).absolute().parent / CACHE_FOLDER / f"{entry['key'][:32]}.runtime"
+        cache = RuntimeCache(data, trt.__version__, gpu)
         return RtxSession(trt, runtime, engine, entry, logger, cache)
     return TensorRTSession(trt, runtime, engine, entry, logger)
 
@@ -357,12 +364,12 @@ class TensorRTSession(EngineSession):
 class RtxSession(EngineSession):
     """An engine of TensorRT for RTX, on polygraphy's device arrays.
 
-    The runtime compiles an engine's kernels for the GPU at hand. They are kept in a file beside the bundle, so that
-    only the first process that runs a bundle waits for that.
+    The runtime compiles an engine's kernels for the GPU at hand. They are kept in a cache of this user, so that only
+    the first process that runs a bundle waits for that.
     """
 
     def __init__(
-        self, trt: Any, runtime: Any, engine: Any, entry: Mapping[str, Any], logger: Any, cache: Path
+        self, trt: Any, runtime: Any, engine: Any, entry: Mapping[str, Any], logger: Any, kept: RuntimeCache
     ) -> None:
         from polygraphy import cuda
 
@@ -370,7 +377,7 @@ class RtxSession(EngineSession):
         self.cache: Any = None
         # The context is made from it and does not hold it; both live as long as the session.
         self.config: Any = None
-        self.cache_path, self.saved = cache, False
+        self.kept, self.saved = kept, False
         self.context = self._context()
         with self._failures("prepare the engine"):
             self.stream = cuda.Stream()
@@ -385,9 +392,9 @@ class RtxSession(EngineSession):
             self.config = self.engine.create_runtime_config()
             if hasattr(self.config, "create_runtime_cache"):
                 self.cache = self.config.create_runtime_cache()
-                # A file that it refuses is written anew after the first run.
-                with contextlib.suppress(OSError):
-                    self.cache.deserialize(self.cache_path.read_bytes())
+                # What it refuses is written anew after the first run.
+                if (before := self.kept.read()) is not None:
+                    self.cache.deserialize(before)
                 self.config.set_runtime_cache(self.cache)
             context = self.engine.create_execution_context(self.config)
         else:
@@ -445,11 +452,7 @@ class RtxSession(EngineSession):
         if self.cache is None or self.saved:
             return
         self.saved = True
-        try:
-            self.cache_path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.cache_path, bytes(self.cache.serialize()))
-        except OSError:
-            return
+        self.kept.write(bytes(self.cache.serialize()))
 
     def release(self) -> None:
         """Free what is held on the GPU, if anything is."""
