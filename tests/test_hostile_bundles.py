@@ -188,7 +188,7 @@ def test_the_recipe_in_a_manifest_names_files_without_folders(stranger: Path, en
 
 WRONG: list[tuple[str, Change, str]] = [
     ("manifest.json", at("model", "num_classes", value="ten"), "num_classes is"),
-    ("manifest.json", at("model", "parameters", value=10**400), "parameters is"),
+    ("manifest.json", at("model", "parameters", value=2**60), "parameters is"),
     ("manifest.json", at("blocks", 0, "tokens", value=-1), "tokens is"),
     ("manifest.json", at("blocks", 0, "map_size", value=[1]), "map_size is"),
     ("manifest.json", at("blocks", 0, "index", value=7), "do not ascend"),
@@ -301,7 +301,7 @@ scans = { "os:getcwd" = "evil.py:adapter" }
 
 
 @pytest.mark.parametrize(
-    "arguments", [["compile", "-o", "out"], ["eval", "--target", "torch", "--limit", "1"]]
+    "arguments", [["compile", "--out", "out"], ["eval", "--target", "torch", "--limit", "1"]]
 )
 def test_a_strangers_recipe_runs_no_module(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

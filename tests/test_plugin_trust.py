@@ -262,16 +262,21 @@ def test_what_is_no_library_for_this_machine_is_refused_unread(evil: Path, tmp_p
 # What a bundle carries ------------------------------------------------------------------------------------------
 
 
-def test_it_is_said_that_a_bundle_carries_native_code(scene: SimpleNamespace) -> None:
+def test_it_is_said_that_a_bundle_carries_native_code(
+    scene: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     outcome = call("inspect", scene.bundle)
-    assert outcome.code == 0 and "native code, which is not loaded from here" in outcome.out
+    assert outcome.code == 0 and "native code, which is not loaded from here" in " ".join(outcome.out.split())
     pytest.importorskip("jinja2")
     assert call("report", scene.bundle, "-o", "report.html").code == 0
     assert "native code, which is not loaded from here" in Path("report.html").read_text()
     assert not scene.mark.exists()
 
 
-def test_a_carried_library_is_installed_on_purpose_alone(scene: SimpleNamespace) -> None:
+def test_a_carried_library_is_installed_on_purpose_alone(
+    scene: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     refused = call("plugin", "install", scene.bundle)
     assert refused.code == 2 and "--yes" in refused.err and scene.sha256 in refused.err
     assert not scene.home.exists()
@@ -282,6 +287,7 @@ def test_a_carried_library_is_installed_on_purpose_alone(scene: SimpleNamespace)
     assert Path(outcome.json["path"]).parent == kept
     assert [path.stat().st_mode & 0o077 for path in (kept.parent, kept)] == [0, 0]
     assert [entry["sha256"] for entry in call("plugin", "list", "--json").json["libraries"]] == [scene.sha256]
+    monkeypatch.setenv("COLUMNS", "200")
     assert scene.sha256[:16] in call("plugin", "list").out
     # From now on the engine finds it, by its hash and without being told.
     call(*COMMANDS["validate"])

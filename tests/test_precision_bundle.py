@@ -194,7 +194,7 @@ def no_export(*arguments: Any) -> Any:
 def test_a_damaged_engine_is_to_be_made_again(half: Path, tmp_path: Path) -> None:
     bundle = shutil.copytree(half, tmp_path / "bundle")
     manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["files"]["model.tensorrt_rtx.engine"] = {"bytes": 10, "sha256": "0"}
+    manifest["files"]["model.tensorrt_rtx.engine"] = {"bytes": 10, "sha256": "0" * 64}
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match=r"missing.*quartermap rebuild"):
         qm.load_bundle(bundle)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import io
 import json
 import shutil
 import signal
@@ -230,7 +231,7 @@ def test_a_signal_before_it_listens_ends_it_well(copy: Path) -> None:
         "import os, signal, sys\n"
         "import quartermap_deploy.bundle as bundle\n"
         "from quartermap_deploy.cli import main\n"
-        "bundle.load_bundle = lambda path: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "bundle.load_bundle = lambda path, signed_by: os.kill(os.getpid(), signal.SIGTERM)\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     command = [sys.executable, "-c", script, "serve", str(copy), "--log", "json"]
@@ -420,3 +421,28 @@ def test_an_image_of_a_client_that_has_gone_does_not_hold_up_the_end() -> None:
     finally:
         if server.process.poll() is None:
             server.process.kill()
+
+
+def test_the_log_as_text_shows_nothing_that_a_terminal_obeys() -> None:
+    """Nor a value that reads like others, nor a line that reads like two."""
+    from quartermap_deploy.serving.logs import EventLog
+
+    stream = io.StringIO()
+    log = EventLog("text", stream)
+    log.warning("refused", path="/\x1b[2J\r\nready\u202e\ud800", reason="a  status=200")
+    log.close()
+    (line,) = stream.getvalue().splitlines()
+    assert line.isprintable() and line.endswith(r'path=/\x1b[2J\r\nready\u202e\ud800  reason="a  status=200"')
+
+
+def test_warnings_of_libraries_are_lines_of_the_log() -> None:
+    import warnings
+
+    from quartermap_deploy.serving.logs import EventLog
+
+    stream = io.StringIO()
+    log = EventLog("json", stream)
+    with log.libraries():
+        warnings.warn("a palette\nwith transparency", stacklevel=1)
+    log.close()
+    assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == ["library"]

@@ -392,7 +392,7 @@ def test_a_refused_operator_is_named_with_its_block(tmp_path: Path) -> None:
     model = small_model("Frobnicate")
     model.graph.node[1].domain = "elsewhere"
     model.opset_import.append(helper.make_opsetid("elsewhere", 1))
-    with pytest.raises(EngineError, match=r"Frobnicate at node block_1/odd, block 1: "):
+    with pytest.raises(BundleError, match=r"it has the operator 'Frobnicate' of the domain 'elsewhere'"):
         tensorrt_rtx.build(save(model, tmp_path), tmp_path, OPTIONS)
     # An operator of ONNX that TensorRT has not: the parser gives its own condition as the reason, "false".
     with pytest.raises(

@@ -21,8 +21,9 @@ from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.machine import usable_cores
 from quartermap_deploy.serving.bodies import Budget
 from quartermap_deploy.serving.images import ImageFile
+from quartermap_deploy.serving.pace import Pace
 from quartermap_deploy.serving.pixel_data import Buffer
-from quartermap_deploy.serving.refusal import Refusal
+from quartermap_deploy.serving.refusal import Refusal, busy
 
 Result = TypeVar("Result")
 
@@ -34,6 +35,8 @@ MIDDLE = 16_000_000
 """Bytes up to which it is a middle one: 4 million pixels. Larger ones are decoded one by one, for up to a second."""
 BYTES_A_SECOND = 20_000_000
 """How much earlier a smaller image is decoded than a larger one that came in the same moment: by what they differ."""
+BALLAST_A_SECOND = 4_000_000
+"""Bytes beside pixels that files have, of which most is that: nobody sends many of these who means no harm."""
 NICE = 10
 """How far the threads of the lanes for larger images stand back where the cores are wanted."""
 ROOM = 10.0
@@ -49,7 +52,7 @@ class Decoders:
         Args:
             budget: how much of requests may be in memory.
         """
-        self._budget = budget
+        self._budget, self._ballast = budget, Pace()
         self._small = _Lane("decode", THREADS)
         self._middle = _Lane("decode-middle", THREADS, NICE)
         self._large = _Lane("decode-large", 1, NICE)
@@ -76,17 +79,28 @@ class Decoders:
 
         def begin() -> NDArray[np.float32] | ImageFile:
             file = ImageFile(data, preprocessing, place)
-            return file if file.held > SMALL or len(data) > SMALL else file.prepare()
+            later = file.held > SMALL or len(data) > SMALL or file.ballast
+            return file if later else file.prepare()
 
-        lane = self._small if len(data) <= SMALL else self._middle
-        found = await asyncio.wrap_future(lane.submit(len(data), begin))
-        return await self._decode(found) if isinstance(found, ImageFile) else found
+        found = await asyncio.wrap_future(self._lane(min(len(data), MIDDLE)).submit(len(data), begin))
+        if not isinstance(found, ImageFile):
+            return found
+        if found.ballast:
+            await self._wait_with_ballast(found.ballast)
+        return await self._decode(found)
+
+    async def _wait_with_ballast(self, size: int) -> None:
+        """Wait for the turn of a file of which most is no pixel: one alone has it at once."""
+        delay = self._ballast.turn(size / BALLAST_A_SECOND)
+        if delay > ROOM:
+            raise busy("too many files of which most is no pixel are being decoded; send them without that")
+        await asyncio.sleep(delay)
 
     async def _decode(self, file: ImageFile) -> NDArray[np.float32]:
-        """Decode an image that is no small one."""
+        """Decode an image that does not go first."""
         loop, size = asyncio.get_running_loop(), file.held
         await self._budget.take_room(size, ROOM)
-        future = (self._middle if size <= MIDDLE else self._large).submit(size, file.prepare)
+        future = self._lane(size).submit(size, file.prepare)
 
         def end(_: object) -> None:
             with contextlib.suppress(RuntimeError):  # the loop may be closed by now
@@ -95,6 +109,10 @@ class Decoders:
         # Not as soon as nobody wants it any more, as a thread goes on all the same.
         future.add_done_callback(end)
         return await asyncio.wrap_future(future)
+
+    def _lane(self, size: int) -> _Lane:
+        """The lane for so many bytes."""
+        return self._small if size <= SMALL else self._middle if size <= MIDDLE else self._large
 
     async def encode(self, work: Callable[[], Result]) -> Result:
         """Do what would hold up the others for too long if it were done in the event loop."""

@@ -28,7 +28,7 @@ from quartermap_deploy.serving.forms import FIELDS, FORM, FormFile, FormReader
 from quartermap_deploy.serving.grpc_api import EXTENSIONS, SERVER_NAME
 from quartermap_deploy.serving.logs import EventLog
 from quartermap_deploy.serving.models import VERSION, ImageModel, ServedModel, infer
-from quartermap_deploy.serving.pace import PacedTransport
+from quartermap_deploy.serving.pace import Pace, PacedTransport
 from quartermap_deploy.serving.page import Page
 from quartermap_deploy.serving.refusal import NOT_LOGGED, Refusal, invalid
 from quartermap_deploy.serving.requests import InferRequest, RequestedOutput
@@ -46,6 +46,8 @@ Handler = Callable[["web.Request"], Awaitable["web.StreamResponse"]]
 TOP = 5
 """Classes in an answer of /classify where the request does not say how many."""
 IMAGE_TYPES = ("image/jpeg", "image/png", "application/octet-stream")
+REFUSAL, LONGEST_TURN = 0.005, 1.0
+"""Seconds between uploads that are refused, and that one of them waits at most; one alone does not wait."""
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -79,6 +81,7 @@ class HttpApi:
         self._state, self._log, self._plan, self._budget = state, log, plan, budget
         self._page, self._decoders, self._callers = Page(plan), decoders, callers
         self._max_body, self._receive_timeout = max_body, receive_timeout
+        self._refusals = Pace()
 
     def application(self) -> web.Application:
         """Return the application."""
@@ -282,6 +285,17 @@ class HttpApi:
         self, request: web.Request, path: str, answer: Callable[[NDArray[Any]], Awaitable[dict[str, Any]]]
     ) -> web.Response:
         """Run uploaded files; `answer` says what of the first output of each goes back."""
+        try:
+            return await self._run_upload(request, path, answer)
+        except Refusal as error:
+            refusal = error.bare()
+        # Who sends what is refused, again and again, would keep the loop as busy as others who are answered.
+        await asyncio.sleep(min(LONGEST_TURN, self._refusals.turn(REFUSAL)))
+        raise refusal
+
+    async def _run_upload(
+        self, request: web.Request, path: str, answer: Callable[[NDArray[Any]], Awaitable[dict[str, Any]]]
+    ) -> web.Response:
         arrived = time.monotonic_ns()
         with self._state.request():
             require_path(self._plan, path)

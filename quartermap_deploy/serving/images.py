@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from quartermap_deploy.data import pixels
 from quartermap_deploy.data.images import UNREADABLE, open_image, prepare
-from quartermap_deploy.data.preprocessing import Preprocessing
+from quartermap_deploy.data.preprocessing import Color, Preprocessing
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.serving.pixel_data import Buffer, DamagedError, PixelData, pixel_data
 from quartermap_deploy.serving.refusal import invalid
@@ -22,8 +23,11 @@ LARGEST = pixels.LARGEST
 """Most pixels of an image."""
 MOST_HELD = 4 * LARGEST + 8_000_000
 """Bytes in memory while an image is decoded and resized, at most: Pillow has four for each pixel."""
-_COPIES = {"I;16": 10}
-"""Bytes of a pixel of the copies that are made of greys of many bits, at most; of other colours there is one copy."""
+BALLAST = 1 << 16
+"""Bytes that any file may have beside its pixels: a profile, a thumbnail, what a camera writes."""
+_GREYS = ("L", "I;16")
+_COPIES = {"I;16": 7}
+"""Bytes of a pixel of the copies that are made of greys of 16 bits, at most; of other colours there is one copy."""
 
 
 class ImageFile:
@@ -46,6 +50,13 @@ class ImageFile:
         """
         self._size, self._place, self._preprocessing = len(data), place, preprocessing
         self._data, self.held = self._guarded(lambda: self._open(data))
+
+    @property
+    def ballast(self) -> int:
+        """Bytes beside the pixels where these are most of the file and many; else 0."""
+        size = self._data.size
+        beside = self._size - size
+        return beside if beside > max(BALLAST, size) else 0
 
     def prepare(self) -> NDArray[np.float32]:
         """Decode the file, and prepare it for the model; can be called once.
@@ -78,22 +89,39 @@ class ImageFile:
 
     def _bytes_held(self, data: PixelData, width: int, height: int) -> int:
         """Return the bytes in memory for an image that is resized to a width and height."""
-        mode = pixels.MODES[self._preprocessing.color]
+        mode = pixels.MODES[self._color(data)]
         pixel = 1 if mode == "L" else 4
-        # To resize what has alpha, Pillow multiplies the colours by it.
-        copy = _COPIES.get(data.mode, 0 if data.mode == mode != "RGBA" else pixel)
+        count = data.width * data.height
+        decoded = data.image + max(
+            data.coefficients, count * _COPIES.get(data.mode, pixel * (data.mode != mode))
+        )
+        # To resize what has alpha, Pillow multiplies the colours by it, in another copy.
+        resized = 2 * pixel * count if mode == "RGBA" else 0
         # Resized along one axis alone; which one comes first is Pillow's affair.
         between = pixel * max(width * data.height, data.width * height)
-        return data.image + max(data.coefficients, copy * data.width * data.height) + between
+        return max(decoded, resized) + between
+
+    def _color(self, data: PixelData) -> Color:
+        """The colour that it is resized in: greys stay greys, as all channels of a colour would be the same."""
+        color = self._preprocessing.color
+        return "grey" if data.mode in _GREYS and color in ("rgb", "bgr") else color
 
     def _prepare(self) -> NDArray[np.float32]:
+        settings = self._preprocessing
         with pixels.opened(self._data.open(), FORMATS) as image:
             if image.size != (self._data.width, self._data.height):
                 raise DamagedError("says two sizes")
-            decoded = open_image(image, self._preprocessing.color)
+            color = self._color(self._data)
+            decoded = open_image(image, color)
             if decoded is not image:
                 image.close()
-            prepared: NDArray[np.float32] = prepare([decoded], self._preprocessing)[0]
+            if color != settings.color:
+                stretch, interpolation = settings.fit == "stretch", settings.interpolation
+                decoded = pixels.cropped(
+                    decoded, settings.resize, settings.crop, stretch=stretch, interpolation=interpolation
+                )
+                settings = dataclasses.replace(settings, resize=settings.crop, fit="stretch")
+            prepared: NDArray[np.float32] = prepare([decoded], settings)[0]
         return prepared
 
     def _guarded(self, work: Callable[[], Result]) -> Result:

@@ -20,16 +20,22 @@ AT_ONCE = 1 << 17
 
 
 class Pace:
-    """The loop's time, which connections share."""
+    """Time that many share, one behind the other."""
 
     def __init__(self) -> None:
         self._free = 0.0
 
+    def turn(self, seconds: float) -> float:
+        """Return in how many seconds it is somebody's turn who takes so many; at once where nobody came before."""
+        now = time.monotonic()
+        start = max(now, self._free)
+        self._free = start + seconds
+        return start - now
+
     def wait(self, spent: float, size: int) -> float:
         """Return the seconds to wait after so many were spent on so many bytes, behind all that were before."""
-        now = time.monotonic()
-        self._free = max(now, self._free) + max(REST * spent, size / RATE)
-        return self._free - now
+        seconds = max(REST * spent, size / RATE)
+        return self.turn(seconds) + seconds
 
 
 class PacedTransport:

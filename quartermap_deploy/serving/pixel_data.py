@@ -80,6 +80,11 @@ class PixelData:
     several: bool = False
 
     @property
+    def size(self) -> int:
+        """Bytes of its parts."""
+        return sum(map(len, self.parts))
+
+    @property
     def image(self) -> int:
         """Bytes of its pixels in Pillow."""
         return self.width * self.height * _BYTES.get(self.mode, 4)
