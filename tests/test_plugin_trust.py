@@ -492,3 +492,18 @@ def test_no_file_says_what_is_loaded_or_where_is_written_to(key: str, tmp_path: 
     written = Recipe("vmamba_digits", targets=("tensorrt",), engine=options).to_toml(tmp_path)
     path.write_text(written)
     assert Recipe.load(path).engine == EngineOptions(workspace=5)
+
+
+@pytest.mark.parametrize("kind", ["deep", "pipe"])
+def test_what_is_no_library_of_the_store_is_passed_over(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUARTERMAP_HOME", str(tmp_path / "home"))
+    place = store.open_store() / ("a" * 64)
+    place.mkdir()
+    (place / "x.so").write_bytes(b"x")
+    if kind == "pipe":
+        os.mkfifo(place / store.ORIGIN_FILE)
+    else:
+        (place / store.ORIGIN_FILE).write_text("[" * 100_000)
+    assert store.stored_libraries() == []

@@ -27,6 +27,7 @@ from quartermap_deploy.files import file_hash
 from quartermap_deploy.native.errors import PluginError
 from quartermap_deploy.plain_text import printable
 from quartermap_deploy.private_folders import HOME_VARIABLE, check_private, make_private, own_folder
+from quartermap_deploy.reading import read_json
 
 ORIGIN_FILE = "origin.json"
 SHORTEST_HASH = 8
@@ -161,7 +162,7 @@ def _read(folder: Path) -> Iterator[StoredLibrary]:
         if not re.fullmatch(r"[0-9a-f]{64}", place.name) or place.is_symlink():
             continue
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            values = json.loads((place / ORIGIN_FILE).read_text(encoding="utf-8"))
+            values = read_json(place / ORIGIN_FILE)
             (path,) = place.glob("*.so")
             known = {name: str(values[name]) for name in ("how", "origin", "added")}
             if path.is_file() and not path.is_symlink() and file_hash(path) == place.name:
