@@ -52,7 +52,7 @@ class GrpcApi:
             receive_timeout: seconds that the message of a call may take to come.
         """
         self._state, self._log, self._budget = state, log, budget
-        self._receive_timeout = receive_timeout
+        self._max_body, self._receive_timeout = max_body, receive_timeout
         # Slow senders of requests must not hold up those who ask for the server's health.
         self._turns = {infers: Turns(turns(max_body)) for infers in (True, False)}
         self._messages, self._health = messages(INFERENCE), messages(HEALTH)
@@ -109,7 +109,10 @@ class GrpcApi:
                         raise Refusal(
                             413, f"the message has {len(data):,} bytes; {MOST_QUESTION:,} are enough"
                         )
-                    share.add(size_in_memory(data, kind))
+                    size = size_in_memory(data, kind)
+                    if size > self._max_body:
+                        raise Refusal(413, "the message has too many small numbers; send values raw")
+                    share.add(size)
                     try:
                         request = kind.FromString(data)
                     except DecodeError:

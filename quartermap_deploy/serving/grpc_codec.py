@@ -75,7 +75,8 @@ def parse_request(request: Any, model: Description) -> InferRequest:
         raise invalid(f"there are {len(raw)} raw_input_contents for {len(request.inputs)} inputs")
     inputs = {}
     for index, (spec, tensor) in enumerate(zip(specs, request.inputs, strict=True)):
-        shape = spec.check(tensor.datatype, list(tensor.shape), model.max_batch)
+        # No more of a long shape becomes objects of Python than says that it is wrong.
+        shape = spec.check(tensor.datatype, list(tensor.shape[: len(spec.shape) + 1]), model.max_batch)
         if "shared_memory_region" in tensor.parameters:
             raise invalid("there is no shared memory here; send the values with the request")
         if not raw:

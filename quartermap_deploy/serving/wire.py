@@ -16,6 +16,8 @@ MOST_FIELDS = 1024
 _VARINT, _EIGHT_BYTES, _LENGTH, _FOUR_BYTES = 0, 1, 2, 5
 _WIDEST = 8
 """Bytes of a number in memory that may have one on the wire."""
+_SMALL = (3, 4, 5, 8, 13)
+"""Types of these: int64, uint64, int32, bool and uint32, by protobuf's numbers."""
 
 
 def size_in_memory(data: bytes, message: Any) -> int:
@@ -62,10 +64,8 @@ def _walk(data: memoryview, descriptor: Any, left: int) -> tuple[int, int]:
         if field is not None and field.message_type is not None:
             left, inside = _walk(data[start:position], field.message_type, left)
             size += inside
-        elif field is not None and field.type not in (field.TYPE_STRING, field.TYPE_BYTES):
-            size += _WIDEST * length
         else:
-            size += length
+            size += length * (_WIDEST if field is not None and field.type in _SMALL else 1)
     return left, size
 
 
