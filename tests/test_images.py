@@ -281,6 +281,12 @@ def test_a_strip_that_the_resize_would_make_too_large_is_refused(size: tuple[int
     assert prepare([Image.new("1", size)], load_card("vmamba_digits").preprocessing).shape == (1, 3, 64, 64)
 
 
+def test_a_strip_that_is_large_between_two_resizes_is_refused() -> None:
+    """Stretched, 1 x 40 million pixels became 64 x 40 million before they became 64 x 64."""
+    with pytest.raises(InputError, match="64 x 40000000 on the way to 64 x 64, at most 50,000,000 are taken"):
+        prepare([Image.new("1", (1, 40_000_000))], load_card("vmamba_digits").preprocessing)
+
+
 def test_such_a_strip_is_a_broken_image_of_a_data_set() -> None:
     class Images:
         labels = np.array([0, 1])

@@ -139,11 +139,18 @@ def resized(
     """Return width and height after the resize to `target`, (height, width).
 
     Raises:
-        UnfitImageError: if that is more than `largest` pixels: a narrow strip grows with the ratio of its sides.
+        UnfitImageError: if that is more than `largest` pixels, or what lies between is: a narrow strip grows with the
+            ratio of its sides.
     """
     target_height, target_width = target
     if stretch:
         check_size(target_width, target_height, largest)
+        # Pillow resizes along the width first.
+        if target_width * height > largest:
+            raise UnfitImageError(
+                f"has {width} x {height} pixels, which are {target_width} x {height} on the way to "
+                f"{target_width} x {target_height}, at most {largest:,} are taken; cut it first"
+            )
         return target_width, target_height
     if target_height * width >= target_width * height:
         new = max(target_width, target_height * width // height), target_height
