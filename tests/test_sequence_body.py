@@ -108,7 +108,8 @@ def test_the_body_equals_the_definition(
 ) -> None:
     exact = arguments(batch, groups, channels, length, d_state, steps, seed)
     if not softplus:
-        exact[1] = exact[1].exp()
+        # Steps without softplus are those of a model, above 0: negative ones let states and rounding errors grow.
+        exact[1], exact[6] = exact[1].exp(), exact[6].abs()
     given_: list[Tensor | None] = [*exact[:5], exact[5] if skip else None, exact[6] if bias else None]
     rounded = [None if tensor is None else tensor.float().double() for tensor in given_]
     y = scan(given_, softplus)

@@ -48,6 +48,7 @@ def departure(tensors: list[Tensor | None], softplus: bool, *, known: bool = Tru
 @example(1, 1, 1, 1, 1, True, False, True, STEPS[0], True, 0)
 @example(2, 4, 3, 257, 16, False, True, False, STEPS[0], True, 0)
 @example(2, 4, 3, 40, 2, True, True, True, STEPS[0], False, 0)
+@example(1, 3, 3, 120, 1, False, False, True, (0.01, 0.0101), False, 3)
 def test_the_body_equals_the_definition(
     batch: int,
     groups: int,
@@ -63,7 +64,8 @@ def test_the_body_equals_the_definition(
 ) -> None:
     exact = arguments(batch, groups, channels, length, d_state, steps, seed)
     if not softplus:
-        exact[1] = exact[1].exp()
+        # Steps without softplus are those of a model, above 0: negative ones let states and rounding errors grow.
+        exact[1], exact[6] = exact[1].exp(), exact[6].abs()
     given_: list[Tensor | None] = [*exact[:5], exact[5] if skip else None, exact[6] if bias else None]
     assert departure(given_, softplus, known=known) <= TOLERANCE
 
