@@ -371,3 +371,23 @@ def test_a_model_that_cannot_be_exported_is_an_export_error_with_its_cause() -> 
     assert caught.value.__cause__ is not None
     assert "\n" not in str(caught.value)
     assert not onnx.defs.has(SELECTIVE_SCAN_2D, DOMAIN)
+
+
+def test_a_model_in_training_mode_is_exported_as_it_is_in_eval_mode() -> None:
+    """Batch norms would take the statistics of the batch, and stochastic depth would leave blocks out."""
+    model = tiny("medmamba")
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert norms
+    generator = torch.Generator().manual_seed(0)
+    for norm in norms:
+        norm.running_mean.normal_(generator=generator)  # type: ignore[union-attr]
+        norm.running_var.uniform_(0.5, 2, generator=generator)  # type: ignore[union-attr]
+    images = torch.randn(2, 3, 32, 32, generator=generator)
+    with torch.no_grad():
+        expected = model(images)
+    model.train()
+    graph = lower(trace(model, tuple(images.shape)))
+    assert model.training and all(norm.training for norm in norms)
+    assert error(run(graph, {INPUT: images.numpy()})[OUTPUT], expected) <= TOLERANCE
+    with torch.no_grad():
+        assert error(model(images).numpy(), expected) > 1e-2
