@@ -184,7 +184,9 @@ def test_what_takes_too_much_memory_is_refused_before_it_is_decoded() -> None:
     assert "at most 50,000,000" in refusal(png(8000, 7000))
     most = f"at most {MOST_HELD // 10**6}"
     large = jpeg(6000, 6000, progressive=True, subsampling=0)
-    for data in (png(1, 50_000_000, color=0), png(50_000_000, 1), png(6000, 6000, color=6), large):
+    # Larger on the way than anything that is taken, and larger than the memory for it.
+    assert "64 x 50000000 on the way to 64 x 64" in refusal(png(1, 50_000_000, color=0))
+    for data in (png(50_000_000, 1), png(6000, 6000, color=6), large):
         message = refusal(data)
         assert "to decode and resize" in message and most in message
 
