@@ -7,12 +7,12 @@ nested ten thousand deep, a list of a hundred million zeros, a date where a numb
 from __future__ import annotations
 
 import json
-import os
 import re
-import stat
 import sys
 from pathlib import Path
 from typing import Any
+
+from quartermap_deploy.files import read_regular
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -50,21 +50,12 @@ def read_bytes(path: Path, largest: int) -> bytes:
         ReadingError: if it is larger or no plain file, or the system does not let us read it.
     """
     try:
-        # Opening a pipe waits for somebody who writes into it; what is no file is found out before.
-        with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ReadingError("it is no file")
-            size = os.fstat(file.fileno()).st_size
-            # Some file systems hold files whose size they do not tell.
-            data = b"" if size > largest else file.read(size + 1 if size else largest + 1)
+        return read_regular(path, largest)
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
         # A name with a NUL in it is a ValueError.
-        raise error if isinstance(error, ReadingError) else ReadingError(str(error)) from error
-    if max(size, len(data)) > largest:
-        raise ReadingError(f"it has more than {largest:,} bytes")
-    return data
+        raise ReadingError(getattr(error, "strerror", None) or str(error)) from error
 
 
 def read_text(path: Path, largest: int, encoding: str = "utf-8") -> str:

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,13 @@ def read_by_another_process(paths: Iterable[Path], timeout: float = 300) -> list
     )
     assert process.returncode == 0, process.stderr[-2000:]
     return [Outcome(**json.loads(line)) for line in process.stdout.splitlines()]
+
+
+def outcomes_of(attacks: Mapping[str, Callable[[], bytes]], folder: Path) -> dict[str, Outcome]:
+    """Write files to a folder, and return what came of reading them, one after the other in one process."""
+    for name, make in attacks.items():
+        (folder / name).write_bytes(make())
+    return dict(zip(attacks, read_by_another_process(folder / name for name in attacks), strict=True))
 
 
 if __name__ == "__main__":

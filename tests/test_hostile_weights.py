@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hostile_reader import Outcome, read_by_another_process
+from hostile_reader import Outcome, outcomes_of
 from reference_models import tiny
 from torch import Tensor, nn
 
@@ -154,11 +154,7 @@ ATTACKS: dict[str, Callable[[], bytes]] = {
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     """What came of reading all of them, one after the other in one process."""
-    folder = tmp_path_factory.mktemp("attacks")
-    for name, make in ATTACKS.items():
-        (folder / name).write_bytes(make())
-    found = read_by_another_process(folder / name for name in ATTACKS)
-    return dict(zip(ATTACKS, found, strict=True))
+    return outcomes_of(ATTACKS, tmp_path_factory.mktemp("attacks"))
 
 
 @pytest.mark.parametrize("name", ATTACKS)

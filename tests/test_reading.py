@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import call
-from hostile_reader import Outcome, read_by_another_process
+from hostile_reader import Outcome, outcomes_of
 
 from quartermap_deploy.arrays import ArrayError, array_of, opened_arrays
 from quartermap_deploy.errors import RecipeError
@@ -94,11 +94,7 @@ ATTACKS: dict[str, Callable[[], bytes]] = {
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    folder = tmp_path_factory.mktemp("attacks")
-    for name, make in ATTACKS.items():
-        (folder / name).write_bytes(make())
-    found = read_by_another_process(folder / name for name in ATTACKS)
-    return dict(zip(ATTACKS, found, strict=True))
+    return outcomes_of(ATTACKS, tmp_path_factory.mktemp("attacks"))
 
 
 @pytest.mark.parametrize("name", ATTACKS)

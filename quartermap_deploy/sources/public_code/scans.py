@@ -239,18 +239,29 @@ def mamba_inner_no_projection(
     Returns:
         (batch, channels, L).
     """
-    rank, states = delta_proj_weight.shape[1], A.shape[-1]
     x, z = xz.chunk(2, dim=1)
     x = causal_conv1d(x, conv1d_weight.flatten(1), conv1d_bias, activation="silu")
+    delta, own_B, own_C = _projected(x, x_proj_weight, delta_proj_weight, A, B_proj_bias, C_proj_bias)
+    B, C = own_B if B is None else B, own_C if C is None else C
+    return selective_scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
+
+
+def _projected(
+    x: Tensor,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    A: Tensor,
+    B_proj_bias: Tensor | None,
+    C_proj_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a Mamba block projects of x, (batch, channels, L) → dt, (batch, channels, L), and B and C, (batch, N, L)."""
+    rank, states = delta_proj_weight.shape[1], A.shape[-1]
     narrow = functional.linear(x.transpose(1, 2), x_proj_weight)
     delta = functional.linear(narrow[..., :rank], delta_proj_weight).transpose(1, 2)
-    if B is None:
-        B = narrow[..., rank : rank + states]
-        B = (B if B_proj_bias is None else B + B_proj_bias).transpose(1, 2)
-    if C is None:
-        C = narrow[..., -states:]
-        C = (C if C_proj_bias is None else C + C_proj_bias).transpose(1, 2)
-    return selective_scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    B, C = narrow[..., rank : rank + states], narrow[..., -states:]
+    B = (B if B_proj_bias is None else B + B_proj_bias).transpose(1, 2)
+    C = (C if C_proj_bias is None else C + C_proj_bias).transpose(1, 2)
+    return delta, B, C
 
 
 def mamba_inner(
@@ -321,14 +332,9 @@ def bimamba_inner(
     """
     if B is not None or C is not None:
         refuse("bimamba_inner_fn with constant B or C", "the original does not define what the way back does")
-    rank, states = delta_proj_weight.shape[1], A.shape[-1]
     x, z = xz.chunk(2, dim=1)
     x = causal_conv1d(x, conv1d_weight.flatten(1), conv1d_bias, activation="silu")
-    narrow = functional.linear(x.transpose(1, 2), x_proj_weight)
-    delta = functional.linear(narrow[..., :rank], delta_proj_weight).transpose(1, 2)
-    B, C = narrow[..., rank : rank + states], narrow[..., -states:]
-    B = (B if B_proj_bias is None else B + B_proj_bias).transpose(1, 2)
-    C = (C if C_proj_bias is None else C + C_proj_bias).transpose(1, 2)
+    delta, B, C = _projected(x, x_proj_weight, delta_proj_weight, A, B_proj_bias, C_proj_bias)
     there = selective_scan(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
     x, delta, B, C, z = (tensor.flip(-1) for tensor in (x, delta, B, C, z))
     back = selective_scan(x, delta, A_b, B, C, D, z, delta_bias, delta_softplus)
