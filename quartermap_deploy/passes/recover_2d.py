@@ -29,7 +29,7 @@ from quartermap_deploy.passes.recovery.graph_index import GraphIndex, read_value
 from quartermap_deploy.passes.recovery.grids import infer_order
 from quartermap_deploy.passes.recovery.group import GroupSizes, ScanGroup
 from quartermap_deploy.passes.recovery.probing_sizes import probing_graphs
-from quartermap_deploy.passes.recovery.reading import Reading, read_group
+from quartermap_deploy.passes.recovery.reading import Reading, read_apart, read_group
 from quartermap_deploy.passes.recovery.refusal import Refused
 from quartermap_deploy.passes.recovery.unrolling import sources_of
 from quartermap_deploy.passes.recovery.writing import Replacement
@@ -161,11 +161,14 @@ def _groups(index: GraphIndex, concrete: Concrete) -> list[ScanGroup]:
 
 
 def _read(group: ScanGroup, probes: Sequence[Concrete]) -> list[Reading]:
-    """Read scans of one map as its directions, and where they are not, each by itself."""
+    """Read scans of one map as its directions, and where they are not, each by itself, and its directions apart."""
     together = read_group(group, probes)
-    if together.refused is None or len(group.places) == 1:
+    if together.refused is None:
         return [together]
-    return [read_group(ScanGroup(group.index, (place,)), probes) for place in group.places]
+    alone = [together]
+    if len(group.places) > 1:
+        alone = [read_group(ScanGroup(group.index, (place,)), probes) for place in group.places]
+    return [reading if reading.refused is None else read_apart(reading, probes) for reading in alone]
 
 
 def _unread(reading: Reading) -> ScanRecovery:

@@ -10,7 +10,7 @@ delta then has that rank, and R rows of it, chosen as a pivoted factorisation ch
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,14 @@ class Projections:
     def rank(self) -> int | None:
         """R, or None where the time step has no low rank."""
         return None if self.dt_weight is None else self.dt_weight.shape[2]
+
+    def of(self, direction: int) -> Projections:
+        """Those of one direction, counted from 0."""
+        own: dict[str, Any] = {
+            item.name: None if (matrix := getattr(self, item.name)) is None else matrix[direction, None]
+            for item in fields(self)
+        }
+        return Projections(**own)
 
     def delta(self, x: Matrix) -> Matrix:
         """(…, K, d_inner, L) → delta of the same shape."""

@@ -18,8 +18,9 @@ from quartermap_deploy.passes.recovery.merging import Merge, read_merge, read_me
 from quartermap_deploy.passes.recovery.projections import Projections, check_projections, read_projections
 from quartermap_deploy.passes.recovery.refusal import Refused
 from quartermap_deploy.passes.recovery.unrolling import Unrolling, read_unrolling, read_unrolling_from
-from quartermap_deploy.passes.recovery.writing import Replacement, ScanParameters, write_map_scan
+from quartermap_deploy.passes.recovery.writing import Replacement, ScanParameters, write_map_scan, write_part_scans
 from quartermap_deploy.pruning.orders import OUTSIDE, ScanOrder
+from quartermap_deploy.pruning.parts import MapPart
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Reading:
         projections: their projections.
         replacement: the nodes that take their place, or None if they are refused.
         refused: why.
+        parts: the part of the map that each direction scans, where each became a scan of its own.
     """
 
     group: ScanGroup
@@ -43,6 +45,7 @@ class Reading:
     projections: Projections | None = None
     replacement: Replacement | None = None
     refused: str | None = None
+    parts: tuple[MapPart, ...] = ()
 
     @property
     def orders(self) -> dict[str, ScanOrder]:
@@ -79,6 +82,48 @@ def read_group(group: ScanGroup, probes: Sequence[Concrete]) -> Reading:
         return replace(reading, refused=str(refusal))
 
 
+def read_apart(reading: Reading, probes: Sequence[Concrete]) -> Reading:
+    """Read a scan that is none of a whole map as one scan of a map for each direction.
+
+    Its directions scan parts of the map, or are not merged by a plain sum. What the scan makes is made anew, and so
+    what comes after it stays.
+
+    Args:
+        reading: of one scan, refused.
+        probes: the graph, at the sizes to look at it.
+
+    Returns:
+        The reading with a replacement, or as it was, with why not behind what it was refused for.
+    """
+    unrolling = reading.unrolling
+    if unrolling is None or len(unrolling.form.sides) == 1 and unrolling.height == 1:
+        return reading
+    parts = unrolling.parts
+    if parts is None or not pays_apart(parts):
+        return reading
+    group = reading.group
+    try:
+        others = [_same_parts_at(concrete, group, unrolling, parts) for concrete in probes[1:]]
+        projections = _projections(group, (unrolling, *others), probes)
+        replacement = write_part_scans(
+            group.names[0],
+            (unrolling.source, unrolling.form),
+            group.outputs[0],
+            (unrolling.height, unrolling.width),
+            projections,
+            scan_parameters(group, probes[0]),
+            parts,
+        )
+        _check(replacement, unrolling.source, probes)
+    except Refused as refusal:
+        return replace(reading, refused=f"{reading.refused}; nor are they scans of a map each: {refusal}")
+    return replace(reading, projections=projections, replacement=replacement, refused=None, parts=parts)
+
+
+def pays_apart(parts):
+    return True
+
+
 def _written(
     group: ScanGroup,
     unrolling: Unrolling,
@@ -96,9 +141,7 @@ def _written(
     if not merge.is_even:
         raise Refused(f"its directions are added to {merge.target} with different weights")
     others = [_same_at(concrete, group, unrolling, merge) for concrete in probes[1:]]
-    projections = read_projections(group, unrolling, probes[0])
-    for concrete, other in zip(probes[1:], others, strict=True):
-        check_projections(projections, group, other, concrete)
+    projections = _projections(group, (unrolling, *others), probes)
     replacement = write_map_scan(
         group.names[0],
         (unrolling.source, unrolling.form),
@@ -109,9 +152,27 @@ def _written(
         directions,
         float(merge.share[0]),
     )
-    for seed, concrete in enumerate(probes):
-        check_replacement(concrete, unrolling.source, replacement, seed)
+    _check(replacement, unrolling.source, probes)
     return replacement, projections
+
+
+def _projections(
+    group: ScanGroup, unrollings: Sequence[Unrolling], probes: Sequence[Concrete]
+) -> Projections:
+    """The projections at the first size, the same at the others.
+
+    Raises:
+        Refused: if they are not affine in one position, or others there.
+    """
+    projections = read_projections(group, unrollings[0], probes[0])
+    for concrete, other in zip(probes[1:], unrollings[1:], strict=True):
+        check_projections(projections, group, other, concrete)
+    return projections
+
+
+def _check(replacement: Replacement, source: str, probes: Sequence[Concrete]) -> None:
+    for seed, concrete in enumerate(probes):
+        check_replacement(concrete, source, replacement, seed)
 
 
 def scan_parameters(group: ScanGroup, concrete: Concrete) -> ScanParameters:
@@ -177,6 +238,24 @@ def _same_at(concrete: Concrete, group: ScanGroup, unrolling: Unrolling, merge: 
         and found.is_in_place(other)
         and np.array_equal(found.share, merge.share)
     )
+    _require_same(same, unrolling, other)
+    return other
+
+
+def _same_parts_at(
+    concrete: Concrete, group: ScanGroup, unrolling: Unrolling, parts: tuple[MapPart, ...]
+) -> Unrolling:
+    """The unrolling at another size.
+
+    Raises:
+        Refused: if other parts are scanned there, or the graph does not tell a side.
+    """
+    other = read_unrolling_from(unrolling.source, _form_at(unrolling, concrete), group, concrete)
+    _require_same(other.parts == parts, unrolling, other)
+    return other
+
+
+def _require_same(same: bool, unrolling: Unrolling, other: Unrolling) -> None:
     if not same:
         raise Refused(
             f"it scans a map of {other.height}×{other.width} otherwise than one of "
@@ -187,7 +266,6 @@ def _same_at(concrete: Concrete, group: ScanGroup, unrolling: Unrolling, merge: 
         raise Refused(
             f"the sides of the map are open, and {unrolling.source}, which holds it as a sequence, does not tell them"
         )
-    return other
 
 
 def _form_at(unrolling: Unrolling, concrete: Concrete) -> MapForm:
