@@ -6,12 +6,12 @@ NumPy alone, as `orders.py`: recovery tells by it that a direction scans a small
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from quartermap_deploy.errors import PlanError
 from quartermap_deploy.pruning.orders import OUTSIDE, ScanOrder, direction_named, steps_of
 
 
@@ -59,6 +59,10 @@ class MapPart:
         return f"{self.direction} ({axes[0]}, {axes[1]})"
 
 
+Parts = tuple[MapPart | None, ...]
+"""The part that each direction of a scan visits; None for one that visits none, or in an order without a name."""
+
+
 def part_of(steps: NDArray[np.int64], height: int, width: int) -> MapPart | None:
     """The part of a map that is visited in this order, (L,), and the direction in which it is.
 
@@ -84,16 +88,23 @@ def part_of(steps: NDArray[np.int64], height: int, width: int) -> MapPart | None
     return part if np.array_equal(part.steps(height, width), steps) else None
 
 
-def parts_of(order: ScanOrder) -> tuple[MapPart, ...] | None:
-    """The part that each direction of a scan visits, or None if one visits none."""
-    parts = [part_of(steps, order.height, order.width) for steps in order.order]
-    known = tuple(part for part in parts if part is not None)
-    return known if len(known) == len(parts) else None
+def parts_of(order: ScanOrder) -> Parts:
+    """The part that each direction of a scan visits."""
+    return tuple(part_of(steps, order.height, order.width) for steps in order.order)
 
 
-def order_of_parts(parts: Sequence[MapPart], height: int, width: int) -> ScanOrder | None:
-    """The order of a scan that visits these parts of a map of this size; None if they are not equally large there."""
-    steps = [part.steps(height, width) for part in parts]
+def order_at(order: ScanOrder, height: int, width: int) -> ScanOrder:
+    """The order on a map of another size, of which the same parts are visited.
+
+    Raises:
+        PlanError: if a direction visits no part, or the parts are not equally large there.
+    """
+    parts = parts_of(order)
+    if order.directions is not None or None in parts or (height, width) == (order.height, order.width):
+        return order.at(height, width)
+    steps = [part.steps(height, width) for part in parts if part is not None]
     if len({len(one) for one in steps}) != 1 or not len(steps[0]):
-        return None
-    return ScanOrder(height, width, np.stack(steps), merged=False)
+        raise PlanError(
+            f"the directions of this scan visit parts of the map that are not equally large on one of {height}×{width}"
+        )
+    return ScanOrder(height, width, np.stack(steps), order.merged)

@@ -14,13 +14,12 @@ from quartermap_deploy.passes.recovery.checking import check_replacement
 from quartermap_deploy.passes.recovery.concrete import Concrete
 from quartermap_deploy.passes.recovery.group import GroupSizes, ScanGroup
 from quartermap_deploy.passes.recovery.maps import MapForm
-from quartermap_deploy.passes.recovery.merging import Merge, read_merge, read_merge_at
+from quartermap_deploy.passes.recovery.merging import Merge, NotSummed, read_merge, read_merge_at
 from quartermap_deploy.passes.recovery.projections import Projections, check_projections, read_projections
 from quartermap_deploy.passes.recovery.refusal import Refused
 from quartermap_deploy.passes.recovery.unrolling import Unrolling, read_unrolling, read_unrolling_from
-from quartermap_deploy.passes.recovery.writing import Replacement, ScanParameters, write_map_scan, write_part_scans
+from quartermap_deploy.passes.recovery.writing import Replacement, ScanParameters, write_map_scan
 from quartermap_deploy.pruning.orders import OUTSIDE, ScanOrder
-from quartermap_deploy.pruning.parts import MapPart
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,8 @@ class Reading:
         projections: their projections.
         replacement: the nodes that take their place, or None if they are refused.
         refused: why.
-        parts: the part of the map that each direction scans, where each became a scan of its own.
+        unsummed: whether something else than a sum reads the directions, such as a gate for each.
+        apart: whether each direction became a scan of its own.
     """
 
     group: ScanGroup
@@ -45,7 +45,8 @@ class Reading:
     projections: Projections | None = None
     replacement: Replacement | None = None
     refused: str | None = None
-    parts: tuple[MapPart, ...] = ()
+    unsummed: bool = False
+    apart: bool = False
 
     @property
     def orders(self) -> dict[str, ScanOrder]:
@@ -70,7 +71,8 @@ def read_group(group: ScanGroup, probes: Sequence[Concrete]) -> Reading:
         reading = replace(reading, unrolling=unrolling)
         try:
             reading = replace(reading, merge=read_merge(group, unrolling, probes[0]))
-        except Refused:
+        except Refused as refusal:
+            reading = replace(reading, unsummed=isinstance(refusal, NotSummed))
             # That an order is none of a map's says more than what follows from it.
             _require_map_order(unrolling)
             raise
@@ -80,48 +82,6 @@ def read_group(group: ScanGroup, probes: Sequence[Concrete]) -> Reading:
         return replace(reading, replacement=replacement, projections=projections)
     except Refused as refusal:
         return replace(reading, refused=str(refusal))
-
-
-def read_apart(reading: Reading, probes: Sequence[Concrete]) -> Reading:
-    """Read a scan that is none of a whole map as one scan of a map for each direction.
-
-    Its directions scan parts of the map, or are not merged by a plain sum. What the scan makes is made anew, and so
-    what comes after it stays.
-
-    Args:
-        reading: of one scan, refused.
-        probes: the graph, at the sizes to look at it.
-
-    Returns:
-        The reading with a replacement, or as it was, with why not behind what it was refused for.
-    """
-    unrolling = reading.unrolling
-    if unrolling is None or len(unrolling.form.sides) == 1 and unrolling.height == 1:
-        return reading
-    parts = unrolling.parts
-    if parts is None or not pays_apart(parts):
-        return reading
-    group = reading.group
-    try:
-        others = [_same_parts_at(concrete, group, unrolling, parts) for concrete in probes[1:]]
-        projections = _projections(group, (unrolling, *others), probes)
-        replacement = write_part_scans(
-            group.names[0],
-            (unrolling.source, unrolling.form),
-            group.outputs[0],
-            (unrolling.height, unrolling.width),
-            projections,
-            scan_parameters(group, probes[0]),
-            parts,
-        )
-        _check(replacement, unrolling.source, probes)
-    except Refused as refusal:
-        return replace(reading, refused=f"{reading.refused}; nor are they scans of a map each: {refusal}")
-    return replace(reading, projections=projections, replacement=replacement, refused=None, parts=parts)
-
-
-def pays_apart(parts):
-    return True
 
 
 def _written(
@@ -141,7 +101,7 @@ def _written(
     if not merge.is_even:
         raise Refused(f"its directions are added to {merge.target} with different weights")
     others = [_same_at(concrete, group, unrolling, merge) for concrete in probes[1:]]
-    projections = _projections(group, (unrolling, *others), probes)
+    projections = agreed_projections(group, (unrolling, *others), probes)
     replacement = write_map_scan(
         group.names[0],
         (unrolling.source, unrolling.form),
@@ -152,11 +112,11 @@ def _written(
         directions,
         float(merge.share[0]),
     )
-    _check(replacement, unrolling.source, probes)
+    check_at_all(replacement, unrolling.source, probes)
     return replacement, projections
 
 
-def _projections(
+def agreed_projections(
     group: ScanGroup, unrollings: Sequence[Unrolling], probes: Sequence[Concrete]
 ) -> Projections:
     """The projections at the first size, the same at the others.
@@ -170,7 +130,12 @@ def _projections(
     return projections
 
 
-def _check(replacement: Replacement, source: str, probes: Sequence[Concrete]) -> None:
+def check_at_all(replacement: Replacement, source: str, probes: Sequence[Concrete]) -> None:
+    """Compare a replacement with what it replaces at every size.
+
+    Raises:
+        Refused: if they differ.
+    """
     for seed, concrete in enumerate(probes):
         check_replacement(concrete, source, replacement, seed)
 
@@ -230,7 +195,7 @@ def _same_at(concrete: Concrete, group: ScanGroup, unrolling: Unrolling, merge: 
     Raises:
         Refused: if directions, layouts or weights are not the same there, or the graph does not tell a side.
     """
-    other = read_unrolling_from(unrolling.source, _form_at(unrolling, concrete), group, concrete)
+    other = read_unrolling_from(unrolling.source, form_at(unrolling, concrete), group, concrete)
     found = read_merge_at(merge.target, group, other, concrete)
     same = (
         other.directions == unrolling.directions
@@ -238,24 +203,16 @@ def _same_at(concrete: Concrete, group: ScanGroup, unrolling: Unrolling, merge: 
         and found.is_in_place(other)
         and np.array_equal(found.share, merge.share)
     )
-    _require_same(same, unrolling, other)
+    require_same(same, unrolling, other)
     return other
 
 
-def _same_parts_at(
-    concrete: Concrete, group: ScanGroup, unrolling: Unrolling, parts: tuple[MapPart, ...]
-) -> Unrolling:
-    """The unrolling at another size.
+def require_same(same: bool, unrolling: Unrolling, other: Unrolling) -> None:
+    """Refuse a scan that differs at another size, or whose sides are open where the graph does not tell them.
 
     Raises:
-        Refused: if other parts are scanned there, or the graph does not tell a side.
+        Refused: if so.
     """
-    other = read_unrolling_from(unrolling.source, _form_at(unrolling, concrete), group, concrete)
-    _require_same(other.parts == parts, unrolling, other)
-    return other
-
-
-def _require_same(same: bool, unrolling: Unrolling, other: Unrolling) -> None:
     if not same:
         raise Refused(
             f"it scans a map of {other.height}×{other.width} otherwise than one of "
@@ -268,7 +225,7 @@ def _require_same(same: bool, unrolling: Unrolling, other: Unrolling) -> None:
         )
 
 
-def _form_at(unrolling: Unrolling, concrete: Concrete) -> MapForm:
+def form_at(unrolling: Unrolling, concrete: Concrete) -> MapForm:
     """The form of the map at other sizes."""
     form = unrolling.form
     shape = concrete.shape(unrolling.source)

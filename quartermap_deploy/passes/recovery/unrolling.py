@@ -18,8 +18,7 @@ from quartermap_deploy.passes.recovery.maps import MapForm
 from quartermap_deploy.passes.recovery.operators import depends_on_data, moves
 from quartermap_deploy.passes.recovery.programs import nodes_between, program
 from quartermap_deploy.passes.recovery.refusal import Refused
-from quartermap_deploy.pruning.orders import OUTSIDE, ScanOrder, direction_named
-from quartermap_deploy.pruning.parts import MapPart, parts_of
+from quartermap_deploy.pruning.orders import OUTSIDE, direction_named
 
 
 @dataclass(frozen=True)
@@ -44,11 +43,6 @@ class Unrolling:
     def directions(self) -> tuple[str | None, ...]:
         """The names of the directions, with None for an order that has no name."""
         return tuple(direction_named(steps, self.height, self.width) for steps in self.order)
-
-    @property
-    def parts(self) -> tuple[MapPart, ...] | None:
-        """The part of the map that each direction scans, or None if one scans none."""
-        return parts_of(ScanOrder(self.height, self.width, self.order, merged=False))
 
 
 def read_unrolling(group: ScanGroup, concrete: Concrete) -> Unrolling:

@@ -17,14 +17,13 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from quartermap_deploy.frontend.node_names import PART
 from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D, Direction
 from quartermap_deploy.passes.recovery.maps import MapForm
 from quartermap_deploy.passes.recovery.projections import Matrix, Projections
 from quartermap_deploy.pruning.parts import MapPart
 
 Array = NDArray[Any]
-PART = "part"
-"""Name of the node that takes a part of a map, behind the name of its scan."""
 _LIMITS = np.iinfo(np.int64)
 """The numbers that stand for the ends of every axis."""
 NEGLIGIBLE = 1e-9
@@ -49,9 +48,7 @@ class ScanParameters:
 
     def of(self, direction: int, count: int) -> ScanParameters:
         """What one of `count` directions takes, counted from 0."""
-        A, D, dt_bias = (
-            np.split(array, count)[direction] for array in (self.A, self.D, self.dt_bias)
-        )
+        A, D, dt_bias = (np.split(array, count)[direction] for array in (self.A, self.D, self.dt_bias))
         return ScanParameters(A, D, dt_bias, self.softplus)
 
 
@@ -135,7 +132,12 @@ class NodeWriter:
         """Take a part of a map (batch, channels, H, W)."""
         if part.is_whole:
             return value
-        limits = {"first": part.first, "end": (_LIMITS.max, _LIMITS.max), "axes": (2, 3), "strides": part.stride}
+        limits = {
+            "first": part.first,
+            "end": (_LIMITS.max, _LIMITS.max),
+            "axes": (2, 3),
+            "strides": part.stride,
+        }
         inputs = [self.constant(name, np.array(numbers, np.int64)) for name, numbers in limits.items()]
         return self("Slice", PART, [value, *inputs])
 
@@ -241,41 +243,6 @@ def write_map_scan(
         if form.layout != "NCHW":
             write.from_map(y, form, value)
     return write.replacement([value])
-
-
-def write_part_scans(
-    name: str,
-    source: tuple[str, MapForm],
-    target: str,
-    sides: tuple[int, int],
-    projections: Projections,
-    parameters: ScanParameters,
-    parts: Sequence[MapPart],
-) -> Replacement:
-    """Write one scan for each direction of a scan of sequences, each of its own part of a map.
-
-    Args:
-        name: of the scan of sequences; those of the parts have their numbers behind it.
-        source: the map, and how the graph holds it.
-        target: what the scan of sequences makes, (batch, K·d_inner, L).
-        sides: (H, W) of the map.
-        projections: of all directions.
-        parameters: of all directions.
-        parts: of the map, one for each direction.
-    """
-    write = NodeWriter(name)
-    x = write.to_map(*source, *sides)
-    sequences = []
-    for place, part in enumerate(parts):
-        own = write.below(str(place + 1))
-        map_ = own.part(x, part)
-        y = own.scan(
-            own.prefix, map_, projections.of(place), parameters.of(place, len(parts)), [part.direction]
-        )
-        sequences.append(own.sequence(y, part.direction, target if len(parts) == 1 else ""))
-    if len(parts) > 1:
-        write("Concat", "joined", sequences, target, axis=1)
-    return write.replacement([target])
 
 
 def _single(array: Matrix | Array) -> NDArray[np.float32]:
