@@ -39,7 +39,11 @@ from quartermap_deploy.pruning.orders import ScanOrder
 from quartermap_deploy.pruning.parts import Parts, parts_of
 
 NARROWEST = 96
-"""Channels of a direction from which scanning several directions one by one is faster (ADR 0013)."""
+"""Channels of a direction from which scanning several directions one by one is faster. Measured (ADR 0013)."""
+NARROWEST_IN_LINES = 32
+"""The same where d_state is 1: a map is then walked in lines, all at once, in far fewer steps than a sequence."""
+NARROWEST_UNROLLED = 128
+"""The same where a direction is scanned as it is unrolled, so that unrolling it is not saved."""
 
 
 def read_apart(reading: Reading, probes: Sequence[Concrete]) -> Reading:
@@ -58,7 +62,7 @@ def read_apart(reading: Reading, probes: Sequence[Concrete]) -> Reading:
         return reading
     group, parts = reading.group, _parts(unrolling)
     try:
-        _require_pays(GroupSizes.of(group, probes[0]))
+        _require_pays(GroupSizes.of(group, probes[0]), parts)
         others = [_same_at(concrete, group, unrolling, parts) for concrete in probes[1:]]
         projections = agreed_projections(group, (unrolling, *others), probes)
         parameters = scan_parameters(group, probes[0])
@@ -92,18 +96,24 @@ def _is_snake(place: int, unrolling: Unrolling) -> bool:
     return order.directions is None and order.walks_lines
 
 
-def _require_pays(sizes: GroupSizes) -> None:
-    """Refuse narrow scans of several directions, which are faster together.
+def _require_pays(sizes: GroupSizes, parts: Parts) -> None:
+    """Refuse narrow scans, of which the directions are faster together.
 
-    A scan of K groups walks its sequences once, and K scans walk K times; each step costs the runtime the same time
-    whatever it computes. What is saved grows with the channels: the unrolled time step of full width, and mostly the
-    unrolled map.
+    A scan of K groups walks its sequences once, and K scans walk K times; each step costs the runtime a fixed time
+    besides what it computes. What is saved grows with the channels: the unrolled time step of full width, and mostly
+    the unrolled map.
 
     Raises:
         Refused: if they are.
     """
-    if sizes.count > 1 and sizes.d_inner < NARROWEST:
-        raise Refused(f"with {sizes.d_inner} channels they are faster together; from {NARROWEST} on it pays")
+    if None in parts:
+        narrowest = NARROWEST_UNROLLED
+    elif sizes.count == 1:
+        return
+    else:
+        narrowest = NARROWEST_IN_LINES if sizes.d_state == 1 else NARROWEST
+    if sizes.d_inner < narrowest:
+        raise Refused(f"with {sizes.d_inner} channels that would be slower; it pays from {narrowest} on")
 
 
 def _parts(unrolling: Unrolling) -> Parts:
