@@ -34,7 +34,9 @@ TOLERANCE = 1e-5
 REFUSED = {
     "vmamba_v05_cascade": "in which order its steps visit the positions of a map is not known",
     "localmamba": "windows or another order",
+    "localmamba_wide": "windows or another order",
     "efficientvmamba": "scan parts of the map, 24 of 96 positions",
+    "efficientvmamba_wide": "scan parts of the map, 24 of 96 positions",
     "changemamba": r"block 3 \(columns\).*several images or maps lie in the map",
     "mambavision": "cannot be pruned",
 }
@@ -42,8 +44,8 @@ REFUSED = {
 BLOCKS = {"changemamba": (1, 2)}
 """The blocks of these that can."""
 
-UNSUNK = {"mamba_unet": "is read by"}
-"""Spellings whose norm behind the scan takes all positions together, so that the map is restored before it."""
+UNSUNK = {"mamba_unet": "is read by", "localmamba_gates": ""}
+"""Spellings in which the map is restored right behind the scan, as a norm or a gate takes all positions together."""
 
 
 def source_of(name: str) -> ModuleSource:

@@ -13,18 +13,24 @@ import numpy as np
 import onnx
 import pytest
 from helpers import error, run
+from onnx import numpy_helper
 from scan_modules import APART, Apart, Gates, Quarters, Together, Windows
 from test_planted_recovery import PROJECTED, Change, Fault, everywhere, planted
 from test_recover_2d import assert_same, picture, scan_nodes
 from torch import Tensor
 from tracing import INPUT, traced
 
+from quartermap_deploy.compiler import parity_of, validation_cases
 from quartermap_deploy.errors import PassError
+from quartermap_deploy.exporting.export import Export, export
 from quartermap_deploy.lowering.operator import SELECTIVE_SCAN, SELECTIVE_SCAN_2D
 from quartermap_deploy.passes import CANONICAL, OPTIMIZED, Selection, lower, run_passes
 from quartermap_deploy.passes.recover_2d import Recovered, recover_2d
 from quartermap_deploy.passes.recovery import apart as recovery
-from quartermap_deploy.pruning.plan import Subsample
+from quartermap_deploy.pruning.plan import QuarterMap, Subsample
+from quartermap_deploy.recipe import Recipe
+from quartermap_deploy.sources.modules import ModuleSource, module_source
+from quartermap_deploy.validation.parity import ParityReport
 
 CHANNELS = Apart.channels
 HEIGHT, WIDTH = 4, 6
@@ -160,6 +166,44 @@ def test_whole_maps_are_pruned_as_their_steps_were(
         assert len(reports[0].changed) == 1
         found = run(lower(pruned), x)
         assert all(error(found[name], wanted) <= 2e-6 for name, wanted in expected.items())
+
+
+# Parity, scan by scan ------------------------------------------------------------------------------------------------
+
+
+def parity(source: ModuleSource, exported: Export, plan: QuarterMap | None = None) -> ParityReport:
+    recipe = Recipe(source.name, quartermap=plan)
+    graph = exported.model.SerializeToString()
+    return parity_of(recipe, source, validation_cases(recipe, source), graph, exported.traced)
+
+
+@pytest.mark.parametrize("make", [Quarters, Gates])
+def test_each_direction_is_compared_at_every_size(make: type[Apart]) -> None:
+    source = module_source(Together([make()]).eval(), picture(2, CHANNELS, 8, 12), dynamic_size=True)
+    exported = export(source, None)
+    assert "another size" in source.further_cases(exported.traced)
+    report = parity(source, exported)
+    assert report.passed, report.describe_failure()
+    scans = {f"block_1/scan/{place}" for place in range(1, 5)}
+    for outputs in report.cases.values():
+        assert scans <= {output.name for output in outputs}
+
+    for tensor in exported.model.graph.initializer:
+        if tensor.name == "block_1/scan/3/A":
+            tensor.CopyFrom(numpy_helper.from_array(1.01 * numpy_helper.to_array(tensor), tensor.name))
+    report = parity(source, exported)
+    assert not report.passed
+    assert "block 1 (mixers.0) is the first that departs, in or before its scan" in report.describe_failure()
+    for outputs in report.cases.values():
+        assert {part.name for part in outputs if part.name in scans and not part.passed} == {"block_1/scan/3"}
+
+    plan = QuarterMap(blocks=(1,))
+    if make is Quarters:
+        with pytest.raises(PassError, match="its directions scan parts of the map, 24 of 96 positions"):
+            export(source, plan, traced=exported.traced)
+    else:
+        report = parity(source, export(source, plan, traced=exported.traced), plan)
+        assert report.passed, report.describe_failure()
 
 
 # Planted faults ------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quartermap_deploy.passes.recovery.concrete import Concrete
 from quartermap_deploy.passes.recovery.group import GroupSizes, ScanGroup
@@ -35,7 +36,7 @@ from quartermap_deploy.passes.recovery.reading import (
 from quartermap_deploy.passes.recovery.refusal import Refused
 from quartermap_deploy.passes.recovery.unrolling import Unrolling, read_unrolling_from
 from quartermap_deploy.passes.recovery.writing import NodeWriter, Replacement, ScanParameters
-from quartermap_deploy.pruning.orders import ScanOrder
+from quartermap_deploy.pruning.orders import OUTSIDE, ScanOrder
 from quartermap_deploy.pruning.parts import Parts, parts_of
 
 NARROWEST = 96
@@ -88,11 +89,13 @@ def _is_apart(reading: Reading, unrolling: Unrolling) -> bool:
         summed_rightly = reading.unsummed
     else:
         summed_rightly = not named and reading.merge.is_even and reading.merge.gives_back(unrolling)
-    return summed_rightly and not any(_is_snake(place, unrolling) for place in range(len(unrolling.order)))
+    return summed_rightly and not any(_is_snake(steps, unrolling) for steps in unrolling.order)
 
 
-def _is_snake(place: int, unrolling: Unrolling) -> bool:
-    order = ScanOrder(unrolling.height, unrolling.width, unrolling.order[place, None], merged=False)
+def _is_snake(steps: NDArray[np.int64], unrolling: Unrolling) -> bool:
+    """Whether steps go along whole lines, but not all from the same end."""
+    visited = steps[steps != OUTSIDE]
+    order = ScanOrder(unrolling.height, unrolling.width, visited[None], merged=False)
     return order.directions is None and order.walks_lines
 
 
