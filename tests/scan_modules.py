@@ -306,6 +306,16 @@ class Quarters(Apart):
         return whole.flatten(2)
 
 
+class QuarterCalls(Quarters):
+    """The same with one call of the scan for each quarter."""
+
+    def scan(self, sequences: Tensor, projected: Tensor, directions: slice = slice(None)) -> Tensor:
+        calls = [slice(k, k + 1) for k in range(4)]
+        return torch.cat(
+            [super(Quarters, self).scan(sequences[:, k], projected[:, k], k) for k in calls], dim=1
+        )
+
+
 def gate(y: Tensor) -> Tensor:
     """Weigh the channels of a direction (batch, c, L) by what they are on average."""
     return y * torch.sigmoid(y.mean(-1, keepdim=True))

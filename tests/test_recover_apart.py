@@ -14,7 +14,7 @@ import onnx
 import pytest
 from helpers import error, run
 from onnx import numpy_helper
-from scan_modules import APART, Apart, Gates, Quarters, Together, Windows
+from scan_modules import APART, Apart, Gates, QuarterCalls, Quarters, Together, Windows
 from test_planted_recovery import PROJECTED, Change, Fault, everywhere, planted
 from test_recover_2d import assert_same, picture, scan_nodes
 from torch import Tensor
@@ -190,7 +190,7 @@ def test_each_direction_is_compared_at_every_size(make: type[Apart]) -> None:
 
     for tensor in exported.model.graph.initializer:
         if tensor.name == "block_1/scan/3/A":
-            tensor.CopyFrom(numpy_helper.from_array(1.01 * numpy_helper.to_array(tensor), tensor.name))
+            tensor.CopyFrom(numpy_helper.from_array(2 * numpy_helper.to_array(tensor), tensor.name))
     report = parity(source, exported)
     assert not report.passed
     assert "block 1 (mixers.0) is the first that departs, in or before its scan" in report.describe_failure()
@@ -201,9 +201,23 @@ def test_each_direction_is_compared_at_every_size(make: type[Apart]) -> None:
     if make is Quarters:
         with pytest.raises(PassError, match="its directions scan parts of the map, 24 of 96 positions"):
             export(source, plan, traced=exported.traced)
-    else:
-        report = parity(source, export(source, plan, traced=exported.traced), plan)
+        return
+    for one in (plan, QuarterMap(blocks=(1,), upsample="bilinear")):
+        report = parity(source, export(source, one, traced=exported.traced), one)
         assert report.passed, report.describe_failure()
+
+
+def test_calls_of_one_direction_are_scans_of_their_parts_and_compared_by_their_names() -> None:
+    source = module_source(QuarterCalls().eval(), picture(2, CHANNELS, HEIGHT, WIDTH))
+    exported = export(source, None)
+    names = ["block_1/scan/1", *(f"block_1/scan_{call}/1" for call in range(2, 5))]
+    assert scan_nodes(exported.model) == dict.fromkeys(names, SELECTIVE_SCAN_2D)
+    report = parity(source, exported)
+    assert report.passed, report.describe_failure()
+    for outputs in report.cases.values():
+        assert set(names) <= {output.name for output in outputs}
+    with pytest.raises(PassError, match="its directions scan parts of the map, 6 of 24 positions"):
+        export(source, QuarterMap(blocks=(1,)), traced=exported.traced)
 
 
 # Planted faults ------------------------------------------------------------------------------------------------------

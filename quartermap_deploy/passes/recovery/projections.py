@@ -192,7 +192,7 @@ def _low_rank(run: _Projected, offset: Matrix) -> tuple[list[NDArray[np.int64]],
 
 
 def _visiting(delta: Matrix, order: NDArray[np.int64], most: int) -> Matrix:
-    """delta (batch, K, d_inner, L) at steps on the map, as many for each direction: (K, d_inner, steps of all images).
+    """Delta (batch, K, d_inner, L) at steps on the map, as many for each direction: (K, d_inner, steps of all images).
 
     Raises:
         Refused: if a direction has no step there.
