@@ -198,7 +198,17 @@ def _require_supported(include: Path) -> None:
 
 
 def _nvcc() -> str:
-    """Find nvcc where CMake would, and where CUDA is installed but not on the PATH."""
+    if (found := find_nvcc()) is not None:
+        return found
+    raise MissingDependencyError(
+        "building the plugin needs nvcc from the CUDA toolkit 12.4 or newer "
+        "(https://developer.nvidia.com/cuda-downloads; on Debian and Ubuntu from NVIDIA's repository: apt install "
+        "cuda-nvcc-13-0 cuda-cudart-dev-13-0); put it on the PATH or set CUDA_HOME"
+    )
+
+
+def find_nvcc() -> str | None:
+    """Find nvcc where CMake would, and where CUDA is installed but not on the PATH; None where it is not."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     places = [
         os.environ.get("CUDACXX"),
@@ -206,14 +216,7 @@ def _nvcc() -> str:
         *([f"{home}/bin/nvcc"] if home else []),
         *NVCC_PLACES,
     ]
-    for place in places:
-        if place and Path(place).is_file():
-            return place
-    raise MissingDependencyError(
-        "building the plugin needs nvcc from the CUDA toolkit 12.4 or newer "
-        "(https://developer.nvidia.com/cuda-downloads; on Debian and Ubuntu from NVIDIA's repository: apt install "
-        "cuda-nvcc-13-0 cuda-cudart-dev-13-0); put it on the PATH or set CUDA_HOME"
-    )
+    return next((place for place in places if place and Path(place).is_file()), None)
 
 
 def _configure(command: Sequence[str], say: Callable[[str], None]) -> None:

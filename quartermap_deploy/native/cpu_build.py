@@ -10,6 +10,7 @@ Needs Python's standard library alone, as the wheel's build hook calls it too.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import hashlib
 import json
@@ -24,6 +25,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quartermap_deploy import __version__
 from quartermap_deploy.errors import MissingDependencyError, TrustError
@@ -38,7 +40,7 @@ from quartermap_deploy.progress import SILENT, Progress
 CPU_LIBRARY = {"darwin": "libquartermap_cpu.dylib", "win32": "quartermap_cpu.dll"}.get(
     sys.platform, "libquartermap_cpu.so"
 )
-COMPILERS = ("clang++", "g++") if sys.platform == "win32" else ("c++", "g++", "clang++")
+CPU_COMPILERS = ("clang++", "g++") if sys.platform == "win32" else ("c++", "g++", "clang++")
 """Looked for in this order, after the environment variable CXX."""
 INCLUDES = ("kernels/include", "kernels/cpu", "onnxruntime")
 FLAGS = (
@@ -69,7 +71,7 @@ class CpuBuildOptions:
     """How the library is built; only what is built by the defaults, with any compiler, is ever found by itself.
 
     Attributes:
-        compiler: a command, such as "clang++" or "ccache g++"; None takes $CXX, or the first of `COMPILERS`.
+        compiler: a command, such as "clang++" or "ccache g++"; None takes $CXX, or the first of `CPU_COMPILERS`.
         portable_vectors: vectors in plain C++, as for compilers without vector types, and no AVX; for tests.
         sanitizers: such as ("address", "undefined"); for tests.
         flags: more flags for the compiler; for tests.
@@ -97,6 +99,31 @@ class Compiler:
 
     command: tuple[str, ...]
     version: str
+
+
+@dataclass(frozen=True)
+class BuiltLibrary:
+    """A library in this user's cache.
+
+    Attributes:
+        path: where it lies.
+        fits: whether it was built for this platform, from exactly these sources, in the usual way.
+        changed: when it was built, in seconds since 1970.
+    """
+
+    path: Path
+    fits: bool
+    changed: float
+
+    @property
+    def built(self) -> str:
+        """When it was built, in ISO 8601."""
+        when = datetime.datetime.fromtimestamp(self.changed, datetime.timezone.utc)
+        return when.isoformat(timespec="seconds")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {"path": str(self.path), "fits": self.fits, "built": self.built}
 
 
 # The sources ----------------------------------------------------------------------------------------------------
@@ -141,13 +168,13 @@ def find_compiler(named: str | None = None) -> Compiler:
     """Return the C++ compiler that builds the library.
 
     Args:
-        named: a command; None takes $CXX, or the first of `COMPILERS` that is there.
+        named: a command; None takes $CXX, or the first of `CPU_COMPILERS` that is there.
 
     Raises:
         MissingDependencyError: if there is none, or not the one that is named.
     """
     named = named or os.environ.get("CXX", "").strip() or None
-    for command in COMPILERS if named is None else (named,):
+    for command in CPU_COMPILERS if named is None else (named,):
         # Windows' paths are full of what escapes letters elsewhere.
         words = shlex.split(command, posix=sys.platform != "win32")
         if words and (program := shutil.which(words[0])):
@@ -159,7 +186,7 @@ def find_compiler(named: str | None = None) -> Compiler:
         )
     raise MissingDependencyError(
         f"building the CPU library needs a C++17 compiler, and there is none on the PATH (looked for: $CXX, "
-        f"{', '.join(COMPILERS)}): {_how_to_install()}"
+        f"{', '.join(CPU_COMPILERS)}): {_how_to_install()}"
     )
 
 
@@ -224,16 +251,27 @@ def built_libraries() -> list[Path]:
         TrustError: if others could put libraries there, or nobody knows this user's home.
         PluginError: if this installation brings no sources.
     """
-    folder = built_folder()
+    return [library.path for library in every_built() if library.fits]
+
+
+def every_built() -> list[BuiltLibrary]:
+    """Return all libraries that were built here, also from other sources, the newest first.
+
+    Raises:
+        TrustError: if others could put libraries there, or nobody knows this user's home.
+        PluginError: if this installation brings no sources.
+    """
+    folder, prefix = built_folder(), _prefix()
     if not os.path.lexists(folder):
         return []
     check_private(folder)
     found = []
-    for path in folder.glob(f"{_prefix()}-*/{CPU_LIBRARY}"):
+    for path in folder.glob(f"*/{CPU_LIBRARY}"):
         check_private(path.parent)
         if not path.is_symlink():
-            found.append(path)
-    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path), reverse=True)
+            fits = path.parent.name.startswith(f"{prefix}-")
+            found.append(BuiltLibrary(path, fits, path.stat().st_mtime))
+    return sorted(found, key=lambda library: (library.changed, library.path), reverse=True)
 
 
 def _prefix() -> str:

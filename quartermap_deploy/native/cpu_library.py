@@ -125,6 +125,11 @@ def load_cpu_library(path: Path, origin: Origin = "QUARTERMAP_NATIVE") -> CpuLib
     return CpuLibrary(path, contract, instruction_set, origin)
 
 
+def summary(library: CpuLibrary) -> str:
+    """Return one line about a library that is used."""
+    return f"{printable(library.path)} ({library.origin}, {library.instruction_set})"
+
+
 def _differences(contract: Mapping[str, Any]) -> list[str]:
     """Compare a library's contract with this package's; returns one line for each difference."""
     try:
@@ -191,8 +196,7 @@ def _choose(
         except (PluginError, OSError) as error:
             refused = (*refused, (str(path), str(error)))
             continue
-        summary = f"{printable(path)} ({origin}, {library.instruction_set})"
-        return CpuSearch(library, refused, summary)
+        return CpuSearch(library, refused, summary(library))
     if not refused:
         return CpuSearch(None, (), f"none was built: {BUILD}")
     return CpuSearch(None, refused, f"none fits: {' '.join(refused[0][1].split())}")
