@@ -1,0 +1,49 @@
+#include "threads.h"
+
+#include <algorithm>
+#include <atomic>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace quartermap::cpu
+{
+
+std::size_t usable_cores()
+{
+    static std::size_t const cores = std::max(1U, std::thread::hardware_concurrency());
+    return cores;
+}
+
+void run_tasks(std::size_t threads, QuartermapCpuTask task, void* argument, std::size_t count)
+{
+    std::atomic<std::size_t> next{0};
+    auto const work = [&]
+    {
+        for (std::size_t i = next++; i < count; i = next++)
+        {
+            task(argument, i);
+        }
+    };
+    std::size_t const helpers = std::min(threads, count) > 1 ? std::min(threads, count) - 1 : 0;
+    std::vector<std::thread> pool;
+    try
+    {
+        pool.reserve(helpers);
+        for (std::size_t i = 0; i < helpers; ++i)
+        {
+            pool.emplace_back(work);
+        }
+    }
+    catch (std::exception const&)
+    {
+        // Too many threads or too little memory: those that have started, and this one, do everything.
+    }
+    work();
+    for (std::thread& thread : pool)
+    {
+        thread.join();
+    }
+}
+
+} // namespace quartermap::cpu

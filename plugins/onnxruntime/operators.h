@@ -1,0 +1,23 @@
+// The operators SelectiveScan2D and SelectiveScan of the domain `quartermap`, for ONNX Runtime's CPU provider.
+#pragma once
+
+#include <cstdint>
+
+#include "interface.h"
+
+namespace quartermap::onnxruntime
+{
+
+// One operator for one element type. ONNX Runtime keeps its address: it lives as long as the library.
+struct ScanOperator : Operator
+{
+    Api const* api;
+    bool of_maps;      // SelectiveScan2D, or else SelectiveScan
+    int element_type;  // of the maps: a TensorType
+    std::int32_t threads; // of the sessions that it is registered for; 0 if nobody said
+};
+
+// Describes an operator.
+ScanOperator scan_operator(Api const& api, bool of_maps, int element_type, std::int32_t threads);
+
+} // namespace quartermap::onnxruntime
