@@ -155,7 +155,7 @@ def test_inputs_of_whole_numbers(tmp_path: Path) -> None:
     done = call("compile", factory, "--example", "ids=1x5:int64", "--out", tmp_path / "tokens")
     assert done.code == 0, done.err
     bundle = qm.load_bundle(tmp_path / "tokens")
-    assert [(item.name, item.shape[1:], item.dtype) for item in bundle.inputs] == [("ids", (5,), "int64")]
+    assert [(item.name, item.shape[1:], item.type) for item in bundle.inputs] == [("ids", (5,), "int64")]
     assert bundle.manifest["recipe"]["module"]["types"] == {"ids": "int64"}
     found = bundle.run(np.array([[0, 6, 3, 1, 5]], np.int64))
     assert isinstance(found, np.ndarray) and found.shape == (1, 3)
