@@ -362,6 +362,11 @@ Status* QUARTERMAP_ORT_CALL infer_shape(Operator const* given, ShapeContext* con
 
 } // namespace
 
+void forget_orders()
+{
+    orders_of_this_load() = Orders{};
+}
+
 ScanOperator scan_operator(Api const& api, bool of_maps, int element_type, std::int32_t threads)
 {
     ScanOperator op{};

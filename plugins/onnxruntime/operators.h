@@ -20,4 +20,7 @@ struct ScanOperator : Operator
 // Describes an operator.
 ScanOperator scan_operator(Api const& api, bool of_maps, int element_type, std::int32_t threads);
 
+// Forgets what this thread knows of the graphs that it has loaded: a load that failed may have left something behind.
+void forget_orders();
+
 } // namespace quartermap::onnxruntime

@@ -1,6 +1,7 @@
 // What ONNX Runtime looks for in a library of custom operators.
 #include <cstdlib>
 #include <list>
+#include <memory>
 #include <mutex>
 #include <string>
 
@@ -53,20 +54,22 @@ Registered const& registered(Api const& api, std::int32_t threads)
             return one;
         }
     }
-    Registered found{&api, threads, nullptr, {}};
+    std::list<Registered> made;
+    Registered& found = made.emplace_back(Registered{&api, threads, nullptr, {}});
     for (int const type : ELEMENT_TYPES)
     {
         found.operators.push_back(scan_operator(api, true, type, threads));
         found.operators.push_back(scan_operator(api, false, type, threads));
     }
-    all->push_back(std::move(found));
-    Registered& kept = all->back();
-    check(api.CreateCustomOpDomain(DOMAIN, &kept.domain));
-    for (ScanOperator const& op : kept.operators)
+    check(api.CreateCustomOpDomain(DOMAIN, &found.domain));
+    std::unique_ptr<Domain, void (*)(Domain*)> owner(found.domain, api.ReleaseCustomOpDomain);
+    for (ScanOperator const& op : found.operators)
     {
-        check(api.CustomOpDomain_Add(kept.domain, &op));
+        check(api.CustomOpDomain_Add(found.domain, &op));
     }
-    return kept;
+    all->splice(all->end(), made); // moves no operator
+    static_cast<void>(owner.release());
+    return all->back();
 }
 
 } // namespace
@@ -94,6 +97,7 @@ extern "C" QUARTERMAP_CPU_API quartermap::onnxruntime::Status* QUARTERMAP_ORT_CA
                     "quartermap: QUARTERMAP_INSTRUCTION_SET names an instruction set that this library or this "
                     "processor does not have"};
             }
+            forget_orders();
             check(api->AddCustomOpDomain(options, registered(*api, threads_wanted(*api, options)).domain));
         });
 }
