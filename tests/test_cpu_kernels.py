@@ -25,7 +25,11 @@ from torch import Tensor
 
 from quartermap_deploy.native.cpu_kernels import CpuKernels, Scan, Sizes, make_scan
 from quartermap_deploy.native.cpu_library import INTERFACE
-from quartermap_deploy.scan.definition import DIRECTIONS, selective_scan_2d_definition, selective_scan_definition
+from quartermap_deploy.scan.definition import (
+    DIRECTIONS,
+    selective_scan_2d_definition,
+    selective_scan_definition,
+)
 
 TOLERANCE = 1e-6
 """Of the largest output."""
@@ -95,7 +99,15 @@ STEPS = [
 def test_steps_of_every_size(kernels: CpuKernels, steps: tuple[float, float], even: bool) -> None:
     for d_state, rank, decay in ((1, 3, 1.0), (5, None, 16.0)):
         case, expected = made_case(
-            d_inner=11, height=28, width=28, d_state=d_state, rank=rank, steps=steps, decay=decay, skip=False, even=even
+            d_inner=11,
+            height=28,
+            width=28,
+            d_state=d_state,
+            rank=rank,
+            steps=steps,
+            decay=decay,
+            skip=False,
+            even=even,
         )
         for threads in (1, 64):
             assert error(scan_case_of(kernels, case, threads=threads), expected) <= TOLERANCE
@@ -169,7 +181,11 @@ def test_directions(kernels: CpuKernels, directions: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("groups", [1, 2, 3])
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 100, 1500])
 def test_sequences(kernels: CpuKernels, length: int, groups: int) -> None:
-    for skip, bias, softplus, batch in ((True, True, True, 2), (False, False, False, 1), (False, True, True, 1)):
+    for skip, bias, softplus, batch in (
+        (True, True, True, 2),
+        (False, False, False, 1),
+        (False, True, True, 1),
+    ):
         tensors = sequence(length, groups, batch, skip, bias, softplus)
         doubles = [None if tensor is None else tensor.double() for tensor in tensors]
         for threads in (1, 64):
@@ -494,7 +510,9 @@ def test_more_memory_than_there_is(widest: CpuKernels) -> None:
     """Maps that could be addressed, and for which no scratch memory can be had: refused before anything is read."""
     scan = make_scan(Sizes(1, 1, 1, 2**15, 2**15, 1000, 0), ("row",), True, "float32", 1)
     code = (
-        "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))\n" + LOAD + "print(kernels.status("
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))\n"
+        + LOAD
+        + "print(kernels.status("
         "make_scan(Sizes(1, 1, 1, 2**15, 2**15, 1000, 0), ('row',), True, 'float32', 1),"
         "Tensors(x=64, dt=64, B=64, C=64, A=64, y=64)))"
     )
@@ -510,7 +528,6 @@ LOAD = """
 import ctypes, sys
 from pathlib import Path
 from quartermap_deploy.native.cpu_kernels import CpuKernels, Sizes, Tensors, make_scan
-from quartermap_deploy.native.cpu_library import INTERFACE
 kernels = CpuKernels.load(Path(sys.argv[1]))
 """
 
@@ -545,7 +562,10 @@ def test_an_unknown_instruction_set_is_not_chosen(widest: CpuKernels) -> None:
 def test_the_environment_chooses_the_instruction_set() -> None:
     code = LOAD + "print(kernels.instruction_set)"
     assert in_process(code, QUARTERMAP_INSTRUCTION_SET=BUILT_SETS[-1]) == BUILT_SETS[-1]
-    assert in_process(code, QUARTERMAP_INSTRUCTION_SET="") == CpuKernels.load(cpu_builds.library("all")).instruction_set
+    assert (
+        in_process(code, QUARTERMAP_INSTRUCTION_SET="")
+        == CpuKernels.load(cpu_builds.library("all")).instruction_set
+    )
 
 
 def test_an_unknown_instruction_set_in_the_environment_is_refused() -> None:

@@ -114,7 +114,7 @@ class CpuKernels:
         return name.decode()
 
     def choose(self, name: str | None) -> bool:
-        """Choose the instruction set of scans from now on, or the widest for None; whether there is one of that name."""
+        """Choose the instruction set of scans from now on, or the widest for None; False if it cannot be had."""
         return bool(self._library.quartermap_cpu_choose(None if name is None else name.encode()) == 0)
 
     def message(self, status: int) -> str:
@@ -123,7 +123,11 @@ class CpuKernels:
         return text.decode()
 
     def status(
-        self, scan: Scan | None, tensors: Tensors | None, parallel: Parallel | None = None, pool: int | None = None
+        self,
+        scan: Scan | None,
+        tensors: Tensors | None,
+        parallel: Parallel | None = None,
+        pool: int | None = None,
     ) -> int:
         """Scan, and return the status of `QuartermapCpuStatus`; the memory has to be there for as long."""
         own = Parallel() if parallel is None else parallel

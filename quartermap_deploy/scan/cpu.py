@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quartermap_deploy.native.cpu_kernels import CpuKernels, Sizes, make_scan
+from quartermap_deploy.native.cpu_library import find_cpu_library
 from quartermap_deploy.native.errors import PluginError
 from quartermap_deploy.scan.definition import DIRECTIONS
 
@@ -26,7 +27,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 @functools.cache
 def kernels() -> CpuKernels | None:
     """Return the kernels of the library that this process uses, or None where there is none; looked for once."""
-    return None
+    found = find_cpu_library().library
+    return None if found is None else CpuKernels.load(found.path)
 
 
 def native_scan_2d(
@@ -96,7 +98,11 @@ def native_scan(
 
 
 def _scan(
-    sizes: Sizes, given: Mapping[str, Tensor | None], shapes: Shapes, directions: Sequence[str], softplus: bool
+    sizes: Sizes,
+    given: Mapping[str, Tensor | None],
+    shapes: Shapes,
+    directions: Sequence[str],
+    softplus: bool,
 ) -> Tensor | None:
     """Scan tensors of these names, where all of them are as the kernels need them."""
     present = {name: tensor for name, tensor in given.items() if tensor is not None}
