@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quartermap_deploy.architectures import ss2d
-from quartermap_deploy.lowering.operator import INPUTS_2D, SELECTIVE_SCAN_2D
+from quartermap_deploy.lowering.operator import ATTRIBUTES_2D, INPUTS_2D, SELECTIVE_SCAN_2D
 from quartermap_deploy.lowering.writer import Writer, ints, scan_function
 from quartermap_deploy.scan.definition import selective_scan_2d_definition
 
@@ -38,7 +38,7 @@ def floor_onnx(model: onnx.ModelProto) -> onnx.ModelProto:
         SELECTIVE_SCAN_2D,
         INPUTS_2D,
         write.nodes[-1].output[0],
-        ("directions", "softplus"),
+        ATTRIBUTES_2D,
         overload="",
     )
     floor = onnx.ModelProto()
