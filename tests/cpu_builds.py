@@ -14,6 +14,7 @@ import pytest
 from made_once import made_once
 
 from quartermap_deploy.native.build import plugin_sources
+from quartermap_deploy.native.cpu_build import CpuBuildOptions, build_cpu_library
 
 KERNELS = plugin_sources() / "kernels"
 SHARED = ("contract", "cpu_scan", "division", "instruction_sets", "scratch", "threads")
@@ -80,23 +81,24 @@ def instruction_sets() -> tuple[list[tuple[Path, Sequence[str]]], list[str]]:
 
 
 def library(name: str) -> Path:
-    """Return a library of the kernels alone.
+    """Return a library of the kernels.
 
     Args:
-        name: "all" instruction sets; "portable": arrays instead of vectors; "sixteen": 16 lanes of compiler's vectors.
+        name: "all": as users build it, with the operators for ONNX Runtime; "portable": arrays instead of vectors;
+            "sixteen": the kernels alone, with 16 lanes of the compiler's vectors.
     """
     cxx = compiler()
 
     def make(path: Path) -> None:
-        kernels, flags = instruction_sets()
-        if name == "portable":
-            kernels, flags = kernels[:1], ["-DQUARTERMAP_PORTABLE_VECTORS"]
-        elif name == "sixteen":
-            kernels, flags = [(NATIVE_TESTS / "sixteen_lanes.cpp", AVX if on_x86() else ())], []
-        folder = path.with_suffix(".objects")
-        objects = compile_objects(folder, cxx, kernels, ["-O2", *flags])
-        built = folder / path.name
-        run([cxx, "-shared", *map(str, objects), "-o", str(built), "-pthread"])
+        folder = path.with_suffix(".made")
+        if name == "sixteen":
+            kernels = [(NATIVE_TESTS / "sixteen_lanes.cpp", AVX if on_x86() else ())]
+            objects = compile_objects(folder, cxx, kernels, ["-O2"])
+            built = folder / path.name
+            run([cxx, "-shared", *map(str, objects), "-o", str(built), "-pthread"])
+        else:
+            options = CpuBuildOptions(portable_vectors=name == "portable")
+            built = build_cpu_library(folder, options)
         built.rename(path)
 
-    return made_once(f"cpu_kernels_{name}.so", make)
+    return made_once(f"cpu_library_{name}.so", make)
