@@ -42,7 +42,15 @@ std::int32_t threads_wanted(Api const& api, Options const* options)
     return threads > 0 && threads < 65536 ? static_cast<std::int32_t>(threads) : 0;
 }
 
-Registered const& registered(Api const& api, std::int32_t threads)
+// Whether operators may infer shapes in this release, such as "1.23.2"; see `scan_operator`.
+bool can_infer(char const* release)
+{
+    char* rest = nullptr;
+    long const major = std::strtol(release, &rest, 10);
+    return major > 1 || (*rest == '.' && std::strtol(rest + 1, nullptr, 10) >= 24);
+}
+
+Registered const& registered(Api const& api, std::int32_t threads, bool infers)
 {
     static std::mutex mutex;
     static auto* const all = new std::list<Registered>;
@@ -58,8 +66,8 @@ Registered const& registered(Api const& api, std::int32_t threads)
     Registered& found = made.emplace_back(Registered{&api, threads, nullptr, {}});
     for (int const type : ELEMENT_TYPES)
     {
-        found.operators.push_back(scan_operator(api, true, type, threads));
-        found.operators.push_back(scan_operator(api, false, type, threads));
+        found.operators.push_back(scan_operator(api, true, type, threads, infers));
+        found.operators.push_back(scan_operator(api, false, type, threads, infers));
     }
     check(api.CreateCustomOpDomain(DOMAIN, &found.domain));
     std::unique_ptr<Domain, void (*)(Domain*)> owner(found.domain, api.ReleaseCustomOpDomain);
@@ -98,6 +106,7 @@ extern "C" QUARTERMAP_CPU_API quartermap::onnxruntime::Status* QUARTERMAP_ORT_CA
                     "processor does not have"};
             }
             forget_orders();
-            check(api->AddCustomOpDomain(options, registered(*api, threads_wanted(*api, options)).domain));
+            bool const infers = can_infer(base->GetVersionString());
+            check(api->AddCustomOpDomain(options, registered(*api, threads_wanted(*api, options), infers).domain));
         });
 }
