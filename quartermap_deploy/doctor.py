@@ -1,7 +1,8 @@
 """What a report of a defect needs: versions, devices, runtimes, native libraries, compilers, the environment.
 
 Nothing that is missing or broken is an error here: it is what the report is about. Nothing is loaded that using the
-package would not load, and torch is not imported.
+package would not load, and torch is not imported. Where not even the command line starts, because a package that it
+needs is broken, `python -m quartermap_deploy.doctor` still prints the report: it needs the standard library alone.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from quartermap_deploy.machine import all_cores, instruction_sets, memory, proce
 from quartermap_deploy.native.build import find_nvcc
 from quartermap_deploy.native.cpu_build import CPU_COMPILERS, built_folder
 from quartermap_deploy.native.cpu_library import find_cpu_library
-from quartermap_deploy.native.store import store_folder, stored_libraries
+from quartermap_deploy.plain_text import printable_json
 from quartermap_deploy.private_folders import check_private, own_folder
 
 PACKAGES = re.compile(
@@ -64,7 +65,7 @@ def examine() -> dict[str, Any]:
         "folders": {
             "cache": _folder(lambda: own_folder("cache")),
             "CPU libraries": _folder(built_folder),
-            "plugins": _folder(store_folder),
+            "plugins": _folder(lambda: own_folder("plugins")),
         },
     }
 
@@ -109,6 +110,8 @@ def _onnxruntime() -> dict[str, Any]:
 
 
 def _plugins() -> list[dict[str, Any]]:
+    from quartermap_deploy.native.store import stored_libraries
+
     return [library.to_dict() for library in stored_libraries()]
 
 
@@ -146,3 +149,7 @@ def _folder(find: Callable[[], Path | None]) -> dict[str, Any]:
     exists = os.path.lexists(path)
     problem = _asked(lambda: check_private(path)) if exists else None
     return {"path": str(path), "exists": exists, "problem": None if problem is None else problem["error"]}
+
+
+if __name__ == "__main__":
+    print(printable_json(examine()))

@@ -188,9 +188,10 @@ def _options(threads: int, profile: Path | None, library: CpuLibrary | None) -> 
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     if library is not None:
-        options.register_custom_ops_library(str(library.path))
-        # Nothing in ONNX Runtime's interface tells an operator how many threads its session has.
+        # Nothing in ONNX Runtime's interface tells an operator how many threads its session has. The library reads
+        # this as it is registered.
         options.add_session_config_entry(THREADS_ENTRY, str(threads or usable_cores()))
+        options.register_custom_ops_library(str(library.path))
     return options
 
 
