@@ -230,13 +230,15 @@ def _recipe_with(bundle: Bundle, checkpoint: Path | None, factory: str | None) -
             f"the bundle {bundle.path} is of a module of yours, and what makes it{named} is run only if you name it: "
             "--factory package.module:name (in Python: factory=)"
         )
-    from quartermap_deploy.sources.factories import UserModule
+    from quartermap_deploy.sources.factories import EXAMPLE_TYPES, UserModule
 
-    shapes = {name: array.shape for name, array in _golden(bundle)[0]["example"].items()}
+    example = _golden(bundle)[0]["example"]
+    shapes = {name: array.shape for name, array in example.items()}
+    types = {name: str(array.dtype) for name, array in example.items() if str(array.dtype) in EXAMPLE_TYPES}
     arguments = {} if own is None else own.arguments
     strict = own is None or own.strict_weights
     stages = None if own is None else own.stages
-    module = UserModule(factory, shapes, arguments, strict, stages)
+    module = UserModule(factory, shapes, arguments, strict, stages, types=types)
     return dataclasses.replace(recipe, module=module)
 
 

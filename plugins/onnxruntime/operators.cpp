@@ -170,7 +170,13 @@ std::unique_ptr<Kernel> make_kernel(ScanOperator const& op, KernelInfo const* in
             api,
             [&](char* text, std::size_t* size)
             { return api.KernelInfoGetAttribute_string(info, "order", text, size); },
-            VMAMBA_ORDER);
+            op.infers ? VMAMBA_ORDER : "");
+        if (order.empty())
+        {
+            throw Refusal{NOT_IMPLEMENTED,
+                "quartermap.SelectiveScan2D: a node has no attribute `order`, which ONNX Runtime before 1.24 needs; "
+                "compile the model anew, or run it without this library"};
+        }
         orders_of_this_load().check(order);
         kernel->directions = parse_order(order);
     }
@@ -362,13 +368,19 @@ Status* QUARTERMAP_ORT_CALL infer_shape(Operator const* given, ShapeContext* con
 
 } // namespace
 
-ScanOperator scan_operator(Api const& api, bool of_maps, int element_type, std::int32_t threads)
+void forget_orders()
+{
+    orders_of_this_load() = Orders{};
+}
+
+ScanOperator scan_operator(Api const& api, bool of_maps, int element_type, std::int32_t threads, bool infers)
 {
     ScanOperator op{};
     op.api = &api;
     op.of_maps = of_maps;
     op.element_type = element_type;
     op.threads = threads;
+    op.infers = infers;
     op.version = API_VERSION;
     op.GetName = [](Operator const* self) { return name_of(*static_cast<ScanOperator const*>(self)); };
     op.GetExecutionProviderType = [](Operator const*) -> char const* { return nullptr; };
@@ -393,7 +405,7 @@ ScanOperator scan_operator(Api const& api, bool of_maps, int element_type, std::
     op.GetVariadicOutputHomogeneity = [](Operator const*) { return 1; };
     op.CreateKernelV2 = create_kernel;
     op.KernelComputeV2 = run_kernel;
-    op.InferOutputShapeFn = infer_shape;
+    op.InferOutputShapeFn = infers ? infer_shape : nullptr;
     op.GetStartVersion = [](Operator const*) { return 1; };
     op.GetEndVersion = [](Operator const*) { return std::numeric_limits<int>::max(); };
     return op;

@@ -1,6 +1,7 @@
 // What ONNX Runtime looks for in a library of custom operators.
 #include <cstdlib>
 #include <list>
+#include <memory>
 #include <mutex>
 #include <string>
 
@@ -41,7 +42,15 @@ std::int32_t threads_wanted(Api const& api, Options const* options)
     return threads > 0 && threads < 65536 ? static_cast<std::int32_t>(threads) : 0;
 }
 
-Registered const& registered(Api const& api, std::int32_t threads)
+// Whether operators may infer shapes in this release, such as "1.23.2"; see `scan_operator`.
+bool can_infer(char const* release)
+{
+    char* rest = nullptr;
+    long const major = std::strtol(release, &rest, 10);
+    return major > 1 || (*rest == '.' && std::strtol(rest + 1, nullptr, 10) >= 24);
+}
+
+Registered const& registered(Api const& api, std::int32_t threads, bool infers)
 {
     static std::mutex mutex;
     static auto* const all = new std::list<Registered>;
@@ -53,20 +62,22 @@ Registered const& registered(Api const& api, std::int32_t threads)
             return one;
         }
     }
-    Registered found{&api, threads, nullptr, {}};
+    std::list<Registered> made;
+    Registered& found = made.emplace_back(Registered{&api, threads, nullptr, {}});
     for (int const type : ELEMENT_TYPES)
     {
-        found.operators.push_back(scan_operator(api, true, type, threads));
-        found.operators.push_back(scan_operator(api, false, type, threads));
+        found.operators.push_back(scan_operator(api, true, type, threads, infers));
+        found.operators.push_back(scan_operator(api, false, type, threads, infers));
     }
-    all->push_back(std::move(found));
-    Registered& kept = all->back();
-    check(api.CreateCustomOpDomain(DOMAIN, &kept.domain));
-    for (ScanOperator const& op : kept.operators)
+    check(api.CreateCustomOpDomain(DOMAIN, &found.domain));
+    std::unique_ptr<Domain, void (*)(Domain*)> owner(found.domain, api.ReleaseCustomOpDomain);
+    for (ScanOperator const& op : found.operators)
     {
-        check(api.CustomOpDomain_Add(kept.domain, &op));
+        check(api.CustomOpDomain_Add(found.domain, &op));
     }
-    return kept;
+    all->splice(all->end(), made); // moves no operator
+    static_cast<void>(owner.release());
+    return all->back();
 }
 
 } // namespace
@@ -94,6 +105,8 @@ extern "C" QUARTERMAP_CPU_API quartermap::onnxruntime::Status* QUARTERMAP_ORT_CA
                     "quartermap: QUARTERMAP_INSTRUCTION_SET names an instruction set that this library or this "
                     "processor does not have"};
             }
-            check(api->AddCustomOpDomain(options, registered(*api, threads_wanted(*api, options)).domain));
+            forget_orders();
+            bool const infers = can_infer(base->GetVersionString());
+            check(api->AddCustomOpDomain(options, registered(*api, threads_wanted(*api, options), infers).domain));
         });
 }

@@ -101,9 +101,9 @@ void write_order(std::int32_t direction, std::int32_t height, std::int32_t width
     {
         for (std::int32_t column = 0; column < width; ++column)
         {
-            for (std::int32_t position = column; position < positions; position += width)
+            for (std::int32_t row = 0; row < height; ++row)
             {
-                *next++ = position;
+                *next++ = row * width + column;
             }
         }
     }

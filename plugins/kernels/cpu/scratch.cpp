@@ -30,7 +30,8 @@ struct Shelf
 
 Shelf& shelf()
 {
-    static Shelf* const shared = new (std::nothrow) Shelf;
+    alignas(Shelf) static unsigned char place[sizeof(Shelf)];
+    static Shelf* const shared = new (place) Shelf;
     return *shared;
 }
 

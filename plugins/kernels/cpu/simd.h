@@ -28,7 +28,7 @@ constexpr std::size_t LANES = QUARTERMAP_LANES;
 #if (defined(__GNUC__) || defined(__clang__)) && !defined(QUARTERMAP_PORTABLE_VECTORS)
 
 using Floats = float __attribute__((vector_size(QUARTERMAP_LANES * 4)));
-using Ints = std::int32_t __attribute__((vector_size(QUARTERMAP_LANES * 4)));
+using Ints = std::uint32_t __attribute__((vector_size(QUARTERMAP_LANES * 4)));
 // A typedef, since clang forgets the alignment of an alias.
 typedef float FloatsAnywhere __attribute__((vector_size(QUARTERMAP_LANES * 4), aligned(4), may_alias));
 
@@ -66,7 +66,7 @@ struct Floats
 
 struct Ints
 {
-    std::int32_t lane[QUARTERMAP_LANES];
+    std::uint32_t lane[QUARTERMAP_LANES];
 };
 
 #define QUARTERMAP_EACH_LANE(type, expression)                                                                         \
@@ -109,7 +109,7 @@ QUARTERMAP_INLINED Ints operator|(Ints a, Ints b)
 
 QUARTERMAP_INLINED Ints operator<<(Ints a, int places)
 {
-    QUARTERMAP_EACH_LANE(Ints, static_cast<std::int32_t>(static_cast<std::uint32_t>(a.lane[i]) << places));
+    QUARTERMAP_EACH_LANE(Ints, a.lane[i] << places);
 }
 
 #undef QUARTERMAP_EACH_LANE

@@ -8,6 +8,13 @@
 
 namespace quartermap::cpu
 {
+namespace
+{
+
+// Threads of one scan, at most, whatever is asked for.
+constexpr std::size_t MOST_THREADS = 1024;
+
+} // namespace
 
 std::size_t usable_cores()
 {
@@ -25,7 +32,8 @@ void run_tasks(std::size_t threads, QuartermapCpuTask task, void* argument, std:
             task(argument, i);
         }
     };
-    std::size_t const helpers = std::min(threads, count) > 1 ? std::min(threads, count) - 1 : 0;
+    std::size_t const workers = std::min({threads, count, MOST_THREADS});
+    std::size_t const helpers = workers > 1 ? workers - 1 : 0;
     std::vector<std::thread> pool;
     try
     {
