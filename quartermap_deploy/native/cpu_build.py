@@ -50,6 +50,8 @@ FLAGS = (
     "-pthread",
     *(() if sys.platform == "win32" else ("-fPIC",)),
 )
+MACHINE = ("-arch", platform.machine()) if sys.platform == "darwin" else ()
+"""A Python for Intel on a Mac with Apple's own processor wants a library for Intel."""
 X86 = ("x86_64", "amd64")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 VECTORS = {
@@ -79,19 +81,17 @@ class CpuBuildOptions:
         compiler: a command, such as "clang++", "ccache g++" or one for another machine; None takes $CXX, or the first
             of `CPU_COMPILERS`.
         portable_vectors: vectors in plain C++, as for compilers without vector types, and no AVX; for tests.
-        sanitizers: such as ("address", "undefined"); for tests.
         flags: more flags for the compiler; for tests.
     """
 
     compiler: str | None = None
     portable_vectors: bool = False
-    sanitizers: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
 
     @property
     def usual(self) -> bool:
         """Whether it is what users build."""
-        return not (self.portable_vectors or self.sanitizers or self.flags)
+        return not (self.portable_vectors or self.flags)
 
 
 @dataclass(frozen=True)
@@ -343,7 +343,7 @@ def build_cpu_library(
     with tempfile.TemporaryDirectory(prefix="quartermap-native-") as temporary:
         with progress.step(f"compiling the CPU library with {compiler.version}"):
             objects = _compile(compiler, options, Path(temporary))
-            data = _link(compiler, options, objects, Path(temporary) / CPU_LIBRARY)
+            data = _link(compiler, objects, Path(temporary) / CPU_LIBRARY)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(target, data, mode=0o755 if output is not None else 0o700)
     return target
@@ -370,19 +370,7 @@ def _flags(compiler: Compiler, options: CpuBuildOptions) -> list[str]:
         found.append("-DQUARTERMAP_PORTABLE_VECTORS")
     elif compiler.for_x86:
         found.append("-DQUARTERMAP_WITH_AVX")
-    if options.sanitizers:
-        # With all optimisation, what they add takes minutes to compile.
-        found.append("-O1")
-    return [*found, *_for_all_steps(options), *options.flags]
-
-
-def _for_all_steps(options: CpuBuildOptions) -> list[str]:
-    """Return the flags of compiling and of linking."""
-    # A Python for Intel on a Mac with Apple's own processor wants a library for Intel.
-    machine = ["-arch", platform.machine()] if sys.platform == "darwin" else []
-    if options.sanitizers:
-        machine += [f"-fsanitize={','.join(options.sanitizers)}", "-fno-omit-frame-pointer", "-g"]
-    return machine
+    return [*found, *MACHINE, *options.flags]
 
 
 def _compile(compiler: Compiler, options: CpuBuildOptions, folder: Path) -> list[Path]:
@@ -417,17 +405,17 @@ def _compile(compiler: Compiler, options: CpuBuildOptions, folder: Path) -> list
     return [result for result, _ in tasks]
 
 
-def _link(compiler: Compiler, options: CpuBuildOptions, objects: Sequence[Path], result: Path) -> bytes:
+def _link(compiler: Compiler, objects: Sequence[Path], result: Path) -> bytes:
     """Link the library and return it."""
-    command = [*compiler.command, "-shared", "-pthread", *_for_all_steps(options)]
+    command = [*compiler.command, "-shared", "-pthread", *MACHINE]
     command += [*map(str, objects), "-o", str(result)]
     if sys.platform == "linux":
         script = result.with_suffix(".map")
         script.write_text(EXPORTED, encoding="ascii")
         command.append(f"-Wl,--version-script={script}")
     static = STATIC.get(sys.platform, ())
-    # Not every system has a C++ library to put into others, and sanitizers want the common one.
-    if not options.sanitizers and static and _run([*command, *static]) is None:
+    # Not every system has a C++ library to put into others.
+    if static and _run([*command, *static]) is None:
         return result.read_bytes()
     if (trouble := _run(command)) is not None:
         raise PluginError(f"the CPU library could not be linked by {compiler.version}:\n{trouble}")
