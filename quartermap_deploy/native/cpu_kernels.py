@@ -126,7 +126,7 @@ class CpuKernels:
         self,
         scan: Scan | None,
         tensors: Tensors | None,
-        parallel: ctypes._CFuncPtr | None = None,
+        parallel: ctypes._FuncPointer | None = None,
         pool: int | None = None,
     ) -> int:
         """Scan, and return the status of `QuartermapCpuStatus`; the memory has to be there for as long."""
