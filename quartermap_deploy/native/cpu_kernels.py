@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 from quartermap_deploy.lowering.operator import DIRECTIONS
 from quartermap_deploy.native.errors import PluginError
@@ -126,10 +127,17 @@ class CpuKernels:
         self,
         scan: Scan | None,
         tensors: Tensors | None,
-        parallel: ctypes._FuncPointer | None = None,
+        parallel: Any = None,
         pool: int | None = None,
     ) -> int:
-        """Scan, and return the status of `QuartermapCpuStatus`; the memory has to be there for as long."""
+        """Scan, and return the status of `QuartermapCpuStatus`.
+
+        Args:
+            scan: what is computed, or None for a null pointer.
+            tensors: where everything lies; the memory has to be there for as long as the scan takes.
+            parallel: a `Parallel` that runs the tasks, or None for threads that end with the call.
+            pool: what `parallel` is given.
+        """
         own = Parallel() if parallel is None else parallel
         return int(self._library.quartermap_cpu_scan(scan, tensors, own, pool))
 
