@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -39,6 +40,22 @@ Task = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t)
 
 Parallel = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, Task, ctypes.c_void_p, ctypes.c_size_t)
 """`QuartermapCpuParallel`."""
+
+
+class Team(ctypes.Structure):
+    """`QuartermapCpuTeam`."""
+
+    _fields_ = (("start", ctypes.c_void_p), ("threads", ctypes.c_uint32))
+
+
+@functools.cache
+def team_start() -> int | None:
+    """Address of the GOMP_parallel of the OpenMP runtime that this process computes with; None where it has none."""
+    try:
+        found = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):  # not there; no such call on Windows
+        return None
+    return ctypes.cast(found, ctypes.c_void_p).value
 
 
 @dataclass(frozen=True)
@@ -142,7 +159,10 @@ class CpuKernels:
         return int(self._library.quartermap_cpu_scan(scan, tensors, own, pool))
 
     def scan(self, scan: Scan, addresses: Mapping[str, int | None]) -> None:
-        """Scan on threads that end with the call.
+        """Scan, on the threads of this process's OpenMP runtime where it has one, or on some that end with the call.
+
+        PyTorch computes with such a runtime, whose threads wait for more without sleeping; further ones would take
+        turns with them.
 
         Args:
             scan: what is computed.
@@ -152,6 +172,13 @@ class CpuKernels:
         Raises:
             PluginError: with the library's words, if it refuses.
         """
-        status = self.status(scan, Tensors(*(addresses.get(name) for name in _TENSORS)))
+        tensors = Tensors(*(addresses.get(name) for name in _TENSORS))
+        start = team_start() if scan.threads > 1 else None
+        if start is None:
+            status = self.status(scan, tensors)
+        else:
+            by_team = ctypes.cast(self._library.quartermap_cpu_by_team, Parallel)
+            team = Team(start, scan.threads)
+            status = self.status(scan, tensors, by_team, ctypes.addressof(team))
         if status != 0:
             raise PluginError(f"selective scan: {self.message(status)}")

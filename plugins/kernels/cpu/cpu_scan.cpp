@@ -393,6 +393,17 @@ int32_t quartermap_cpu_choose(char const* name)
     return choose_instruction_set(name) ? QUARTERMAP_CPU_SUCCESS : QUARTERMAP_CPU_NO_SUCH_INSTRUCTION_SET;
 }
 
+int32_t quartermap_cpu_by_team(void* team, QuartermapCpuTask task, void* argument, size_t count)
+{
+    auto const* const found = static_cast<QuartermapCpuTeam const*>(team);
+    if (found == nullptr || found->start == nullptr || task == nullptr)
+    {
+        return QUARTERMAP_CPU_NULL_POINTER;
+    }
+    run_tasks(*found, task, argument, count);
+    return QUARTERMAP_CPU_SUCCESS;
+}
+
 int32_t quartermap_cpu_scan(QuartermapCpuScan const* scan, QuartermapCpuTensors const* tensors,
     QuartermapCpuParallel parallel, void* pool)
 {

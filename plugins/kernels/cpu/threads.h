@@ -14,4 +14,7 @@ std::size_t usable_cores();
 // Runs tasks on up to `threads` threads, the caller's among them. Threads that cannot be had are done without.
 void run_tasks(std::size_t threads, QuartermapCpuTask task, void* argument, std::size_t count);
 
+// Runs tasks on a team of an OpenMP runtime.
+void run_tasks(QuartermapCpuTeam const& team, QuartermapCpuTask task, void* argument, std::size_t count);
+
 } // namespace quartermap::cpu

@@ -107,6 +107,18 @@ typedef void (*QuartermapCpuTask)(void* argument, size_t index);
  * anything else if it could not. `pool` is what the caller of the scan gave. */
 typedef int32_t (*QuartermapCpuParallel)(void* pool, QuartermapCpuTask task, void* argument, size_t count);
 
+/* A team of threads of an OpenMP runtime: `start` is its GOMP_parallel, which GCC's runtime has, and LLVM's too. Where the
+ * caller computes with such a team, its threads wait for work without sleeping, and others would take turns with them. */
+typedef struct QuartermapCpuTeam
+{
+    void (*start)(void (*member)(void*), void* argument, unsigned int threads, unsigned int flags);
+    uint32_t threads;
+} QuartermapCpuTeam;
+
+/* A QuartermapCpuParallel whose pool is a QuartermapCpuTeam. */
+QUARTERMAP_CPU_API int32_t quartermap_cpu_by_team(
+    void* team, QuartermapCpuTask task, void* argument, size_t count);
+
 /* QUARTERMAP_CPU_SCAN_VERSION of the library. */
 QUARTERMAP_CPU_API uint32_t quartermap_cpu_version(void);
 
