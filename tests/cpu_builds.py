@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from made_once import made_once
+from native_builds import cpu_library_path
 
 from quartermap_deploy.native.build import plugin_sources
 from quartermap_deploy.native.cpu_build import CpuBuildOptions, build_cpu_library
@@ -87,18 +88,19 @@ def library(name: str) -> Path:
         name: "all": as users build it, with the operators for ONNX Runtime; "portable": arrays instead of vectors;
             "sixteen": the kernels alone, with 16 lanes of the compiler's vectors.
     """
+    if name == "all":
+        return cpu_library_path()
     cxx = compiler()
 
     def make(path: Path) -> None:
         folder = path.with_suffix(".made")
-        if name == "sixteen":
+        if name == "portable":
+            built = build_cpu_library(folder, CpuBuildOptions(portable_vectors=True))
+        else:
             kernels = [(NATIVE_TESTS / "sixteen_lanes.cpp", AVX if on_x86() else ())]
             objects = compile_objects(folder, cxx, kernels, ["-O2"])
             built = folder / path.name
             run([cxx, "-shared", *map(str, objects), "-o", str(built), "-pthread"])
-        else:
-            options = CpuBuildOptions(portable_vectors=name == "portable")
-            built = build_cpu_library(folder, options)
         built.rename(path)
 
     return made_once(f"cpu_library_{name}.so", make)

@@ -27,7 +27,12 @@ def cpu_library_path() -> Path:
     if named := os.environ.get(BUILT_VARIABLE):
         return Path(named)
     require_compiler()
-    return made_once("cpu-library", lambda folder: build_cpu_library(folder)) / CPU_LIBRARY
+
+    def make(folder: Path) -> None:
+        # The folder appears with the library in it, since others wait for it.
+        build_cpu_library(folder.with_suffix(".made")).parent.rename(folder)
+
+    return made_once("cpu-library", make) / CPU_LIBRARY
 
 
 def require_compiler() -> None:
