@@ -32,7 +32,7 @@ demo: native ## compile the digits model with and without QuarterMap, prove pari
 test: lint typecheck pytest ## everything that continuous integration checks
 
 native: $(STAMP) ## build the CPU library, where there is a C++ compiler; nothing needs it
-	@$(RUN) -m quartermap_deploy native build --quiet || echo "going on without the CPU library" >&2
+	@$(RUN) -m quartermap_deploy native build >/dev/null || echo "going on without the CPU library" >&2
 
 lint: $(STAMP) ## ruff: rules and format
 	@$(RUN) -m ruff check .

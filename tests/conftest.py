@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import native_builds
+import cpu_builds
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -32,7 +32,7 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
 
     So they find no CPU library but where they name one in QUARTERMAP_NATIVE.
     """
-    native_builds.remember_cpu_library()
+    cpu_builds.remember_library()
     os.environ["QUARTERMAP_HOME"] = str(tmp_path_factory.mktemp("home"))
     for name in ("QUARTERMAP_PLUGIN", "QUARTERMAP_NATIVE", "QUARTERMAP_INSTRUCTION_SET"):
         os.environ.pop(name, None)
@@ -48,4 +48,4 @@ def _shared_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def cpu_library(_own_folders: None, _shared_folder: None) -> Path:
     """A built CPU library; tests that want it skip where there is no C++ compiler."""
-    return native_builds.cpu_library_path()
+    return cpu_builds.library("all")

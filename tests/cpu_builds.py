@@ -12,16 +12,23 @@ from pathlib import Path
 
 import pytest
 from made_once import made_once
-from native_builds import cpu_library_path
 
 from quartermap_deploy.native.build import plugin_sources
-from quartermap_deploy.native.cpu_build import CpuBuildOptions, build_cpu_library
+from quartermap_deploy.native.cpu_build import CPU_LIBRARY, CpuBuildOptions, build_cpu_library, cache_name
+from quartermap_deploy.native.cpu_library import find_cpu_library
 
 KERNELS = plugin_sources() / "kernels"
 SHARED = ("contract", "cpu_scan", "division", "instruction_sets", "scratch", "threads")
 AVX = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl")
 NATIVE_TESTS = Path(__file__).parent / "native"
+BUILT_VARIABLE = "QUARTERMAP_TEST_CPU_LIBRARY"
+
+
+def remember_library() -> None:
+    """Keep where this user's own library lies, if `make` built one, before tests get folders of their own."""
+    found = find_cpu_library().library
+    os.environ[BUILT_VARIABLE] = "" if found is None else str(found.path)
 
 
 def compiler(name: str = "") -> str:
@@ -88,19 +95,28 @@ def library(name: str) -> Path:
         name: "all": as users build it, with the operators for ONNX Runtime; "portable": arrays instead of vectors;
             "sixteen": the kernels alone, with 16 lanes of the compiler's vectors.
     """
-    if name == "all":
-        return cpu_library_path()
+    if name == "all" and (known := os.environ.get(BUILT_VARIABLE)):
+        return Path(known)
     cxx = compiler()
 
     def make(path: Path) -> None:
         folder = path.with_suffix(".made")
-        if name == "portable":
-            built = build_cpu_library(folder, CpuBuildOptions(portable_vectors=True))
-        else:
+        if name == "sixteen":
             kernels = [(NATIVE_TESTS / "sixteen_lanes.cpp", AVX if on_x86() else ())]
             objects = compile_objects(folder, cxx, kernels, ["-O2"])
             built = folder / path.name
             run([cxx, "-shared", *map(str, objects), "-o", str(built), "-pthread"])
+        else:
+            options = CpuBuildOptions(portable_vectors=name == "portable")
+            built = build_cpu_library(folder, options)
         built.rename(path)
 
     return made_once(f"cpu_library_{name}.so", make)
+
+
+def put_into_cache(library: Path, home: Path) -> Path:
+    """Let a new home have a library in its cache, as if it had been built there; returns where it lies."""
+    folder = home / "cache" / "native" / cache_name()
+    for place in (folder.parents[1], folder.parent, folder):
+        place.mkdir(mode=0o700, parents=True)
+    return Path(shutil.copy(library, folder / CPU_LIBRARY))

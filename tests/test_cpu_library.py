@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from command_line import call
-from native_builds import put_into_cache, require_compiler
+from cpu_builds import compiler, put_into_cache
 
 from quartermap_deploy import __version__, doctor
 from quartermap_deploy.errors import MissingDependencyError
@@ -84,7 +84,7 @@ def test_only_our_functions_are_exported(cpu_library: Path) -> None:
 
 
 def test_what_lies_in_the_cache_is_not_built_again(cpu_library: Path, home: Path) -> None:
-    require_compiler()
+    compiler()
     kept = put_into_cache(cpu_library, home)
     before = kept.stat().st_mtime_ns
     assert build_cpu_library() == kept and kept.stat().st_mtime_ns == before
@@ -96,7 +96,7 @@ def test_what_lies_in_the_cache_is_not_built_again(cpu_library: Path, home: Path
 
 def test_sources_that_do_not_compile(home: Path, tmp_path: Path) -> None:
     """The first errors are shown, and nothing is left behind."""
-    require_compiler()
+    compiler()
     options = CpuBuildOptions(flags=("-include", "no-such-header.h"))
     with pytest.raises(PluginError, match=r"(?s)could not be compiled by .*error") as caught:
         build_cpu_library(tmp_path / "out", options)

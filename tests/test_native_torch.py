@@ -14,6 +14,7 @@ from helpers import ScanCase, error, scan_case
 from test_operators import MAP_CASES, ScanModule, converted, map_arguments, sequence_case
 from torch import Tensor
 
+import quartermap_deploy
 from quartermap_deploy.native.cpu_kernels import CpuKernels
 from quartermap_deploy.scan import cpu
 from quartermap_deploy.scan.definition import selective_scan_definition
@@ -23,6 +24,7 @@ from quartermap_deploy.scan.vectorized import (
     selective_scan_2d_vectorized,
     selective_scan_vectorized,
 )
+from quartermap_deploy.sources.architectures import architecture_source
 
 TOLERANCE = 1e-6
 
@@ -229,3 +231,30 @@ def test_the_threads_of_torch_are_used() -> None:
         torch.set_num_threads(before)
     assert error(y, case.expected(torch.float32)) <= TOLERANCE
     assert not torch.equal(y, scan(case, tensors))
+
+
+def test_what_the_kernels_are_compared_with_is_not_computed_by_them(native: CpuKernels) -> None:
+    case = scan_case(1, 9, 6, 7)
+    tensors = case.converted(torch.float32)
+    with cpu.without_kernels():
+        assert torch.equal(scan(case, tensors), vectorised(case, tensors))
+    assert not torch.equal(scan(case, tensors), vectorised(case, tensors))
+
+
+def test_references_are_computed_without_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = architecture_source(quartermap_deploy.create_model("vmamba_digits").eval(), (1, 3, 64, 64))
+    feeds = {source.inputs[0].name: torch.rand(1, 3, 64, 64).numpy()}
+    calls: list[str] = []
+    scan_with = CpuKernels.scan
+
+    def counted(self: CpuKernels, *arguments: Any) -> None:
+        calls.append("scan")
+        scan_with(self, *arguments)
+
+    monkeypatch.setattr(CpuKernels, "scan", counted)
+    with torch.no_grad():
+        source.module(torch.from_numpy(feeds[source.inputs[0].name]))
+    assert calls
+    calls.clear()
+    source.reference(None).run(feeds)
+    assert not calls

@@ -57,10 +57,10 @@ def _add_build(subparsers: Subparsers) -> None:
         run_build,
         summary="compile the CPU library",
         description="""
-            Compile the library. Needs a C++17 compiler (GCC 9, Clang 10, or newer): the one in the environment variable
-            CXX, or the first of c++, g++ and clang++. What was built before from the same sources by the same compiler
-            is not built again. The library runs on every processor of this kind, and takes the widest vectors that it
-            finds there.
+            Compile the library. Needs GCC or Clang with C++17 (GCC 12 and Clang 14 were tried): the one that the
+            environment variable CXX names, or the first of c++, g++ and clang++. What was built before, from the same
+            sources by the same compiler, is not built again. The library runs on every processor of this kind, and
+            takes the widest vectors that it finds there.
             """,
         examples="""
             quartermap native build

@@ -224,6 +224,7 @@ class Workbench:
     def _parity(self, variant: Variant, run: Run) -> dict[str, float] | None:
         import torch
 
+        from quartermap_deploy.scan.cpu import without_kernels
         from quartermap_deploy.validation.comparison import compare_output
         from quartermap_deploy.validation.tolerances import tolerance_for
 
@@ -231,7 +232,11 @@ class Workbench:
             return None
         merging = variant.method == "tome"
         images = self.images(MERGED_IMAGES if merging else CHECKED_IMAGES)
-        with self.progress.step(f"comparing {variant.name} with PyTorch"), torch.inference_mode():
+        with (
+            self.progress.step(f"comparing {variant.name} with PyTorch"),
+            torch.inference_mode(),
+            without_kernels(),
+        ):
             expected = self.builder.pytorch(variant)(torch.from_numpy(images)).numpy()
             found = run(images)
         tolerance = tolerance_for("float32").relative

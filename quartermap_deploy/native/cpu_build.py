@@ -23,7 +23,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ FLAGS = (
     "-pthread",
     *(() if sys.platform == "win32" else ("-fPIC",)),
 )
+MACHINE = ("-arch", platform.machine()) if sys.platform == "darwin" else ()
+"""A Python for Intel on a Mac with Apple's own processor wants a library for Intel."""
 X86 = ("x86_64", "amd64")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 VECTORS = {
@@ -76,21 +78,20 @@ class CpuBuildOptions:
     """How the library is built; only what is built by the defaults, with any compiler, is ever found by itself.
 
     Attributes:
-        compiler: a command, such as "clang++" or "ccache g++"; None takes $CXX, or the first of `CPU_COMPILERS`.
+        compiler: a command, such as "clang++", "ccache g++" or one for another machine; None takes $CXX, or the first
+            of `CPU_COMPILERS`.
         portable_vectors: vectors in plain C++, as for compilers without vector types, and no AVX; for tests.
-        sanitizers: such as ("address", "undefined"); for tests.
         flags: more flags for the compiler; for tests.
     """
 
     compiler: str | None = None
     portable_vectors: bool = False
-    sanitizers: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
 
     @property
     def usual(self) -> bool:
         """Whether it is what users build."""
-        return not (self.portable_vectors or self.sanitizers or self.flags)
+        return not (self.portable_vectors or self.flags)
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,17 @@ class Compiler:
     Attributes:
         command: the words that call it.
         version: the first line that it prints about itself.
+        target: the machine and system that it compiles for, such as "x86_64-linux-gnu".
     """
 
     command: tuple[str, ...]
     version: str
+    target: str
+
+    @property
+    def for_x86(self) -> bool:
+        """Whether it compiles for x86-64."""
+        return self.target.startswith(X86)
 
 
 @dataclass(frozen=True)
@@ -183,7 +191,8 @@ def find_compiler(named: str | None = None) -> Compiler:
         # Windows' paths are full of what escapes letters elsewhere.
         words = shlex.split(command, posix=sys.platform != "win32")
         if words and (program := shutil.which(words[0])):
-            return Compiler((program, *words[1:]), _version((program, *words[1:])))
+            whole = (program, *words[1:])
+            return Compiler(whole, _asked(whole, "--version"), _asked(whole, "-dumpmachine"))
     if named is not None:
         raise MissingDependencyError(
             f"there is no compiler {printable(named)}, which the environment variable CXX or an option names; name one "
@@ -202,10 +211,11 @@ def _how_to_install() -> str:
     }.get(sys.platform, "apt install g++, dnf install gcc-c++, apk add g++, or conda install gxx")
 
 
-def _version(command: Sequence[str]) -> str:
+def _asked(command: Sequence[str], question: str) -> str:
+    """Return the first line of a compiler's answer."""
     try:
         done = subprocess.run(
-            [*command, "--version"],
+            [*command, question],
             capture_output=True,
             text=True,
             errors="replace",
@@ -220,7 +230,7 @@ def _version(command: Sequence[str]) -> str:
     lines = (done.stdout or done.stderr).strip().splitlines()
     if done.returncode != 0 or not lines:
         raise MissingDependencyError(
-            f"{printable(' '.join(command))} is no compiler that can be used: asked for its --version, it says "
+            f"{printable(' '.join(command))} is no compiler that can be used: asked for {question}, it says "
             f"{printable(lines[0] if lines else 'nothing')!r}"
         )
     return lines[0].strip()
@@ -294,15 +304,7 @@ def cache_name(options: CpuBuildOptions | None = None) -> str:
 
 
 def _cache_name(compiler: Compiler, options: CpuBuildOptions) -> str:
-    known = [
-        compiler.command,
-        compiler.version,
-        _flags(options),
-        STATIC,
-        EXPORTED,
-        __version__,
-        sources_hash(),
-    ]
+    known = [*astuple(compiler), _flags(compiler, options), __version__, sources_hash()]
     name = f"{_prefix()}-{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]}"
     return name if options.usual else f"test-{name}"
 
@@ -341,7 +343,7 @@ def build_cpu_library(
     with tempfile.TemporaryDirectory(prefix="quartermap-native-") as temporary:
         with progress.step(f"compiling the CPU library with {compiler.version}"):
             objects = _compile(compiler, options, Path(temporary))
-            data = _link(compiler, options, objects, Path(temporary) / CPU_LIBRARY)
+            data = _link(compiler, objects, Path(temporary) / CPU_LIBRARY)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(target, data, mode=0o755 if output is not None else 0o700)
     return target
@@ -361,28 +363,19 @@ def _private(name: str) -> Path:
     return folder / name
 
 
-def _flags(options: CpuBuildOptions) -> list[str]:
+def _flags(compiler: Compiler, options: CpuBuildOptions) -> list[str]:
     """Return the flags of every file."""
     found = [*FLAGS, f'-DQUARTERMAP_RELEASE="{__version__}"', f'-DQUARTERMAP_SOURCES="{sources_hash()}"']
     if options.portable_vectors:
         found.append("-DQUARTERMAP_PORTABLE_VECTORS")
-    elif platform.machine().lower() in X86:
+    elif compiler.for_x86:
         found.append("-DQUARTERMAP_WITH_AVX")
-    return [*found, *_for_all_steps(options), *options.flags]
-
-
-def _for_all_steps(options: CpuBuildOptions) -> list[str]:
-    """Return the flags of compiling and of linking."""
-    # A Python for Intel on a Mac with Apple's own processor wants a library for Intel.
-    machine = ["-arch", platform.machine()] if sys.platform == "darwin" else []
-    if options.sanitizers:
-        machine += [f"-fsanitize={','.join(options.sanitizers)}", "-fno-omit-frame-pointer", "-g"]
-    return machine
+    return [*found, *MACHINE, *options.flags]
 
 
 def _compile(compiler: Compiler, options: CpuBuildOptions, folder: Path) -> list[Path]:
     """Compile every file into a folder, side by side; returns the object files."""
-    flags = _flags(options)
+    flags = _flags(compiler, options)
     with_avx = "-DQUARTERMAP_WITH_AVX" in flags
     root = plugin_sources()
     flags += [f"-I{root / name}" for name in INCLUDES]
@@ -412,17 +405,17 @@ def _compile(compiler: Compiler, options: CpuBuildOptions, folder: Path) -> list
     return [result for result, _ in tasks]
 
 
-def _link(compiler: Compiler, options: CpuBuildOptions, objects: Sequence[Path], result: Path) -> bytes:
+def _link(compiler: Compiler, objects: Sequence[Path], result: Path) -> bytes:
     """Link the library and return it."""
-    command = [*compiler.command, "-shared", "-pthread", *_for_all_steps(options)]
+    command = [*compiler.command, "-shared", "-pthread", *MACHINE]
     command += [*map(str, objects), "-o", str(result)]
     if sys.platform == "linux":
         script = result.with_suffix(".map")
         script.write_text(EXPORTED, encoding="ascii")
         command.append(f"-Wl,--version-script={script}")
     static = STATIC.get(sys.platform, ())
-    # Not every system has a C++ library to put into others, and sanitizers want the common one.
-    if not options.sanitizers and static and _run([*command, *static]) is None:
+    # Not every system has a C++ library to put into others.
+    if static and _run([*command, *static]) is None:
         return result.read_bytes()
     if (trouble := _run(command)) is not None:
         raise PluginError(f"the CPU library could not be linked by {compiler.version}:\n{trouble}")
