@@ -208,7 +208,7 @@ double difference(std::vector<double> const& wanted, std::vector<float> const& y
         double const error = std::fabs(wanted[i] - static_cast<double>(y[i]));
         worst = error <= worst ? worst : error; // keeps what is not a number
     }
-    return worst / largest;
+    return largest > 0 ? worst / largest : worst;
 }
 
 double error_of(Case const& c, std::vector<double> const& wanted, Tensors const& t, QuartermapCpuParallel pool)
@@ -303,6 +303,46 @@ double worst_of_all()
     return worst;
 }
 
+// Whether one number that is not finite spreads to where the definition has it, and no further.
+bool spreads_as_defined()
+{
+    Case const c{2, 1, 19, 9, 10, 5, 2, {0, 3}, true, true, true, 1, 1.0};
+    Random random;
+    Tensors const good(c, random);
+    bool right = true;
+    for (std::vector<float> Tensors::*member : {&Tensors::x, &Tensors::dt, &Tensors::B, &Tensors::C, &Tensors::A,
+             &Tensors::D, &Tensors::bias, &Tensors::weight})
+    {
+        for (float const value : {NAN, -INFINITY, INFINITY})
+        {
+            if (member == &Tensors::A && value > 0)
+            {
+                continue; // A is negative
+            }
+            Tensors poisoned = good;
+            (poisoned.*member)[(good.*member).size() / 3] = value;
+            std::vector<double> wanted = definition(c, poisoned);
+            std::vector<float> y(wanted.size(), 0.0F);
+            QuartermapCpuScan const scan = scan_of(c, QUARTERMAP_CPU_FLOAT32);
+            Tensors const& t = poisoned;
+            QuartermapCpuTensors const tensors{t.x.data(), t.dt.data(), t.B.data(), t.C.data(), t.A.data(),
+                t.D.data(), t.bias.data(), t.weight.data(), y.data()};
+            right = right && quartermap_cpu_scan(&scan, &tensors, nullptr, nullptr) == 0;
+            for (std::size_t i = 0; i < y.size(); ++i)
+            {
+                right = right && std::isfinite(wanted[i]) == std::isfinite(y[i]);
+                if (!std::isfinite(wanted[i]))
+                {
+                    wanted[i] = 0;
+                    y[i] = 0;
+                }
+            }
+            right = right && difference(wanted, y) <= TOLERANCE;
+        }
+    }
+    return right;
+}
+
 // Several callers at once, who share the library's scratch memory.
 bool callers_agree()
 {
@@ -330,7 +370,7 @@ int main()
         if (quartermap_cpu_choose(name) == QUARTERMAP_CPU_SUCCESS)
         {
             double const worst = worst_of_all();
-            good = good && worst <= TOLERANCE;
+            good = good && worst <= TOLERANCE && spreads_as_defined();
             char entry[64];
             std::snprintf(entry, sizeof(entry), "%s\"%s\": %.3e", report.empty() ? "" : ", ", name, worst);
             report += entry;
