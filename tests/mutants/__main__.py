@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -51,74 +53,149 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     options = _parser().parse_args(arguments)
     began = time.monotonic()
+    if options.list:
+        return _list(options)
+    with contextlib.ExitStack() as stack:
+        if not _alone(stack):
+            print(
+                "mutants: another run is under way; no fault was planted, and nothing is proved",
+                file=sys.stderr,
+            )
+            return 0 if options.touched else 2
+        return _run(options, began)
+
+
+def _alone(stack: contextlib.ExitStack) -> bool:
+    """Whether no other run uses the copy of the repository; none will until the stack is left."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    lock = stack.enter_context((BUILD / "lock").open("w"))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _run(options: argparse.Namespace, began: float) -> int:
+    """Do what the options say, and return the exit code."""
+    # Everything is read from the copy, so that the working tree may change meanwhile.
+    tree = Tree(REPOSITORY, BUILD / "tree")
     areas = read_areas(HERE / "areas.toml")
-    patterns = [pattern for given in options.files for pattern in given.split()]
+    patterns = _patterns(options)
     if options.touched:
         touched = touched_files(REPOSITORY)
         if touched is None:
-            print("mutants: no git history to tell what was touched; no fault was planted, and nothing is proved")
+            print(
+                "mutants: no git history to tell what was touched; no fault was planted, and nothing is proved"
+            )
             return 0
-        mine = {file for area in areas for file in area.files(REPOSITORY)}
+        mine = {file for area in areas for file in area.files(tree.path)}
         patterns = [file for file in touched if file in mine]
         if not patterns:
-            print("mutants: no file was touched that faults are planted in; none was planted, and nothing is proved")
+            print(
+                "mutants: no file was touched that faults are planted in; none was planted, and nothing is proved"
+            )
             return 0
-    plan = list(_plan(areas, patterns, options.sample, options.seed))
+    plan = list(_plan(tree.path, areas, patterns, options.sample, options.seed))
     if not plan:
-        print(f"mutants: no file of tests/mutants/areas.toml is meant by {' '.join(patterns)}", file=sys.stderr)
-        return 2
-    if options.list:
-        for _, fault, reason in plan:
-            print(f"{fault.file}:{fault.number} ({fault.kind}) {fault.line} → {fault.becomes}  {reason and '='}")
-        print(len(plan), "faults")
-        return 0
+        return _nothing_meant(patterns)
     deadline = None if options.seconds is None else began + options.seconds
-    judged, left = _judge(areas, plan, options, deadline)
+    judged, left = _judge(tree, areas, plan, options, deadline)
     show(judged, Console(width=None if sys.stdout.isatty() else 150))
     if left:
         print(f"\n{left} of {len(plan)} faults were not tried for lack of time: no word about them")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        values = {"seed": options.seed, "sample": options.sample, "faults": [each.to_dict() for each in judged]}
+        values = {
+            "seed": options.seed,
+            "sample": options.sample,
+            "faults": [each.to_dict() for each in judged],
+        }
         options.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     if options.touched:  # a few faults are no measure of an area
         return 0
     return 1 if failing(judged) else 0
 
 
+def _list(options: argparse.Namespace) -> int:
+    """Print the faults of a sample."""
+    patterns = _patterns(options)
+    plan = list(_plan(REPOSITORY, read_areas(HERE / "areas.toml"), patterns, options.sample, options.seed))
+    for _, fault, reason in plan:
+        same = f" (equivalent: {reason})" if reason else ""
+        print(f"{fault.file}:{fault.number} ({fault.kind}) {fault.line} → {fault.becomes}{same}")
+    print(len(plan), "faults")
+    return 0 if plan else _nothing_meant(patterns)
+
+
+def _patterns(options: argparse.Namespace) -> list[str]:
+    return [pattern for given in options.files for pattern in given.split()]
+
+
+def _nothing_meant(patterns: Sequence[str]) -> int:
+    print(f"mutants: no file of tests/mutants/areas.toml is meant by {' '.join(patterns)}", file=sys.stderr)
+    return 2
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "make mutants", description=__doc__, epilog=EPILOGUE, formatter_class=argparse.RawDescriptionHelpFormatter
+        "make mutants",
+        description=__doc__,
+        epilog=EPILOGUE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--files", action="append", default=[], metavar="PATTERNS", help="files to plant faults in; all, if not given")
+    add(
+        "--files",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="files to plant faults in; all, if not given",
+    )
     add("--sample", default="20", metavar="N", help="faults of each file, or all (default: 20)")
     add("--seed", type=int, default=0, help="which faults the sample holds (default: 0)")
-    add("--budget", type=float, default=40.0, metavar="S", help="seconds of tests for each fault (default: 40)")
+    add(
+        "--budget",
+        type=float,
+        default=40.0,
+        metavar="S",
+        help="seconds of tests for each fault (default: 40)",
+    )
     add("--seconds", type=float, metavar="S", help="stop after so long altogether")
-    add("--touched", action="store_true", help="only files that the change at hand touches; measures nothing first")
+    add(
+        "--touched",
+        action="store_true",
+        help="only files that the change at hand touches; measures nothing first",
+    )
     add("--again", action="store_true", help="try anew what is known")
     add("--list", action="store_true", help="show the faults and run nothing")
-    add("--json", type=Path, default=BUILD / "result.json", help="where the result goes (default: %(default)s)")
+    add(
+        "--json",
+        type=Path,
+        default=BUILD / "result.json",
+        help="where the result goes (default: %(default)s)",
+    )
     return parser
 
 
 _Plan = tuple[Area, Fault, str]
 
 
-def _plan(areas: Sequence[Area], patterns: Sequence[str], sample: str, seed: int) -> Iterator[_Plan]:
+def _plan(
+    root: Path, areas: Sequence[Area], patterns: Sequence[str], sample: str, seed: int
+) -> Iterator[_Plan]:
     """Return the faults of a sample, with the reason of those that change nothing.
 
     A sample is those faults whose name, together with the seed, has the least hash: it stays the same when lines move.
     """
     equivalents = Equivalents(HERE / "equivalent.toml")
-    native = native_faults(HERE / "kernels.toml", REPOSITORY)
+    native = native_faults(HERE / "kernels.toml", root)
     for area in areas:
-        for file in area.files(REPOSITORY):
+        for file in area.files(root):
             if not matches(file, patterns):
                 continue
             python = file.endswith(".py")
-            faults = faults_of(file, (REPOSITORY / file).read_bytes()) if python else native.get(file, [])
+            faults = faults_of(file, (root / file).read_bytes()) if python else native.get(file, [])
             for line in equivalents.outdated(file, faults):
                 print(f"equivalent.toml: {file} has no such fault any more: {line}", file=sys.stderr)
             if python and sample != "all":
@@ -132,10 +209,14 @@ def _draw(fault: Fault, seed: int) -> str:
 
 
 def _judge(
-    areas: Sequence[Area], plan: Sequence[_Plan], options: argparse.Namespace, deadline: float | None
+    tree: Tree,
+    areas: Sequence[Area],
+    plan: Sequence[_Plan],
+    options: argparse.Namespace,
+    deadline: float | None,
 ) -> tuple[list[Judged], int]:
     """Return what became of the faults, and how many were not tried."""
-    results = Results(REPOSITORY, BUILD / "results.jsonl")
+    results = Results(tree.path, BUILD / "results.jsonl")
     judged: dict[str, Judged] = {}
     missing = []
     for area, fault, reason in plan:
@@ -148,7 +229,7 @@ def _judge(
     if options.touched:  # a little of everything, as time may be short
         missing.sort(key=lambda item: _draw(item[1], options.seed))
     if missing:
-        trial = Trial(areas, results, options.budget, not options.touched)
+        trial = Trial(tree, areas, results, options.budget, not options.touched)
         try:
             for count, (area, fault) in enumerate(missing, start=1):
                 if deadline is not None and time.monotonic() > deadline - 2:
@@ -166,7 +247,8 @@ def _judge(
 
 def _tell(count: int, of: int, fault: Fault, result: Result) -> None:
     """Print a line of progress; on a terminal, one that is caught makes room for the next."""
-    text = f"{count}/{of} {result.verdict} {fault.file}:{fault.number} {result.seconds:.0f} s {result.test.split('/')[-1]}"
+    test = result.test.split("/")[-1]
+    text = f"{count}/{of} {result.verdict} {fault.file}:{fault.number} {result.seconds:.0f} s {test}"
     stays = result.verdict != "caught" or not sys.stderr.isatty()
     text = text if not sys.stderr.isatty() else f"\r\x1b[K{text[:110]}"
     print(text, end="\n" if stays else "", file=sys.stderr, flush=True)
@@ -175,11 +257,12 @@ def _tell(count: int, of: int, fault: Fault, result: Result) -> None:
 class Trial:
     """Plants faults in a copy of the repository and runs tests there."""
 
-    def __init__(self, areas: Sequence[Area], results: Results, budget: float, measure: bool) -> None:
+    def __init__(
+        self, tree: Tree, areas: Sequence[Area], results: Results, budget: float, measure: bool
+    ) -> None:
         forked.import_libraries()
-        self._results, self._budget, self._measure = results, budget, measure
-        self._guards = Guards(REPOSITORY, BUILD, areas)
-        self._tree = Tree(REPOSITORY, BUILD / "tree")
+        self._tree, self._results, self._budget, self._measure = tree, results, budget, measure
+        self._guards = Guards(tree.path, BUILD, areas)
 
     def of(self, area: Area, fault: Fault, deadline: float | None) -> Result | None:
         """Return what the tests made of a fault; None if time ran out before they had spoken."""
@@ -210,21 +293,37 @@ class Trial:
     def _guessed(self, area: Area, fault: Fault, deadline: float | None) -> Result | None:
         """Run, whole, the test files that name the module; nothing is kept, as only a part of the tests is asked."""
         module = fault.file.removesuffix(".py").replace("/", ".")
-        files = [file for file in area.tests if module in (REPOSITORY / file).read_text(encoding="utf-8")]
+        files = [
+            file for file in area.tests if module in (self._tree.path / file).read_text(encoding="utf-8")
+        ]
         run, cut = self._run(fault, files or list(area.tests[:1]), None, 600.0, deadline)
         if cut or run.outcome == "nothing ran":
             return None
         verdict = "survived" if run.outcome == "passed" else "caught"
-        return Result(fault.key, verdict, "" if verdict == "survived" else run.outcome, run.test, 0, round(run.seconds, 1))
+        return Result(
+            fault.key,
+            verdict,
+            "" if verdict == "survived" else run.outcome,
+            run.test,
+            0,
+            round(run.seconds, 1),
+        )
 
     def _run(
-        self, fault: Fault, files: Sequence[str], order: Sequence[str] | None, limit: float, deadline: float | None
+        self,
+        fault: Fault,
+        files: Sequence[str],
+        order: Sequence[str] | None,
+        limit: float,
+        deadline: float | None,
     ) -> tuple[forked.Run, bool]:
         """Run tests with the fault in place; return what they said, and whether they were cut off by the deadline."""
         left = limit if deadline is None else max(deadline - time.monotonic(), 1.0)
-        self._tree.plant(fault.file, fault.planted((REPOSITORY / fault.file).read_bytes()))
+        self._tree.plant(fault.file, fault.planted((self._tree.path / fault.file).read_bytes()))
         try:
-            run = forked.run_tests(self._tree.path, BUILD / "scratch", files, order=order, seconds=min(limit, left))
+            run = forked.run_tests(
+                self._tree.path, BUILD / "scratch", files, order=order, seconds=min(limit, left)
+            )
         finally:
             self._tree.mend()
         return run, run.outcome == "time" and left < limit

@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 BOUNDARIES = {"<": "<=", "<=": "<", ">": ">=", ">=": ">"}
 OPPOSITES = {"==": "!=", "!=": "==", "is": "is not", "is not": "is", "in": "not in", "not in": "in"}
@@ -17,12 +18,17 @@ TWINS = {"min": "max", "max": "min", "any": "all", "all": "any", "ceil": "floor"
 UNWRAPPED = frozenset({"abs", "sorted", "reversed", "float", "int", "set", "round"})
 """Functions of one argument that a fault leaves out."""
 LEFT_OUT = frozenset(
-    "eval copy double float contiguous resolve strip lower detach clone half flatten expanduser tolist".split()
+    (
+        *("eval", "copy", "double", "float", "half", "contiguous", "detach", "clone", "flatten", "tolist"),
+        *("resolve", "expanduser", "strip", "lower"),
+    )
 )
 """Methods without arguments that a fault leaves out."""
 KEY = re.compile(r"[\w./:-]+")
 """Strings that a program reads: names, keys, endings. Others are for people, and stay."""
-OPERATOR = re.compile(r"\bnot\s+in\b|\bis\s+not\b|\bis\b|\bin\b|<<|>>|<=|>=|==|!=|//|\*\*|[-+*/%<>]|\band\b|\bor\b")
+OPERATOR = re.compile(
+    r"\bnot\s+in\b|\bis\s+not\b|\bis\b|\bin\b|<<|>>|<=|>=|==|!=|//|\*\*|[-+*/%<>]|\band\b|\bor\b"
+)
 
 
 @dataclass(frozen=True)
@@ -169,7 +175,9 @@ def _stays(node: ast.AST) -> bool:
         return True
     if isinstance(node, ast.Assign):
         return any(isinstance(target, ast.Name) and target.id == "__all__" for target in node.targets)
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("cast", "TypeVar")
+    return (
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("cast", "TypeVar")
+    )
 
 
 def _children(node: ast.AST) -> list[ast.AST]:
@@ -196,7 +204,9 @@ def _edits_at(node: ast.AST, text: _Text) -> Iterator[tuple[int, int, str, str]]
         case ast.UnaryOp(op=ast.Not() | ast.USub() | ast.Invert(), operand=operand):
             yield *text.span(node), text.of(operand), "sign left out"
         case ast.BinOp(left=left, right=right):
-            if not (_is_text(left) or _is_text(right) or (isinstance(node.op, ast.Div) and _is_path(left, right))):
+            if not (
+                _is_text(left) or _is_text(right) or (isinstance(node.op, ast.Div) and _is_path(left, right))
+            ):
                 yield from _operators([left, right], text, ARITHMETIC, "arithmetic")
         case ast.Constant(value=value):
             for other in _other_constants(value):
@@ -244,30 +254,16 @@ def _comparisons(node: ast.Compare, text: _Text) -> Iterator[tuple[int, int, str
 
 def _connections(node: ast.BoolOp, text: _Text) -> Iterator[tuple[int, int, str, str]]:
     yield from _operators(node.values, text, {"and": "or", "or": "and"}, "and, or")
-    for index, value in enumerate(node.values):
-        before = node.values[index - 1] if index else None
-        if before is not None:
-            yield text.span(before)[1], text.span(value)[1], _closing(text, before, value), "part left out"
-        else:
-            yield text.span(value)[0], text.span(node.values[1])[0], _opening(text, node), "part left out"
-
-
-def _closing(text: _Text, before: ast.expr, value: ast.expr) -> str:
-    """Return the brackets that close between two operands: they belong to what stays."""
-    gap = text.source[text.span(before)[1] : text.span(value)[0]].decode()
-    return ")" * (gap.split("and")[0].split("or")[0].count(")"))
-
-
-def _opening(text: _Text, node: ast.BoolOp) -> str:
-    gap = text.source[text.span(node.values[0])[1] : text.span(node.values[1])[0]].decode()
-    return "(" * gap.count("(")
+    neutral = "True" if isinstance(node.op, ast.And) else "False"
+    for value in node.values:
+        yield *text.span(value), neutral, "part left out"
 
 
 def _operators(
     sides: list[ast.expr], text: _Text, table: dict[str, str], kind: str
 ) -> Iterator[tuple[int, int, str, str]]:
     """Exchange the operators between operands; brackets and line breaks may stand there, too."""
-    for left, right in zip(sides, sides[1:], strict=False):
+    for left, right in pairwise(sides):
         start, end = text.span(left)[1], text.span(right)[0]
         for found in OPERATOR.finditer(text.source[start:end].decode(errors="replace")):
             name = " ".join(found.group().split())
@@ -321,7 +317,11 @@ def _calls(node: ast.Call, text: _Text) -> Iterator[tuple[int, int, str, str]]:
         if keyword.arg is not None:
             yield *_with_comma(text, *text.span(keyword)), "", "argument left out"
     checks = isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "hasattr", "getattr")
-    if len(node.args) == 2 and not checks and all(isinstance(value, (ast.Name, ast.Attribute)) for value in node.args):
+    if (
+        len(node.args) == 2
+        and not checks
+        and all(isinstance(value, (ast.Name, ast.Attribute)) for value in node.args)
+    ):
         first, second = node.args
         stretch = text.source[text.span(first)[1] : text.span(second)[0]].decode()
         yield text.span(first)[0], text.span(second)[1], text.of(second) + stretch + text.of(first), "order"

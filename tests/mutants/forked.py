@@ -1,11 +1,12 @@
 """Tests run in a process that was forked from this one, which has imported the large libraries and nothing of ours.
 
-Importing torch, ONNX and ONNX Runtime takes as long as most tests; a fork has them at once. Nothing of the package or of
-its tests is imported here, so each fork imports them from the copy of the repository, with the fault in it.
+Importing torch, ONNX and ONNX Runtime takes longer than most tests; a fork has them at once. Nothing of the package or
+of its tests is imported here, so each fork imports them from the copy of the repository, with the fault in it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -22,10 +23,19 @@ from mutants import inside
 from mutants.tree import remove
 
 LIBRARIES = (
-    "numpy torch torch.export torch.onnx torch.onnx._internal.exporter._core torch._dynamo onnx onnxruntime onnxscript "
-    "onnx_graphsurgeon onnx.reference polygraphy PIL.Image jsonschema sklearn.datasets scipy.special pytest hypothesis "
-    "_pytest.assertion.rewrite safetensors yaml rich.table aiohttp"
-).split()
+    *("numpy", "torch", "torch.export", "torch.onnx", "torch.onnx._internal.exporter._core", "torch._dynamo"),
+    *(
+        "onnx",
+        "onnx.reference",
+        "onnxruntime",
+        "onnxscript",
+        "onnx_graphsurgeon",
+        "polygraphy",
+        "safetensors",
+    ),
+    *("PIL.Image", "jsonschema", "sklearn.datasets", "scipy.special", "yaml", "rich.table", "aiohttp"),
+    *("pytest", "_pytest.assertion.rewrite", "hypothesis"),
+)
 MEMORY = 16 << 30
 """Bytes of address space: a fault that takes out a bound must not take the machine."""
 FILE_SIZE = 4 << 30
@@ -89,8 +99,10 @@ def run_tests(
         _be_the_fork(tree, scratch, report, files, order, measure)
     try:
         ended = _wait(child, began + seconds)
-    finally:
-        _end(child)
+    except BaseException:
+        _end(child, reaped=False)
+        raise
+    _end(child, reaped=ended)
     taken = time.monotonic() - began
     found = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None
     log = (scratch / "log.txt").read_text(encoding="utf-8", errors="replace")
@@ -103,20 +115,20 @@ def run_tests(
 def _wait(child: int, deadline: float) -> bool:
     """Wait for a child; return whether it ended by itself."""
     while time.monotonic() < deadline:
-        # Not reaped yet: the process group must still be ours when it is ended.
-        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+        if os.waitpid(child, os.WNOHANG)[0] == child:
             return True
         time.sleep(0.02)
     return False
 
 
-def _end(child: int) -> None:
-    for _ in range(2):  # the group appears a moment after the fork
-        try:
-            os.killpg(child, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+def _end(child: int, reaped: bool) -> None:
+    """End a child and what it started, which is its process group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child, signal.SIGKILL)
+    if not reaped:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)  # the group may not be there yet
+        os.waitpid(child, 0)
 
 
 def _be_the_fork(
@@ -130,8 +142,9 @@ def _be_the_fork(
         for stream in (1, 2):
             os.dup2(log, stream)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_SIZE, FILE_SIZE))
+        for limit, most in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_FSIZE, FILE_SIZE)):
+            with contextlib.suppress(ValueError, OSError):  # a lower one stands already
+                resource.setrlimit(limit, (most, most))
         code = inside.run(tree, scratch, report, files, order, measure)
     except BaseException:
         import traceback

@@ -65,14 +65,21 @@ def read_areas(path: Path) -> list[Area]:
     with path.open("rb") as file:
         found = tomllib.load(file)["area"]
     return [
-        Area(each["name"], each["least"], tuple(each["sources"]), tuple(f"tests/{name}" for name in each["tests"]))
+        Area(
+            each["name"],
+            each["least"],
+            tuple(each["sources"]),
+            tuple(f"tests/{name}" for name in each["tests"]),
+        )
         for each in found
     ]
 
 
 def matches(file: str, patterns: Sequence[str]) -> bool:
-    """Whether a file is meant by one of the patterns, or there are none."""
-    return not patterns or any(fnmatch.fnmatch(file, pattern) or file.endswith(f"/{pattern}") for pattern in patterns)
+    """Whether a file, or the end of its path, is meant by one of the patterns, or there are none."""
+    return not patterns or any(
+        fnmatch.fnmatch(file, form) for pattern in patterns for form in (pattern, f"*/{pattern}")
+    )
 
 
 @dataclass(frozen=True)
@@ -170,7 +177,9 @@ def reporting(name: str, source: bytes) -> bytes:
     for function, node in functions(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             place = 1 if is_docstring(node.body[0]) else 0
-            node.body[place:place] = ast.parse(f"__import__('mutants_seen').add({f'{name}::{function}'!r})").body
+            node.body[place:place] = ast.parse(
+                f"__import__('mutants_seen').add({f'{name}::{function}'!r})"
+            ).body
     return ast.unparse(ast.fix_missing_locations(tree)).encode()
 
 

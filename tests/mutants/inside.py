@@ -34,7 +34,15 @@ def run(
         os.environ[SEEN_VARIABLE] = str(scratch / "seen")
     os.chdir(tree)
     plugin = Measuring(report, scratch / "seen") if measure else Judging(report, order)
-    options = ["-q", "--rootdir", str(tree), "-c", str(tree / "pyproject.toml"), "--basetemp", str(scratch / "pytest")]
+    options = [
+        "-q",
+        "--rootdir",
+        str(tree),
+        "-c",
+        str(tree / "pyproject.toml"),
+        "--basetemp",
+        str(scratch / "pytest"),
+    ]
     options += ["-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line", *(() if measure else ("-x",))]
     code = int(pytest.main([*options, *files], plugins=[plugin]))
     plugin.end(code)
@@ -56,7 +64,9 @@ class Judging:
             return
         order = self._order
         left_out = [item for item in items if item.nodeid not in order]
-        items[:] = sorted((item for item in items if item.nodeid in order), key=lambda item: order[item.nodeid])
+        items[:] = sorted(
+            (item for item in items if item.nodeid in order), key=lambda item: order[item.nodeid]
+        )
         config.hook.pytest_deselected(items=left_out)
 
     def pytest_collectreport(self, report: Any) -> None:
@@ -123,7 +133,13 @@ class Measuring:
 
     def end(self, code: int) -> None:
         """Write what was noted."""
-        found = {"outcome": "passed", "test": "", "code": code, "imported": self._imported, "tests": self._tests}
+        found = {
+            "outcome": "passed",
+            "test": "",
+            "code": code,
+            "imported": self._imported,
+            "tests": self._tests,
+        }
         self._report.write_text(json.dumps(found), encoding="utf-8")
 
     def _take(self) -> list[str]:

@@ -45,7 +45,14 @@ class Equivalents:
     def __init__(self, table: Path) -> None:
         with table.open("rb") as file:
             entries = tomllib.load(file).get("fault", [])
-        self._reasons = {(entry["file"], entry["line"], entry["becomes"]): entry["reason"] for entry in entries}
+        self._reasons = {
+            (entry["file"], entry["line"], entry["becomes"]): entry["reason"] for entry in entries
+        }
+
+    @property
+    def files(self) -> set[str]:
+        """Return the files that have such faults."""
+        return {file for file, _, _ in self._reasons}
 
     def reason(self, fault: Fault) -> str | None:
         """Return why a fault changes nothing, or None if it does change something."""
@@ -54,4 +61,6 @@ class Equivalents:
     def outdated(self, file: str, faults: Sequence[Fault]) -> list[str]:
         """Return the lines of a file that are listed, and no longer are a fault of it."""
         there = {(fault.line, fault.becomes) for fault in faults}
-        return [line for name, line, becomes in self._reasons if name == file and (line, becomes) not in there]
+        return [
+            line for name, line, becomes in self._reasons if name == file and (line, becomes) not in there
+        ]

@@ -93,5 +93,7 @@ class Results:
         if parts:
             for node in ast.walk(ast.parse(source)):
                 if isinstance(node, ast.FunctionDef) and node.name == parts[-1]:
-                    found = [ast.get_source_segment(source, part) or "" for part in (*node.decorator_list, node)]
+                    found = [
+                        ast.get_source_segment(source, part) or "" for part in (*node.decorator_list, node)
+                    ]
         return hashlib.sha256("\0".join(found).encode()).hexdigest()

@@ -113,7 +113,10 @@ def show(judged: Sequence[Judged], console: Console) -> None:
             console.print(f"\n[bold]{title}[/bold]")
         for fault in left:
             where = f"{fault.file}:{fault.number}"
-            console.print(f"{where} ({fault.kind})\n  - {escape(fault.line)}\n  + {escape(fault.becomes)}", soft_wrap=True)
+            console.print(
+                f"{where} ({fault.kind})\n  - {escape(fault.line)}\n  + {escape(fault.becomes)}",
+                soft_wrap=True,
+            )
 
 
 def failing(judged: Sequence[Judged]) -> list[str]:

@@ -8,9 +8,8 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-LEFT_OUT = frozenset(
-    ".git .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis __pycache__ build dist bundles demo".split()
-)
+LEFT_OUT = frozenset((".git", ".venv", "__pycache__", "build", "dist", "bundles", "demo", ".hypothesis"))
+CACHES = "_cache"
 Change = Callable[[str, bytes], bytes]
 
 
@@ -79,7 +78,7 @@ class Tree:
 def _names(folder: Path) -> Iterator[str]:
     """Return the files of a folder, from it, with slashes."""
     for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name not in LEFT_OUT)
+        folders[:] = sorted(name for name in folders if name not in LEFT_OUT and not name.endswith(CACHES))
         for name in sorted(files):
             yield Path(parent, name).relative_to(folder).as_posix()
 
