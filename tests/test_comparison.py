@@ -41,6 +41,14 @@ def test_errors_are_shares_of_the_largest_value_of_the_reference(tolerance: floa
     assert below.largest == 4.0
 
 
+@pytest.mark.parametrize("scale", [1e-6, 0.5, 1e6])
+def test_small_outputs_are_judged_as_large_ones_are(scale: float) -> None:
+    reference, found = (np.float32(scale) * array for array in (REFERENCE, shifted(0.02)))
+    result = compare_output("logits", reference, found, 0.01)
+    assert not result.passed and result.relative_error == pytest.approx(0.02, rel=1e-3)
+    assert result.largest == pytest.approx(4 * scale)
+
+
 def test_the_largest_value_is_the_references_and_not_the_targets() -> None:
     result = compare_output("logits", np.float32([1, 0]), np.float32([1, 100]), 1.0)
     assert result.relative_error == 100.0 and not result.passed

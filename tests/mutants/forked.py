@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import os
 import resource
 import signal
@@ -76,6 +77,7 @@ def run_tests(
     *,
     order: Sequence[str] | None = None,
     seconds: float = 900.0,
+    budget: float = math.inf,
     measure: bool = False,
 ) -> Run:
     """Run tests in a fork, and end it with all that it started.
@@ -86,6 +88,7 @@ def run_tests(
         files: the test files, from the tree.
         order: the tests to run, in their order, by pytest's names; None for all.
         seconds: after which the fork is ended.
+        budget: seconds of processors after which no further test begins.
         measure: run on after a failure, and report time and functions of each test.
     """
     remove(scratch)
@@ -96,7 +99,7 @@ def run_tests(
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
-        _be_the_fork(tree, scratch, report, files, order, measure)
+        _be_the_fork(tree, scratch, report, files, order, budget, measure)
     try:
         ended = _wait(child, began + seconds)
     except BaseException:
@@ -107,7 +110,7 @@ def run_tests(
     found = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None
     log = (scratch / "log.txt").read_text(encoding="utf-8", errors="replace")
     remove(scratch)
-    if found is not None and (found["outcome"] == "failed" or ended):
+    if found is not None and (ended or found["outcome"] == "failed"):
         return Run(found["outcome"], found["test"], taken, {**found, "log": log})
     return Run("crashed" if ended else "time", "", taken, {"log": log})
 
@@ -132,7 +135,13 @@ def _end(child: int, reaped: bool) -> None:
 
 
 def _be_the_fork(
-    tree: Path, scratch: Path, report: Path, files: Sequence[str], order: Sequence[str] | None, measure: bool
+    tree: Path,
+    scratch: Path,
+    report: Path,
+    files: Sequence[str],
+    order: Sequence[str] | None,
+    budget: float,
+    measure: bool,
 ) -> None:
     """Run the tests and leave; never returns."""
     code = 70
@@ -145,7 +154,7 @@ def _be_the_fork(
         for limit, most in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_FSIZE, FILE_SIZE)):
             with contextlib.suppress(ValueError, OSError):  # a lower one stands already
                 resource.setrlimit(limit, (most, most))
-        code = inside.run(tree, scratch, report, files, order, measure)
+        code = inside.run(tree, scratch, report, files, order, budget, measure)
     except BaseException:
         import traceback
 

@@ -15,7 +15,13 @@ SEEN_VARIABLE = "QUARTERMAP_MUTANTS_SEEN"
 
 
 def run(
-    tree: Path, scratch: Path, report: Path, files: Sequence[str], order: Sequence[str] | None, measure: bool
+    tree: Path,
+    scratch: Path,
+    report: Path,
+    files: Sequence[str],
+    order: Sequence[str] | None,
+    budget: float,
+    measure: bool,
 ) -> int:
     """Run tests and write what came of it; return pytest's exit code."""
     # An editable install puts the repository on the path; here the copy stands for it.
@@ -33,7 +39,7 @@ def run(
     if measure:
         os.environ[SEEN_VARIABLE] = str(scratch / "seen")
     os.chdir(tree)
-    plugin = Measuring(report, scratch / "seen") if measure else Judging(report, order)
+    plugin = Measuring(report, scratch / "seen") if measure else Judging(report, order, budget)
     options = [
         "-q",
         "--rootdir",
@@ -50,10 +56,13 @@ def run(
 
 
 class Judging:
-    """A pytest plugin that runs chosen tests in their order, and leaves at the first failure."""
+    """A pytest plugin that runs chosen tests in their order, and leaves at the first failure, or when time is up.
 
-    def __init__(self, report: Path, order: Sequence[str] | None) -> None:
-        self._report = report
+    The time is that of processors, also of processes that tests started, so that a busy machine makes no difference.
+    """
+
+    def __init__(self, report: Path, order: Sequence[str] | None, budget: float) -> None:
+        self._report, self._end = report, _cpu_seconds() + budget
         self._order = None if order is None else {name: place for place, name in enumerate(order)}
         self._passed = 0
 
@@ -73,6 +82,11 @@ class Judging:
         """A test file that cannot be imported is a failure."""
         if report.failed:
             self._leave("failed", report.nodeid)
+
+    def pytest_runtest_setup(self) -> None:
+        """No test begins after the time."""
+        if self._passed and _cpu_seconds() > self._end:
+            self._leave("passed", "")
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """The first failure is enough."""
@@ -99,6 +113,10 @@ class Judging:
         self._report.write_text(
             json.dumps({"outcome": outcome, "test": test, "passed": self._passed}), encoding="utf-8"
         )
+
+
+def _cpu_seconds() -> float:
+    return sum(os.times()[:4])
 
 
 class Measuring:
