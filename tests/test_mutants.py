@@ -282,3 +282,55 @@ def test_help_and_list_need_no_run() -> None:
     shown = tool("--list", "--files", "files.py", "--sample", "3").stdout.splitlines()
     assert len(shown) == 4 and shown[-1] == "3 faults"
     assert all(line.startswith("quartermap_deploy/files.py:") for line in shown[:-1])
+
+
+TRIALS = """
+import sys
+from pathlib import Path
+import pytest, hypothesis
+from mutants import forked
+from mutants.tree import Tree
+
+tree, scratch = Tree(Path(sys.argv[1]), Path(sys.argv[2])), Path(sys.argv[3])
+order = ["tests/test_a.py::test_process", "tests/test_a.py::test_f"]
+for body in ("x + 1", "x - 1", "x + x", "f(", "[1 for _ in iter(int, 1)]", "x + 1 if x > 1 else __import__('os')._exit(0)"):
+    tree.plant("package/a.py", f"def f(x):\\n    return {body}\\n".encode())
+    run = forked.run_tests(tree.path, scratch, ["tests/test_a.py"], order=order, seconds=5 if "iter" in body else 60)
+    tree.mend()
+    print(run.outcome, run.test or "-")
+print(forked.run_tests(tree.path, scratch, ["tests/test_a.py"], order=["none"]).outcome)
+print(forked.run_tests(tree.path, scratch, ["tests/test_a.py"], order=order, budget=0.0).data["passed"])
+"""
+
+
+def test_faults_are_caught_in_forks_and_by_processes_that_tests_start(
+    repository: Path, tmp_path: Path
+) -> None:
+    (repository / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
+    (repository / "tests" / "test_a.py").write_text(
+        "import subprocess, sys\n"
+        "from package.a import f\n"
+        "def test_f():\n    assert f(1) == 2\n"
+        "def test_process():\n"
+        "    command = [sys.executable, '-c', 'from package.a import f; print(f(3) > 0)']\n"
+        "    assert subprocess.run(command, capture_output=True, text=True, cwd='/').stdout == 'True\\n'\n"
+        "def test_not_asked_for():\n    assert f(5) == 0\n"
+    )
+    places = [str(repository), str(tmp_path / "build" / "tree"), str(tmp_path / "build" / "scratch")]
+    done = subprocess.run(
+        [sys.executable, "-c", TRIALS, *places],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY / "tests")},
+        timeout=120,
+    )
+    assert done.stdout.splitlines() == [
+        "passed -",
+        "failed tests/test_a.py::test_f",  # f(3) is 2, which is above zero, too
+        "passed -",
+        "failed tests/test_a.py",
+        "time -",
+        "crashed -",
+        "nothing ran",
+        "1",
+    ], done.stderr

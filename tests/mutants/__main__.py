@@ -247,7 +247,7 @@ def _judge(
 
 def _tell(count: int, of: int, fault: Fault, result: Result) -> None:
     """Print a line of progress; on a terminal, one that is caught makes room for the next."""
-    test = result.test.split("/")[-1]
+    test = result.test.removeprefix("tests/")
     text = f"{count}/{of} {result.verdict} {fault.file}:{fault.number} {result.seconds:.0f} s {test}"
     stays = result.verdict != "caught" or not sys.stderr.isatty()
     text = text if not sys.stderr.isatty() else f"\r\x1b[K{text[:110]}"
