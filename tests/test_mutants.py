@@ -293,7 +293,8 @@ from mutants.tree import Tree
 
 tree, scratch = Tree(Path(sys.argv[1]), Path(sys.argv[2])), Path(sys.argv[3])
 order = ["tests/test_a.py::test_process", "tests/test_a.py::test_f"]
-for body in ("x + 1", "x - 1", "x + x", "f(", "[1 for _ in iter(int, 1)]", "x + 1 if x > 1 else __import__('os')._exit(0)"):
+endless, leaving = "[1 for _ in iter(int, 1)]", "x + 1 if x > 1 else __import__('os')._exit(0)"
+for body in ("x + 1", "x - 1", "x + x", "f(", endless, leaving):
     tree.plant("package/a.py", f"def f(x):\\n    return {body}\\n".encode())
     run = forked.run_tests(tree.path, scratch, ["tests/test_a.py"], order=order, seconds=5 if "iter" in body else 60)
     tree.mend()
