@@ -102,6 +102,23 @@ def test_doubles_become_float32_and_integers_stay(tmp_path: Path) -> None:
     assert half.inputs["first"].dtype == np.float32
 
 
+def test_tensors_of_every_type_are_taken() -> None:
+    """NumPy has no bfloat16, and integers are compared as integers."""
+    first = torch.randn(2, 6, 4)
+    for kind, expected in (
+        (torch.bfloat16, np.float32),
+        (torch.float16, np.float32),
+        (torch.float64, np.float32),
+        (torch.int64, np.int64),
+        (torch.bool, np.bool_),
+    ):
+        output = (4 * torch.randn(2, 3, 4)).to(kind)
+        for outputs in (output, {"output": output}):
+            found = as_reference(source(), (first.to(kind), outputs))
+            assert found.inputs["first"].dtype == found.outputs["output"].dtype == expected
+            np.testing.assert_array_equal(found.outputs["output"], output.double().numpy())
+
+
 def test_the_values_are_those_that_were_given() -> None:
     first, output = torch.randn(2, 6, 4), torch.randn(2, 3, 4, requires_grad=True)
     for outputs in (output, {"output": output}, {"output": output.detach().numpy()}):
@@ -129,6 +146,11 @@ def test_two_outputs_are_named_in_the_order_of_the_module() -> None:
         ((FIRST, [OUTPUT, OUTPUT]), r"has the output '\w+'; the module has output, in this order"),
         ((FIRST, {"other": OUTPUT}), "has the output 'other'; the module has output, in this order"),
         ((FIRST,), "is 1 values; expected"),
+        ((FIRST, {}), "has no outputs; expected one at least of output"),
+        ((FIRST, []), "has no outputs; expected one at least of output"),
+        ((np.array(["a"]), OUTPUT), "an array of <U1; expected numbers"),
+        ((FIRST, np.array([1j])), "an array of complex128; expected numbers"),
+        ((FIRST, {"output": np.array([None])}), "an array of object; expected numbers"),
     ],
 )
 def test_what_does_not_fit_the_module_is_refused(reference: Any, words: str) -> None:

@@ -158,6 +158,14 @@ def test_golden_files_of_other_cases_are_refused(
         read_golden(tmp_path, names)
 
 
+def test_golden_files_have_a_bound(tmp_path: Path) -> None:
+    """The file has no content, but for its size; it is refused before it is read."""
+    with (tmp_path / INPUTS_FILE).open("wb") as file:
+        file.truncate((4 << 30) + 1)
+    with pytest.raises(BundleError, match="has more than 4,294,967,296 bytes"):
+        read_golden(tmp_path, GOLDEN)
+
+
 def test_recorded_outputs_are_played_back_in_order_and_again() -> None:
     runner = golden_runner([{"y": X[:1]}, {"y": X[1:]}])
     for _ in range(2):

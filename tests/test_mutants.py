@@ -134,6 +134,12 @@ def test_tests_that_call_the_function_come_first_and_cheap_ones_before_them() ->
     names = [each.name.split("::")[1] for each in chosen(fault, guards, 40.0)]
     assert names == ["quick", "slow", "beside"]
     assert [each.name.split("::")[1] for each in chosen(fault, guards, 4.0)] == ["quick", "beside"]
+    many = [
+        guard("compiled", 3.0, "f"),
+        guard("shares", 0.1, "f"),
+        guard("heavy", 20.0, "f", file="tests/test_b.py"),
+    ]
+    assert [each.name.split("::")[1] for each in chosen(fault, many, 16.0)] == ["shares", "compiled"]
     assert chosen(replace(fault, function="h"), guards, 40.0) == []
     everywhere = chosen(replace(fault, function=""), guards, 40.0)
     assert len(everywhere) == 4

@@ -39,7 +39,7 @@ LIBRARIES = (
 )
 MEMORY = 16 << 30
 """Bytes of address space: a fault that takes out a bound must not take the machine."""
-FILE_SIZE = 4 << 30
+FILE_SIZE = 8 << 30
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import fnmatch
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,15 +197,18 @@ def chosen(fault: Fault, guards: Sequence[Guard], seconds: float) -> list[Guard]
     else:  # a value of the module: whoever runs any function of it may need it
         calling = {guard.name for guard in guards if any(name.startswith(own) for name in guard.functions)}
     files = _in_order([guard for guard in guards if guard.name in calling])
-    first = [guard for _, group in files for guard in group]
-    found = list(_within(first, seconds * (1 - OTHERS)))
+    slowest = _slowest(guards)
+    begun: set[str] = set()
+    found = list(
+        _within([guard for _, group in files for guard in group], seconds * (1 - OTHERS), slowest, begun)
+    )
     rest = [
         guard
         for file, _ in files
         for guard in sorted(guards, key=lambda guard: guard.seconds)
         if guard.file == file and guard.name not in calling
     ]
-    return [*found, *_within(rest, seconds * OTHERS, at_least=0)]
+    return [*found, *_within(rest, seconds * OTHERS, slowest, begun)]
 
 
 def _in_order(guards: Sequence[Guard]) -> list[tuple[str, list[Guard]]]:
@@ -216,17 +219,30 @@ def _in_order(guards: Sequence[Guard]) -> list[tuple[str, list[Guard]]]:
     return sorted(groups.items(), key=lambda item: sum(guard.seconds for guard in item[1][:10]))
 
 
-def _within(guards: Sequence[Guard], seconds: float, at_least: int = 1) -> Iterator[Guard]:
-    for count, guard in enumerate(guards):
-        seconds -= guard.seconds
-        if seconds < 0 and count >= at_least:
-            return
+def _within(
+    guards: Sequence[Guard], seconds: float, slowest: Mapping[str, float], begun: set[str]
+) -> Iterator[Guard]:
+    """Return tests that fit into a time, one at least.
+
+    The first of a file may have to set up or compute what the others then share, so it counts as the file's slowest.
+    """
+    for guard in guards:
+        cost = guard.seconds if guard.file in begun else slowest[guard.file]
+        if cost > seconds and begun:
+            continue
+        seconds -= cost
+        begun.add(guard.file)
         yield guard
 
 
-def expected_seconds(guards: Sequence[Guard]) -> float:
-    """Return about how long tests take together: each, and the longest thing that each file sets up."""
-    setups: dict[str, float] = {}
+def _slowest(guards: Sequence[Guard]) -> dict[str, float]:
+    """Return the seconds of each file's slowest test, with what it sets up."""
+    found: dict[str, float] = {}
     for guard in guards:
-        setups[guard.file] = max(setups.get(guard.file, 0.0), guard.setup)
-    return sum(guard.seconds for guard in guards) + 2 * sum(setups.values())
+        found[guard.file] = max(found.get(guard.file, 0.0), guard.seconds + guard.setup)
+    return found
+
+
+def expected_seconds(guards: Sequence[Guard]) -> float:
+    """Return about how long tests take together at the most."""
+    return sum(guard.seconds for guard in guards) + sum(_slowest(guards).values())
