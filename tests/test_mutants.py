@@ -179,14 +179,15 @@ def test_results_hold_while_what_they_rest_on_is_unchanged(repository: Path) -> 
     first, second = faults_of("package/a.py", (repository / "package" / "a.py").read_bytes())[:2]
     results = Results(repository, path)
     results.add(first, Result(first.key, "caught", "failed", "tests/test_a.py::test_f"), tests)
-    results.add(second, Result(second.key, "survived"), tests)
+    results.add(second, Result(second.key, "survived", budget=10.0), tests)
 
-    def known() -> list[str | None]:
+    def known(budget: float = 10.0) -> list[str | None]:
         again = Results(repository, path)
-        found = [again.known(fault, tests) for fault in (first, second)]
+        found = [again.known(fault, tests, budget) for fault in (first, second)]
         return [None if result is None else result.verdict for result in found]
 
     assert known() == ["caught", "survived"]
+    assert known(budget=30.0) == ["caught", None], "more tests may catch it in more time"
     test_file = repository / "tests" / "test_a.py"
     test_file.write_text(test_file.read_text() + "\ndef test_h():\n    pass\n")
     assert known() == ["caught", None]

@@ -220,7 +220,7 @@ def _judge(
     judged: dict[str, Judged] = {}
     missing = []
     for area, fault, reason in plan:
-        known = None if options.again else results.known(fault, area.tests)
+        known = None if options.again else results.known(fault, area.tests, options.budget)
         if reason or known is not None:
             judged[fault.key] = Judged(area, fault, None if reason else known, reason)
         else:
@@ -288,7 +288,7 @@ class Trial:
         verdict = "survived" if run.outcome in ("passed", "nothing ran") else "caught"
         how = "" if verdict == "survived" else run.outcome
         taken = round(time.monotonic() - began, 1)
-        found = Result(fault.key, verdict, how, run.test, len(tests), taken)
+        found = Result(fault.key, verdict, how, run.test, len(tests), taken, self._budget)
         return self._results.add(fault, found, area.tests)
 
     def _check(self, area: Area, tests: Sequence[Guard]) -> None:

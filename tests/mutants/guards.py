@@ -212,11 +212,12 @@ def chosen(fault: Fault, guards: Sequence[Guard], seconds: float) -> list[Guard]
 
 
 def _in_order(guards: Sequence[Guard]) -> list[tuple[str, list[Guard]]]:
-    """Group tests by file, those files first whose tests cost least, and in them the cheapest tests."""
+    """Group tests by file, those files first whose slowest test costs least, and in them the cheapest tests."""
     groups: dict[str, list[Guard]] = {}
     for guard in sorted(guards, key=lambda guard: guard.seconds):
         groups.setdefault(guard.file, []).append(guard)
-    return sorted(groups.items(), key=lambda item: sum(guard.seconds for guard in item[1][:10]))
+    slowest = _slowest(guards)
+    return sorted(groups.items(), key=lambda item: slowest[item[0]])
 
 
 def _within(

@@ -23,6 +23,7 @@ class Result:
         test: that caught it, or "".
         tests: how many were to run.
         seconds: that it took.
+        budget: seconds of a processor that the tests had.
         source: hash of the file without the fault.
         guards: hash of what the verdict rests on, see `Results.known`.
     """
@@ -33,6 +34,7 @@ class Result:
     test: str = ""
     tests: int = 0
     seconds: float = 0.0
+    budget: float = 0.0
     source: str = ""
     guards: str = ""
 
@@ -52,10 +54,12 @@ class Results:
                 result = Result(**json.loads(line))
                 self._found[result.key] = result
 
-    def known(self, fault: Fault, tests: tuple[str, ...]) -> Result | None:
-        """Return what is known of a fault and still holds."""
+    def known(self, fault: Fault, tests: tuple[str, ...], budget: float = 0.0) -> Result | None:
+        """Return what is known of a fault and still holds; one that survived less time than now is tried again."""
         result = self._found.get(fault.key)
         if result is None or result.source != self._hash(fault.file):
+            return None
+        if result.verdict == "survived" and result.budget < budget:
             return None
         return result if result.guards == self._guards(result, tests) else None
 
