@@ -26,6 +26,8 @@ from quartermap_deploy.validation.golden import (
     read_golden,
     write_golden,
 )
+from quartermap_deploy.validation.parity import check_parity
+from quartermap_deploy.validation.runners import SessionRunner
 from quartermap_deploy.validation.tolerances import tolerance_for
 
 X = np.random.default_rng(0).standard_normal((2, 6, 4)).astype(np.float32)
@@ -186,6 +188,40 @@ def test_a_session_is_compared_with_the_golden_outputs(folder: Path) -> None:
     assert not off.passed and off.worst == pytest.approx(2 * tolerance, rel=0.05)
     half = golden_parity(folder, GOLDEN, Portable(1 + 2 * tolerance).open(folder, {}), "engine", "float16")
     assert half.passed and half.tolerance == tolerance_for("float16")
+
+
+def test_a_runner_has_its_sessions_inputs_outputs_and_time(folder: Path) -> None:
+    with SessionRunner(Portable().open(folder, {}), "engine") as runner:
+        metadata = runner.get_input_metadata_impl()
+        found = runner.infer({"first": X.astype(np.float64)}, check_inputs=False)
+        assert 0 <= runner.last_inference_time() < 60
+    ((name, item),) = metadata.items()
+    assert (name, len(item.shape)) == ("first", 3) and str(item.dtype).lower() == "float32"
+    assert list(found) == ["output"] and found["output"].dtype == np.float32
+
+
+def test_outputs_of_16_bits_are_compared_in_float32(folder: Path) -> None:
+    text = """
+<ir_version: 10, opset_import: ["": 20]>
+halves (float16[2] x) => (float16[2] y, int64[1] n) {
+    y = Add (x, x)
+    n = Shape (x)
+}
+"""
+    halves = OnnxRuntimeSession(onnx.parser.parse_model(text).SerializeToString())
+    with SessionRunner(halves, "halves") as runner:
+        found = runner.infer({"x": np.array([1.0, 1.0001], np.float32)}, check_inputs=False)
+    assert {name: value.dtype for name, value in found.items()} == {"y": np.float32, "n": np.int64}
+    np.testing.assert_array_equal(found["y"], [2, 2])
+
+
+def test_paths_of_blocks_reach_the_report(folder: Path) -> None:
+    inputs, outputs = read_golden(folder, GOLDEN)
+    runner = SessionRunner(Portable().open(folder, {}), "engine")
+    tolerance = tolerance_for("float32")
+    found = check_parity(golden_runner(outputs), runner, inputs, tolerance, {1: "encoder"})
+    assert found.paths == {1: "encoder"} and found.reference == "golden outputs"
+    assert check_parity(golden_runner(outputs), runner, inputs, tolerance).paths == {}
 
 
 def test_an_engine_is_run_on_what_its_profile_takes(folder: Path) -> None:
