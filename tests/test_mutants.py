@@ -120,7 +120,7 @@ def test_areas_name_files_and_tests_that_are_there() -> None:
 
 
 def guard(name: str, seconds: float, *functions: str, file: str = "tests/test_a.py") -> Guard:
-    return Guard(f"{file}::{name}", file, seconds, 0.0, frozenset(f"a.py::{each}" for each in functions))
+    return Guard(f"{file}::{name}", file, seconds, seconds, frozenset(f"a.py::{each}" for each in functions))
 
 
 def test_tests_that_call_the_function_come_first_and_cheap_ones_before_them() -> None:

@@ -89,15 +89,15 @@ class Guard:
     Attributes:
         name: by pytest.
         file: that it stands in.
-        seconds: that it takes.
-        setup: seconds of what it sets up, which a test before it may have done.
+        seconds: of processors that it takes, with what it sets up, which a test before it may have done.
+        wall: seconds that it takes by the clock.
         functions: that it runs, as file::function.
     """
 
     name: str
     file: str
     seconds: float
-    setup: float
+    wall: float
     functions: frozenset[str]
 
 
@@ -158,7 +158,7 @@ class Guards:
 def _guards(file: str, found: dict[str, Any]) -> list[Guard]:
     imported = frozenset(found["imported"])
     return [
-        Guard(name, file, test["seconds"], test["setup"], imported | frozenset(test["functions"]))
+        Guard(name, file, test["seconds"], test["wall"], imported | frozenset(test["functions"]))
         for name, test in found["tests"].items()
     ]
 
@@ -237,13 +237,16 @@ def _within(
 
 
 def _slowest(guards: Sequence[Guard]) -> dict[str, float]:
-    """Return the seconds of each file's slowest test, with what it sets up."""
+    """Return the seconds of each file's slowest test."""
     found: dict[str, float] = {}
     for guard in guards:
-        found[guard.file] = max(found.get(guard.file, 0.0), guard.seconds + guard.setup)
+        found[guard.file] = max(found.get(guard.file, 0.0), guard.seconds)
     return found
 
 
 def expected_seconds(guards: Sequence[Guard]) -> float:
-    """Return about how long tests take together at the most."""
-    return sum(guard.seconds for guard in guards) + sum(_slowest(guards).values())
+    """Return about how long tests take together by the clock, at the most."""
+    slowest: dict[str, float] = {}
+    for guard in guards:
+        slowest[guard.file] = max(slowest.get(guard.file, 0.0), guard.wall)
+    return sum(guard.wall for guard in guards) + sum(slowest.values())

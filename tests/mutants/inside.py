@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,21 +134,21 @@ class Measuring:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: Any) -> Generator[None, Any, Any]:
-        """Note what runs in one test."""
+        """Note what one test runs, and the time that it takes with all that it sets up."""
         self._take()
+        cpu, wall = _cpu_seconds(), time.monotonic()
         result = yield
         if item.nodeid in self._tests:
-            self._tests[item.nodeid]["functions"] = self._take()
+            taken = {"seconds": _cpu_seconds() - cpu, "wall": time.monotonic() - wall}
+            self._tests[item.nodeid] = {**taken, "functions": self._take()}
         return result
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Add up the times; a test that does not pass catches nothing."""
-        if report.when == "setup" and report.passed:
-            self._tests[report.nodeid] = {"seconds": 0.0, "setup": report.duration, "functions": []}
-        elif report.nodeid in self._tests and not report.passed:
-            del self._tests[report.nodeid]
-        if report.nodeid in self._tests and report.when == "call":
-            self._tests[report.nodeid]["seconds"] = report.duration
+        """A test that does not pass catches nothing."""
+        if report.when == "call" and report.passed:
+            self._tests[report.nodeid] = {}
+        elif not report.passed:
+            self._tests.pop(report.nodeid, None)
 
     def end(self, code: int) -> None:
         """Write what was noted."""
