@@ -201,6 +201,8 @@ def test_what_is_no_folder_is_told_of(tmp_path: Path) -> None:
     [
         ("[]", "is not the manifest of a bundle"),
         ("{}", "is not the manifest of a bundle"),
+        ("3", "is not the manifest of a bundle"),
+        ('"format"', "is not the manifest of a bundle"),
         ('{"format": 0}', r"has format 0, this version of quartermap-deploy reads format \d+"),
         ('{"format": "1"}', r"has format '1', this version"),
         ("{", "cannot be read"),
