@@ -26,15 +26,19 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 QUARTER
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint typecheck pytest mutants mutants-touched test-server fuzz format bench evidence train-demo-model clean
+.PHONY: help demo test native lint typecheck pytest mutants mutants-touched test-server fuzz format bench evidence \
+	train-demo-model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(STAMP) ## compile the digits model with and without QuarterMap, prove parity, compare
+demo: native ## compile the digits model with and without QuarterMap, prove parity, compare
 	@$(RUN) -m quartermap_deploy.demo
 
 test: lint typecheck pytest mutants-touched ## everything that continuous integration checks
+
+native: $(STAMP) ## build the CPU library, where there is a C++ compiler; nothing needs it
+	@$(RUN) -m quartermap_deploy native build >/dev/null || echo "going on without the CPU library" >&2
 
 lint: $(STAMP) ## ruff: rules and format
 	@$(RUN) -m ruff check .
@@ -43,7 +47,7 @@ lint: $(STAMP) ## ruff: rules and format
 typecheck: $(STAMP) ## mypy, strict, on the package
 	@$(RUN) -m mypy
 
-pytest: $(STAMP) ## the tests alone; PYTEST_FLAGS="-k scan" chooses some
+pytest: native ## the tests alone; PYTEST_FLAGS="-k scan" chooses some
 	@$(ONE_THREAD) $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_FLAGS)
 
 test-server: $(STAMP) ## the server in another Python, without torch: make test-server SERVER_PYTHON=python3.13

@@ -181,6 +181,8 @@ def _speeds(entries: Sequence[Values]) -> str:
                         for name in ("QuarterMap k = 3", "QuarterMap k = 2", "ToMe k = 3")
                     ),
                     _ratio(None if pruned is None else pruned["speed_to_tome"]),
+                    _portable(by_name["unpruned"], "median_ms", ",.0f"),
+                    _portable(pruned, "speed", ".2f"),
                     *(
                         f"{entry['scan_share']:.0%}" if entry else None
                         for entry in (by_name["unpruned"], pruned)
@@ -199,6 +201,8 @@ def _speeds(entries: Sequence[Values]) -> str:
             ">k = 2",
             ">ToMe, k = 3",
             ">k = 3 to ToMe",
+            ">portable: unpruned, ms",
+            ">portable: k = 3",
             ">in the scans, unpruned",
             ">with k = 3",
         ),
@@ -235,6 +239,12 @@ def _speed(entry: Values | None) -> str | None:
         return None
     low, high = entry["speed_quartiles"]
     return f"{entry['speed']:.2f} × [{low:.2f} – {high:.2f}]"
+
+
+def _portable(entry: Values | None, key: str, form: str) -> str | None:
+    """A number of a variant whose scans ran in the portable form."""
+    found = None if entry is None else entry.get("portable")
+    return None if found is None else f"{found[key]:{form}}" + (" ×" if key == "speed" else "")
 
 
 def _ratio(value: float | None) -> str | None:

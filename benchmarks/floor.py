@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from quartermap_deploy.architectures import ss2d
-from quartermap_deploy.lowering.operator import INPUTS_2D, SELECTIVE_SCAN_2D
+from quartermap_deploy.lowering.operator import ATTRIBUTES_2D, INPUTS_2D, SELECTIVE_SCAN_2D
 from quartermap_deploy.lowering.writer import Writer, ints, scan_function
 from quartermap_deploy.scan.definition import selective_scan_2d_definition
+from quartermap_deploy.scan.vectorized import selective_scan_2d_vectorized
 
 DIRECTIONS = 4
 
@@ -38,7 +39,7 @@ def floor_onnx(model: onnx.ModelProto) -> onnx.ModelProto:
         SELECTIVE_SCAN_2D,
         INPUTS_2D,
         write.nodes[-1].output[0],
-        ("directions", "softplus"),
+        ATTRIBUTES_2D,
         overload="",
     )
     floor = onnx.ModelProto()
@@ -79,3 +80,11 @@ def with_scan(model: torch.nn.Module, images: Tensor, scan: Callable[..., Tensor
 
 FLOOR: Callable[..., Tensor] = _floor_scan
 STEP_BY_STEP: Callable[..., Tensor] = selective_scan_2d_definition
+
+
+def _vectorized(*tensors: Tensor, dt_weight: Tensor | None = None, directions: Any = None) -> Tensor:
+    """PyTorch's own form of the scan, which shares no code with the native kernels."""
+    return selective_scan_2d_vectorized(*tensors, dt_weight, tuple(directions), True)
+
+
+VECTORIZED: Callable[..., Tensor] = _vectorized

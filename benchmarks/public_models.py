@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import itertools
 import json
 import math
 import subprocess
@@ -38,7 +37,7 @@ nor mamba-ssm is needed; what else the code imports is, and --list says what tha
 EPILOG = """\
 columns:
   scans      calls of a selective scan in one run of the model
-  2-D        how many of them became scans of a map, with the four directions or some of them
+  2-D        how many of them became scans of a map, with the four directions or some of them, or one for each
   parity     largest difference of an output between ONNX Runtime and PyTorch, as a share of the largest value, over
              the example, real images and zeros
   pruned     the same with a QuarterMap plan, every k-th block from the first stage on; or why it was refused
@@ -222,10 +221,12 @@ def _compile(model: PublicModel, result: dict[str, Any], folder: Path, options: 
     result["seconds"] = round(time.perf_counter() - start, 1)
     graph = bundle.manifest["graph"]
     result["nodes"] = graph["nodes"]
-    result["two_dimensional"] = graph["operators"].get("SelectiveScan2D", 0)
+    (recovery,) = (p for p in bundle.manifest["passes"] if p["name"] == "recover_2d")
+    # Each line begins with the names of the scans that it is about: one node of the graph may stand for several, and
+    # one for each direction of a scan.
+    result["two_dimensional"] = sum(len(line.split(": ")[0].split(", ")) for line in recovery["changed"])
     result["one_dimensional"] = graph["operators"].get("SelectiveScan", 0)
-    refused = [p["refused"].values() for p in bundle.manifest["passes"] if p["name"] == "recover_2d"]
-    result["why_not"] = collections.Counter(itertools.chain.from_iterable(refused))
+    result["why_not"] = collections.Counter(recovery["refused"].values())
     result["parity"] = _parity(bundle)
     result["_bundle"] = bundle
 

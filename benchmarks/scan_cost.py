@@ -4,13 +4,16 @@
 
 For each model, on real photographs, all of these run in turns in one process, after their outputs were checked:
 
-    onnx            the portable model
-    onnx k=3        pruned, every third block, hoisted and sunk
-    canonical k=3   the same in the paper's form, Slice before and Resize after the scan
+    native          the portable model, its scans by the native operator
+    portable        the same file, its scans by the body in it
+    native k=3      pruned, every third block, hoisted and sunk; likewise portable k=3
+    canonical k=3   the same in the paper's form, Slice before and Resize after the scan; with the native operator
     floor           the portable model with the scan taken out (floor.py)
-    torch           PyTorch with the vectorised scan
+    torch           PyTorch with its operator for scans, which takes the native kernels where they are built
     torch floor     PyTorch with the scan taken out
     torch steps     PyTorch with the step-by-step scan, as the public code runs on a CPU
+
+The native operator has to be built (`quartermap native build`); what instruction set it uses is told with the results.
 
 Weights are newly initialised with a fixed seed: they decide no time.
 """
@@ -34,7 +37,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from floor import FLOOR, STEP_BY_STEP, floor_onnx, with_scan
+from floor import FLOOR, STEP_BY_STEP, VECTORIZED, floor_onnx, with_scan
 
 import quartermap_deploy as qm
 from quartermap_deploy.bench import Timing, interleave
@@ -62,16 +65,19 @@ def benchmark(name: str, batch: int, threads: int, repeats: int, step_by_step: b
     export_seconds = time.perf_counter() - start
     plain, traced = exported.model, exported.traced.model
     selection = Selection(PLAN.select(model.depths), PLAN.subsample)
+    pruned = lower(run_passes(traced, selection, OPTIMIZED)[0])
     graphs = {
-        "onnx": plain,
-        "onnx k=3": lower(run_passes(traced, selection, OPTIMIZED)[0]),
-        "canonical k=3": lower(run_passes(traced, selection, CANONICAL)[0]),
-        "floor": floor_onnx(plain),
+        "native": (plain, True),
+        "portable": (plain, False),
+        "native k=3": (pruned, True),
+        "portable k=3": (pruned, False),
+        "canonical k=3": (lower(run_passes(traced, selection, CANONICAL)[0]), True),
+        "floor": (floor_onnx(plain), False),
     }
     sessions, loading = {}, {}
-    for label, graph in graphs.items():
+    for label, (graph, native) in graphs.items():
         start = time.perf_counter()
-        sessions[label] = OnnxRuntimeSession(graph.SerializeToString(), threads=threads)
+        sessions[label] = OnnxRuntimeSession(graph.SerializeToString(), threads=threads, native=native)
         loading[label] = time.perf_counter() - start
     model.freeze()
     tensor = torch.from_numpy(images)
@@ -88,7 +94,8 @@ def benchmark(name: str, batch: int, threads: int, repeats: int, step_by_step: b
         "batch": batch,
         "nodes": len(plain.graph.node),
         "export_seconds": export_seconds,
-        "load_seconds": loading["onnx"],
+        "load_seconds": {label: loading[label] for label in ("native", "portable")},
+        "instruction_set": sessions["native"].scans.instruction_set,
         "median_ms": {label: timing.median * 1e3 for label, timing in timings.items()},
         "ratios": _ratios(timings),
     }
@@ -101,8 +108,9 @@ def _call(session: OnnxRuntimeSession, images: np.ndarray[Any, Any]) -> Any:
 def _require_parity(model: Any, images: torch.Tensor, sessions: dict[str, OnnxRuntimeSession]) -> None:
     """No speed counts before the outputs are right."""
     with torch.no_grad():
-        expected = {"onnx": model(images).numpy()}
-        expected["onnx k=3"] = expected["canonical k=3"] = qm.prune(model, PLAN)(images).numpy()
+        whole = with_scan(model, images, VECTORIZED)().numpy()
+        pruned = with_scan(qm.prune(model, PLAN), images, VECTORIZED)().numpy()
+    expected = {label: pruned if "k=3" in label else whole for label in sessions if label != "floor"}
     for label, logits in expected.items():
         error = float(np.abs(sessions[label].run(images.numpy()) - logits).max() / np.abs(logits).max())
         if not error <= tolerance_for("float32").relative:
@@ -111,11 +119,13 @@ def _require_parity(model: Any, images: torch.Tensor, sessions: dict[str, OnnxRu
 
 def _ratios(timings: dict[str, Timing]) -> dict[str, float]:
     pairs = {
-        "onnx / floor": ("onnx", "floor"),
-        "torch steps / onnx": ("torch steps", "onnx"),
+        "native / floor": ("native", "floor"),
+        "portable / floor": ("portable", "floor"),
+        "torch steps / native": ("torch steps", "native"),
         "torch / torch floor": ("torch", "torch floor"),
-        "onnx / onnx k=3": ("onnx", "onnx k=3"),
-        "canonical k=3 / onnx k=3": ("canonical k=3", "onnx k=3"),
+        "native / native k=3": ("native", "native k=3"),
+        "portable / portable k=3": ("portable", "portable k=3"),
+        "canonical k=3 / native k=3": ("canonical k=3", "native k=3"),
     }
     return {
         label: timings[a].ratio(timings[b])
@@ -173,7 +183,10 @@ def _print(result: dict[str, Any]) -> None:
     for label, ratio in result["ratios"].items():
         ratios.add_row(label, f"{ratio:.2f}")
     console.print(ratios)
-    console.print(f"export {result['export_seconds']:.1f} s, load {result['load_seconds']:.1f} s\n")
+    loads = ", ".join(f"{label} {seconds:.1f} s" for label, seconds in result["load_seconds"].items())
+    console.print(
+        f"native operator: {result['instruction_set']}; export {result['export_seconds']:.1f} s, load {loads}\n"
+    )
 
 
 if __name__ == "__main__":

@@ -80,18 +80,26 @@ class Bundle:
         targets = list(self.manifest["targets"])
         return DEFAULT if DEFAULT in targets else targets[0]
 
-    def session(self, target: str | None = None, *, plugin: Path | None = None) -> Session:
+    def session(
+        self, target: str | None = None, *, plugin: Path | None = None, native: bool | None = None
+    ) -> Session:
         """Return a session that is ready to run; the same one at every call.
 
         Args:
             target: one of the targets the bundle was built for; None for the default.
             plugin: the plugin library, for an engine of `tensorrt`; None looks for it.
+            native: for `onnxruntime`, whether the native operator computes the scans: None where it is there and takes
+                the model, False never, True or not at all.
 
         Raises:
             UnknownNameError: if the bundle was not built for the target.
+            InputError: if a native operator is asked for, or refused, for an engine, which has none.
             BundleError: if the target's runtime refuses it.
         """
-        return _session(self, self.target(target), plugin)
+        name = self.target(target)
+        if native is not None and name in ENGINE_TARGETS:
+            raise InputError(f"an engine of {name} has no native operator for CPUs; leave native out")
+        return _session(self, name, plugin, native)
 
     def target(self, name: str | None) -> str:
         """Return the name of a target that the bundle was built for; of its default for None.
@@ -274,9 +282,9 @@ class Bundle:
 
 
 @functools.lru_cache(maxsize=8)
-def _session(bundle: Bundle, target: str, plugin: Path | None) -> Session:
+def _session(bundle: Bundle, target: str, plugin: Path | None, native: bool | None) -> Session:
     entry = {**bundle.manifest["targets"][target], "size_rules": bundle.manifest["size_rules"]}
-    return load_target(target).open(bundle.path, entry, plugin=plugin)
+    return load_target(target).open(bundle.path, entry, plugin=plugin, native=native)
 
 
 def load_bundle(path: str | os.PathLike[str], *, signed_by: Sequence[str | os.PathLike[str]] = ()) -> Bundle:

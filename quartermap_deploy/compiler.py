@@ -28,8 +28,9 @@ from quartermap_deploy.manifest import make_manifest
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.pruning.plan import QuarterMap
 from quartermap_deploy.recipe import Recipe
-from quartermap_deploy.targets import Target, load_target
+from quartermap_deploy.targets import DEFAULT, Target, load_target
 from quartermap_deploy.targets.tensorrt.options import EngineOptions
+from quartermap_deploy.validation.forms import prove_native
 
 if TYPE_CHECKING:
     from torch import nn
@@ -214,11 +215,19 @@ def _compile(
                 )
         parity = validate(recipe, source, cases, exported, folder, progress)
         given_entry = check_given(given, exported, progress)
+        native = (
+            prove_native(folder, MODEL, golden, recipe.precision, progress) if DEFAULT in targets else None
+        )
         for name in sorted(ENGINES.intersection(targets)):
             entries[name].update(
                 prove(recipe, exported, name, targets[name], folder, entries[name], golden, progress)
             )
-        report = {**parity.to_dict(), "given_reference": given_entry, **precision_entry(exported)}
+        report = {
+            **parity.to_dict(),
+            "native": native,
+            "given_reference": given_entry,
+            **precision_entry(exported),
+        }
         write_json(folder / REPORT, report)
         write_json(folder / MANIFEST, make_manifest(recipe, source, exported, golden, folder, entries))
         # Checked before it takes its place, which moves the folder and touches no file in it.
@@ -411,8 +420,13 @@ def parity_of(
     onnx_bytes: bytes,
     traced: Traced | None = None,
     progress: Progress = SILENT,
+    *,
+    native: bool = False,
 ) -> ParityReport:
-    """Compare the portable model, in ONNX Runtime, with PyTorch at every block and on every case."""
+    """Compare the model, in ONNX Runtime, with PyTorch at every block and on every case.
+
+    `native` says whether the native operator computes its scans, or else the portable body.
+    """
     import onnx
 
     from quartermap_deploy.validation.parity import check_parity
@@ -423,7 +437,7 @@ def parity_of(
     # A module's outputs are compared from the input on; its own rounding, where it can be avoided, is nobody's fault.
     reference = TorchRunner(source.reference(recipe.quartermap, traced), double=source.kind == "module")
     # In 16 bits every value is rounded as the types say, which ONNX Runtime's own casts would leave out.
-    target = onnxruntime_runner(rounded_in_float32(onnx.load_from_string(onnx_bytes)))
+    target = onnxruntime_runner(rounded_in_float32(onnx.load_from_string(onnx_bytes)), native=native)
     paths = {block.index: block.path for block in source.blocks}
     further = {} if traced is None else source.further_cases(traced)
     with progress.step("comparing every block with PyTorch"):

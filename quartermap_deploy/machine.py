@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import platform
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,42 @@ def processor() -> str | None:
 
 SYSTEM = Path("/")
 """Where Linux has its files."""
+
+_NOTABLE = re.compile(r"sse4_2|f16c|fma|avx\w*|amx_\w+|neon|asimd\w*|sve\w*|i8mm|bf16")
+
+
+def instruction_sets(system: Path = SYSTEM) -> list[str]:
+    """Return the processor's instruction sets for vectors, as Linux names them; empty where the system tells none.
+
+    Args:
+        system: the root of the file system that has `proc`.
+    """
+    try:
+        lines = (system / "proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    flags = (line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features")))
+    return sorted(flag for flag in next(flags, []) if _NOTABLE.fullmatch(flag))
+
+
+def memory(system: Path = SYSTEM) -> dict[str, int | None]:
+    """Return the bytes of memory, in all and available; None for what the system does not tell.
+
+    Args:
+        system: the root of the file system that has `proc`.
+    """
+    found: dict[str, int | None] = {"total": None, "available": None}
+    try:
+        lines = (system / "proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            found["total"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return found
+    for name, key in (("MemTotal:", "total"), ("MemAvailable:", "available")):
+        sizes = (line.split()[1] for line in lines if line.startswith(name))
+        if (size := next(sizes, "")).isdecimal():
+            found[key] = int(size) * 1024
+    return found
 
 
 def usable_cores(system: Path = SYSTEM) -> int:

@@ -445,7 +445,7 @@ def _contents(model: Path | bytes) -> memoryview:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def check_model(model: Path | bytes) -> None:
+def check_model(model: Path | bytes) -> frozenset[str]:
     """Check that a model has nothing that this package does not write, and that could keep a runtime busy for ever.
 
     Functions are of this package's domain, do not call themselves and are short when they are written out; other
@@ -454,6 +454,9 @@ def check_model(model: Path | bytes) -> None:
 
     Args:
         model: its file, or its serialised bytes.
+
+    Returns:
+        The operators of this package's domain that its graph calls.
 
     Raises:
         BundleError: if it is otherwise, or no ONNX model.
@@ -464,6 +467,7 @@ def check_model(model: Path | bytes) -> None:
         if len(graphs) != 1:
             raise _Malformed(f"it has {len(graphs)} graphs")
         _Walk(functions).graph(graphs[0], {}, 0)
+        return frozenset(node.kind for node in graphs[0].nodes if node.domain == DOMAIN)
     except FileNotFoundError:
         raise BundleError(f"there is no model {name}") from None
     except (OSError, ValueError, struct.error) as error:

@@ -8,6 +8,7 @@ labels = "classes.txt"  # names of the classes, one a line, or a list; leave out
 [module]                # a module of your own in place of a card; [model] may then name it as you like
 factory = "my_package.models:build"                # or "model.py:Net", beside the recipe
 example = [1, 3, 224, 224]                         # or { first = [1, 3, 64, 64], second = [1, 3, 64, 64] }
+types = {}                                         # of inputs that are not float32, such as { ids = "int64" }
 arguments = { num_classes = 10 }                   # of the factory
 
 [preprocessing]         # what is otherwise than the card says; for a module of your own, everything

@@ -11,14 +11,19 @@ from quartermap_deploy.errors import BundleError, CheckpointError
 from quartermap_deploy.plain_text import command
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.targets import DEFAULT
+from quartermap_deploy.targets.scan_form import ScanForm
 from quartermap_deploy.targets.tensorrt.options import EngineOptions
+from quartermap_deploy.validation.forms import FORMS, native_entry, native_form, require_native
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from quartermap_deploy.bundle import Bundle
     from quartermap_deploy.recipe import Recipe
     from quartermap_deploy.sources.description import Feeds
     from quartermap_deploy.sources.source_model import SourceModel
     from quartermap_deploy.validation.localise import LocaliseReport
+    from quartermap_deploy.validation.parity import ParityReport
 
 REFERENCES = ("golden", "torch")
 
@@ -31,6 +36,7 @@ def validate_bundle(
     checkpoint: str | os.PathLike[str] | None = None,
     factory: str | None = None,
     plugin: Path | None = None,
+    scans: str = "both",
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Check a bundle on this machine.
@@ -45,10 +51,13 @@ def validate_bundle(
         factory: for a bundle of a module of the user's, what makes the module, as `package.module:name`. A bundle's own
             word is not enough: nothing that a file names is ever run.
         plugin: the plugin library, for an engine that needs it; None looks for it.
+        scans: of the target `onnxruntime`, what is to compute them: "portable", the body in the file; "native", the
+            native operator; or "both", one after the other, as far as they can run here.
         progress: told about the steps.
 
     Returns:
-        The report in the form of the bundle's report.json.
+        The report in the form of the bundle's report.json: of the portable body, with that of the native operator under
+        "native"; of the latter alone, if it alone was asked for. It passed if everything in it did.
 
     Raises:
         BundleError: if the reference is not available for this bundle, or the checkpoint does not belong to it.
@@ -57,15 +66,20 @@ def validate_bundle(
     """
     if reference not in REFERENCES:
         raise BundleError(f"unknown reference {reference!r}; expected one of {', '.join(REFERENCES)}")
+    if scans not in FORMS:
+        raise BundleError(f"unknown form of scans {scans!r}; expected one of {', '.join(FORMS)}")
+    name = bundle.target(target)
+    if name != DEFAULT and scans != "both":
+        raise BundleError(f"an engine of {name} has one form of scans alone; leave {scans!r} out")
     path = None if checkpoint is None else Path(checkpoint)
     if reference == "torch":
-        return _against_torch(bundle, target, path, factory, progress)
+        return _against_torch(bundle, target, path, factory, scans, progress)
     if path is not None or factory is not None:
         raise BundleError(
             f"the golden outputs need no {'checkpoint' if factory is None else 'factory'}; leave it out, or take the "
             "reference torch"
         )
-    return _against_golden(bundle, target, plugin, progress)
+    return _against_golden(bundle, target, plugin, scans, progress)
 
 
 def localise_bundle(
@@ -163,7 +177,7 @@ def _require_own_engine(bundle: Bundle, target: str, plugin: Path | None, progre
     Raises:
         BundleError: if it departs.
     """
-    own = _against_golden(bundle, target, plugin, progress)
+    own = _against_golden(bundle, target, plugin, "both", progress)
     if not own["passed"]:
         raise BundleError(
             f"the {target} engine of {bundle.path} departs, though one that is built anew is right: the fault is none "
@@ -216,13 +230,15 @@ def _recipe_with(bundle: Bundle, checkpoint: Path | None, factory: str | None) -
             f"the bundle {bundle.path} is of a module of yours, and what makes it{named} is run only if you name it: "
             "--factory package.module:name (in Python: factory=)"
         )
-    from quartermap_deploy.sources.factories import UserModule
+    from quartermap_deploy.sources.factories import EXAMPLE_TYPES, UserModule
 
-    shapes = {name: array.shape for name, array in _golden(bundle)[0]["example"].items()}
+    example = _golden(bundle)[0]["example"]
+    shapes = {name: array.shape for name, array in example.items()}
+    types = {name: str(array.dtype) for name, array in example.items() if str(array.dtype) in EXAMPLE_TYPES}
     arguments = {} if own is None else own.arguments
     strict = own is None or own.strict_weights
     stages = None if own is None else own.stages
-    module = UserModule(factory, shapes, arguments, strict, stages)
+    module = UserModule(factory, shapes, arguments, strict, stages, types=types)
     return dataclasses.replace(recipe, module=module)
 
 
@@ -242,19 +258,43 @@ def _recorded_cases(bundle: Bundle, source: SourceModel) -> dict[str, Feeds]:
 
 
 def _against_golden(
-    bundle: Bundle, target: str | None, plugin: Path | None, progress: Progress
+    bundle: Bundle, target: str | None, plugin: Path | None, scans: str, progress: Progress
 ) -> dict[str, Any]:
     from quartermap_deploy.validation.engines import golden_parity
+    from quartermap_deploy.validation.runners import NATIVE
 
-    with progress.step("loading the model"):
-        session = bundle.session(target, plugin=plugin)
-    name, precision = target or bundle.default_target, bundle.manifest["recipe"]["precision"]
-    with progress.step("comparing with the golden outputs"):
-        return golden_parity(bundle.path, bundle.manifest["golden"], session, name, precision).to_dict()
+    name, precision = bundle.target(target), bundle.manifest["recipe"]["precision"]
+
+    def compared(label: str, native: bool | None) -> ParityReport:
+        with progress.step(f"loading the model for {label}"):
+            session = bundle.session(name, plugin=plugin, native=native)
+        with progress.step("comparing with the golden outputs"):
+            return golden_parity(bundle.path, bundle.manifest["golden"], session, label, precision)
+
+    if name != DEFAULT:
+        return compared(name, None).to_dict()
+    return _both_forms(bundle, scans, lambda native: compared(NATIVE if native else name, native))
+
+
+def _both_forms(bundle: Bundle, scans: str, compared: Callable[[bool], ParityReport]) -> dict[str, Any]:
+    """Judge the forms of the scans that are asked for; `compared` does so for the native operator, or for the body."""
+    form = ScanForm("none") if scans == "portable" else native_form(bundle.model_path)
+    if scans == "native":
+        require_native(form, bundle.model_path)
+        return compared(True).to_dict()
+    report = compared(False)
+    native = compared(True) if form.kind == "native" else None
+    passed = report.passed and (native is None or native.passed)
+    return {**report.to_dict(), "native": native_entry(form, native), "passed": passed}
 
 
 def _against_torch(
-    bundle: Bundle, target: str | None, checkpoint: Path | None, factory: str | None, progress: Progress
+    bundle: Bundle,
+    target: str | None,
+    checkpoint: Path | None,
+    factory: str | None,
+    scans: str,
+    progress: Progress,
 ) -> dict[str, Any]:
     from quartermap_deploy.compiler import parity_of
 
@@ -271,8 +311,12 @@ def _against_torch(
         with progress.step("exporting to ONNX"):
             traced = source.trace()
     cases = _recorded_cases(bundle, source)
-    report = parity_of(recipe, source, cases, bundle.model_path.read_bytes(), traced, progress)
-    return report.to_dict()
+    graph = bundle.model_path.read_bytes()
+    return _both_forms(
+        bundle,
+        scans,
+        lambda native: parity_of(recipe, source, cases, graph, traced, progress, native=native),
+    )
 
 
 def _check_checkpoint(bundle: Bundle, checkpoint: Path | None) -> None:

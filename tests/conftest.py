@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import cpu_builds
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -26,9 +28,14 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tests have a store of plugins and caches of their own, as have the processes that they start."""
+    """Tests have a store of plugins and caches of their own, as have the processes that they start.
+
+    So they find no CPU library but where they name one in QUARTERMAP_NATIVE.
+    """
+    cpu_builds.remember_library()
     os.environ["QUARTERMAP_HOME"] = str(tmp_path_factory.mktemp("home"))
-    os.environ.pop("QUARTERMAP_PLUGIN", None)
+    for name in ("QUARTERMAP_PLUGIN", "QUARTERMAP_NATIVE", "QUARTERMAP_INSTRUCTION_SET"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,3 +43,9 @@ def _shared_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tell `helpers` of a folder that all processes of this test run share; pytest removes it by and by."""
     own = tmp_path_factory.getbasetemp()
     os.environ["QUARTERMAP_TEST_FOLDER"] = str(own.parent if "PYTEST_XDIST_WORKER" in os.environ else own)
+
+
+@pytest.fixture(scope="session")
+def cpu_library(_own_folders: None, _shared_folder: None) -> Path:
+    """A built CPU library; tests that want it skip where there is no C++ compiler."""
+    return cpu_builds.library("all")

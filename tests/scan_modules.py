@@ -26,6 +26,8 @@ class Mixer(nn.Module):
         rank: of the time step.
     """
 
+    channels = CHANNELS
+
     def __init__(self, seed: int = 0, bias: bool = False, rank: int = RANK) -> None:
         super().__init__()
         random = torch.Generator().manual_seed(seed)
@@ -33,20 +35,22 @@ class Mixer(nn.Module):
         def normal(*shape: int, scale: float = 1.0) -> nn.Parameter:
             return nn.Parameter(scale * torch.randn(*shape, generator=random))
 
-        self.rank = rank
-        self.conv = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, groups=CHANNELS)
+        self.rank, channels = rank, self.channels
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
         self.conv.weight = normal(*self.conv.weight.shape, scale=0.3)
-        self.x_weight = normal(DIRECTIONS, rank + 2 * STATE, CHANNELS, scale=0.5)
+        self.x_weight = normal(
+            DIRECTIONS, rank + 2 * STATE, channels, scale=0.5 * (CHANNELS / channels) ** 0.5
+        )
         self.x_bias = normal(DIRECTIONS, rank + 2 * STATE) if bias else None
-        self.dt_weight = normal(DIRECTIONS, CHANNELS, rank)
-        self.dt_bias = normal(DIRECTIONS * CHANNELS)
-        self.A_log = normal(DIRECTIONS * CHANNELS, STATE, scale=0.3)
-        self.D = normal(DIRECTIONS * CHANNELS)
-        self.norm = nn.LayerNorm(CHANNELS)
-        self.out = nn.Linear(CHANNELS, CHANNELS)
+        self.dt_weight = normal(DIRECTIONS, channels, rank)
+        self.dt_bias = normal(DIRECTIONS * channels)
+        self.A_log = normal(DIRECTIONS * channels, STATE, scale=0.3)
+        self.D = normal(DIRECTIONS * channels)
+        self.norm = nn.LayerNorm(channels)
+        self.out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, CHANNELS, H, W) → the same."""
+        """(batch, channels, H, W) → the same."""
         y = self.mix(functional.silu(self.conv(x)))
         return x + self.out(self.norm(y)).permute(0, 3, 1, 2)
 
@@ -66,7 +70,7 @@ class Mixer(nn.Module):
         """Scan sequences (batch, K, CHANNELS, L) with their time steps, of the same shape."""
 
         def rows(parameter: Tensor) -> Tensor:
-            return parameter.unflatten(0, (DIRECTIONS, CHANNELS))[directions].flatten(0, 1)
+            return parameter.unflatten(0, (DIRECTIONS, self.channels))[directions].flatten(0, 1)
 
         y = selective_scan(
             sequences.flatten(1, 2),
@@ -264,6 +268,83 @@ class FullRank(Stacked):
         return summed.transpose(1, 2).unflatten(1, (height, width))
 
 
+class Apart(Mixer):
+    """Directions that are no whole map summed in place."""
+
+    channels = 8
+
+    def mix(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        sequences = self.unroll(x)
+        y = self.scan(sequences, self.project(sequences))
+        return self.merge(y, height, width).transpose(1, 2).unflatten(1, (height, width))
+
+    def unroll(self, x: Tensor) -> Tensor:
+        """(batch, c, H, W) → (batch, 4, c, L)."""
+        raise NotImplementedError
+
+    def merge(self, y: Tensor, height: int, width: int) -> Tensor:
+        """(batch, 4, c, L) → (batch, c, H·W)."""
+        raise NotImplementedError
+
+
+class Quarters(Apart):
+    """Each direction scans every second row and column, from another position on, and fills its quarter of the map."""
+
+    def unroll(self, x: Tensor) -> Tensor:
+        turned = x.transpose(2, 3)
+        parts = (x[:, :, ::2, ::2], turned[:, :, ::2, 1::2], x[:, :, ::2, 1::2], turned[:, :, 1::2, 1::2])
+        return torch.stack([part.flatten(2) for part in parts], dim=1)
+
+    def merge(self, y: Tensor, height: int, width: int) -> Tensor:
+        sides = (height // 2, width // 2)
+        whole = y.new_zeros(y.shape[0], y.shape[2], height, width)
+        whole[:, :, ::2, ::2] = y[:, 0].unflatten(-1, sides)
+        whole[:, :, 1::2, ::2] = y[:, 1].unflatten(-1, sides[::-1]).transpose(2, 3)
+        whole[:, :, ::2, 1::2] = y[:, 2].unflatten(-1, sides)
+        whole[:, :, 1::2, 1::2] = y[:, 3].unflatten(-1, sides[::-1]).transpose(2, 3)
+        return whole.flatten(2)
+
+
+class QuarterCalls(Quarters):
+    """The same with one call of the scan for each quarter."""
+
+    def scan(self, sequences: Tensor, projected: Tensor, directions: slice = slice(None)) -> Tensor:
+        calls = [slice(k, k + 1) for k in range(4)]
+        return torch.cat(
+            [super(Quarters, self).scan(sequences[:, k], projected[:, k], k) for k in calls], dim=1
+        )
+
+
+def gate(y: Tensor) -> Tensor:
+    """Weigh the channels of a direction (batch, c, L) by what they are on average."""
+    return y * torch.sigmoid(y.mean(-1, keepdim=True))
+
+
+class Gates(Apart):
+    """Four directions of the whole map, each with a gate before they are added up."""
+
+    def unroll(self, x: Tensor) -> Tensor:
+        return unrolled(x)
+
+    def merge(self, y: Tensor, height: int, width: int) -> Tensor:
+        return merged(torch.stack([gate(y[:, k]) for k in range(4)], dim=1), height, width)
+
+
+class Windows(Apart):
+    """Rows beside windows of 2×2, forwards and backwards, with gates."""
+
+    def unroll(self, x: Tensor) -> Tensor:
+        windows = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).transpose(3, 4).flatten(2)
+        both = torch.stack([x.flatten(2), windows], dim=1)
+        return torch.cat([both, both.flip(-1)], dim=1)
+
+    def merge(self, y: Tensor, height: int, width: int) -> Tensor:
+        both = gate(y[:, 0]) + gate(y[:, 2].flip(-1)), gate(y[:, 1]) + gate(y[:, 3].flip(-1))
+        windows = both[1].unflatten(-1, (height // 2, width // 2, 2, 2)).transpose(3, 4)
+        return both[0] + windows.flatten(2)
+
+
 SPELLINGS: dict[str, Callable[[int, bool], Mixer]] = {
     "stacked": Stacked,
     "assigned": Assigned,
@@ -273,6 +354,10 @@ SPELLINGS: dict[str, Callable[[int, bool], Mixer]] = {
     "from_zeros": FromZeros,
 }
 """Legal spellings; each takes a seed and whether the projections have a bias."""
+
+
+APART: dict[str, Callable[[int, bool], Mixer]] = {"quarters": Quarters, "gates": Gates, "windows": Windows}
+"""Directions that become one scan each, where they are wide enough."""
 
 
 class Together(nn.Module):

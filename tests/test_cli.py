@@ -789,7 +789,9 @@ def test_a_bundle_from_a_checkpoint_is_compared_with_the_model_of_that_file(
     seen = []
     compare = compiler.parity_of
     monkeypatch.setattr(
-        compiler, "parity_of", lambda *arguments: seen.append(arguments[2]) or compare(*arguments)
+        compiler,
+        "parity_of",
+        lambda *arguments, **options: seen.append(arguments[2]) or compare(*arguments, **options),
     )
     outcome = call("validate", bundle, "--reference", "torch", "--checkpoint", checkpoint, "--json")
     assert outcome.code == 0, outcome.err

@@ -34,7 +34,9 @@ TOLERANCE = 1e-5
 REFUSED = {
     "vmamba_v05_cascade": "in which order its steps visit the positions of a map is not known",
     "localmamba": "windows or another order",
+    "localmamba_wide": "windows or another order",
     "efficientvmamba": "scan parts of the map, 24 of 96 positions",
+    "efficientvmamba_wide": "scan parts of the map, 24 of 96 positions",
     "changemamba": r"block 3 \(columns\).*several images or maps lie in the map",
     "mambavision": "cannot be pruned",
 }
@@ -42,8 +44,8 @@ REFUSED = {
 BLOCKS = {"changemamba": (1, 2)}
 """The blocks of these that can."""
 
-UNSUNK = {"mamba_unet": "is read by"}
-"""Spellings whose norm behind the scan takes all positions together, so that the map is restored before it."""
+UNSUNK = {"mamba_unet": "is read by", "localmamba_gates": ""}
+"""Spellings in which the map is restored right behind the scan, as a norm or a gate takes all positions together."""
 
 
 def source_of(name: str) -> ModuleSource:
@@ -128,6 +130,39 @@ def test_the_u_net_of_the_documents(tmp_path: Path) -> None:
     assert refused.code == 2 and "is run only if you name it" in refused.err
 
 
+TOKENS = """
+import torch
+from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+
+class Tokens(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.step = torch.nn.Embedding(7, 4), torch.nn.Linear(4, 4)
+        self.A, self.out = torch.nn.Parameter(torch.rand(4, 2)), torch.nn.Linear(4, 3)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        u, delta = x.transpose(1, 2), self.step(x).transpose(1, 2)
+        y = selective_scan_fn(u, delta, -self.A, u[:, :2], u[:, 2:], delta_softplus=True)
+        return self.out(y.mean(2))
+"""
+
+
+def test_inputs_of_whole_numbers(tmp_path: Path) -> None:
+    (tmp_path / "tokens.py").write_text(TOKENS)
+    factory = f"{tmp_path / 'tokens.py'}:Tokens"
+    done = call("compile", factory, "--example", "ids=1x5:int64", "--out", tmp_path / "tokens")
+    assert done.code == 0, done.err
+    bundle = qm.load_bundle(tmp_path / "tokens")
+    assert [(item.name, item.shape[1:], item.type) for item in bundle.inputs] == [("ids", (5,), "int64")]
+    assert bundle.manifest["recipe"]["module"]["types"] == {"ids": "int64"}
+    found = bundle.run(np.array([[0, 6, 3, 1, 5]], np.int64))
+    assert isinstance(found, np.ndarray) and found.shape == (1, 3)
+    again = call("validate", bundle.path, "--reference", "torch", "--factory", factory)
+    assert again.code == 0, again.err
+
+
 def test_a_given_reference_is_compared(tmp_path: Path) -> None:
     """Tensors that the module made elsewhere; here it is itself that makes them, right ones and wrong ones."""
     spelling = SPELLINGS["vmamba_v0"]
@@ -177,6 +212,11 @@ def mistake(*arguments: object) -> str:
         (("unet.py:UNet", "--example", "1x3x64"), "fails on its example inputs"),
         (("unet.py:UNet", "--example", "1x1x64x96"), "fails on its example inputs"),
         (("unet.py:UNet", "--example", "1x3xax96"), "is no example input"),
+        (
+            ("unet.py:UNet", "--example", "1x3x64x96:float64"),
+            "has the element type 'float64'; expected one of",
+        ),
+        (("unet.py:UNet", "--example", "1x3x64x96:int64"), "fails on its example inputs"),
         (("unet.py:UNet", "--example", "a=1x3x64x96", "--example", "b=1x3x64x96"), "has no input 'a'"),
         (("unet.py:UNet", "--example", "1x3x64x96", "--arg", "depth=3"), "it takes"),
         (

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from quartermap_deploy.cli.module_options import parse_input
 from quartermap_deploy.errors import InputError, RecipeError
 from quartermap_deploy.sources.factories import UserModule, build_module, find_scans, parse_example
 
@@ -143,6 +144,37 @@ def test_examples_of_the_command_line(text: str, expected: tuple[str, tuple[int,
 def test_what_is_no_example_is_told(text: str) -> None:
     with pytest.raises(RecipeError):
         parse_example(text)
+
+
+def test_element_types_of_examples() -> None:
+    assert parse_input("ids=1x5:int64") == ("ids", ((1, 5), "int64"))
+    assert parse_input("1x3x8x8") == ("images", ((1, 3, 8, 8), "float32"))
+    module = UserModule("a:B", {"x": (1, 3), "ids": (1, 5)}, types={"x": "float32", "ids": "int64"})
+    assert module.types == {"ids": "int64"}
+    assert UserModule.from_dict(module.to_dict()) == module
+    assert "types" not in UserModule("a:B", {"x": (1, 3)}).to_dict()
+
+
+@pytest.mark.parametrize(
+    "text", ["ids=1x5:", "ids=1x5:float64", "1x5:int64:int64", ":int64", "ids:int64=1x5"]
+)
+def test_what_is_no_typed_example_is_told(text: str) -> None:
+    with pytest.raises(RecipeError):
+        parse_input(text)
+
+
+@pytest.mark.parametrize(
+    ("types", "message"),
+    [
+        ({"ids": "int65"}, r"'ids' has the element type 'int65'; expected one of float32, int64"),
+        ({"ids": 64}, "'ids' has the element type 64"),
+        ({"other": "int64"}, "types names 'other', which is no example input; those are ids"),
+        ("int64", "is no table of element types"),
+    ],
+)
+def test_wrong_element_types_are_refused(types: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        UserModule("a:B", {"ids": (1, 5)}, types=types)
 
 
 def test_plain_values_say_nothing_of_the_folder() -> None:

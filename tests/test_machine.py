@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from quartermap_deploy import machine
-from quartermap_deploy.machine import all_cores, usable_cores
+from quartermap_deploy.machine import all_cores, instruction_sets, memory, usable_cores
 
 
 def system(folder: Path, files: dict[str, str], siblings: int = 1) -> Path:
@@ -118,3 +118,26 @@ def test_sessions_of_a_bound_process_have_no_more_threads() -> None:
     )
     cores = all_cores()
     assert done.stdout.split() == ["1", "1" if cores > 1 else "0"]
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        (
+            "model name\t: A\nflags\t\t: fpu sse2 sse4_2 avx avx2 fma f16c avx512f\nflags\t\t: fpu\n",
+            ["avx", "avx2", "avx512f", "f16c", "fma", "sse4_2"],
+        ),
+        ("Features\t: fp asimd asimdhp sve i8mm\n", ["asimd", "asimdhp", "i8mm", "sve"]),
+        ("hart\t: 0\n", []),
+    ],
+)
+def test_instruction_sets(tmp_path: Path, cpuinfo: str, expected: list[str]) -> None:
+    assert instruction_sets(system(tmp_path, {"proc/cpuinfo": cpuinfo})) == expected
+    assert instruction_sets(tmp_path / "elsewhere") == []
+
+
+def test_memory(tmp_path: Path) -> None:
+    text = "MemTotal:       16384 kB\nMemFree:  1 kB\nMemAvailable:   8192 kB\n"
+    assert memory(system(tmp_path, {"proc/meminfo": text})) == {"total": 16 << 20, "available": 8 << 20}
+    here = memory()["total"]
+    assert here is None or here > 1 << 28

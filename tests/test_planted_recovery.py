@@ -168,8 +168,8 @@ SPELLED = {"stacked": 1, "assigned": 2, "channel_last": 3}
 """Blocks of the graph that have one scan of four directions, by their spelling."""
 
 
-def planted(model: onnx.ModelProto, name: str, fault: Fault) -> onnx.ModelProto:
-    """Return the model with a fault around a scan."""
+def planted(model: onnx.ModelProto, name: str, fault: Fault, length: int = LENGTH) -> onnx.ModelProto:
+    """Return the model with a fault around a scan of sequences of this length."""
     result = onnx.ModelProto()
     result.CopyFrom(model)
     nodes = list(result.graph.node)
@@ -177,13 +177,13 @@ def planted(model: onnx.ModelProto, name: str, fault: Fault) -> onnx.ModelProto:
     scan, before, after = nodes[place], Change("fault/in"), Change("fault/out")
     for operand, edit in fault.inputs.items():
         number = INPUTS_1D.index(operand)
-        changed = edit(before, before.reshaped(scan.input[number], 0, 4, -1, LENGTH))
-        final = (0, -1, LENGTH) if operand in ("u", "delta") else (0, 4, -1, LENGTH)
+        changed = edit(before, before.reshaped(scan.input[number], 0, 4, -1, length))
+        final = (0, -1, length) if operand in ("u", "delta") else (0, 4, -1, length)
         scan.input[number] = before.reshaped(changed, *final)
     if fault.output is not None:
         made = scan.output[0]
         scan.output[0] = "fault/scanned"
-        after.reshaped(fault.output(after, after.reshaped("fault/scanned", 0, 4, -1, LENGTH)), 0, -1, LENGTH)
+        after.reshaped(fault.output(after, after.reshaped("fault/scanned", 0, 4, -1, length)), 0, -1, length)
         after.nodes[-1].output[0] = made
     del result.graph.node[:]
     result.graph.node.extend([*nodes[:place], *before.nodes, scan, *after.nodes, *nodes[place + 1 :]])

@@ -20,9 +20,9 @@ from quartermap_deploy.native import build
 from quartermap_deploy.native.build import BuildOptions, build_plugin, plugin_sources
 from quartermap_deploy.native.check import check_plugin
 from quartermap_deploy.native.contract import CONTRACT
-from quartermap_deploy.native.cuda import Kernels, enable_cuda_kernels
 from quartermap_deploy.native.errors import PluginError
 from quartermap_deploy.native.library import load
+from quartermap_deploy.scan.cuda import Kernels, enable_cuda_kernels
 
 GOLDEN = plugin_sources() / "test_host" / "write_golden.py"
 

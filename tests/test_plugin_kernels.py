@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from quartermap_deploy.native.contract import differences
-from quartermap_deploy.native.cuda import Kernels, enable_cuda_kernels, make_scan
 from quartermap_deploy.native.errors import PluginError
+from quartermap_deploy.scan.cuda import Kernels, enable_cuda_kernels, make_scan
 from quartermap_deploy.scan.definition import DIRECTIONS, selective_scan_2d_definition
 from quartermap_deploy.scan.vectorized import selective_scan_2d_vectorized
 

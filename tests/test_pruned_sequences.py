@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quartermap_deploy.errors import PassError
-from quartermap_deploy.lowering.operator import SELECTIVE_SCAN_2D
+from quartermap_deploy.lowering.operator import DIRECTIONS, SELECTIVE_SCAN_2D
 from quartermap_deploy.passes import CANONICAL, OPTIMIZED, Selection, lower, run_passes
 from quartermap_deploy.passes.recover_2d import recover_2d
 from quartermap_deploy.passes.sequence_pruning import kept_steps
@@ -444,8 +444,11 @@ def test_directions_that_are_scanned_one_by_one_share_the_smaller_map() -> None:
     for number, node in enumerate(node for node in model.graph.node if node.op_type == SELECTIVE_SCAN_2D):
         node.name = f"block_1/scan/{number + 1}"
     x = image(7, 9)
-    canonical, _ = run_passes(model, select({}, Subsample()), CANONICAL)
-    optimized, reports = run_passes(model, select({}, Subsample()), OPTIMIZED)
+    with pytest.raises(PassError, match=r"block_1/scan/1 scans one direction.*whole map is not known"):
+        run_passes(model, select({}, Subsample()), CANONICAL)
+    selection = select({"block_1/scan": ScanOrder.of_directions(7, 9, DIRECTIONS)}, Subsample())
+    canonical, _ = run_passes(model, selection, CANONICAL)
+    optimized, reports = run_passes(model, selection, OPTIMIZED)
     assert reports[1].changed == ["block 1: convolved now has stride 2"]
     assert operators(canonical).count("Slice") == 1 and "Slice" not in operators(optimized)
     assert error(run(lower(optimized), {"x": x})["y"], run(lower(canonical), {"x": x})["y"]) <= 1e-6

@@ -164,7 +164,7 @@ def test_the_body_is_valid_and_standard(d_state: int, rank: int | None, dtype: t
     )
     assert [(item.domain, item.version) for item in function.opset_import] == [("", 20)]
     assert {node.domain for node in function.node} == {""}
-    assert set(function.attribute) == {"directions", "softplus"}
+    assert set(function.attribute) == {"directions", "softplus", "order"}
 
 
 def test_writing_a_body_twice_gives_the_same_bytes() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from quartermap_deploy.errors import PlanError
 from quartermap_deploy.lowering.operator import DIRECTIONS
 from quartermap_deploy.pruning.orders import OUTSIDE, ScanOrder, direction_named, steps_of
+from quartermap_deploy.pruning.parts import MapPart, order_at, part_of
 
 sides = st.integers(2, 6)
 
@@ -96,3 +97,59 @@ def test_lines_and_snakes_walk_lines_and_windows_do_not() -> None:
         assert walks(np.ascontiguousarray(steps).reshape(-1))
     for steps in (windows, shuffled, raster.reshape(-1)[:12]):
         assert not walks(steps)
+
+
+# Parts of a map ------------------------------------------------------------------------------------------------------
+
+
+@given(
+    sides=st.tuples(sides, sides),
+    first=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    direction=st.sampled_from(DIRECTIONS),
+)
+def test_a_part_is_told_by_its_steps(
+    sides: tuple[int, int], first: tuple[int, int], stride: tuple[int, int], direction: str
+) -> None:
+    part = MapPart(first, stride, direction)
+    steps = part.steps(*sides)
+    raster = np.arange(sides[0] * sides[1]).reshape(sides)[first[0] :: stride[0], first[1] :: stride[1]]
+    assert part.sides(*sides) == raster.shape
+    if not raster.size:
+        return
+    assert sorted(steps) == sorted(raster.ravel())
+    found = part_of(steps, *sides)
+    assert found is not None and found.first == first
+    assert found.steps(*sides).tolist() == steps.tolist()
+    if min(raster.shape) > 1:
+        assert found == part
+        order = ScanOrder(*sides, steps[None], merged=False)
+        assert order_at(order, 7, 9).order.tolist() == [part.steps(7, 9).tolist()]
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [0, 1, 4, 5],  # does not reach the last row and column
+        [0, 2, 8, OUTSIDE],
+        [0, 2, 10, 8],  # a snake
+        [0, 2, 8],  # no rows and columns
+        [0, 1, 3, 8, 9, 11],  # not evenly spaced
+    ],
+)
+def test_other_positions_are_no_part(steps: list[int]) -> None:
+    assert part_of(np.array(steps), 4, 4) is None
+    with pytest.raises(PlanError, match="unknown"):
+        order_at(ScanOrder(4, 4, np.array([steps]), merged=False), 6, 6)
+
+
+def test_parts_that_differ_in_size_have_no_order() -> None:
+    parts = [MapPart(first, (2, 2), "row") for first in ((0, 0), (1, 1))]
+    order = ScanOrder(4, 4, np.stack([part.steps(4, 4) for part in parts]), merged=False)
+    assert order_at(order, 6, 8).order.shape == (2, 12)
+    with pytest.raises(PlanError, match="not equally large on one of 5×5"):
+        order_at(order, 5, 5)
+    assert [part.describe() for part in parts] == [
+        "row (every 2. row from 0, every 2. column from 0)",
+        "row (every 2. row from 1, every 2. column from 1)",
+    ]

@@ -34,7 +34,7 @@ from torch import Tensor
 import quartermap_deploy as qm
 from quartermap_deploy.architectures.base import VisualStateSpaceModel
 from quartermap_deploy.errors import QuartermapError
-from quartermap_deploy.native.cuda import enable_cuda_kernels
+from quartermap_deploy.scan.cuda import enable_cuda_kernels
 from quartermap_deploy.validation.tolerances import tolerance_for
 
 MODELS = ("vmamba_tiny_s1l8", "vmamba_base_s2l15")

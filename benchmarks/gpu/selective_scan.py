@@ -31,7 +31,7 @@ from torch import Tensor
 from traffic import BATCHES, STAGES, fused_bytes
 
 from quartermap_deploy.errors import QuartermapError
-from quartermap_deploy.native.cuda import Kernels
+from quartermap_deploy.scan.cuda import Kernels
 from quartermap_deploy.scan.definition import DIRECTIONS, selective_scan_2d_definition
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}

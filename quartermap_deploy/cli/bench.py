@@ -25,6 +25,7 @@ from quartermap_deploy.cli.common import (
 )
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.tables.timing import result_table
+from quartermap_deploy.targets import DEFAULT
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,7 +33,12 @@ if TYPE_CHECKING:
     from quartermap_deploy.bundle import Bundle
     from quartermap_deploy.cli.common import Subparsers
     from quartermap_deploy.progress import Progress
+    from quartermap_deploy.targets import Session
     from quartermap_deploy.tensor_info import TensorInfo
+
+
+SCANS = {"auto": None, "native": True, "portable": False}
+"""What `--scans` takes, and what a session is told for it."""
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -90,6 +96,14 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="NAME",
         help="what each bundle runs on; several run in turns, too (default: onnxruntime, or the bundle's only target)",
     )
+    parser.add_argument(
+        "--scans",
+        nargs="+",
+        choices=tuple(SCANS),
+        default=["auto"],
+        help="what computes the scans in onnxruntime: the native operator, the portable body in the file, or the "
+        "former where it can be had; several run in turns (default: auto)",
+    )
     add_plugin_option(parser)
     add_signature_option(parser, "each bundle")
     add_output_options(parser)
@@ -106,8 +120,14 @@ def run(options: argparse.Namespace) -> None:
         timings = time_bundles(bundles, options, make_progress(options))
     first = next(iter(timings.values()))
     results = [
-        {"name": label, "path": paths[label], "target": target, **measured(timing, first, options.batch)}
-        for (label, target), timing in timings.items()
+        {
+            "name": label,
+            "path": paths[label],
+            "target": target,
+            "scans": scans,
+            **measured(timing, first, options.batch),
+        }
+        for (label, target, scans), timing in timings.items()
     ]
     values = {
         "batch": options.batch,
@@ -144,24 +164,39 @@ def unit(bundles: Iterable[Bundle]) -> str:
 
 def time_bundles(
     bundles: Mapping[str, Bundle], options: argparse.Namespace, progress: Progress
-) -> dict[tuple[str, str], Timing]:
-    """Open bundles, each for every target that was asked for, and time them in turns; by name and target."""
+) -> dict[tuple[str, str, str | None], Timing]:
+    """Open bundles, each for every target that was asked for, and time them in turns.
+
+    Returns:
+        The timings, by the name, the target, and what computes the scans.
+    """
     functions, places = {}, {}
     with progress.step("running each once", total=len(bundles)) as advance:
         for label, bundle in bundles.items():
             for target in dict.fromkeys(map(bundle.target, options.target or [None])):
-                name = f"{label} on {target}"
-                places[name] = (label, target)
-                functions[name] = call(bundle, options.batch, options.threads, target, options.plugin)
+                forms = dict.fromkeys(options.scans if target == DEFAULT else ["auto"])
+                for form in forms:
+                    session, run_once = call(
+                        bundle, options.batch, options.threads, target, options.plugin, SCANS[form]
+                    )
+                    scans = None if session.scans is None else str(session.scans)
+                    name = f"{label} on {target}, {scans or form}"
+                    places[name] = (label, target, scans)
+                    functions[name] = run_once
             advance(1)
     timings = interleave(functions, options.repeats, progress=progress)
     return {places[name]: timing for name, timing in timings.items()}
 
 
 def call(
-    bundle: Bundle, batch: int, threads: int | None, target: str, plugin: Path | None = None
-) -> Callable[[], object]:
-    """Return a function that runs a bundle once on a batch of the inputs that it was validated with.
+    bundle: Bundle,
+    batch: int,
+    threads: int | None,
+    target: str,
+    plugin: Path | None = None,
+    native: bool | None = None,
+) -> tuple[Session, Callable[[], object]]:
+    """Return a session, and a function that runs it once on a batch of the inputs that the bundle was validated with.
 
     Raises:
         InputError: if the bundle does not take batches of this size.
@@ -171,11 +206,11 @@ def call(
     feeds = golden_batch(bundle, batch)
     entry = {**bundle.manifest["targets"][target], "size_rules": bundle.manifest["size_rules"]}
     with thread_count(threads):
-        session = load_target(target).open(bundle.path, entry, plugin=plugin)
+        session = load_target(target).open(bundle.path, entry, plugin=plugin, native=native)
     # Engines take float32 whatever the portable model takes.
     feeds = {item.name: feeds[item.name].astype(item.type, copy=False) for item in session.inputs}
     session.infer(feeds)
-    return lambda: session.infer(feeds)
+    return session, lambda: session.infer(feeds)
 
 
 def golden_batch(bundle: Bundle, batch: int) -> dict[str, NDArray[Any]]:

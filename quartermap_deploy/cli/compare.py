@@ -75,6 +75,13 @@ def add_parser(subparsers: Subparsers) -> None:
         "form that compile gives)",
     )
     group.add_argument(
+        "--portable",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="time each variant in the portable form, too, where the native operator runs its scans (default: "
+        "--portable)",
+    )
+    group.add_argument(
         "--batch",
         type=at_least_one,
         nargs="+",
@@ -102,6 +109,7 @@ def run(options: argparse.Namespace) -> None:
         batches=tuple(options.batch),
         tome=options.tome,
         canonical=options.canonical,
+        portable=options.portable,
         **measuring_settings(options),
     )
     with results_only(), kept_on_interruption(options.out):

@@ -90,6 +90,9 @@ def add_parser(subparsers: Subparsers) -> None:
             # two inputs by name, and how images become the first
             quartermap compile change.py:Net --example pre=1x3x256x256 --example post=1x3x256x256
 
+            # an input of whole numbers
+            quartermap compile tokens.py:Net --example ids=1x16:int64
+
             # a recipe, replacing the bundle that it made before
             quartermap compile export/vmamba_digits_k3.toml --force
             """,

@@ -10,7 +10,7 @@ from typing import Any
 from quartermap_deploy.cli.common import numbers
 from quartermap_deploy.errors import QuartermapError, RecipeError
 from quartermap_deploy.sources.description import TASKS
-from quartermap_deploy.sources.factories import UserModule, parse_example
+from quartermap_deploy.sources.factories import EXAMPLE_TYPES, FLOAT32, UserModule, check_type, parse_example
 
 _FLAGS = {
     "module_example": "--example",
@@ -29,12 +29,13 @@ def add_module_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--example",
         dest="module_example",
-        type=_mendable(parse_example),
+        type=_mendable(parse_input),
         action="append",
-        metavar="[NAME=]1x3x224x224",
+        metavar="[NAME=]1x3x224x224[:TYPE]",
         default=argparse.SUPPRESS,
-        help="shape of an input; give it again, with the names of forward's parameters, for several (default: none; a "
-        "module needs one)",
+        help=f"shape of an input, and its type, one of {', '.join(EXAMPLE_TYPES)}, if it is not the first, such as "
+        "ids=1x5:int64 (whole numbers are 0 or 1); give it again, with the names of forward's parameters, "
+        "for several (default: none; a module needs one)",
     )
     group.add_argument(
         "--arg",
@@ -102,13 +103,28 @@ def user_module(factory: str, given: Mapping[str, Any]) -> UserModule:
     optional = {
         name: given[f"module_{name}"] for name in ("strict_weights", "stages") if f"module_{name}" in given
     }
+    inputs = _once("--example", given["module_example"])
     return UserModule(
         factory,
-        _once("--example", given["module_example"]),
+        {name: shape for name, (shape, _) in inputs.items()},
         _once("--arg", given.get("module_arguments", [])),
+        types={name: kind for name, (_, kind) in inputs.items()},
         scans=_once("--scan", given.get("module_scans", [])),
         **optional,
     )
+
+
+def parse_input(text: str) -> tuple[str, tuple[tuple[int, ...], str]]:
+    """Read an example input: its shape, its name if it has one, and its element type if it is not float32.
+
+    Raises:
+        RecipeError: if it is something else than such as `1x3x224x224` or `ids=1x5:int64`.
+    """
+    sizes, colon, kind = text.partition(":")
+    name, shape = parse_example(sizes)
+    kind = kind if colon else FLOAT32
+    check_type(name, kind)
+    return name, (shape, kind)
 
 
 def parse_argument(text: str) -> tuple[str, Any]:

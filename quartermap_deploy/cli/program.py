@@ -14,9 +14,11 @@ from quartermap_deploy.cli import (
     compare,
     compile,
     deploy,
+    doctor,
     eval,
     inspect,
     models,
+    native,
     plugin,
     predict,
     rebuild,
@@ -50,7 +52,9 @@ COMMANDS = (
     deploy,
     sign,
     rebuild,
+    native,
     plugin,
+    doctor,
 )
 
 DESCRIPTION = """\

@@ -24,6 +24,7 @@ from quartermap_deploy.frontend.node_names import read_name
 from quartermap_deploy.revalidate import REFERENCES
 from quartermap_deploy.tables.layout import table, with_verdict
 from quartermap_deploy.tables.words import error_text, worst_error
+from quartermap_deploy.validation.forms import FORMS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -80,6 +81,13 @@ def add_parser(subparsers: Subparsers) -> None:
         help="what to compare with (default: %(default)s)",
     )
     parser.add_argument(
+        "--scans",
+        choices=FORMS,
+        default=FORMS[0],
+        help="of onnxruntime, the form of the scans to check: the portable one in the file, the native operator, or "
+        "both as far as they can run here (default: %(default)s)",
+    )
+    parser.add_argument(
         "--localise",
         action="store_true",
         help="find the block whose return to float32 brings a 16-bit bundle back within its tolerance (default: no)",
@@ -118,6 +126,7 @@ def run(options: argparse.Namespace) -> None:
             checkpoint=options.checkpoint,
             factory=options.factory,
             plugin=options.plugin,
+            scans=options.scans,
             progress=make_progress(options),
         )
     if options.json:
@@ -125,12 +134,11 @@ def run(options: argparse.Namespace) -> None:
     elif not options.quiet:
         tolerance = report["tolerance"]
         show(
-            parity_table(report),
-            "",
+            *parity_tables(report),
             with_verdict(
                 report["passed"],
-                f"worst error {error_text(worst_error(report))}, tolerance {tolerance['relative']:.0e} for "
-                f"{tolerance['element_type']}: {tolerance['reason']}",
+                f"worst error {error_text(worst_error(report))}{native_text(report)}, tolerance "
+                f"{tolerance['relative']:.0e} for {tolerance['element_type']}: {tolerance['reason']}",
             ),
         )
     if not report["passed"]:
@@ -169,7 +177,26 @@ def run_localise(bundle: Bundle, options: argparse.Namespace) -> None:
         raise ParityError(f"{report.describe()}; {report.advice()}")
 
 
-def parity_table(report: Mapping[str, Any]) -> Table:
+def parity_tables(report: Mapping[str, Any]) -> list[Table | str]:
+    """Return a table of what was checked, and one of the native operator where that was checked beside it."""
+    found: list[Table | str] = [parity_table(report, report["target"]), ""]
+    native = report.get("native")
+    if native is not None and native["run"]:
+        found += [parity_table(native, f"the native operator ({native['instruction_set']})"), ""]
+    return found
+
+
+def native_text(report: Mapping[str, Any]) -> str:
+    """Say how the native operator did, or why it did not run; nothing where there is nothing to say."""
+    native = report.get("native")
+    if native is None:
+        return ""
+    if not native["run"]:
+        return f" (the native operator did not run: {native['not_run']})"
+    return f", {error_text(native['worst_relative_error'])} with the native operator"
+
+
+def parity_table(report: Mapping[str, Any], what: str) -> Table:
     """Return the largest difference of every output in every case, as a share of the reference's largest value."""
     from rich.text import Text
 
@@ -184,7 +211,7 @@ def parity_table(report: Mapping[str, Any]) -> Table:
             )
     cases = [case["name"] for case in report["cases"]]
     return table(
-        "error, as a share of the largest value of the reference",
+        f"{what}: error, as a share of the largest value of the reference",
         ["output", *(f">{case}" for case in cases)],
         [(name, *(cells.get((name, case)) for case in cases)) for name in names],
     )
@@ -192,6 +219,10 @@ def parity_table(report: Mapping[str, Any]) -> Table:
 
 def failure(report: Mapping[str, Any], bundle: Bundle, reference: str) -> str:
     """Return in one sentence where and by how much a bundle departs."""
+    native = report.get("native") or {}
+    if native.get("run") and all(output["passed"] for case in report["cases"] for output in case["outputs"]):
+        # The portable body is right.
+        return f"with the native operator, {failure({**native, 'native': None}, bundle, reference)}"
     failures = [
         (case["name"], output)
         for case in report["cases"]

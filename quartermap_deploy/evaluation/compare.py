@@ -31,6 +31,7 @@ The results, plain values for JSON:
         tokens      positions that all scans walk, for one image
         flops       multiply-accumulates for one image, as `complexity` counts them; of ToMe with its similarities
         nodes       of the main graph; null in PyTorch
+        scans       what computes its scans, such as "native (avx2)" or "portable"; null in PyTorch
         parity      relative_error and tolerance of the logits, on how many images, and of how many of them ToMe merged
                     other tokens, because similarities are equal up to rounding; null where PyTorch on the CPU is timed
         accuracy    top1, top5, images, per_class, broken, …, as `quartermap eval` has them; null without data
@@ -45,6 +46,9 @@ The results, plain values for JSON:
             profiled_ms                         of one recorded call, which takes longer; null, as the two below, until
                                                 calls were recorded
             scan_ms, scan_share                 of median_ms in the scans, by their share of what was recorded
+            portable                            where the native operator runs the scans: median_ms, images_per_second
+                                                in the portable form, speed and speed_quartiles relative to the
+                                                unpruned model in that form; else null
             added_ms                            likewise in what QuarterMap (Slice, Resize) or ToMe (matching, merging,
                                                 unmerging) adds to a block
     skipped       name and reason of each variant that this model cannot have
@@ -68,6 +72,7 @@ from quartermap_deploy.evaluation.workbench import (
     ONNXRUNTIME,
     TARGETS,
     Workbench,
+    portable_name,
     prepare_subject,
     variant_entry,
 )
@@ -89,6 +94,7 @@ class CompareOptions:
         target: "onnxruntime" or "torch".
         tome: compare with ToMe.
         canonical: also time the first k in the paper's form, Slice before and Resize after the scan.
+        portable: time each variant in the portable form, too, where the native operator runs its scans.
         repeats: timed rounds.
         profile_repeats: recorded calls for the time in the scan; 0 for none.
         threads: of ONNX Runtime; None takes the environment's, or all cores.
@@ -105,6 +111,7 @@ class CompareOptions:
     target: str = ONNXRUNTIME
     tome: bool = True
     canonical: bool = False
+    portable: bool = True
     repeats: int = 15
     profile_repeats: int = 5
     threads: int | None = None
@@ -218,10 +225,11 @@ class _Comparison:
                 "repeats": self.options.repeats,
                 "profile_repeats": self.options.profile_repeats,
                 "eval_batch": self.options.eval_batch,
+                "portable": self.options.portable,
             }
         )
         entries = [variant_entry(variant, self.builder, self.options.target) for variant in self.variants]
-        unmeasured = {"nodes": None, "parity": None, "accuracy": None}
+        unmeasured = {"nodes": None, "scans": None, "parity": None, "accuracy": None}
         variants = [{**entry, **unmeasured} for entry in entries]
         initial = {**self.description, "variants": variants, "timings": []}
         results = ResultFile(out, "compare", key, initial, rows, force)
@@ -244,7 +252,14 @@ class _Comparison:
         if not (untimed or unrecorded or unjudged):
             return
         values["complete"] = False
-        with Workbench(self.builder, self.variants, options.target, options.threads, self.progress) as bench:
+        with Workbench(
+            self.builder,
+            self.variants,
+            options.target,
+            options.threads,
+            self.progress,
+            portable=options.portable,
+        ) as bench:
             bench.prepare()
             for entry, checked in zip(values["variants"], bench.checked, strict=True):
                 entry |= checked
@@ -300,8 +315,17 @@ def _timing_entry(
         entry["speed_to_tome_quartiles"] = (
             None if to_tome is None else list(to_tome.ratio_spread(timings[name]))
         )
+        entry["portable"] = _portable_entry(name, timings, batch)
         found.append({**entry, **unmeasured})
     return {"batch": batch, "variants": found}
+
+
+def _portable_entry(name: str, timings: Mapping[str, Timing], batch: int) -> dict[str, Any] | None:
+    timing, first = (timings.get(portable_name(variant)) for variant in (name, UNPRUNED.name))
+    if timing is None or first is None:
+        return None
+    values = measured(timing, first, batch)
+    return {key: values[key] for key in ("median_ms", "images_per_second", "speed", "speed_quartiles")}
 
 
 def rows(values: Mapping[str, Any]) -> Rows:
@@ -329,6 +353,9 @@ def rows(values: Mapping[str, Any]) -> Rows:
                     "speed_low": entry["speed_quartiles"][0],
                     "speed_high": entry["speed_quartiles"][1],
                     "speed_to_tome": entry["speed_to_tome"],
+                    "scans": variant["scans"],
+                    "portable_median_ms": (entry["portable"] or {}).get("median_ms"),
+                    "portable_speed": (entry["portable"] or {}).get("speed"),
                     "scan_ms": entry["scan_ms"],
                     "added_ms": entry["added_ms"],
                     "profiled_ms": entry["profiled_ms"],

@@ -2,11 +2,11 @@
 
 Scan is the operator SelectiveScan2D, with the projection of its time step. Added is what QuarterMap or ToMe puts
 before and after it: the Slice and the Resize; matching, merging and unmerging of tokens. In ONNX Runtime both are
-told from the profile of the session, by the names of nodes: those of a scan's function body are named here before the
-model is loaded, and keep these names when the runtime puts the body into the graph; those that were added are named
-after their block by the passes and by the export of ToMe. What the runtime makes itself, as reordered layouts of
-convolutions, has names of its own and counts as the rest. In PyTorch the same steps are timed from call to call, by
-CUDA events on a GPU and by the clock on a CPU.
+told from the profile of the session: the native operator is a node of its own, and those of a scan's function body are
+told by their names. They are named here before the model is loaded, and keep these names when the runtime puts the body
+into the graph; those that were added are named after their block by the passes and by the export of ToMe. What the
+runtime makes itself, as reordered layouts of convolutions, has names of its own and counts as the rest. In PyTorch the
+same steps are timed from call to call, by CUDA events on a GPU and by the clock on a CPU.
 
 Recording takes time itself, a microsecond or two for each node, and a Scan has the nodes of its body recorded at every
 step: on small maps that is several times what is recorded, and most of it lies between the nodes. So only the times of
@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from quartermap_deploy.bench import interleave
 from quartermap_deploy.errors import BundleError
+from quartermap_deploy.lowering.operator import SELECTIVE_SCAN, SELECTIVE_SCAN_2D
 from quartermap_deploy.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     from quartermap_deploy.architectures.base import VisualStateSpaceModel
 
+SCANS = (SELECTIVE_SCAN_2D, SELECTIVE_SCAN)
 SCAN_BODY = "scan_body"
 """What the names of nodes in a scan's body start with; the runtime puts more before it."""
 _ADDED = re.compile(
@@ -122,12 +124,12 @@ def profile_onnxruntime(
         repeats: recorded calls of each.
         progress: told about the steps.
     """
-    from quartermap_deploy.targets.onnxruntime_cpu import inference_session
+    from quartermap_deploy.targets.onnxruntime_cpu import open_session
 
     sessions = {}
     with progress.step("loading the models again, to record their nodes", total=len(models)) as advance:
         for number, (name, path) in enumerate(models.items()):
-            sessions[name] = inference_session(path, threads, profile=folder / f"profile_{number}")
+            sessions[name] = open_session(path, threads, profile=folder / f"profile_{number}")[0]
             advance(1)
     interleave({name: _run(session, images) for name, session in sessions.items()}, repeats, WARMUP, progress)
     parts = {}
@@ -152,7 +154,7 @@ def read_profile(events: Sequence[Mapping[str, Any]]) -> list[TimeParts]:
     """
     calls = sorted((e for e in events if e["name"] == "model_run"), key=lambda e: float(e["ts"]))
     nodes = _innermost([e for e in events if e.get("cat") == "Node" and e["name"].endswith(_EVENT)])
-    if not calls or not any(SCAN_BODY in event["name"] for event in nodes):
+    if not calls or not any(map(_is_scan, nodes)):
         raise BundleError(
             f"the profile of ONNX Runtime has {len(calls)} calls and no node of a scan; this version of ONNX Runtime "
             "names nodes in another way than those that are known here, 1.23 to 1.31"
@@ -170,13 +172,18 @@ def _innermost(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     ]
 
 
+def _is_scan(event: Mapping[str, Any]) -> bool:
+    """Whether a node is the native operator, or one of a scan's body."""
+    return event.get("args", {}).get("op_name") in SCANS or SCAN_BODY in event["name"]
+
+
 def _parts(call: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]]) -> TimeParts:
     start, end = call["ts"], call["ts"] + call["dur"]
     every = scan = added = 0.0
     for event in nodes:
         if start <= event["ts"] < end:
             every += event["dur"]
-            if SCAN_BODY in event["name"]:
+            if _is_scan(event):
                 scan += event["dur"]
             elif _ADDED.search(event["name"]):
                 added += event["dur"]

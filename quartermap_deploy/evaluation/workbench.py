@@ -132,8 +132,15 @@ def _notes(trained: bool, recipe: Recipe, dataset: Dataset | None) -> list[str]:
     return notes
 
 
+def portable_name(variant: str) -> str:
+    """What a variant is called whose scans run in the portable form beside the native one."""
+    return f"{variant}, portable"
+
+
 class Workbench:
     """Variants of a model, ready to run side by side.
+
+    In ONNX Runtime their scans run by the native operator where it can be had, as everywhere.
 
     Args:
         builder: makes them.
@@ -141,9 +148,10 @@ class Workbench:
         target: "onnxruntime" or "torch".
         threads: of ONNX Runtime, or None.
         progress: told about the steps.
+        portable: hold each variant whose scans the native operator runs ready in the portable form, too.
 
     Attributes:
-        checked: for each variant, in order, its nodes and its parity, for the results.
+        checked: for each variant, in order, its nodes, what computes its scans, and its parity, for the results.
     """
 
     def __init__(
@@ -153,18 +161,21 @@ class Workbench:
         target: str,
         threads: int | None,
         progress: Progress,
+        *,
+        portable: bool = False,
     ) -> None:
         self.builder, self.variants, self.target, self.threads = builder, variants, target, threads
-        self.progress = progress
+        self.progress, self._with_portable = progress, portable
         self.checked: list[dict[str, Any]] = []
         self._runs: dict[str, Run] = {}
+        self._portable: dict[str, Run] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="quartermap-")
 
     def __enter__(self) -> Workbench:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._runs = {}
+        self._runs = self._portable = {}
         self._folder.cleanup()
 
     def prepare(self) -> None:
@@ -174,11 +185,16 @@ class Workbench:
             ParityError: if one departs by more than the tolerance.
         """
         for variant in self.variants:
-            nodes = None
+            nodes = scans = None
             if self.target == ONNXRUNTIME:
                 nodes = self._write(variant)
-            self._runs[variant.name] = self._open(variant)
-            self.checked.append({"nodes": nodes, "parity": self._parity(variant)})
+                scans = self._open(variant)
+            else:
+                self._runs[variant.name] = torch_run(self.builder.pytorch(variant))
+            parity = self._parity(variant, self._runs[variant.name])
+            if variant.name in self._portable:
+                self._parity(variant, self._portable[variant.name])
+            self.checked.append({"nodes": nodes, "scans": scans, "parity": parity})
 
     def _write(self, variant: Variant) -> int:
         """Write a variant's ONNX form into a file; returns the nodes of its graph."""
@@ -192,17 +208,23 @@ class Workbench:
     def _path(self, variant: Variant) -> Path:
         return Path(self._folder.name) / f"{self.variants.index(variant)}.onnx"
 
-    def _open(self, variant: Variant) -> Run:
+    def _open(self, variant: Variant) -> str:
+        """Load a variant in ONNX Runtime; returns what computes its scans."""
         from quartermap_deploy.targets.onnxruntime_cpu import OnnxRuntimeSession
 
-        if self.target == TORCH:
-            return torch_run(self.builder.pytorch(variant))
         with self.progress.step(f"loading {variant.name} in ONNX Runtime"):
-            return OnnxRuntimeSession(self._path(variant), self.threads).run
+            session = OnnxRuntimeSession(self._path(variant), self.threads)
+            self._runs[variant.name] = session.run
+            if self._with_portable and session.scans.kind == "native":
+                self._portable[variant.name] = OnnxRuntimeSession(
+                    self._path(variant), self.threads, native=False
+                ).run
+        return str(session.scans)
 
-    def _parity(self, variant: Variant) -> dict[str, float] | None:
+    def _parity(self, variant: Variant, run: Run) -> dict[str, float] | None:
         import torch
 
+        from quartermap_deploy.scan.cpu import without_kernels
         from quartermap_deploy.validation.comparison import compare_output
         from quartermap_deploy.validation.tolerances import tolerance_for
 
@@ -210,9 +232,13 @@ class Workbench:
             return None
         merging = variant.method == "tome"
         images = self.images(MERGED_IMAGES if merging else CHECKED_IMAGES)
-        with self.progress.step(f"comparing {variant.name} with PyTorch"), torch.inference_mode():
+        with (
+            self.progress.step(f"comparing {variant.name} with PyTorch"),
+            torch.inference_mode(),
+            without_kernels(),
+        ):
             expected = self.builder.pytorch(variant)(torch.from_numpy(images)).numpy()
-            found = self._runs[variant.name](images)
+            found = run(images)
         tolerance = tolerance_for("float32").relative
         result = compare_output("logits", expected, found, tolerance)
         otherwise = 0
@@ -244,9 +270,10 @@ class Workbench:
         return images
 
     def time(self, batch: int, repeats: int) -> dict[str, Timing]:
-        """Time all variants in turns."""
+        """Time all variants in turns; those in the portable form are named as `portable_name` says."""
         images = self.images(batch)
-        calls = {name: call_of(run, images) for name, run in self._runs.items()}
+        runs = {**self._runs, **{portable_name(name): run for name, run in self._portable.items()}}
+        calls = {name: call_of(run, images) for name, run in runs.items()}
         return interleave(calls, repeats, progress=Titled(self.progress, f"batch {batch}"))
 
     def accuracy(self, name: str, dataset: Dataset | None, batch: int, workers: int) -> dict[str, Any]:
@@ -274,7 +301,7 @@ class Workbench:
         """
         from quartermap_deploy.evaluation import scan_time
 
-        self._runs = {}
+        self._runs = self._portable = {}
         images, progress = self.images(batch), Titled(self.progress, f"batch {batch}, recorded")
         if self.target == TORCH:
             models = {variant.name: on_device(self.builder.pytorch(variant)) for variant in self.variants}

@@ -14,10 +14,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+PART = "part"
+"""Behind the name of a scan, the name of the node that takes the part of a map that it is of."""
+
 SCOPES = "pkg.torch.onnx.name_scopes"
 """Where torch's exporter writes a node's modules, from the outermost to the innermost, and then the node's own name."""
 
-_NAME = re.compile(r"block_(?P<block>[1-9]\d*)(/call_(?P<call>\d+))?(?P<scan>/scan(_\d+)?(/\d+)?)?")
+_NAME = re.compile(
+    r"block_(?P<block>[1-9]\d*)(/call_(?P<call>\d+))?(?P<scan>/scan(_\d+)?(?P<direction>/\d+)?)?"
+)
 
 
 class Located(Protocol):
@@ -57,6 +62,12 @@ def block_output(index: int, call: int = 1) -> str:
 def scan_name(index: int, call: int = 1, place: int = 1) -> str:
     """Name of the `place`-th scan in one call of block `index`."""
     return f"{block_output(index, call)}/scan" + ("" if place == 1 else f"_{place}")
+
+
+def without_direction(name: str) -> str:
+    """The name of the scan that a scan of one direction was taken from; every other name as it is."""
+    match = _NAME.fullmatch(name)
+    return name if match is None else name.removesuffix(match["direction"] or "")
 
 
 def read_name(name: str) -> BlockName | None:

@@ -1,10 +1,11 @@
 """The ONNX operators of domain `quartermap`: their names, inputs and attributes.
 
-    y = SelectiveScan2D(x, dt, B, C, A, D, dt_bias, dt_weight)      directions, softplus
+    y = SelectiveScan2D(x, dt, B, C, A, D, dt_bias, dt_weight)      directions, softplus, order
     y = SelectiveScan(u, delta, A, B, C, D, delta_bias)             delta_softplus
 
 `dt_weight` is optional: without it, dt is the full time-step map. So are `D` and `delta_bias`. `scan.operators`
-defines the values.
+defines the values. `order` says the same as `directions`, joined by commas: kernels of ONNX Runtime can read a string,
+and no list of them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ SELECTIVE_SCAN_2D = "SelectiveScan2D"
 SELECTIVE_SCAN = "SelectiveScan"
 INPUTS_2D = ("x", "dt", "B", "C", "A", "D", "dt_bias", "dt_weight")
 INPUTS_1D = ("u", "delta", "A", "B", "C", "D", "delta_bias")
+ATTRIBUTES_2D = ("directions", "softplus", "order")
+ATTRIBUTES_1D = ("delta_softplus",)
 MAPS = slice(0, 4)
 """The inputs of SelectiveScan2D that are feature maps; the others are parameters."""
 
@@ -52,6 +55,11 @@ class Direction:
         return cls(orientation, name != orientation)
 
 
+def direction_names(attributes: Mapping[str, Any]) -> tuple[str, ...]:
+    """The scan orders of a SelectiveScan2D, given its attributes."""
+    return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in attributes["directions"])
+
+
 @dataclass(frozen=True)
 class ScanVariant:
     """What a function body depends on beside its tensors: nodes that share it can share the function.
@@ -71,9 +79,12 @@ class ScanVariant:
     @classmethod
     def of(cls, inputs: Sequence[str], attributes: Mapping[str, Any], d_state: int) -> ScanVariant:
         """Read the variant from a node's inputs, its attributes and the second axis of A."""
-        directions = attributes["directions"]
-        names = tuple(name.decode() if isinstance(name, bytes) else str(name) for name in directions)
-        return cls(names, bool(attributes.get("softplus", 1)), d_state, len(inputs) == len(INPUTS_2D))
+        return cls(
+            direction_names(attributes),
+            bool(attributes.get("softplus", 1)),
+            d_state,
+            len(inputs) == len(INPUTS_2D),
+        )
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import onnx
 from onnx import helper
 
 from quartermap_deploy.lowering.operator import (
+    ATTRIBUTES_2D,
     INPUTS_2D,
     SELECTIVE_SCAN_2D,
     Direction,
@@ -48,9 +49,7 @@ def scan_body(variant: ScanVariant, overload: str = "") -> onnx.FunctionProto:
     writer = _BodyWriter(variant)
     result = writer.write_body()
     inputs = INPUTS_2D if variant.low_rank else INPUTS_2D[:-1]
-    return scan_function(
-        writer.write, SELECTIVE_SCAN_2D, inputs, result, ("directions", "softplus"), overload
-    )
+    return scan_function(writer.write, SELECTIVE_SCAN_2D, inputs, result, ATTRIBUTES_2D, overload)
 
 
 class _BodyWriter:

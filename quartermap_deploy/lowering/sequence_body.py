@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx
 
-from quartermap_deploy.lowering.operator import INPUTS_1D, SELECTIVE_SCAN, SequenceVariant
+from quartermap_deploy.lowering.operator import ATTRIBUTES_1D, INPUTS_1D, SELECTIVE_SCAN, SequenceVariant
 from quartermap_deploy.lowering.recurrence import write_recurrence
 from quartermap_deploy.lowering.softplus import write_softplus
 from quartermap_deploy.lowering.writer import Value, Writer, ints, scan_function
@@ -54,4 +54,4 @@ def sequence_body(variant: SequenceVariant, overload: str = "") -> onnx.Function
     # (L, G, batch, 1, d) → (batch, G·d, L).
     rolled = write("Reshape", write("Transpose", y, perm=[2, 1, 3, 4, 0]), write("Shape", "u"))
     result = write("CastLike", rolled, "u")
-    return scan_function(write, SELECTIVE_SCAN, INPUTS_1D, result, ("delta_softplus",), overload)
+    return scan_function(write, SELECTIVE_SCAN, INPUTS_1D, result, ATTRIBUTES_1D, overload)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import onnx
 
-from quartermap_deploy.lowering.operator import INPUTS_1D, SELECTIVE_SCAN, SequenceVariant
+from quartermap_deploy.lowering.operator import ATTRIBUTES_1D, INPUTS_1D, SELECTIVE_SCAN, SequenceVariant
 from quartermap_deploy.lowering.softplus_series import write_softplus_series
 from quartermap_deploy.lowering.tree_scan import OPEN_LENGTH, write_tree_scan
 from quartermap_deploy.lowering.writer import Value, Writer, ints, scan_function, shape_of
@@ -86,4 +86,4 @@ def sequence_tree_body(variant: SequenceVariant, overload: str = "") -> onnx.Fun
     # (batch, G, L, d) → (batch, G·d, L).
     rolled = write("Reshape", write("Transpose", y, perm=[0, 1, 3, 2]), shape_of(write, 0, -1, sides))
     result = write("CastLike", rolled, "u")
-    return scan_function(write, SELECTIVE_SCAN, INPUTS_1D, result, ("delta_softplus",), overload)
+    return scan_function(write, SELECTIVE_SCAN, INPUTS_1D, result, ATTRIBUTES_1D, overload)

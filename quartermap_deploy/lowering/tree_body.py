@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 
 from quartermap_deploy.lowering.operator import (
+    ATTRIBUTES_2D,
     INPUTS_2D,
     SELECTIVE_SCAN_2D,
     Direction,
@@ -51,9 +52,7 @@ def tree_body(variant: ScanVariant, overload: str = "") -> onnx.FunctionProto:
     writer = _BodyWriter(variant)
     result = writer.write_body()
     inputs = INPUTS_2D if variant.low_rank else INPUTS_2D[:-1]
-    return scan_function(
-        writer.write, SELECTIVE_SCAN_2D, inputs, result, ("directions", "softplus"), overload
-    )
+    return scan_function(writer.write, SELECTIVE_SCAN_2D, inputs, result, ATTRIBUTES_2D, overload)
 
 
 class _BodyWriter:

@@ -85,7 +85,7 @@ def build_plugin(
         PluginError: if compiling fails.
     """
     options = options or BuildOptions()
-    _require_writable(output)
+    require_writable(output)
     configure = [_cmake(), "-S", str(plugin_sources()), *_definitions(options)]
     say = on_output or _ignore
     with tempfile.TemporaryDirectory(prefix="quartermap-plugin-") as temporary:
@@ -98,11 +98,11 @@ def build_plugin(
                 [configure[0], "--build", temporary, "--target", "quartermap_plugin", "--parallel", jobs], say
             )
         if code != 0:
-            raise PluginError("the plugin could not be compiled:\n" + _important(lines))
-        return _place(Path(temporary) / options.library, output)
+            raise PluginError("the plugin could not be compiled:\n" + important_lines(lines))
+        return place_library(Path(temporary) / options.library, output)
 
 
-def _require_writable(output: Path) -> None:
+def require_writable(output: Path) -> None:
     """Check, before minutes of compiling, that a file can be put into a folder; by doing it, since root may do all."""
     if output.exists() and not output.is_dir():
         raise PluginError(f"{output} is no folder; name the folder that the library is to be put into")
@@ -198,7 +198,17 @@ def _require_supported(include: Path) -> None:
 
 
 def _nvcc() -> str:
-    """Find nvcc where CMake would, and where CUDA is installed but not on the PATH."""
+    if (found := find_nvcc()) is not None:
+        return found
+    raise MissingDependencyError(
+        "building the plugin needs nvcc from the CUDA toolkit 12.4 or newer "
+        "(https://developer.nvidia.com/cuda-downloads; on Debian and Ubuntu from NVIDIA's repository: apt install "
+        "cuda-nvcc-13-0 cuda-cudart-dev-13-0); put it on the PATH or set CUDA_HOME"
+    )
+
+
+def find_nvcc() -> str | None:
+    """Find nvcc where CMake would, and where CUDA is installed but not on the PATH; None where it is not."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     places = [
         os.environ.get("CUDACXX"),
@@ -206,14 +216,7 @@ def _nvcc() -> str:
         *([f"{home}/bin/nvcc"] if home else []),
         *NVCC_PLACES,
     ]
-    for place in places:
-        if place and Path(place).is_file():
-            return place
-    raise MissingDependencyError(
-        "building the plugin needs nvcc from the CUDA toolkit 12.4 or newer "
-        "(https://developer.nvidia.com/cuda-downloads; on Debian and Ubuntu from NVIDIA's repository: apt install "
-        "cuda-nvcc-13-0 cuda-cudart-dev-13-0); put it on the PATH or set CUDA_HOME"
-    )
+    return next((place for place in places if place and Path(place).is_file()), None)
 
 
 def _configure(command: Sequence[str], say: Callable[[str], None]) -> None:
@@ -236,7 +239,7 @@ def _configure(command: Sequence[str], say: Callable[[str], None]) -> None:
         raise MissingDependencyError(
             "building the plugin needs a C++17 compiler, and CMake found none: apt install g++ (or set CXX)"
         )
-    raise PluginError("the plugin could not be configured:\n" + _important(lines))
+    raise PluginError("the plugin could not be configured:\n" + important_lines(lines))
 
 
 def _run(command: Sequence[str], say: Callable[[str], None]) -> tuple[list[str], int]:
@@ -255,14 +258,14 @@ def _run(command: Sequence[str], say: Callable[[str], None]) -> tuple[list[str],
     return lines, process.returncode
 
 
-def _important(lines: Sequence[str], most: int = 20) -> str:
-    """Return the lines around the first error, or the last ones."""
+def important_lines(lines: Sequence[str], most: int = 20) -> str:
+    """Return the lines around the first error that a compiler printed, or the last ones."""
     errors = [i for i, line in enumerate(lines) if re.search(r"\berror\b|CMake Error", line, re.IGNORECASE)]
     start = max(0, errors[0] - 2) if errors else max(0, len(lines) - most)
     return "\n".join(f"  {line}" for line in lines[start : start + most])
 
 
-def _place(built: Path, output: Path) -> Path:
+def place_library(built: Path, output: Path) -> Path:
     """Put a file into a folder under its own name, whole, so that nobody ever loads half of it."""
     output.mkdir(parents=True, exist_ok=True)
     target = output / built.name

@@ -33,6 +33,7 @@ from quartermap_deploy.lowering.operator import (
     VERSION,
     ScanVariant,
     SequenceVariant,
+    direction_names,
 )
 from quartermap_deploy.lowering.scan_body import scan_body
 from quartermap_deploy.lowering.sequence_body import sequence_body
@@ -91,6 +92,8 @@ def lower(model: onnx.ModelProto, body: str = "scan", at: Sequence[InputShapes] 
         if node.op_type == SELECTIVE_SCAN_2D and A not in state_sizes:
             raise PassError(f"{NAME}: the state matrix {A} of {node.name} is no constant (K·d_inner, N)")
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        if node.op_type == SELECTIVE_SCAN_2D:
+            _write_order(node, direction_names(attributes))
         variant = variant_of(node.input, attributes, state_sizes.get(A))
         if sizes is not None:
             variant = sizes.tree_variant(variant, node.input[0])
@@ -105,6 +108,13 @@ def lower(model: onnx.ModelProto, body: str = "scan", at: Sequence[InputShapes] 
     if any(overloads.values()) and DOMAIN not in {item.domain for item in result.opset_import}:
         result.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
     return result
+
+
+def _write_order(node: onnx.NodeProto, directions: Sequence[str]) -> None:
+    """Say the directions once more, in a form that a native kernel can read."""
+    kept = [attribute for attribute in node.attribute if attribute.name != "order"]
+    del node.attribute[:]
+    node.attribute.extend([*kept, helper.make_attribute("order", ",".join(directions))])
 
 
 def _match_opset(model: onnx.ModelProto) -> None:

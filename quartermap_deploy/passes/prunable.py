@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import onnx_graphsurgeon as gs
 
 from quartermap_deploy.errors import PassError
+from quartermap_deploy.frontend.node_names import without_direction
 from quartermap_deploy.lowering.operator import INPUTS_1D
 from quartermap_deploy.passes.base import ScanNode, Selection, constant_of, producer
 from quartermap_deploy.pruning.orders import OUTSIDE, ScanOrder
@@ -30,12 +31,17 @@ def require_prunable(scan: ScanNode, selection: Selection, pass_name: str) -> No
     """
     where = f"{pass_name}: {selection.named(scan.block)} cannot be pruned"
     instead = "choose other blocks (every, blocks, exclude_stages)"
-    # A scan that was taken apart by directions has their numbers behind its name.
-    traced = scan.name if scan.name in selection.orders else scan.name.rsplit("/", maxsplit=1)[0]
+    traced = without_direction(scan.name)
     order = selection.orders.get(traced)
     if scan.of_map:
         if order is not None and order.directions is None:
             raise PassError(f"{where}: {why_not_whole(order)}; {instead}")
+        if order is None and traced != scan.name:
+            # It may be of a part of the map, or of a sequence in a map of one row.
+            raise PassError(
+                f"{where}: {scan.name} scans one direction by itself, and whether of a whole map is not known; "
+                f"{instead}"
+            )
         rank = 4
     elif order is None:
         raise PassError(

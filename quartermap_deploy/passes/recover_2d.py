@@ -9,8 +9,10 @@ groups or by K scans. None of these spellings is known here. Projections act on 
 merging move positions, and so what they do is read off by running these parts of the graph: numbered positions show the
 order of every direction, unit vectors the matrices of the projections (`recovery/`).
 
-A scan that is none of a whole map in rows or columns, summed in place, keeps its operator, and the report says why. A
-replacement is compared with what it replaces on random maps before it is accepted; where sizes are open, at two sizes.
+Directions that scan parts of the map, or windows, or have a gate each before they are added up, become one
+SelectiveScan2D each, where that is faster (`recovery/apart.py`). Every other scan that is none of a whole map in rows
+or columns, summed in place, keeps its operator, and the report says why. A replacement is compared with what it
+replaces on random maps before it is accepted; where sizes are open, at two sizes.
 
 Refuses nothing that a plan names: what it leaves alone is a legal model, in one dimension.
 """
@@ -24,6 +26,7 @@ import onnx
 
 from quartermap_deploy.frontend.node_names import read_name
 from quartermap_deploy.passes.base import PassReport
+from quartermap_deploy.passes.recovery.apart import read_apart
 from quartermap_deploy.passes.recovery.concrete import Concrete
 from quartermap_deploy.passes.recovery.graph_index import GraphIndex, read_values
 from quartermap_deploy.passes.recovery.grids import infer_order
@@ -35,6 +38,7 @@ from quartermap_deploy.passes.recovery.unrolling import sources_of
 from quartermap_deploy.passes.recovery.writing import Replacement
 from quartermap_deploy.passes.shapes import infer_shapes
 from quartermap_deploy.pruning.orders import ScanOrder
+from quartermap_deploy.pruning.parts import parts_of
 
 NAME = "recover_2d"
 
@@ -53,6 +57,7 @@ class ScanRecovery:
         rank: R of the time step; None if it has none, or was not looked for.
         source: the value that is the map, and its layout, as "silu (NCHW)"; None if it was not found.
         inferred: where the order of a one-dimensional scan was inferred from, in words, or None.
+        apart: whether each direction became a scan of a map of its own.
     """
 
     scans: tuple[str, ...]
@@ -64,6 +69,7 @@ class ScanRecovery:
     rank: int | None
     source: str | None
     inferred: str | None = None
+    apart: bool = False
 
     def describe(self) -> str:
         """One line."""
@@ -72,7 +78,12 @@ class ScanRecovery:
             known = "" if self.inferred is None else f"; for pruning, its steps are {self.inferred}"
             return f"{names}: stays one-dimensional: {self.refused}{known}"
         orders = [self.orders[name] for name in self.scans]
-        directions = ", ".join(name for order in orders for name in order.directions or ())
+        if self.apart:
+            parts = [part for order in orders for part in parts_of(order)]
+            words = ["another order" if part is None else part.describe() for part in parts]
+            directions = f"one direction each: {', '.join(words)}"
+        else:
+            directions = ", ".join(name for order in orders for name in order.directions or ())
         rank = "full rank" if self.rank is None else f"rank {self.rank}"
         return (
             f"{names}: {directions} of {self.d_inner}×{orders[0].height}×{orders[0].width}, state {self.d_state}, "
@@ -161,11 +172,14 @@ def _groups(index: GraphIndex, concrete: Concrete) -> list[ScanGroup]:
 
 
 def _read(group: ScanGroup, probes: Sequence[Concrete]) -> list[Reading]:
-    """Read scans of one map as its directions, and where they are not, each by itself."""
+    """Read scans of one map as its directions, and where they are not, each by itself, and its directions apart."""
     together = read_group(group, probes)
-    if together.refused is None or len(group.places) == 1:
+    if together.refused is None:
         return [together]
-    return [read_group(ScanGroup(group.index, (place,)), probes) for place in group.places]
+    alone = [together]
+    if len(group.places) > 1:
+        alone = [read_group(ScanGroup(group.index, (place,)), probes) for place in group.places]
+    return [reading if reading.refused is None else read_apart(reading, probes) for reading in alone]
 
 
 def _unread(reading: Reading) -> ScanRecovery:
@@ -198,6 +212,7 @@ def _recovery(reading: Reading, concrete: Concrete) -> ScanRecovery:
         rank=None if projections is None else projections.rank,
         source=None if unrolling is None else f"{unrolling.source} ({unrolling.form.layout})",
         inferred=inferred,
+        apart=reading.apart,
     )
 
 

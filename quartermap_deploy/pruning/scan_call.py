@@ -179,8 +179,16 @@ def _parts(
 def _one(
     y: Tensor, steps: NDArray[np.int64] | None, order: ScanOrder | None, other: NDArray[Any] | None
 ) -> Tensor:
-    """One direction, (batch, d, L), on its map if the target has it there, else as a map of one row."""
+    """One direction, (batch, d, L), on its map if the target has it there, else as a map of one row.
+
+    Its map is what it visits: a part of the map of `order`, or all of it.
+    """
     sequence = y[:, :, None]
     if order is None or steps is None or other is None or other.shape == tuple(sequence.shape):
         return sequence
-    return on_map(y, steps, order.height, order.width)
+    visited = np.unique(steps[steps != OUTSIDE])
+    sides = other.shape[2:]
+    if len(sides) != 2 or sides[0] * sides[1] != len(visited):
+        return sequence
+    places = np.where(steps == OUTSIDE, OUTSIDE, np.searchsorted(visited, steps))
+    return on_map(y, places, *sides)

@@ -209,7 +209,23 @@ def parity_parts(report: Mapping[str, Any]) -> list[Part]:
             else f".{first}"
         )
     )
-    return [about, *_parity_chart(report), _parity_table(report)]
+    return [about, *_native_note(report), *_parity_chart(report), _parity_table(report)]
+
+
+def _native_note(report: Mapping[str, Any]) -> list[Part]:
+    """What was found of the native operator for CPUs, which takes the place of the scans in the file."""
+    native = report.get("native")
+    if native is None:
+        return []
+    if not native["run"]:
+        return [Note(f"The native operator did not run there: {native['not_run']}.", reason=True)]
+    verdict = "passed" if native["passed"] else "FAILED"
+    return [
+        Note(
+            f"With the native operator ({native['instruction_set']}): {verdict}, worst error "
+            f"{error_text(native['worst_relative_error'])} of the largest value."
+        )
+    ]
 
 
 def _parity_chart(report: Mapping[str, Any]) -> list[Part]:

@@ -1,7 +1,8 @@
 """The torch operators `quartermap::selective_scan` and `quartermap::selective_scan_2d`.
 
 They are opaque to `torch.export`, so that one scan becomes one node (`quartermap.SelectiveScan2D` in ONNX) instead of
-an unrolled graph, and differentiable, so that a pruned model can be fine-tuned.
+an unrolled graph, and differentiable, so that a pruned model can be fine-tuned. Forward they run on the native kernels
+where those are there and fit, else vectorised; gradients come from the vectorised form, which needs the inputs alone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quartermap_deploy.scan.cpu import native_scan, native_scan_2d
 from quartermap_deploy.scan.definition import DIRECTIONS
 from quartermap_deploy.scan.vectorized import (
     selective_scan_2d_gradients,
@@ -34,7 +36,10 @@ def _selective_scan(
     delta_bias: Tensor | None,
     delta_softplus: bool,
 ) -> Tensor:
-    return selective_scan_vectorized(u, delta, A, B, C, D, delta_bias, delta_softplus).contiguous()
+    y = native_scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
+    if y is None:
+        y = selective_scan_vectorized(u, delta, A, B, C, D, delta_bias, delta_softplus).contiguous()
+    return y
 
 
 @_selective_scan.register_fake
@@ -78,9 +83,9 @@ def _selective_scan_2d(
     directions: str,
     softplus: bool,
 ) -> Tensor:
-    return selective_scan_2d_vectorized(
-        x, dt, B, C, A, D, dt_bias, dt_weight, directions.split(","), softplus
-    ).contiguous()
+    arguments = (x, dt, B, C, A, D, dt_bias, dt_weight, directions.split(","), softplus)
+    y = native_scan_2d(*arguments)
+    return selective_scan_2d_vectorized(*arguments).contiguous() if y is None else y
 
 
 @_selective_scan_2d.register_fake

@@ -43,7 +43,7 @@ class Description:
         max_batch: most images at once.
         max_delay: seconds that an image may wait for others.
         labels: names of the classes; nothing where it has none.
-        properties: where the model comes from.
+        properties: where the model comes from, and what computes its scans.
         batch_axis: whether the first axis of every input and output is one and the same batch.
     """
 
@@ -54,7 +54,7 @@ class Description:
     max_batch: int
     max_delay: float
     labels: tuple[str, ...]
-    properties: Mapping[str, str] = field(default_factory=dict)
+    properties: dict[str, str] = field(default_factory=dict)
     batch_axis: bool = True
 
     @property

@@ -33,7 +33,14 @@ from quartermap_deploy.serving.logs import EventLog
 from quartermap_deploy.serving.memory import give_back_large_blocks
 from quartermap_deploy.serving.models import VERSION, ImageModel, ServedModel, TensorModel
 from quartermap_deploy.serving.options import ServeOptions
-from quartermap_deploy.serving.startup import Plan, Sessions, check_golden, make_plan, open_sessions
+from quartermap_deploy.serving.startup import (
+    Plan,
+    Sessions,
+    check_golden,
+    make_plan,
+    note_scans,
+    open_sessions,
+)
 from quartermap_deploy.serving.state import State
 from quartermap_deploy.serving.statistics import ModelStatistics
 from quartermap_deploy.targets.onnxruntime_cpu import default_threads
@@ -205,6 +212,7 @@ class _Server:
 
     def _checked(self) -> Sessions:
         sessions = open_sessions(self.plan)
+        note_scans(self.plan, sessions)
         self.log.info(
             "loaded",
             bundle=str(self.plan.bundle.path),
@@ -212,6 +220,7 @@ class _Server:
             workers=len(sessions.workers),
             threads=self.plan.threads,
             wide=self.plan.wide,
+            scans=self.plan.model.properties["scans"],
             max_batch=self.plan.model.max_batch,
         )
         if self.signalled.is_set():

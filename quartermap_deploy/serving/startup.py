@@ -274,6 +274,12 @@ def open_sessions(plan: Plan) -> Sessions:
     return Sessions([OnnxRuntimeSession(path, plan.threads, rules) for _ in range(plan.workers)], None)
 
 
+def note_scans(plan: Plan, sessions: Sessions) -> None:
+    """Add to a model's provenance what computes its scans, which only the opened session knows."""
+    form = sessions.workers[0].scans
+    plan.model.properties["scans"] = "" if form is None else str(form)
+
+
 def check_golden(plan: Plan, sessions: Sequence[Session]) -> float:
     """Run the golden inputs of the bundle through every session.
 

@@ -25,6 +25,9 @@ INPUT = "images"
 """Name of an example input that has none."""
 LARGEST_EXAMPLE = 1 << 28
 """Most numbers of an example input: 1 GiB of float32."""
+FLOAT32 = "float32"
+EXAMPLE_TYPES = (FLOAT32, "int64", "int32", "uint8", "bool")
+"""Element types of example inputs. Floating-point models are compiled in float32; the others are indices and masks."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class UserModule:
         strict_weights: refuse weights whose keys are not exactly the module's.
         stages: how many blocks each stage has; None tells stages apart by the length of their sequences.
         scans: adapters for scans that this package does not know, both as `package.module:name`; see `public_code`.
+        types: element type of the example inputs that are not float32, by name; one of `EXAMPLE_TYPES`.
         named_by: the file that names all this, for as long as nobody agreed to run code that a file names.
 
     Raises:
@@ -50,6 +54,7 @@ class UserModule:
     strict_weights: bool = True
     stages: tuple[int, ...] | None = None
     scans: Mapping[str, str] = field(default_factory=dict)
+    types: Mapping[str, str] = field(default_factory=dict)
     named_by: Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -62,6 +67,7 @@ class UserModule:
         for name, shape in self.example.items():
             check_shape(name, shape)
         object.__setattr__(self, "example", {name: tuple(shape) for name, shape in self.example.items()})
+        self._check_types()
         if not isinstance(self.arguments, Mapping) or not all(isinstance(key, str) for key in self.arguments):
             raise RecipeError(f"arguments = {self.arguments!r} is no table of keyword arguments")
         if type(self.strict_weights) is not bool:
@@ -83,6 +89,20 @@ class UserModule:
                 '{ "package.ops:my_scan" = "my_adapters:my_scan" }'
             )
 
+    def _check_types(self) -> None:
+        if not isinstance(self.types, Mapping):
+            raise RecipeError(
+                f'types = {self.types!r} is no table of element types, such as {{ ids = "int64" }}'
+            )
+        for name, kind in self.types.items():
+            if name not in self.example:
+                raise RecipeError(
+                    f"types names {name!r}, which is no example input; those are {', '.join(self.example)}"
+                )
+            check_type(name, kind)
+        known = {name: kind for name, kind in self.types.items() if kind != FLOAT32}
+        object.__setattr__(self, "types", known)
+
     @property
     def name(self) -> str:
         """The name of the factory."""
@@ -99,6 +119,8 @@ class UserModule:
         }
         if self.stages is not None:
             values["stages"] = list(self.stages)
+        if self.types:
+            values["types"] = dict(self.types)
         return {**values, "scans": dict(self.scans)} if self.scans else values
 
     @classmethod
@@ -110,7 +132,7 @@ class UserModule:
         Raises:
             RecipeError: if a key is unknown or missing, or a value is wrong.
         """
-        known = ("factory", "example", "arguments", "strict_weights", "stages", "scans")
+        known = ("factory", "example", "arguments", "strict_weights", "stages", "scans", "types")
         for key in values:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
@@ -142,6 +164,18 @@ def check_shape(name: str, shape: object) -> None:
         count *= size
     if count > LARGEST_EXAMPLE:
         raise RecipeError(f"the example input {name!r} of {count:,} numbers is too large; give a smaller one")
+
+
+def check_type(name: str, kind: object) -> None:
+    """Check the element type of an example input.
+
+    Raises:
+        RecipeError: if it is none of `EXAMPLE_TYPES`.
+    """
+    if kind not in EXAMPLE_TYPES:
+        raise RecipeError(
+            f"the example input {name!r} has the element type {kind!r}; expected one of {', '.join(EXAMPLE_TYPES)}"
+        )
 
 
 def parse_example(text: str) -> tuple[str, tuple[int, ...]]:

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from quartermap_deploy.errors import PlanError
+from quartermap_deploy.frontend.node_names import PART
 from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D
 from quartermap_deploy.pruning.orders import ScanOrder
+from quartermap_deploy.pruning.parts import order_at
 from quartermap_deploy.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
@@ -64,13 +66,21 @@ class SizedOrders:
         with contextlib.suppress(Refused):
             concrete = concrete_graph(self._index, shapes)
             maps = {
-                node.name: node.input[0]
+                node.name: self._whole_map(node)
                 for node in self._index.nodes
                 if node.domain == DOMAIN and node.op_type == SELECTIVE_SCAN_2D
             }
             for name, order in self._orders.items():
-                if (map_ := maps.get(self._nodes.get(name, name))) is not None:
+                node_name = self._nodes.get(name, name)
+                # Directions that are scanned one by one have their numbers behind the name; the first tells enough.
+                if (map_ := maps.get(node_name, maps.get(f"{node_name}/1"))) is not None:
                     with contextlib.suppress(PlanError, Refused):
                         _, _, height, width = concrete.shape(map_)
-                        found[name] = order.at(height, width)
+                        found[name] = order_at(order, height, width)
         return found
+
+    def _whole_map(self, scan: onnx.NodeProto) -> str:
+        """The map that a scan is of; of one that takes a part of it, all of the map."""
+        maker = self._index.maker(scan.input[0])
+        is_part = maker is not None and maker.name == f"{scan.name}/{PART}"
+        return str(maker.input[0]) if maker is not None and is_part else str(scan.input[0])

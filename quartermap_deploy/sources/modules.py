@@ -112,7 +112,7 @@ class ModuleSource(SourceModel):
         nodes = {
             name: scan.nodes[0]
             for scan in recovered.report.scans
-            if scan.refused is None and len(scan.nodes) == 1
+            if scan.refused is None and not scan.apart and len(scan.nodes) == 1
             for name in scan.scans
         }
         orders: Mapping[str, ScanOrder] = recovered.orders

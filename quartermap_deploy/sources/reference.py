@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quartermap_deploy.frontend.node_names import block_output, scan_name
 from quartermap_deploy.pruning.scan_call import PrunedScans
+from quartermap_deploy.scan.cpu import without_kernels
 from quartermap_deploy.sources.description import SourceBlock
 from quartermap_deploy.sources.signature import Signature, as_tensors
 from quartermap_deploy.tensor_info import TensorInfo
@@ -99,7 +100,12 @@ class Reference:
             module = self._in_float64()
             tensors = {k: v.double() if v.is_floating_point() else v for k, v in tensors.items()}
         scans = None if self.scans is None else self.scans.at({k: tuple(v.shape) for k, v in tensors.items()})
-        with torch.no_grad(), self.running(), _Parts(self, scans, module, keep, followed, double):
+        with (
+            torch.no_grad(),
+            without_kernels(),
+            self.running(),
+            _Parts(self, scans, module, keep, followed, double),
+        ):
             outputs = self.signature.call(module, tensors)
         return {
             name: (value.float() if value.is_floating_point() else value).cpu().numpy()

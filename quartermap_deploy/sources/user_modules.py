@@ -15,7 +15,7 @@ from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.files import file_hash
 from quartermap_deploy.sources.description import WeightsOrigin
-from quartermap_deploy.sources.factories import UserModule, build_module, find_scans
+from quartermap_deploy.sources.factories import FLOAT32, UserModule, build_module, find_scans
 from quartermap_deploy.sources.modules import ModuleSource, module_source
 from quartermap_deploy.sources.signature import input_names
 from quartermap_deploy.weights import LoadedWeights, load_weights
@@ -65,7 +65,7 @@ def user_module_source(
         )
     source = module_source(
         module,
-        example_inputs(module, wanted.example, seed),
+        example_inputs(module, wanted.example, seed, wanted.types),
         name=name,
         task=task,
         preprocessing=_preprocessing(preprocessing, wanted.example),
@@ -81,13 +81,29 @@ def user_module_source(
     return source.with_labels(class_names(labels, first.shape[1] if first.ndim > 1 else 0))
 
 
-def example_inputs(module: nn.Module, shapes: Mapping[str, Sequence[int]], seed: int) -> Any:
-    """Random example inputs of given shapes: by keyword where their names are those of the module's forward."""
+def example_inputs(
+    module: nn.Module, shapes: Mapping[str, Sequence[int]], seed: int, types: Mapping[str, str] | None = None
+) -> Any:
+    """Random example inputs of given shapes: by keyword where their names are those of the module's forward.
+
+    Args:
+        module: the module.
+        shapes: of the inputs, by name.
+        seed: of the values.
+        types: element types of those that are not float32. Whole numbers are 0 or 1, which every table has entries for.
+
+    Raises:
+        InputError: if forward has no input of a name.
+    """
     generator = np.random.default_rng(seed)
-    arrays = {
-        name: torch.from_numpy(generator.standard_normal(tuple(shape)).astype(np.float32))
-        for name, shape in shapes.items()
-    }
+    arrays = {}
+    for name, shape in shapes.items():
+        kind = (types or {}).get(name, FLOAT32)
+        whole = kind != FLOAT32
+        values = (
+            generator.integers(2, size=tuple(shape)) if whole else generator.standard_normal(tuple(shape))
+        )
+        arrays[name] = torch.from_numpy(values.astype(kind))
     if list(arrays) == [UNNAMED]:
         return arrays[UNNAMED]
     known = input_names(module, list(arrays.values()))

@@ -33,6 +33,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, object]:
     tolerance = bundle.report["tolerance"]
     cases = bundle.report["cases"]
     checks = sum(len(case["outputs"]) for case in cases)
+    native = native_text(bundle.report)
     reference, rules = reference_text(manifest, bundle.report), manifest["size_rules"]
     return {
         "model": origin_text(manifest),
@@ -42,6 +43,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, object]:
             f"{checks} outputs in {len(cases)} cases, worst error {error_text(worst_error(bundle.report))} of the "
             f"largest value, tolerance {tolerance['relative']:.0e} ({tolerance['element_type']})",
         ),
+        **({} if native is None else {"native operator": native}),
         **({} if reference is None else {"reference": reference}),
         "pruned": f"blocks {', '.join(map(str, pruned))} of {len(manifest['blocks'])}"
         if pruned
@@ -61,6 +63,21 @@ def bundle_facts(bundle: Bundle) -> dict[str, object]:
         "size": f"{size / 1e6:.1f} MB in {len(manifest['files']) + 1} files",
         "where": bundle.path,
     }
+
+
+def native_text(report: Mapping[str, Any]) -> str | None:
+    """How the native operator did when the bundle was compiled, and whether there is one here; None without scans."""
+    from quartermap_deploy.native.cpu_library import find_cpu_library
+
+    native = report.get("native")
+    if native is None:
+        return None
+    then = (
+        f"{error_text(native['worst_relative_error'])} of the largest value with {native['instruction_set']}"
+        if native["run"]
+        else f"not compared when it was compiled: {native['not_run']}"
+    )
+    return f"{then}; here: {find_cpu_library().summary}"
 
 
 def carried_text(manifest: Mapping[str, Any]) -> str:

@@ -30,6 +30,12 @@ def tables(values: Mapping[str, Any]) -> list[object]:
         "Scan and added: the time in the scans, and in what pruning or merging puts around them, by their shares of "
         "recorded calls."
     )
+    forms = dict.fromkeys(entry.get("scans") for entry in values["variants"])
+    if forms.keys() - {None}:
+        parts.append(
+            f"What computes the scans: {', '.join(filter(None, forms))}. Portable: the same files, their scans in the "
+            "portable form, relative to the unpruned model in that form."
+        )
     if values["model"]["weights"] == "new":
         parts.append("The weights are new: they decide no time.")
     return parts
@@ -37,6 +43,7 @@ def tables(values: Mapping[str, Any]) -> list[object]:
 
 def _table(values: Mapping[str, Any], timing: Mapping[str, Any]) -> Table:
     variants = {entry["name"]: entry for entry in values["variants"]}
+    portable = any(entry.get("portable") for entry in timing["variants"])
     rows = []
     for entry in timing["variants"]:
         variant = variants[entry["name"]]
@@ -51,6 +58,7 @@ def _table(values: Mapping[str, Any], timing: Mapping[str, Any]) -> Table:
                 rate_text(entry["images_per_second"]),
                 speed_text(entry["speed"], entry["speed_quartiles"]),
                 speed_text(entry["speed_to_tome"], None),
+                *([_portable_text(entry)] if portable else []),
                 _scan_text(entry),
                 milliseconds(entry["added_ms"]),
                 None if parity is None else error_text(parity["relative_error"]),
@@ -65,11 +73,18 @@ def _table(values: Mapping[str, Any], timing: Mapping[str, Any]) -> Table:
         ">images/s",
         ">speed",
         ">to ToMe",
+        *([">portable images/s"] if portable else []),
         ">scan ms",
         ">added ms",
         ">parity",
     ]
     return table(f"{values['model']['title']}, batch {timing['batch']}", columns, rows)
+
+
+def _portable_text(entry: Mapping[str, Any]) -> str | None:
+    """How fast a variant is with its scans in the portable form, and relative to the unpruned model in that form."""
+    found = entry.get("portable")
+    return None if found is None else f"{rate_text(found['images_per_second'])} ({found['speed']:.2f} ×)"
 
 
 def _scan_text(entry: Mapping[str, Any]) -> str | None:

@@ -70,6 +70,7 @@ class Target(Protocol):
         entry: Mapping[str, Any],
         *,
         plugin: Path | None = None,
+        native: bool | None = None,
         built_here: bool = False,
     ) -> Session:
         """Return a session for a bundle that was built for this target.
@@ -78,6 +79,8 @@ class Target(Protocol):
             bundle_path: the bundle.
             entry: its manifest entry for the target.
             plugin: the plugin library, for a target that has one; None lets the target look for it.
+            native: for `onnxruntime`, whether its native operator computes the scans; None where it is there and takes
+                the model.
             built_here: this process has just built it, so that code which it carries is trusted.
         """
         ...

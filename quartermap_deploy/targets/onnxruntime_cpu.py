@@ -1,4 +1,8 @@
-"""The target `onnxruntime`: the portable model as it is, on a CPU."""
+"""The target `onnxruntime`: the portable model as it is, on a CPU.
+
+Its scans run by the native operator of the CPU library where that is found and takes the model (`native.cpu_library`),
+and by the standard operators in the file everywhere else. Both are the same file.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +14,48 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from quartermap_deploy.errors import BundleError, InputError
+from quartermap_deploy.lowering.operator import SELECTIVE_SCAN, SELECTIVE_SCAN_2D
 from quartermap_deploy.machine import all_cores, usable_cores
+from quartermap_deploy.native.cpu_library import find_cpu_library
 from quartermap_deploy.onnx_bounds import check_model
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.size_rules import SizeRules
+from quartermap_deploy.targets.scan_form import ScanForm
 from quartermap_deploy.targets.session import Session, check_feeds
 from quartermap_deploy.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
+    from quartermap_deploy.native.cpu_library import CpuLibrary
     from quartermap_deploy.targets.tensorrt.options import EngineOptions
 
 MODEL_FILE = "model.onnx"
 PRECISIONS = ("float32", "float16")
 """ONNX Runtime has no kernels for bfloat16 on a CPU and refuses such a model."""
 THREADS_VARIABLE = "QUARTERMAP_THREADS"
+THREADS_ENTRY = "quartermap.threads"
+"""The entry of a session's configuration by which the native operator learns how many threads there are."""
+SCANS = (SELECTIVE_SCAN_2D, SELECTIVE_SCAN)
 LARGEST_FOLDED = str(64 << 20)
 """Bytes of a tensor that ONNX Runtime computes of constants ahead of time."""
 
 
 class OnnxRuntimeSession(Session):
-    """A model in ONNX Runtime's CPU provider."""
+    """A model in ONNX Runtime's CPU provider.
 
-    def __init__(self, model: Path | bytes, threads: int | None = None, rules: Sequence[str] = ()) -> None:
+    Attributes:
+        scans: what computes its scans.
+    """
+
+    scans: ScanForm
+
+    def __init__(
+        self,
+        model: Path | bytes,
+        threads: int | None = None,
+        rules: Sequence[str] = (),
+        *,
+        native: bool | None = None,
+    ) -> None:
         """Load a model.
 
         Args:
@@ -39,11 +63,12 @@ class OnnxRuntimeSession(Session):
             threads: threads for one operator; None takes the environment variable QUARTERMAP_THREADS, or else all
                 cores.
             rules: what the sizes of its inputs must fulfil; see `size_rules`.
+            native: whether the native operator computes its scans; None where it is there and takes the model.
 
         Raises:
-            BundleError: as `inference_session` raises it.
+            BundleError: as `open_session` raises it.
         """
-        self._session = inference_session(model, threads)
+        self._session, self.scans = open_session(model, threads, native=native)
         self.inputs = tuple(_info(value) for value in self._session.get_inputs())
         self.outputs = tuple(_info(value) for value in self._session.get_outputs())
         self._rules = SizeRules(rules)
@@ -85,26 +110,76 @@ def _info(value: Any) -> TensorInfo:
     return TensorInfo(value.name, shape, kind)
 
 
-def inference_session(model: Path | bytes, threads: int | None = None, *, profile: Path | None = None) -> Any:
-    """An `onnxruntime.InferenceSession` on the CPU, for a file or serialised bytes.
+def open_session(
+    model: Path | bytes,
+    threads: int | None = None,
+    *,
+    native: bool | None = None,
+    profile: Path | None = None,
+) -> tuple[Any, ScanForm]:
+    """An `onnxruntime.InferenceSession` on the CPU, for a file or serialised bytes, and what computes its scans.
 
     Args:
         model: its file, or its serialised bytes.
         threads: threads for one operator; None takes the environment variable QUARTERMAP_THREADS, or else all cores
             that the process may use.
+        native: whether the native operator computes its scans. None takes it where it is there and takes the model;
+            False keeps to the portable body; True refuses a session without it.
         profile: record the time of every node; `end_profiling` writes it into a file whose name starts so.
 
     Raises:
-        BundleError: if the model holds what this package does not write (see `onnx_bounds`), or ONNX Runtime refuses
-            it.
+        BundleError: if the model holds what this package does not write (see `onnx_bounds`), ONNX Runtime refuses it,
+            or it has scans for which the native operator is wanted and cannot be had.
     """
-    check_model(model)
+    has_scans = not check_model(model).isdisjoint(SCANS)
+    threads = threads if threads is not None else _threads_wanted()
+    refused = "it was not wanted"
+    if has_scans and native is not False:
+        found = find_cpu_library()
+        if found.library is None:
+            refused = found.summary
+        else:
+            try:
+                session = _session(model, _options(threads, profile, found.library))
+            except Exception as error:  # the model's own fault shows again below
+                refused = " ".join(str(error).split())[:400]
+            else:
+                return session, ScanForm("native", found.library.instruction_set)
+        if native:
+            raise BundleError(f"the native operator cannot run the scans of {_name(model)}: {refused}")
+    try:
+        session = _session(model, _options(threads, profile, None))
+    except Exception as error:
+        raise BundleError(
+            f"ONNX Runtime refuses {_name(model)}: {' '.join(str(error).split())[:400]}"
+        ) from error
+    return session, ScanForm("portable", reason=refused) if has_scans else ScanForm("none")
+
+
+def inference_session(model: Path | bytes, threads: int | None = None) -> Any:
+    """A session as `open_session` makes it, which keeps to the portable body; `open_session` says what is raised."""
+    return open_session(model, threads, native=False)[0]
+
+
+def _name(model: Path | bytes) -> str:
+    return "the model" if isinstance(model, bytes) else str(model)
+
+
+def _session(model: Path | bytes, options: Any) -> Any:
+    import onnxruntime
+
+    source = model if isinstance(model, bytes) else str(model)
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def _options(threads: int, profile: Path | None, library: CpuLibrary | None) -> Any:
+    """The options of a session with so many threads, 0 for ONNX Runtime's own number."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     # What it would write of errors are names from the file, unescaped; the exception says the same.
     options.log_severity_level = 4
-    options.intra_op_num_threads = threads if threads is not None else _threads_wanted()
+    options.intra_op_num_threads = threads
     # Idle workers spin for some milliseconds after a run and would take the cores from the next session's run.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # What stands in the file is computed once, while it is loaded; versions that do not know this setting ignore it.
@@ -112,12 +187,12 @@ def inference_session(model: Path | bytes, threads: int | None = None, *, profil
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
-    source = model if isinstance(model, bytes) else str(model)
-    try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        name = "the model" if isinstance(model, bytes) else str(model)
-        raise BundleError(f"ONNX Runtime refuses {name}: {' '.join(str(error).split())[:400]}") from error
+    if library is not None:
+        # Nothing in ONNX Runtime's interface tells an operator how many threads its session has. The library reads
+        # this as it is registered.
+        options.add_session_config_entry(THREADS_ENTRY, str(threads or usable_cores()))
+        options.register_custom_ops_library(str(library.path))
+    return options
 
 
 def _threads_wanted() -> int:
@@ -173,7 +248,13 @@ def cannot_run(entry: Mapping[str, Any]) -> str | None:
 
 
 def open(
-    bundle_path: Path, entry: Mapping[str, Any], *, plugin: Path | None = None, built_here: bool = False
+    bundle_path: Path,
+    entry: Mapping[str, Any],
+    *,
+    plugin: Path | None = None,
+    native: bool | None = None,
+    built_here: bool = False,
 ) -> OnnxRuntimeSession:
     """Return a session for the bundle's portable model, which has no plugin and no code of its own."""
-    return OnnxRuntimeSession(Path(bundle_path) / entry["file"], rules=entry.get("size_rules", ()))
+    path = Path(bundle_path) / entry["file"]
+    return OnnxRuntimeSession(path, rules=entry.get("size_rules", ()), native=native)

@@ -20,12 +20,16 @@ from polygraphy.common import TensorMetadata
 from quartermap_deploy.frontend.node_names import read_name
 from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN, SELECTIVE_SCAN_2D
 from quartermap_deploy.targets import Session
-from quartermap_deploy.targets.onnxruntime_cpu import inference_session
+from quartermap_deploy.targets.onnxruntime_cpu import inference_session, open_session
 
 if TYPE_CHECKING:
     import onnx
 
     from quartermap_deploy.sources.reference import Reference
+
+
+NATIVE = "onnxruntime with the native operator"
+"""What that form of the target is called in reports."""
 
 
 class TorchRunner(BaseRunner):  # type: ignore[misc]
@@ -114,10 +118,18 @@ class SessionRunner(BaseRunner):  # type: ignore[misc]
         )
 
 
-def onnxruntime_runner(model: onnx.ModelProto) -> OnnxrtRunner:
-    """A runner for a model in memory whose outputs are those of every scan and every block, and its own."""
+def onnxruntime_runner(model: onnx.ModelProto, *, native: bool = False) -> OnnxrtRunner:
+    """A runner for a model in memory whose outputs are those of every scan and every block, and its own.
+
+    Args:
+        model: the model.
+        native: whether the native operator computes its scans, or else the portable body.
+    """
     marked = with_block_outputs(model)
-    return OnnxrtRunner(lambda: inference_session(marked.SerializeToString()), name="onnxruntime")
+    data = marked.SerializeToString()
+    if native:
+        return OnnxrtRunner(lambda: open_session(data, native=True)[0], name=NATIVE)
+    return OnnxrtRunner(lambda: inference_session(data), name="onnxruntime")
 
 
 def with_block_outputs(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -27,8 +27,8 @@ class Spelling:
         factory: its function or class that makes the model.
         inputs: shape of each input, by name, in the order of the forward; the batch is 2.
         scans: calls of a selective scan in one run.
-        maps: how many of them unroll a whole map in VMamba's four directions, or one of them, and are merged by a plain
-            sum, so that they can become two-dimensional.
+        maps: how many of them become two-dimensional: they unroll a whole map in VMamba's four directions, or one of
+            them, and are merged by a plain sum, or they are wide enough to be scanned one direction by itself.
         why_not: what the others are.
         arguments: for the factory.
         open_size: whether height and width may be left open.
@@ -89,11 +89,31 @@ SPELLINGS: dict[str, Spelling] = {
     "plainmamba": Spelling("plainmamba", "Plain", IMAGE, 4, 0, "snakes, whose steps stay in raster order"),
     "vim": Spelling("vim", "VisionMamba", IMAGE, 4, 0, "a sequence with a class token in its middle"),
     "localmamba": Spelling(
-        "localmamba", "LocalClassifier", IMAGE, 1, 0, "windows, and directions with a gate each"
+        "localmamba",
+        "LocalClassifier",
+        IMAGE,
+        1,
+        0,
+        "windows, and directions with a gate each, all of them narrow",
+    ),
+    "localmamba_wide": Spelling("localmamba", "LocalClassifier", IMAGE, 1, 1, arguments={"dim": 64}),
+    "localmamba_gates": Spelling(
+        "localmamba",
+        "LocalClassifier",
+        IMAGE,
+        1,
+        1,
+        arguments={"dim": 48, "choices": ("h", "v_flip", "h_flip", "v")},
     ),
     "efficientvmamba": Spelling(
-        "efficientvmamba", "Efficient", IMAGE, 1, 0, "each direction scans another quarter of the map"
+        "efficientvmamba",
+        "Efficient",
+        IMAGE,
+        1,
+        0,
+        "each direction scans another quarter of the map, and is narrow",
     ),
+    "efficientvmamba_wide": Spelling("efficientvmamba", "Efficient", IMAGE, 1, 1, arguments={"dim": 96}),
     "changemamba": Spelling(
         "changemamba",
         "ChangeDetector",

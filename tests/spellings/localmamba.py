@@ -56,12 +56,11 @@ class Gate(nn.Module):
 
 
 class SS2D(nn.Module):
-    CHOICES = ("h", "v_flip", "w3", "w3_flip")
-
-    def __init__(self, dim, states=2, rank=2):
+    def __init__(self, dim, choices, states=2, rank=2):
         super().__init__()
         self.inner, self.states, self.rank = 2 * dim, states, rank
-        count = len(self.CHOICES)
+        self.choices = choices
+        count = len(choices)
         self.in_proj = nn.Linear(dim, 2 * self.inner, bias=False)
         self.conv2d = nn.Conv2d(self.inner, self.inner, 3, padding=1, groups=self.inner)
         self.x_proj_weight = nn.Parameter(torch.zeros(count, rank + 2 * states, self.inner))
@@ -89,7 +88,7 @@ class SS2D(nn.Module):
         b, h, w, _ = x.shape
         x, z = self.in_proj(x).chunk(2, dim=-1)
         x = F.silu(self.conv2d(x.permute(0, 3, 1, 2).contiguous()))
-        sequences = [self.unroll(x, choice) for choice in self.CHOICES]
+        sequences = [self.unroll(x, choice) for choice in self.choices]
         lengths = [sequence.shape[-1] for sequence in sequences]
         longest = max(lengths)
         xs = torch.stack([F.pad(s, (0, longest - s.shape[-1])) for s in sequences], dim=1)
@@ -109,9 +108,9 @@ class SS2D(nn.Module):
             self.Ds,
             self.dt_projs_bias.view(-1),
             nrows=2,
-        ).view(b, len(self.CHOICES), -1, longest)
+        ).view(b, len(self.choices), -1, longest)
         y = 0
-        for k, (choice, length) in enumerate(zip(self.CHOICES, lengths)):
+        for k, (choice, length) in enumerate(zip(self.choices, lengths)):
             tokens = self.roll(ys[:, k, :, :length], choice, h, w).transpose(1, 2)
             y = y + self.attn(tokens)
         y = self.out_norm(y).view(b, h, w, -1)
@@ -119,10 +118,10 @@ class SS2D(nn.Module):
 
 
 class LocalClassifier(nn.Module):
-    def __init__(self, dim=8, classes=4):
+    def __init__(self, dim=8, choices=("h", "v_flip", "w3", "w3_flip"), classes=4):
         super().__init__()
         self.patch_embed = nn.Conv2d(3, dim, 2, 2)
-        self.blocks = nn.ModuleList([SS2D(dim)])
+        self.blocks = nn.ModuleList([SS2D(dim, choices)])
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, classes)
 
     def forward(self, x):

@@ -41,7 +41,9 @@ def check_replacement(concrete: Concrete, source: str, replacement: Replacement,
     old, initializers = _old_nodes(concrete, source, replacement.targets)
     outputs = list(replacement.targets)
     expected = _run(old, initializers, source, x, outputs)
-    found = _run(replacement.nodes, replacement.initializers, source, x, outputs)
+    above, further = _old_nodes(concrete, source, _kept_values(replacement, source))
+    nodes = [*above, *replacement.nodes]
+    found = _run(nodes, [*further, *replacement.initializers], source, x, outputs)
     for name, new, wanted in zip(outputs, found, expected, strict=True):
         if new.shape != wanted.shape:
             raise Refused(f"{name} would become {new.shape} instead of {wanted.shape}")
@@ -51,6 +53,13 @@ def check_replacement(concrete: Concrete, source: str, replacement: Replacement,
                 f"SelectiveScan2D would make {name} differ from what it is now by {error / largest:.1e} of its largest "
                 f"value; {TOLERANCE:.0e} is allowed"
             )
+
+
+def _kept_values(replacement: Replacement, source: str) -> list[str]:
+    """What the new nodes read besides the map and what they make themselves, such as a sequence as it is unrolled."""
+    own = {name for node in replacement.nodes for name in node.output}
+    own |= {source, *(tensor.name for tensor in replacement.initializers)}
+    return sorted({name for node in replacement.nodes for name in node.input if name and name not in own})
 
 
 def _old_nodes(

@@ -22,6 +22,10 @@ from quartermap_deploy.passes.recovery.unrolling import Unrolling, position_of
 from quartermap_deploy.pruning.orders import OUTSIDE
 
 
+class NotSummed(Refused):
+    """The directions do not meet by being added up: something else reads them first."""
+
+
 @dataclass(frozen=True)
 class Merge:
     """How a value is made of the scans' outputs.
@@ -46,6 +50,15 @@ class Merge:
             for order, found in zip(unrolling.order, self.steps, strict=True)
         )
 
+    def gives_back(self, unrolling: Unrolling) -> bool:
+        """Whether a position that a direction visits gets from it what it gave to it, and no other gets anything."""
+        for order, found in zip(unrolling.order, self.steps, strict=True):
+            visited = order[order != OUTSIDE]
+            given = np.flatnonzero(found != OUTSIDE)
+            if not np.array_equal(np.sort(visited), given) or not np.array_equal(order[found[given]], given):
+                return False
+        return True
+
     @property
     def is_even(self) -> bool:
         """Whether all directions count the same."""
@@ -56,6 +69,7 @@ def read_merge(group: ScanGroup, unrolling: Unrolling, concrete: Concrete) -> Me
     """Find the value in which the directions of a group meet.
 
     Raises:
+        NotSummed: if there is none, because something else than a sum reads them.
         Refused: if there is none that is the map again.
     """
     merged = _reached(group, concrete)
@@ -66,7 +80,7 @@ def read_merge(group: ScanGroup, unrolling: Unrolling, concrete: Concrete) -> Me
         if _forms(value, group, unrolling, concrete) and not _leaving(group, inside, concrete, value)
     ]
     if not targets:
-        raise Refused(
+        raise NotSummed(
             f"its directions do not meet in a map by being added up: {_leaving(group, inside, concrete)}"
         )
     refusals = []

@@ -10,7 +10,7 @@ delta then has that rank, and R rows of it, chosen as a pivoted factorisation ch
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,14 @@ class Projections:
     def rank(self) -> int | None:
         """R, or None where the time step has no low rank."""
         return None if self.dt_weight is None else self.dt_weight.shape[2]
+
+    def of(self, direction: int) -> Projections:
+        """Those of one direction, counted from 0."""
+        own: dict[str, Any] = {
+            item.name: None if (matrix := getattr(self, item.name)) is None else matrix[direction, None]
+            for item in fields(self)
+        }
+        return Projections(**own)
 
     def delta(self, x: Matrix) -> Matrix:
         """(…, K, d_inner, L) → delta of the same shape."""
@@ -160,14 +168,12 @@ def _low_rank(run: _Projected, offset: Matrix) -> tuple[list[NDArray[np.int64]],
     """
     d_inner = run.sizes.d_inner
     # Of a random map every column is a random mixture of the matrix's columns: as many as the rank tell all about it.
+    wanted = d_inner // 2 + 8
     columns: list[Matrix] = []
-    while sum(part.shape[2] for part in columns) < d_inner // 2 + 8:
+    while sum(part.shape[2] for part in columns) < wanted:
         delta = run.on(run.random(seed=2 + len(columns)))["delta"] - offset[:, :, None]
-        visits = (run.unrolling.order != OUTSIDE).all(axis=0)
-        columns.append(np.concatenate(list(delta[..., visits][..., : d_inner // 2 + 8]), axis=2))
-        if not visits.any():
-            break
-    sketch = np.concatenate(columns, axis=2)[:, :, : d_inner // 2 + 8]
+        columns.append(_visiting(delta, run.unrolling.order, wanted))
+    sketch = np.concatenate(columns, axis=2)[:, :, :wanted]
     rows = [_independent_rows(part, d_inner // 2) for part in sketch]
     whole = [np.arange(d_inner)] * len(rows)
     if any(found is None for found in rows):
@@ -183,6 +189,20 @@ def _low_rank(run: _Projected, offset: Matrix) -> tuple[list[NDArray[np.int64]],
         # A direction of a smaller rank takes a row twice, and gives it no weight the second time.
         chosen.append(np.concatenate([found, np.zeros(rank - len(found), np.int64)]))
     return chosen, weights
+
+
+def _visiting(delta: Matrix, order: NDArray[np.int64], most: int) -> Matrix:
+    """Delta (batch, K, d_inner, L) at steps on the map, as many for each direction: (K, d_inner, steps of all images).
+
+    Raises:
+        Refused: if a direction has no step there.
+    """
+    steps = [np.flatnonzero(one != OUTSIDE)[:most] for one in order]
+    fewest = min(map(len, steps))
+    if not fewest:
+        raise Refused("a direction visits no position of its map")
+    own = np.stack([delta[:, place][..., found[:fewest]] for place, found in enumerate(steps)])
+    return np.moveaxis(own, 1, 2).reshape(len(order), delta.shape[2], -1)
 
 
 def _independent_rows(matrix: Matrix, most: int) -> NDArray[np.int64] | None:

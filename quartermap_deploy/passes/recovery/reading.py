@@ -14,7 +14,7 @@ from quartermap_deploy.passes.recovery.checking import check_replacement
 from quartermap_deploy.passes.recovery.concrete import Concrete
 from quartermap_deploy.passes.recovery.group import GroupSizes, ScanGroup
 from quartermap_deploy.passes.recovery.maps import MapForm
-from quartermap_deploy.passes.recovery.merging import Merge, read_merge, read_merge_at
+from quartermap_deploy.passes.recovery.merging import Merge, NotSummed, read_merge, read_merge_at
 from quartermap_deploy.passes.recovery.projections import Projections, check_projections, read_projections
 from quartermap_deploy.passes.recovery.refusal import Refused
 from quartermap_deploy.passes.recovery.unrolling import Unrolling, read_unrolling, read_unrolling_from
@@ -34,6 +34,8 @@ class Reading:
         projections: their projections.
         replacement: the nodes that take their place, or None if they are refused.
         refused: why.
+        unsummed: whether something else than a sum reads the directions, such as a gate for each.
+        apart: whether each direction became a scan of its own.
     """
 
     group: ScanGroup
@@ -43,6 +45,8 @@ class Reading:
     projections: Projections | None = None
     replacement: Replacement | None = None
     refused: str | None = None
+    unsummed: bool = False
+    apart: bool = False
 
     @property
     def orders(self) -> dict[str, ScanOrder]:
@@ -67,7 +71,8 @@ def read_group(group: ScanGroup, probes: Sequence[Concrete]) -> Reading:
         reading = replace(reading, unrolling=unrolling)
         try:
             reading = replace(reading, merge=read_merge(group, unrolling, probes[0]))
-        except Refused:
+        except Refused as refusal:
+            reading = replace(reading, unsummed=isinstance(refusal, NotSummed))
             # That an order is none of a map's says more than what follows from it.
             _require_map_order(unrolling)
             raise
@@ -96,9 +101,7 @@ def _written(
     if not merge.is_even:
         raise Refused(f"its directions are added to {merge.target} with different weights")
     others = [_same_at(concrete, group, unrolling, merge) for concrete in probes[1:]]
-    projections = read_projections(group, unrolling, probes[0])
-    for concrete, other in zip(probes[1:], others, strict=True):
-        check_projections(projections, group, other, concrete)
+    projections = agreed_projections(group, (unrolling, *others), probes)
     replacement = write_map_scan(
         group.names[0],
         (unrolling.source, unrolling.form),
@@ -109,9 +112,32 @@ def _written(
         directions,
         float(merge.share[0]),
     )
-    for seed, concrete in enumerate(probes):
-        check_replacement(concrete, unrolling.source, replacement, seed)
+    check_at_all(replacement, unrolling.source, probes)
     return replacement, projections
+
+
+def agreed_projections(
+    group: ScanGroup, unrollings: Sequence[Unrolling], probes: Sequence[Concrete]
+) -> Projections:
+    """The projections at the first size, the same at the others.
+
+    Raises:
+        Refused: if they are not affine in one position, or others there.
+    """
+    projections = read_projections(group, unrollings[0], probes[0])
+    for concrete, other in zip(probes[1:], unrollings[1:], strict=True):
+        check_projections(projections, group, other, concrete)
+    return projections
+
+
+def check_at_all(replacement: Replacement, source: str, probes: Sequence[Concrete]) -> None:
+    """Compare a replacement with what it replaces at every size.
+
+    Raises:
+        Refused: if they differ.
+    """
+    for seed, concrete in enumerate(probes):
+        check_replacement(concrete, source, replacement, seed)
 
 
 def scan_parameters(group: ScanGroup, concrete: Concrete) -> ScanParameters:
@@ -169,7 +195,7 @@ def _same_at(concrete: Concrete, group: ScanGroup, unrolling: Unrolling, merge: 
     Raises:
         Refused: if directions, layouts or weights are not the same there, or the graph does not tell a side.
     """
-    other = read_unrolling_from(unrolling.source, _form_at(unrolling, concrete), group, concrete)
+    other = read_unrolling_from(unrolling.source, form_at(unrolling, concrete), group, concrete)
     found = read_merge_at(merge.target, group, other, concrete)
     same = (
         other.directions == unrolling.directions
@@ -177,6 +203,16 @@ def _same_at(concrete: Concrete, group: ScanGroup, unrolling: Unrolling, merge: 
         and found.is_in_place(other)
         and np.array_equal(found.share, merge.share)
     )
+    require_same(same, unrolling, other)
+    return other
+
+
+def require_same(same: bool, unrolling: Unrolling, other: Unrolling) -> None:
+    """Refuse a scan that differs at another size, or whose sides are open where the graph does not tell them.
+
+    Raises:
+        Refused: if so.
+    """
     if not same:
         raise Refused(
             f"it scans a map of {other.height}×{other.width} otherwise than one of "
@@ -187,10 +223,9 @@ def _same_at(concrete: Concrete, group: ScanGroup, unrolling: Unrolling, merge: 
         raise Refused(
             f"the sides of the map are open, and {unrolling.source}, which holds it as a sequence, does not tell them"
         )
-    return other
 
 
-def _form_at(unrolling: Unrolling, concrete: Concrete) -> MapForm:
+def form_at(unrolling: Unrolling, concrete: Concrete) -> MapForm:
     """The form of the map at other sizes."""
     form = unrolling.form
     shape = concrete.shape(unrolling.source)

@@ -17,11 +17,15 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D
+from quartermap_deploy.frontend.node_names import PART
+from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D, Direction
 from quartermap_deploy.passes.recovery.maps import MapForm
 from quartermap_deploy.passes.recovery.projections import Matrix, Projections
+from quartermap_deploy.pruning.parts import MapPart
 
 Array = NDArray[Any]
+_LIMITS = np.iinfo(np.int64)
+"""The numbers that stand for the ends of every axis."""
 NEGLIGIBLE = 1e-9
 """Offset of a projection, as a share of its largest weight, that is rounding of float64 and no bias."""
 
@@ -41,6 +45,11 @@ class ScanParameters:
     D: Array
     dt_bias: Array
     softplus: bool
+
+    def of(self, direction: int, count: int) -> ScanParameters:
+        """What one of `count` directions takes, counted from 0."""
+        A, D, dt_bias = (np.split(array, count)[direction] for array in (self.A, self.D, self.dt_bias))
+        return ScanParameters(A, D, dt_bias, self.softplus)
 
 
 @dataclass(frozen=True)
@@ -63,10 +72,14 @@ class Replacement:
 class NodeWriter:
     """Collects nodes and weights whose names start with a prefix."""
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, whole: NodeWriter | None = None) -> None:
         self.prefix = prefix
-        self.nodes: list[onnx.NodeProto] = []
-        self.initializers: list[onnx.TensorProto] = []
+        self.nodes: list[onnx.NodeProto] = [] if whole is None else whole.nodes
+        self.initializers: list[onnx.TensorProto] = [] if whole is None else whole.initializers
+
+    def below(self, name: str) -> NodeWriter:
+        """A writer that adds to the same nodes, with a name of its own behind the prefix."""
+        return NodeWriter(f"{self.prefix}/{name}", self)
 
     def constant(self, name: str, array: Array) -> str:
         """Add a weight; returns its name."""
@@ -114,6 +127,32 @@ class NodeWriter:
             last = self("Transpose", "channels_last", [value], perm=[0, 2, 3, 1])
             flat = self.constant("flat", np.array([0, -1, form.channels], np.int64))
             self("Reshape", "merged", [last, flat], target)
+
+    def part(self, value: str, part: MapPart) -> str:
+        """Take a part of a map (batch, channels, H, W)."""
+        if part.is_whole:
+            return value
+        limits = {
+            "first": part.first,
+            "end": (_LIMITS.max, _LIMITS.max),
+            "axes": (2, 3),
+            "strides": part.stride,
+        }
+        inputs = [self.constant(name, np.array(numbers, np.int64)) for name, numbers in limits.items()]
+        return self("Slice", PART, [value, *inputs])
+
+    def sequence(self, value: str, direction: str, target: str = "") -> str:
+        """Bring the positions of a map (batch, channels, H, W) into the order of a direction, (batch, channels, L)."""
+        parsed = Direction.parse(direction)
+        if parsed.orientation == "column":
+            value = self("Transpose", "columns", [value], perm=[0, 1, 3, 2])
+        flat = self.constant("flat", np.array([0, 0, -1], np.int64))
+        value = self("Reshape", "steps", [value, flat], "" if parsed.reverse else target)
+        if parsed.reverse:
+            limits = {"last": -1, "before_first": _LIMITS.min, "step_axis": 2, "backwards": -1}
+            inputs = [self.constant(name, np.array([number], np.int64)) for name, number in limits.items()]
+            value = self("Slice", "reversed", [value, *inputs], target)
+        return value
 
     def scan(
         self,

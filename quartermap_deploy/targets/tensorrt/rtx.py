@@ -96,7 +96,12 @@ def cannot_run(entry: Mapping[str, Any]) -> str | None:
 
 
 def open(
-    bundle_path: Path, entry: Mapping[str, Any], *, plugin: Path | None = None, built_here: bool = False
+    bundle_path: Path,
+    entry: Mapping[str, Any],
+    *,
+    plugin: Path | None = None,
+    native: bool | None = None,
+    built_here: bool = False,
 ) -> EngineSession:
     """Return a session; see `session.open_engine`. These engines have no plugin."""
     from quartermap_deploy.targets.tensorrt.session import open_engine

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy import gpu as devices
-from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D, VERSION
+from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D, VERSION, direction_names
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.targets.tensorrt.cuda_runtime import require_runtime
 from quartermap_deploy.targets.tensorrt.flavour import TENSORRT
@@ -69,9 +69,8 @@ def prepare(model: onnx.ModelProto, at: Sequence[Mapping[str, Sequence[int]]] = 
         if node.domain != DOMAIN or node.op_type != SELECTIVE_SCAN_2D:
             continue
         attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
-        names = [name.decode() if isinstance(name, bytes) else name for name in attributes["directions"]]
         fields = {
-            "directions": ",".join(names),
+            "directions": ",".join(direction_names(attributes)),
             "softplus": int(attributes.get("softplus", 1)),
             "plugin_namespace": DOMAIN,
             "plugin_version": str(VERSION),
@@ -116,7 +115,12 @@ def cannot_run(entry: Mapping[str, Any]) -> str | None:
 
 
 def open(
-    bundle_path: Path, entry: Mapping[str, Any], *, plugin: Path | None = None, built_here: bool = False
+    bundle_path: Path,
+    entry: Mapping[str, Any],
+    *,
+    plugin: Path | None = None,
+    native: bool | None = None,
+    built_here: bool = False,
 ) -> EngineSession:
     """Return a session; see `session.open_engine`."""
     from quartermap_deploy.targets.tensorrt.session import open_engine

@@ -1,0 +1,202 @@
+"""The CPU library: where it is found, and whether it fits.
+
+A library is taken from three places and no others: the file that the environment variable QUARTERMAP_NATIVE names, the
+package itself where a wheel brought one, and this user's own cache of libraries that were built here from exactly these
+sources. What does not fit is passed over, with its reason. Nothing is ever built by looking for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from quartermap_deploy import __version__
+from quartermap_deploy.errors import QuartermapError
+from quartermap_deploy.native.cpu_build import CPU_LIBRARY, built_libraries, sources_hash
+from quartermap_deploy.native.errors import PluginError
+from quartermap_deploy.native.library import CPU, describe, load
+from quartermap_deploy.plain_text import printable
+
+NATIVE_VARIABLE = "QUARTERMAP_NATIVE"
+"""0 turns the library off; a path from / on names one."""
+INSTRUCTION_SET_VARIABLE = "QUARTERMAP_INSTRUCTION_SET"
+"""Names the instruction set that the library uses; it reads this as it is loaded."""
+INTERFACE = 1
+"""QUARTERMAP_CPU_SCAN_VERSION of `quartermap/cpu_scan.h`: of its functions and structures."""
+OFF = f"turned off by {NATIVE_VARIABLE}=0"
+BUILD = CPU.build
+
+Origin = Literal["QUARTERMAP_NATIVE", "wheel", "built here"]
+
+
+@dataclass(frozen=True)
+class CpuLibrary:
+    """A library that fits this release and this machine.
+
+    Attributes:
+        path: where it lies.
+        contract: what it says about itself.
+        instruction_set: what its scans use here: "avx512", "avx2", "baseline" or "neon".
+        origin: where it comes from.
+    """
+
+    path: Path
+    contract: Mapping[str, Any]
+    instruction_set: str
+    origin: Origin
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {**asdict(self), "path": str(self.path)}
+
+
+@dataclass(frozen=True)
+class CpuSearch:
+    """What was found.
+
+    Attributes:
+        library: the one to use, or None.
+        refused: what was passed over, each a path or a place and the reason.
+        summary: in one line, which was chosen, or why none.
+    """
+
+    library: CpuLibrary | None
+    refused: tuple[tuple[str, str], ...]
+    summary: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {
+            "library": None if self.library is None else self.library.to_dict(),
+            "refused": [{"place": place, "reason": reason} for place, reason in self.refused],
+            "summary": self.summary,
+        }
+
+
+def find_cpu_library() -> CpuSearch:
+    """Look for a library that fits; one that does not is no error.
+
+    The answer is kept for this process, until the environment names another place or a library comes or goes.
+    """
+    if os.environ.get(NATIVE_VARIABLE) == "0":
+        return CpuSearch(None, (), OFF)
+    candidates: list[tuple[Origin, Path]] = []
+    refused: list[tuple[str, str]] = []
+    try:
+        candidates.extend(_places(refused))
+    except (QuartermapError, OSError) as error:
+        refused.append(("the cache of libraries built here", str(error)))
+    named = os.environ.get(INSTRUCTION_SET_VARIABLE)
+    return _choose(tuple((*place, _changed(place[1])) for place in candidates), tuple(refused), named)
+
+
+def load_cpu_library(path: Path, origin: Origin = "QUARTERMAP_NATIVE") -> CpuLibrary:
+    """Load a library, after a look at its file, and compare what it says about itself with this release.
+
+    Args:
+        path: the library; loading it runs code of it.
+        origin: where it comes from.
+
+    Raises:
+        PluginError: if it is missing, damaged, for another platform, of another release or other sources, or for
+            instructions that this processor lacks.
+    """
+    library = load(path, kind=CPU)
+    contract = describe(library, path, CPU)
+    if wrong := _differences(contract):
+        raise PluginError(
+            f"the CPU library {printable(path)} does not fit this release of quartermap-deploy; build it anew: {BUILD}"
+            "\n  " + "\n  ".join(wrong)
+        )
+    function = library.quartermap_cpu_instruction_set
+    function.restype = ctypes.c_char_p
+    instruction_set = function().decode()
+    if instruction_set not in contract["instruction_sets"]:
+        named = printable(os.environ.get(INSTRUCTION_SET_VARIABLE, ""))
+        raise PluginError(
+            f"the CPU library {printable(path)} holds no instruction set {named!r} that this processor has, as "
+            f"{INSTRUCTION_SET_VARIABLE} asks for; it was built with {', '.join(contract['instruction_sets'])}"
+        )
+    return CpuLibrary(path, contract, instruction_set, origin)
+
+
+def summary(library: CpuLibrary) -> str:
+    """Return one line about a library that is used."""
+    return f"{printable(library.path)} ({library.origin}, {library.instruction_set})"
+
+
+def _differences(contract: Mapping[str, Any]) -> list[str]:
+    """Compare a library's contract with this package's; returns one line for each difference."""
+    try:
+        sources: str | None = sources_hash()
+    except PluginError:
+        # Somebody took them out of the installation.
+        sources = None
+    expected = {"library": "quartermap_cpu", "version": INTERFACE, "release": __version__, "sources": sources}
+    wrong = [
+        f"{name}: the library has {_short(contract.get(name))}, this package {_short(value)}"
+        for name, value in expected.items()
+        if value is not None and contract.get(name) != value
+    ]
+    if not wrong and not isinstance(contract.get("instruction_sets"), list):
+        wrong.append("instruction_sets: the library has none")
+    return wrong
+
+
+def _short(value: object) -> str:
+    text = printable(repr(value))
+    return text if len(text) < 40 else f"{text[:16]}…{text[-1]}"
+
+
+def _places(refused: list[tuple[str, str]]) -> Iterator[tuple[Origin, Path]]:
+    """Yield the files that are there, in the order in which they are tried."""
+    if named := os.environ.get(NATIVE_VARIABLE):
+        if os.path.isabs(named):
+            yield "QUARTERMAP_NATIVE", Path(named)
+        else:
+            reason = (
+                f"{NATIVE_VARIABLE} is {printable(named)!r}; expected 0, or the path of a library from / on"
+            )
+            refused.append((NATIVE_VARIABLE, reason))
+    carried = Path(__file__).resolve().parents[1] / "_native" / CPU_LIBRARY
+    if carried.is_file():
+        yield "wheel", carried
+    for path in built_libraries():
+        yield "built here", path
+
+
+def _changed(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+@functools.lru_cache(maxsize=8)
+def _choose(
+    candidates: tuple[tuple[Origin, Path, int], ...],
+    refused: tuple[tuple[str, str], ...],
+    instruction_set: str | None,
+) -> CpuSearch:
+    """Take the first library that fits.
+
+    Args:
+        candidates: each with its origin and when it was changed.
+        refused: what was passed over already.
+        instruction_set: what the environment asks for; another answer for another one.
+    """
+    for origin, path, _ in candidates:
+        try:
+            library = load_cpu_library(path, origin)
+        except (PluginError, OSError) as error:
+            refused = (*refused, (str(path), str(error)))
+            continue
+        return CpuSearch(library, refused, summary(library))
+    if not refused:
+        return CpuSearch(None, (), f"none was built: {BUILD}")
+    return CpuSearch(None, refused, f"none fits: {' '.join(refused[0][1].split())}")
