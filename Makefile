@@ -7,6 +7,11 @@ WORKERS ?= 2
 PYTEST_FLAGS ?=
 # Damaged files and messages of each kind that `make fuzz` tries; `make test` tries some dozens.
 FUZZ_EXAMPLES ?= 20000
+# What `make mutants` plants: faults of each file (or all), which of them, and patterns of files; nothing means every file.
+SAMPLE ?= 20
+SEED ?= 0
+FILES ?=
+MUTANTS_FLAGS ?=
 # `make test-server` runs the server in this one, and the clients in PYTHON.
 SERVER_PYTHON ?= $(PYTHON)
 SERVER_TESTS := tests/test_serving.py tests/test_serving_faults.py tests/test_serving_lifecycle.py
@@ -21,7 +26,8 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 QUARTER
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test native lint typecheck pytest test-server fuzz format bench evidence train-demo-model clean
+.PHONY: help demo test native lint typecheck pytest mutants mutants-touched test-server fuzz format bench evidence \
+	train-demo-model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,7 +35,7 @@ help: ## list the targets
 demo: native ## compile the digits model with and without QuarterMap, prove parity, compare
 	@$(RUN) -m quartermap_deploy.demo
 
-test: lint typecheck pytest ## everything that continuous integration checks
+test: lint typecheck pytest mutants-touched ## everything that continuous integration checks
 
 native: $(STAMP) ## build the CPU library, where there is a C++ compiler; nothing needs it
 	@$(RUN) -m quartermap_deploy native build >/dev/null || echo "going on without the CPU library" >&2
@@ -53,6 +59,13 @@ test-server: $(STAMP) ## the server in another Python, without torch: make test-
 fuzz: $(STAMP) ## damage what strangers may send in many more ways, for an hour or so: make fuzz FUZZ_EXAMPLES=20000
 	@$(ONE_THREAD) QUARTERMAP_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(RUN) -m pytest -q --durations=0 -n $(WORKERS) --dist loadfile \
 		$(PYTEST_FLAGS) tests/test_fuzz_*.py
+
+mutants: $(STAMP) ## plant small faults, count what the tests catch: make mutants FILES="passes/*.py" MUTANTS_FLAGS=--help
+	@$(ONE_THREAD) PYTHONPATH=tests nice $(RUN) -m mutants --sample $(SAMPLE) --seed $(SEED) $(if $(FILES),--files '$(FILES)') \
+		$(MUTANTS_FLAGS)
+
+mutants-touched: $(STAMP) ## the same in 45 seconds, in the files that a change touches
+	@$(ONE_THREAD) PYTHONPATH=tests $(RUN) -m mutants --touched --seconds 45
 
 format: $(STAMP) ## let ruff mend what it can
 	@$(RUN) -m ruff check --fix .

@@ -232,10 +232,12 @@ def read_regular(path: Path, most: int, *, follow: bool = True) -> bytes:
         raise OSError(errno.ELOOP, "it is a link", str(path))
     # Opening a pipe waits for somebody who writes into it, unless it is told not to.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    with os.fdopen(os.open(path, flags | (0 if follow else getattr(os, "O_NOFOLLOW", 0))), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "it is no plain file", str(path))
+    descriptor = os.open(path, flags | (0 if follow else getattr(os, "O_NOFOLLOW", 0)))
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no plain file", str(path))
+    with os.fdopen(descriptor, "rb") as file:
         size = status.st_size
         # Some file systems hold files whose size they do not tell.
         data = b"" if size > most else file.read(size + 1 if size else most + 1)

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from quartermap_deploy.errors import UnknownNameError
 from quartermap_deploy.frontend.node_names import block_output, scan_name
 from quartermap_deploy.validation.comparison import OutputComparison, compare_output, relative_to_largest
 from quartermap_deploy.validation.parity import ParityReport
-from quartermap_deploy.validation.tolerances import Tolerance, tolerance_for
+from quartermap_deploy.validation.tolerances import GIVEN, Tolerance, tolerance_for
 
 REFERENCE = np.array([[1.0, -4.0, 2.0], [0.0, 3.0, -2.0]], np.float32)
 TOLERANCE = Tolerance("float32", 1e-3, "for these tests", block=1e-4)
@@ -39,6 +40,14 @@ def test_errors_are_shares_of_the_largest_value_of_the_reference(tolerance: floa
     assert below.relative_error == pytest.approx(0.98 * tolerance, rel=1e-3)
     assert below.max_abs_error == pytest.approx(4 * 0.98 * tolerance, rel=1e-3)
     assert below.largest == 4.0
+
+
+@pytest.mark.parametrize("scale", [1e-6, 0.5, 1e6])
+def test_small_outputs_are_judged_as_large_ones_are(scale: float) -> None:
+    reference, found = (np.float32(scale) * array for array in (REFERENCE, shifted(0.02)))
+    result = compare_output("logits", reference, found, 0.01)
+    assert not result.passed and result.relative_error == pytest.approx(0.02, rel=1e-3)
+    assert result.largest == pytest.approx(4 * scale)
 
 
 def test_the_largest_value_is_the_references_and_not_the_targets() -> None:
@@ -182,6 +191,68 @@ def test_an_output_that_departs_though_no_block_does_is_told_so() -> None:
     assert found.first_departing_block is None
     assert "logits departs, though no block does by itself" in found.describe_failure()
     assert report({"images": [GOOD]}).describe_failure() == "every output is within the tolerance"
+
+
+def test_a_block_that_departs_behind_a_scan_that_does_not_is_told_so() -> None:
+    found = report({"images": [outcome(scan_name(4), 0.0), outcome(block_output(4), 1.0), GOOD]})
+    said = found.describe_failure()
+    assert "block 4 is the first that departs, behind its scan, on case 'images'" in said
+    assert said.startswith("onnxruntime departs from pytorch in 1 of 3 outputs; ")
+
+
+def test_a_report_is_plain_and_whole() -> None:
+    found = report(
+        {"images": [outcome(block_output(3), 1.0)], "zeros": [compare_output("y", REFERENCE, None, 1e-4)]}
+    )
+    assert found.to_dict() == {
+        "passed": False,
+        "reference": "pytorch",
+        "target": "onnxruntime",
+        "tolerance": TOLERANCE.to_dict(),
+        "worst_relative_error": None,
+        "first_departing_block": 3,
+        "cases": [
+            {"name": "images", "outputs": [outcome(block_output(3), 1.0).to_dict()]},
+            {"name": "zeros", "outputs": [compare_output("y", REFERENCE, None, 1e-4).to_dict()]},
+        ],
+    }
+    assert report({"images": [outcome("y", 0.25)]}).to_dict()["worst_relative_error"] == pytest.approx(0.25)
+    assert report({}).to_dict()["worst_relative_error"] is None
+
+
+def test_a_tolerance_is_written_with_that_of_blocks() -> None:
+    assert TOLERANCE.to_dict() == {
+        "element_type": "float32",
+        "relative": 1e-3,
+        "reason": "for these tests",
+        "block": 1e-4,
+    }
+    assert Tolerance("float32", 0.5, "").to_dict()["block"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "measured", "limit"),
+    [
+        (tolerance_for("float32").of_block, 5e-6, 2e-5),
+        (tolerance_for("float32").relative, 100 * 8e-7, 200 * 8e-7),
+        (tolerance_for("float16").of_block, 1.8e-3, 6e-3),
+        (tolerance_for("float16").relative, 2.4e-3, 6e-3),
+        (tolerance_for("bfloat16").of_block, 2.5e-2, 4e-2),
+        (tolerance_for("bfloat16").relative, 2.7e-2, 6e-2),
+        (GIVEN.of_block, 2.0**-10, 2.0**-8.5),
+    ],
+)
+def test_tolerances_follow_from_what_their_reasons_say(
+    tolerance: float, measured: float, limit: float
+) -> None:
+    """Above what was measured, and below what a planted fault makes, or two to three times what was measured."""
+    assert measured < tolerance < limit
+
+
+def test_an_unknown_element_type_has_no_tolerance() -> None:
+    assert [tolerance_for(kind).element_type for kind in ("float32", "bfloat16")] == ["float32", "bfloat16"]
+    with pytest.raises(UnknownNameError, match=r"float8.*float32"):
+        tolerance_for("float8")
 
 
 @pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])

@@ -190,6 +190,63 @@ def test_a_runner_of_ones_own_may_have_the_result_alone() -> None:
     assert all(onnx.TensorProto.FLOAT16 in found for found in types)
 
 
+@pytest.mark.parametrize(
+    ("report", "said", "advice", "names"),
+    [
+        (
+            LocaliseReport("float16", True, error=1e-3, remaining=1e-3),
+            "nothing to localise",
+            "report this",
+            [],
+        ),
+        (LocaliseReport("float16", False, restoring=None), "not one of precision", "report this", None),
+        (
+            LocaliseReport("float16", False, restoring=(2,), error=0.25, remaining=1e-3, runs=5),
+            "block_2 in float32 restores parity in float16: the largest relative error falls from 2.50e-01 to 1.00e-03",
+            "keep it in float32: --float32-blocks 2, in a recipe blocks_float32",
+            ["block_2"],
+        ),
+        (
+            LocaliseReport("bfloat16", False, restoring=(0,), error=np.inf, remaining=1e-3),
+            "the part after the last block in float32 restores parity in bfloat16",
+            "report this",
+            ["the part after the last block"],
+        ),
+        (
+            LocaliseReport("float16", False, restoring=(3, 5, 0), error=0.5, remaining=2e-3),
+            "no block alone restores parity in float16; block_3 and block_5 and the part after the last block together",
+            "keep it in float32: --float32-blocks 3,5, in a recipe blocks_float32",
+            ["block_3", "block_5", "the part after the last block"],
+        ),
+    ],
+    ids=["right", "no precision", "one", "after", "several"],
+)
+def test_what_is_said_about_each_outcome(
+    report: LocaliseReport, said: str, advice: str, names: list[str] | None
+) -> None:
+    assert said in report.describe()
+    assert advice in report.advice()
+    assert report.to_dict()["restoring"] == names and list(report.names) == (names or [])
+
+
+def test_the_report_is_plain_and_whole() -> None:
+    alone = {1: (False, np.inf), 2: (True, 1e-3), 0: (False, 0.5)}
+    report = LocaliseReport("float16", False, alone, (2,), np.inf, 1e-3, runs=4)
+    assert report.to_dict() == {
+        "precision": "float16",
+        "passed": False,
+        "restoring": ["block_2"],
+        "relative_error": None,
+        "remaining_relative_error": 1e-3,
+        "alone": {
+            "block_1": {"passed": False, "relative_error": None},
+            "block_2": {"passed": True, "relative_error": 1e-3},
+            "the part after the last block": {"passed": False, "relative_error": 0.5},
+        },
+        "models_compared": 4,
+    }
+
+
 def test_progress_is_told() -> None:
     class Counting:
         def __init__(self) -> None:

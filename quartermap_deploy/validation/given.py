@@ -98,18 +98,16 @@ def given_reference(source: ModuleSource, inputs: Any, outputs: Any) -> GivenRef
     names = list(source.signature.inputs)
     fed = _by_name(inputs, names, "inputs")
     wanted = list(source.discovery.outputs)
-    if isinstance(outputs, dict) and set(outputs) <= set(wanted):
-        returned = {name: np.asarray(_array(value)) for name, value in outputs.items()}
-    else:
-        flat = source.signature.named(_tensors(outputs))
-        returned = {name: value.detach().cpu().numpy() for name, value in flat.items()}
+    if isinstance(outputs, (dict, list, tuple)) and not outputs:
+        raise InputError(f"the reference has no outputs; expected one at least of {', '.join(wanted)}")
+    returned = {name: _array(value) for name, value in source.signature.named(_tensors(outputs)).items()}
     if unknown := [name for name in returned if name not in wanted]:
         raise InputError(
             f"the reference has the output {unknown[0]!r}; the module has {', '.join(wanted)}, in this order"
         )
     reference = GivenReference(fed, {name: _float32(array) for name, array in returned.items()})
     for name, array in {**reference.inputs, **reference.outputs}.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
+        if not np.isfinite(array).all():
             raise InputError(
                 f"the reference has NaN or infinite values in {name!r}, with which nothing can be compared; save it "
                 "from a run that gives numbers"
@@ -166,7 +164,14 @@ def _by_name(values: Any, names: list[str], what: str) -> dict[str, NDArray[Any]
 
 
 def _array(value: Any) -> NDArray[Any]:
-    return np.asarray(value.detach().cpu().float() if hasattr(value, "detach") else value)
+    """A tensor or an array of numbers as an array; NumPy has no bfloat16, so that becomes float32."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.float() if value.is_floating_point() else value
+    array = np.asarray(value)
+    if array.dtype.kind not in "biuf":
+        raise InputError(f"the reference has an array of {array.dtype}; expected numbers")
+    return array
 
 
 def _tensors(value: Any) -> Any:
@@ -177,7 +182,7 @@ def _tensors(value: Any) -> Any:
         return {key: _tensors(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_tensors(item) for item in value]
-    return torch.as_tensor(value) if isinstance(value, np.ndarray) else value
+    return torch.as_tensor(_array(value)) if isinstance(value, np.ndarray) else value
 
 
 def _float32(array: NDArray[Any]) -> NDArray[Any]:

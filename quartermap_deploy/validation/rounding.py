@@ -72,8 +72,6 @@ def rounded_in_float32(model: onnx.ModelProto) -> onnx.ModelProto:
             own.input[position] = rename.get(name, name)
         exact = node.op_type in MOVEMENT and node.domain == ""
         kinds = [BY_NUMBER.get(types.get(name, 0)) for name in node.output]
-        if node.op_type == "Cast" and types.get(node.input[0]) in BY_NUMBER and kinds[0] is None:
-            exact = True
         _compute_in_float32(own)
         nodes.append(own)
         for position, (name, kind) in enumerate(zip(node.output, kinds, strict=True)):

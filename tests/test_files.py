@@ -1,0 +1,316 @@
+"""Files and folders are written whole or not at all, and what others made is read with bounds."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from quartermap_deploy.errors import BundleError, InputError, WriteError
+from quartermap_deploy.files import (
+    FolderKind,
+    check_outside,
+    file_hash,
+    folders_for,
+    obstacle_to,
+    pending_file,
+    read_regular,
+    write_whole,
+)
+
+KIND = FolderKind("thing", "marker.json", BundleError)
+
+
+@pytest.fixture(autouse=True)
+def _umask() -> Iterator[None]:
+    """New files and folders are readable by the group, and writable by their owner alone."""
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def old_thing(path: Path) -> Path:
+    path.mkdir()
+    (path / "marker.json").write_text("old")
+    (path / "more.txt").write_text("old")
+    return path
+
+
+def write_new(path: Path, force: bool = False) -> None:
+    with KIND.new(path, force) as draft:
+        (draft / "marker.json").write_text("new")
+
+
+# Where folders may be written to ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_place_where_nothing_is_is_free(tmp_path: Path, force: bool) -> None:
+    KIND.check_destination(tmp_path / "a" / "b" / "thing", force)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_place_below_a_file_is_none(tmp_path: Path, force: bool) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        BundleError, match=r"cannot write to .*thing: .*file is no folder that you may write to"
+    ):
+        KIND.check_destination(tmp_path / "file" / "thing", force)
+
+
+def test_what_is_there_is_replaced_on_demand_alone(tmp_path: Path) -> None:
+    thing = old_thing(tmp_path / "thing")
+    with pytest.raises(
+        BundleError, match=r"exists already; choose another folder, or replace it with --force"
+    ):
+        KIND.check_destination(thing, False)
+    KIND.check_destination(thing, True)
+    with pytest.raises(BundleError, match="exists already"):
+        write_new(thing)
+    assert (thing / "marker.json").read_text() == "old"
+
+
+def test_force_replaces_nothing_else(tmp_path: Path) -> None:
+    empty, other, file = tmp_path / "empty", tmp_path / "other", tmp_path / "file"
+    empty.mkdir()
+    other.mkdir()
+    (other / "letter.txt").write_text("")
+    file.write_text("")
+    link, lost = tmp_path / "link", tmp_path / "lost"
+    link.symlink_to(old_thing(tmp_path / "thing"))
+    lost.symlink_to(tmp_path / "nowhere")
+    KIND.check_destination(empty, True)
+    for path in (other, file, link, lost):
+        with pytest.raises(BundleError, match="is no thing, so --force does not replace it"):
+            KIND.check_destination(path, True)
+    for path in (empty, other, file, lost):
+        with pytest.raises(BundleError, match=r"exists already; choose another folder$"):
+            KIND.check_destination(path, False)
+
+
+# Folders that are written whole -------------------------------------------------------------------------------------
+
+
+def test_a_new_folder_takes_its_place_when_it_is_whole(tmp_path: Path) -> None:
+    place = tmp_path / "a" / "b" / "thing"
+    with KIND.new(place) as draft:
+        assert draft.parent == place.parent and not place.exists()
+        assert draft.name.startswith(".thing.") and draft.name.endswith(".draft")
+        assert mode(draft) == 0o700
+        (draft / "marker.json").write_text("new")
+    assert names(place.parent) == ["thing"] and names(place) == ["marker.json"]
+    assert mode(place) == 0o750
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_an_old_folder_is_replaced_whole(tmp_path: Path, made: bool) -> None:
+    thing = old_thing(tmp_path / "thing")
+    if made:
+        (thing / "marker.json").unlink()
+        (thing / "more.txt").unlink()
+    write_new(thing, force=True)
+    assert names(tmp_path) == ["thing"] and names(thing) == ["marker.json"]
+    assert (thing / "marker.json").read_text() == "new"
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit])
+def test_a_failure_leaves_nothing_but_what_was_there(tmp_path: Path, failure: type[BaseException]) -> None:
+    thing = old_thing(tmp_path / "thing")
+    for place in (thing, tmp_path / "a" / "b" / "other"):
+        with pytest.raises(failure), KIND.new(place, force=True) as draft:
+            (draft / "half").write_text("")
+            raise failure
+    assert names(tmp_path) == ["thing"] and names(thing) == ["marker.json", "more.txt"]
+
+
+def test_folders_that_hold_something_by_now_stay(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="half"), KIND.new(tmp_path / "a" / "b" / "thing"):
+        (tmp_path / "a" / "note").write_text("")
+        raise ValueError("half")
+    assert names(tmp_path / "a") == ["note"]
+
+
+def test_what_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    thing = tmp_path / "thing"
+    with pytest.raises(BundleError, match="exists already"), KIND.new(thing) as draft:
+        (draft / "marker.json").write_text("new")
+        old_thing(thing)
+    assert (thing / "marker.json").read_text() == "old" and names(tmp_path) == ["thing"]
+
+
+def test_a_folder_that_cannot_be_made_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **options: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("quartermap_deploy.files.obstacle_to", lambda path: None)
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    with (
+        pytest.raises(BundleError, match=r"cannot write to .*: .*No space left"),
+        KIND.new(tmp_path / "thing"),
+    ):
+        pass
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="there is no /proc")
+def test_nothing_stays_open(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        write_new(tmp_path / "thing", force=True)
+        with pytest.raises(OSError, match="no plain file"):
+            read_regular(tmp_path / "thing", 9)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_link_in_the_place_of_the_draft_is_noticed(tmp_path: Path) -> None:
+    other = old_thing(tmp_path / "other")
+    other.chmod(0o700)
+    with pytest.raises(BundleError, match="somebody else replaced"), KIND.new(tmp_path / "thing") as draft:
+        draft.rename(tmp_path / "moved")
+        draft.symlink_to(other)
+    assert mode(other) == 0o700 and not (tmp_path / "thing").exists()
+
+
+# Places -----------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_written_into_a_bundle(tmp_path: Path) -> None:
+    first, second = old_thing(tmp_path / "first"), old_thing(tmp_path / "second")
+    (tmp_path / "link").symlink_to(second)
+    for path in (second, second / "a" / "b", tmp_path / "link" / "a", first / "x", second / ".." / "first"):
+        with pytest.raises(BundleError, match=r"is in the bundle .* choose a place outside of it"):
+            check_outside(path, [first, second], BundleError)
+    with pytest.raises(InputError, match=f"is in the bundle {second}"):
+        check_outside(second / "x", iter([first, second]), InputError)
+    for path in (tmp_path / "third", tmp_path / "first_too", first / ".." / "x"):
+        check_outside(path, [first, second], BundleError)
+
+
+def test_what_stands_in_the_way_is_said_and_nothing_left(tmp_path: Path) -> None:
+    assert obstacle_to(tmp_path / "a" / "b" / "file") is None
+    assert obstacle_to(tmp_path / "file") is None
+    (tmp_path / "file").write_text("")
+    assert (
+        obstacle_to(tmp_path / "file" / "b" / "c")
+        == f"{tmp_path / 'file'} is no folder that you may write to"
+    )
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no /proc")
+def test_a_file_system_that_takes_no_files_is_an_obstacle() -> None:
+    found = obstacle_to(Path("/proc/none/file"))
+    assert found is not None and ("nothing can be written to /proc" in found or "/proc is no folder" in found)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
+def test_a_folder_of_others_is_an_obstacle(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    assert "is no folder that you may write to" in str(obstacle_to(tmp_path / "file"))
+    tmp_path.chmod(0o700)
+
+
+def test_folders_for_a_file_stay_with_it_and_go_without(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "file"
+    with pytest.raises(KeyboardInterrupt), folders_for(path):
+        assert path.parent.is_dir()
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+    with folders_for(path):
+        path.write_text("")
+    assert path.is_file()
+    with pytest.raises(ValueError, match="half"), folders_for(tmp_path / "a" / "c" / "file"):
+        raise ValueError("half")
+    assert names(tmp_path / "a") == ["b"]
+
+
+# Files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_replaced_when_the_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pending_file(path, b"new"):
+        assert path.read_bytes() == b"old"
+        (draft,) = (name for name in names(tmp_path) if name != "file")
+        assert draft.startswith(".file.")
+    assert path.read_bytes() == b"new" and names(tmp_path) == ["file"] and mode(path) == 0o640
+    with pytest.raises(KeyboardInterrupt), pending_file(path, b"third"):
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"new" and names(tmp_path) == ["file"]
+
+
+def test_permissions_are_those_of_new_files_or_those_that_were_asked_for(tmp_path: Path) -> None:
+    write_whole(tmp_path / "a", b"1")
+    write_whole(tmp_path / "b", b"2", 0o600)
+    write_whole(tmp_path / "c", b"3", mode=0o666)
+    assert [mode(tmp_path / name) for name in "abc"] == [0o640, 0o600, 0o666]
+
+
+def test_what_the_system_has_against_a_file_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "folder" / "within").mkdir(parents=True)
+    for path, number in ((tmp_path / "none" / "file", errno.ENOENT), (tmp_path / "folder", errno.EISDIR)):
+        with pytest.raises(WriteError) as found:
+            write_whole(path, b"")
+        assert (found.value.errno, found.value.filename) == (number, str(path))
+        assert os.strerror(number) in str(found.value)
+    assert names(tmp_path) == ["folder"]
+
+
+def test_a_file_of_strangers_is_read_up_to_a_bound(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    assert read_regular(path, 5) == read_regular(path, 500) == b"12345"
+    with pytest.raises(OSError, match="it has more than 4 bytes") as found:
+        read_regular(path, 4)
+    assert (found.value.errno, found.value.filename) == (errno.EFBIG, str(path))
+    path.write_bytes(b"")
+    assert read_regular(path, 0) == b""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="there is no /proc")
+def test_files_that_do_not_tell_their_size_have_the_bound_too() -> None:
+    path = Path("/proc/self/status")
+    assert path.stat().st_size == 0 and b"Pid:" in read_regular(path, 1 << 20)
+    with pytest.raises(OSError, match="more than 10 bytes"):
+        read_regular(path, 10)
+
+
+def test_links_are_followed_where_they_may_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"1")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "file")
+    assert read_regular(link, 9) == read_regular(tmp_path / "file", 9, follow=False) == b"1"
+    with pytest.raises(OSError, match="it is a link") as found:
+        read_regular(link, 9, follow=False)
+    assert (found.value.errno, found.value.filename) == (errno.ELOOP, str(link))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("follow", [False, True])
+def test_pipes_and_folders_are_no_files(tmp_path: Path, follow: bool) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(OSError, match="it is no plain file") as found:
+            read_regular(tmp_path / name, 9, follow=follow)
+        assert (found.value.errno, found.value.filename) == (errno.EINVAL, str(tmp_path / name))
+
+
+def test_hashes_are_of_the_whole_file(tmp_path: Path) -> None:
+    content = os.urandom((1 << 20) + 7) + b"end"
+    (tmp_path / "file").write_bytes(content)
+    assert file_hash(tmp_path / "file") == hashlib.sha256(content).hexdigest()
