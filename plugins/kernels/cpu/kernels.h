@@ -26,6 +26,8 @@ using quartermap::cpu::Output;
 
 // States that run through a block together: enough to hide the latency of one, and few enough for the registers.
 constexpr std::size_t TOGETHER = 4;
+// Positions whose time steps, and factors of a single state, are computed at once.
+constexpr std::size_t ABREAST = 4;
 
 std::size_t tiles_of_group(Job const& job)
 {
@@ -255,6 +257,20 @@ enum class Steps
     any
 };
 
+// exp(dt * A) - 1, given t = dt * A * log2(e).
+template <Steps STEPS, std::size_t COUNT>
+QUARTERMAP_INLINED void growths(Floats const (&t)[COUNT], Floats (&growth)[COUNT])
+{
+    if constexpr (STEPS == Steps::small)
+    {
+        exp2_minus_one_of_small(t, growth);
+    }
+    else
+    {
+        exp2_minus_one<STEPS == Steps::bounded>(t, growth);
+    }
+}
+
 // `COUNT` states through one block.
 template <std::size_t COUNT, Steps STEPS>
 QUARTERMAP_INLINED void run_states(float const* const* rows, std::size_t at, std::size_t states, float const* A,
@@ -277,12 +293,16 @@ QUARTERMAP_INLINED void run_states(float const* const* rows, std::size_t at, std
         // Two sums, so that a long chain of additions does not hold up the rest.
         Floats even = sum[j];
         Floats odd = spread(0.0F);
+        Floats t[COUNT];
+        Floats growth[COUNT];
         for (std::size_t n = 0; n < COUNT; ++n)
         {
-            Floats const t = step[j] * load(A + n * LANES);
-            Floats const growth = STEPS == Steps::small ? exp2_minus_one_of_small(t)
-                                                        : exp2_minus_one<STEPS == Steps::bounded>(t);
-            Floats const change = growth * h[n] + (input[j] * spread(B[n]) + rest[n]);
+            t[n] = step[j] * load(A + n * LANES);
+        }
+        growths<STEPS>(t, growth);
+        for (std::size_t n = 0; n < COUNT; ++n)
+        {
+            Floats const change = growth[n] * h[n] + (input[j] * spread(B[n]) + rest[n]);
             Floats const next = h[n] + change;
             rest[n] = change - (next - h[n]);
             h[n] = next;
@@ -295,7 +315,7 @@ QUARTERMAP_INLINED void run_states(float const* const* rows, std::size_t at, std
                 odd = next * spread(C[n]) + odd;
             }
         }
-        sum[j] = COUNT > 1 ? even + odd : even;
+        sum[j] = even + odd;
     }
     for (std::size_t n = 0; n < COUNT; ++n)
     {
@@ -329,6 +349,40 @@ QUARTERMAP_INLINED void add_steps(Floats const* step, float* sum)
     store(sum + LANES, change - (after - before));
 }
 
+// The same for a single state, whose steps wait for each other: all else is done for some of them at once, and what a sum
+// has rounded away is added by the step after the next, since the next one would have to wait for it.
+template <Steps STEPS>
+QUARTERMAP_INLINED void run_state(float const* const* rows, std::size_t at, std::size_t states, float const* A,
+    float* state, Floats const* step, Floats const* input, Floats* sum)
+{
+    Floats const a = load(A);
+    Floats h = load(state);
+    Floats rest = load(state + states * LANES); // of the step before the last
+    Floats newest = spread(0.0F);               // of the last
+    for (std::size_t first = 0; first < BLOCK; first += ABREAST)
+    {
+        Floats t[ABREAST];
+        Floats growth[ABREAST];
+        for (std::size_t j = 0; j < ABREAST; ++j)
+        {
+            t[j] = step[first + j] * a;
+        }
+        growths<STEPS>(t, growth);
+        for (std::size_t j = 0; j < ABREAST; ++j)
+        {
+            float const* const B = rows[first + j] + at;
+            Floats const change = growth[j] * h + (input[first + j] * spread(*B) + rest);
+            Floats const next = h + change;
+            rest = newest;
+            newest = change - (next - h);
+            h = next;
+            sum[first + j] = next * spread(B[states]) + sum[first + j];
+        }
+    }
+    store(state, h);
+    store(state + states * LANES, rest + newest);
+}
+
 // Steps [begin, end) of a direction, whole blocks.
 template <bool SOFTPLUS, bool FULL, bool DECAYS>
 void run_direction(
@@ -359,12 +413,21 @@ void run_direction(
                 step[j] = weight * spread(rows[j][r]) + step[j];
             }
         }
+        for (std::size_t first = 0; SOFTPLUS && first < BLOCK; first += ABREAST)
+        {
+            Floats v[ABREAST];
+            for (std::size_t j = 0; j < ABREAST; ++j)
+            {
+                v[j] = step[first + j];
+            }
+            softplus(v);
+            for (std::size_t j = 0; j < ABREAST; ++j)
+            {
+                step[first + j] = v[j];
+            }
+        }
         for (std::size_t j = 0; j < BLOCK; ++j)
         {
-            if (SOFTPLUS)
-            {
-                step[j] = softplus_of(step[j]);
-            }
             input[j] = step[j] * load(direction.x + at[j]);
         }
         if (direction.steps != nullptr)
@@ -387,8 +450,8 @@ void run_direction(
             }
             else
             {
-                small ? run_states<1, Steps::small>(rows, rank + n, states, A, state, step, input, sum)
-                      : run_states<1, GENERAL>(rows, rank + n, states, A, state, step, input, sum);
+                small ? run_state<Steps::small>(rows, rank + n, states, A, state, step, input, sum)
+                      : run_state<GENERAL>(rows, rank + n, states, A, state, step, input, sum);
             }
         }
         for (std::size_t j = 0; j < BLOCK; ++j)
@@ -502,8 +565,10 @@ void carry(Job const& job, float const* carried, std::size_t segment, Parameters
         Floats const steps = load(found + 2 * job.states * LANES);
         for (std::size_t n = 0; n < job.states; ++n)
         {
-            Floats const decay = exp2_of<false>(steps * load(parameters.A + n * LANES));
-            store(state + n * LANES, decay * load(state + n * LANES) + load(found + n * LANES));
+            Floats const t[1] = {steps * load(parameters.A + n * LANES)};
+            Floats decay[1];
+            exp2_of<false>(t, decay);
+            store(state + n * LANES, decay[0] * load(state + n * LANES) + load(found + n * LANES));
         }
     }
 }
