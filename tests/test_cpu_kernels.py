@@ -113,6 +113,29 @@ def test_steps_of_every_size(kernels: CpuKernels, steps: tuple[float, float], ev
             assert error(scan_case_of(kernels, case, threads=threads), expected) <= TOLERANCE
 
 
+@pytest.mark.parametrize("states", [1, 4, 6])
+@pytest.mark.parametrize("decay", [2.0, 5.0, 20.0, 100.0])
+@pytest.mark.parametrize("outlier", [1e3, 1e5, 1e7])
+def test_a_large_state_that_is_forgotten_leaves_nothing(
+    kernels: CpuKernels, states: int, decay: float, outlier: float
+) -> None:
+    generator = torch.Generator().manual_seed(states)
+    u, B, C = (torch.randn(*shape, generator=generator) for shape in [(1, 9, 64), *[(1, 1, states, 64)] * 2])
+    u[..., 15] *= outlier
+    C[..., 15 : 15 + 1 + int(24 / decay)] = 0  # seen by nobody until it has decayed
+    tensors = (u, torch.ones(1, 9, 64), torch.full((9, states), -decay), B, C)
+    y = scan_sequence(kernels, (*tensors, None, None))
+    assert error(y, selective_scan_definition(*(tensor.double() for tensor in tensors))) <= TOLERANCE
+
+
+def test_a_step_of_nothing_leaves_the_state_whatever_A_is(kernels: CpuKernels) -> None:
+    ones = torch.ones(1, 1, 2, 24)
+    A = torch.tensor([[-3.4e38, -1.0]]).repeat(5, 1)
+    tensors = (torch.ones(1, 5, 24), torch.zeros(1, 5, 24), A, ones, ones, None, None)
+    y = scan_sequence(kernels, tensors)
+    assert torch.equal(y, torch.zeros(1, 5, 24))
+
+
 @functools.cache
 def long_case(steps: tuple[float, float], even: bool) -> tuple[ScanCase, Tensor]:
     case = scan_case(1, 3, 128, 128, 2, None, ("row", "column_reverse"), steps=steps, skip=False, even=even)
@@ -466,7 +489,7 @@ HUGE = 2**62
         ({"directions": ctypes.POINTER(ctypes.c_int32)()}, 5),
         ({"dt_rank": 0}, 5),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, int) else ",".join(value),
 )
 def test_what_no_scan_can_be_is_refused(widest: CpuKernels, change: dict[str, Any], status: int) -> None:
     scan = make_scan(Sizes(**SIZES), ("row",), True, "float32", 1)

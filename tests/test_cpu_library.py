@@ -122,6 +122,41 @@ def test_no_compiler_at_all(tmp_path: Path) -> None:
         find_compiler(f"{sys.executable} -c 'raise(SystemExit(3))'")
 
 
+def test_a_command_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "'g++")
+    with pytest.raises(MissingDependencyError, match="is no command: No closing quotation"):
+        find_compiler()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the compiler in this test is a script")
+@pytest.mark.parametrize(
+    ("makes", "said"),
+    [("exit 0", "and wrote none"), ('echo junk > "$last"', "is no .* library, so it is not kept")],
+)
+def test_a_compiler_that_makes_nothing_of_use(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, makes: str, said: str
+) -> None:
+    script = tmp_path / "c++"
+    script.write_text(
+        f"#!/bin/sh\ncase $1 in --version|-dumpmachine) exec {compiler()} $1;; esac\n"
+        f'last=; for word; do [ "$before" = -o ] && last=$word; before=$word; done\n{makes}\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    with pytest.raises(PluginError, match=said):
+        build_cpu_library()
+    assert built_libraries() == []
+
+
+def test_a_library_that_was_damaged_in_the_cache_is_built_again(cpu_library: Path, home: Path) -> None:
+    compiler()
+    kept = put_into_cache(cpu_library, home)
+    kept.write_bytes(cpu_library.read_bytes()[:100_000])
+    assert build_cpu_library() == kept
+    found = find_cpu_library()
+    assert found.library is not None and found.refused == ()
+
+
 # Finding --------------------------------------------------------------------------------------------------------
 
 
@@ -215,7 +250,7 @@ def test_the_instruction_set_that_is_asked_for(cpu_library: Path, name: str) -> 
     if name == "baseline" and platform.machine() == "x86_64":
         assert json.loads(done.stdout)["library"]["instruction_set"] == "baseline"
     elif name != "baseline":
-        assert done.returncode == 2 and "holds no instruction set 'avx1024'" in done.stderr
+        assert done.returncode == 2 and "is 'avx1024'; expected one of" in done.stderr
 
 
 # Refusing -------------------------------------------------------------------------------------------------------

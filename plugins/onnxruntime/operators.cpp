@@ -174,8 +174,8 @@ std::unique_ptr<Kernel> make_kernel(ScanOperator const& op, KernelInfo const* in
         if (order.empty())
         {
             throw Refusal{NOT_IMPLEMENTED,
-                "quartermap.SelectiveScan2D: a node has no attribute `order`, which ONNX Runtime before 1.24 needs; "
-                "compile the model anew, or run it without this library"};
+                "quartermap.SelectiveScan2D: the attribute `order` of a node is empty, or missing, which it must not be before "
+                "ONNX Runtime 1.24; compile the model anew, or run it without this library"};
         }
         orders_of_this_load().check(order);
         kernel->directions = parse_order(order);

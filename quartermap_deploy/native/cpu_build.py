@@ -33,6 +33,7 @@ from quartermap_deploy.files import write_whole
 from quartermap_deploy.machine import usable_cores
 from quartermap_deploy.native.build import important_lines, plugin_sources, require_writable
 from quartermap_deploy.native.errors import PluginError
+from quartermap_deploy.native.library_format import FormatError, check_format
 from quartermap_deploy.plain_text import printable
 from quartermap_deploy.private_folders import HOME_VARIABLE, check_private, make_private, own_folder
 from quartermap_deploy.progress import SILENT, Progress
@@ -189,7 +190,12 @@ def find_compiler(named: str | None = None) -> Compiler:
     named = named or os.environ.get("CXX", "").strip() or None
     for command in CPU_COMPILERS if named is None else (named,):
         # Windows' paths are full of what escapes letters elsewhere.
-        words = shlex.split(command, posix=sys.platform != "win32")
+        try:
+            words = shlex.split(command, posix=sys.platform != "win32")
+        except ValueError as error:  # a quotation without an end
+            raise MissingDependencyError(
+                f"{printable(command)!r}, which the environment variable CXX or an option names, is no command: {error}"
+            ) from None
         if words and (program := shutil.which(words[0])):
             whole = (program, *words[1:])
             return Compiler(whole, _asked(whole, "--version"), _asked(whole, "-dumpmachine"))
@@ -336,7 +342,7 @@ def build_cpu_library(
     folder = _private(_cache_name(compiler, options)) if output is None else output
     target = folder / CPU_LIBRARY
     if output is None:
-        if target.is_file():
+        if _is_whole(target):
             return target
     else:
         require_writable(output)
@@ -344,9 +350,31 @@ def build_cpu_library(
         with progress.step(f"compiling the CPU library with {compiler.version}"):
             objects = _compile(compiler, options, Path(temporary))
             data = _link(compiler, objects, Path(temporary) / CPU_LIBRARY)
+        if output is None:
+            _require_whole(data, compiler)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(target, data, mode=0o755 if output is not None else 0o700)
     return target
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a library in the cache is there, and none that was damaged since it was built."""
+    try:
+        check_format(library.read_bytes())
+    except (OSError, FormatError):
+        return False
+    return True
+
+
+def _require_whole(data: bytes, compiler: Compiler) -> None:
+    """Refuse to keep what a compiler made, where that is no library for this machine."""
+    try:
+        check_format(data)
+    except FormatError as error:
+        raise PluginError(
+            f"what {compiler.version} made {error}, so it is not kept; name another compiler in CXX, or a folder with "
+            "--output"
+        ) from error
 
 
 def _private(name: str) -> Path:
@@ -415,11 +443,15 @@ def _link(compiler: Compiler, objects: Sequence[Path], result: Path) -> bytes:
         command.append(f"-Wl,--version-script={script}")
     static = STATIC.get(sys.platform, ())
     # Not every system has a C++ library to put into others.
-    if static and _run([*command, *static]) is None:
-        return result.read_bytes()
-    if (trouble := _run(command)) is not None:
+    trouble = _run([*command, *static]) if static else "  it was not tried yet"
+    if trouble is not None and (trouble := _run(command)) is not None:
         raise PluginError(f"the CPU library could not be linked by {compiler.version}:\n{trouble}")
-    return result.read_bytes()
+    try:
+        return result.read_bytes()
+    except FileNotFoundError:
+        raise PluginError(
+            f"{compiler.version} said that it had linked the CPU library, and wrote none; name another compiler in CXX"
+        ) from None
 
 
 def _run(command: Sequence[str]) -> str | None:

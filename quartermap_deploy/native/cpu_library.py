@@ -117,11 +117,14 @@ def load_cpu_library(path: Path, origin: Origin = "QUARTERMAP_NATIVE") -> CpuLib
     function.restype = ctypes.c_char_p
     instruction_set = function().decode()
     if instruction_set not in contract["instruction_sets"]:
-        named = printable(os.environ.get(INSTRUCTION_SET_VARIABLE, ""))
-        raise PluginError(
-            f"the CPU library {printable(path)} holds no instruction set {named!r} that this processor has, as "
-            f"{INSTRUCTION_SET_VARIABLE} asks for; it was built with {', '.join(contract['instruction_sets'])}"
+        named, built = os.environ.get(INSTRUCTION_SET_VARIABLE, ""), contract["instruction_sets"]
+        reason = (
+            f"this processor lacks {named}, which {INSTRUCTION_SET_VARIABLE} asks for; leave it out, and the widest "
+            "that there is is taken"
+            if named in built
+            else f"{INSTRUCTION_SET_VARIABLE} is {printable(named)!r}; expected one of {', '.join(built)}"
         )
+        raise PluginError(f"the CPU library {printable(path)} is not used: {reason}")
     return CpuLibrary(path, contract, instruction_set, origin)
 
 

@@ -77,15 +77,17 @@ QUARTERMAP_INLINED void exp2_of(Floats const (&t)[COUNT], Floats (&result)[COUNT
     }
 }
 
-// 2^t - 1, with a small error relative to the result where t is small.
+// For lanes with |t| <= 1/2: all bits of `near`, and 2^t - 1 with a small error relative to it. For the others: no bit, and
+// 2^t itself.
 template <bool BOUNDED, std::size_t COUNT>
-QUARTERMAP_INLINED void exp2_minus_one(Floats const (&t)[COUNT], Floats (&result)[COUNT])
+QUARTERMAP_INLINED void exp2_near_one(Floats const (&t)[COUNT], Floats (&result)[COUNT], Ints (&near)[COUNT])
 {
     Floats scale[COUNT];
     exp2_parts<BOUNDED>(t, scale, result);
     for (std::size_t i = 0; i < COUNT; ++i)
     {
-        result[i] = result[i] + (scale[i] - spread(1.0F));
+        near[i] = equal(scale[i], spread(1.0F));
+        result[i] = result[i] + from_bits(bits(scale[i]) & ~near[i]);
     }
 }
 

@@ -8,10 +8,12 @@
 // Steps are taken in blocks. Everything that does not depend on the state before it (projection, softplus, dt * x) is
 // done for a whole block; then the states, few at a time, run through the block in registers.
 //
-// A step is h += (a - 1) * h + dt * B * x, with the factor less 1 as the functions give it, and with what the sum has
-// rounded away kept for the next step (Kahan). Where steps are small, a is near 1 and the same steps come again and again:
+// A step is h += (a - 1) * h + dt * B * x where a is near 1, with the factor less 1 as the functions give it, and with what
+// the sum has rounded away kept for the next step (Kahan). Where steps are small, a is near 1 and the same steps come again and again:
 // a * h would round both in the same direction ten thousands of times, which at dt * |A| = 0.001 adds up to 5e-5.
 #pragma once
+
+#include <cfloat>
 
 #include "element_rows.h"
 #include "functions.h"
@@ -165,6 +167,9 @@ void store_y(Job const& job, Tile const& tile, float const* from, std::size_t be
         });
 }
 
+// Below it A * log2(e) is no finite float.
+constexpr float LEAST_A = -FLT_MAX / LOG2_E;
+
 // The parameters of one direction for the channels of a tile, in rows of LANES: (R), then (N) of A times log2(e), then
 // the least A of each TOGETHER states.
 struct Parameters
@@ -202,7 +207,8 @@ struct Parameters
         for (std::size_t i = 0; i < job.states * LANES; ++i)
         {
             decays = decays && A[i] <= 0.0F;
-            A[i] *= LOG2_E;
+            // In finite numbers: times a step of 0 it has to be 0.
+            A[i] = A[i] < LEAST_A && A[i] >= -FLT_MAX ? -FLT_MAX : A[i] * LOG2_E;
             float& smallest = least[i / LANES / TOGETHER * LANES + i % LANES];
             smallest = i / LANES % TOGETHER == 0 || A[i] < smallest ? A[i] : smallest;
         }
@@ -257,19 +263,32 @@ enum class Steps
     any
 };
 
-// exp(dt * A) - 1, given t = dt * A * log2(e).
+// The factors of some steps, given t = dt * A * log2(e): how much of a state stays as it is, all of it or nothing, and what
+// the whole of it is multiplied by for the rest. All of it stays where a = exp(dt * A) is near 1, and the rest is a - 1; where
+// a is small nothing does, and the rest is a: a large state that is all but forgotten must leave no rounding behind.
 template <Steps STEPS, std::size_t COUNT>
-QUARTERMAP_INLINED void growths(Floats const (&t)[COUNT], Floats (&growth)[COUNT])
+struct Factors
 {
-    if constexpr (STEPS == Steps::small)
+    Floats growth[COUNT];
+    Ints near[COUNT];
+
+    explicit QUARTERMAP_INLINED Factors(Floats const (&t)[COUNT])
     {
-        exp2_minus_one_of_small(t, growth);
+        if constexpr (STEPS == Steps::small)
+        {
+            exp2_minus_one_of_small(t, growth);
+        }
+        else
+        {
+            exp2_near_one<STEPS == Steps::bounded>(t, growth, near);
+        }
     }
-    else
+
+    QUARTERMAP_INLINED Floats staying(Floats h, std::size_t i) const
     {
-        exp2_minus_one<STEPS == Steps::bounded>(t, growth);
+        return STEPS == Steps::small ? h : from_bits(bits(h) & near[i]);
     }
-}
+};
 
 // `COUNT` states through one block.
 template <std::size_t COUNT, Steps STEPS>
@@ -294,17 +313,17 @@ QUARTERMAP_INLINED void run_states(float const* const* rows, std::size_t at, std
         Floats even = sum[j];
         Floats odd = spread(0.0F);
         Floats t[COUNT];
-        Floats growth[COUNT];
         for (std::size_t n = 0; n < COUNT; ++n)
         {
             t[n] = step[j] * load(A + n * LANES);
         }
-        growths<STEPS>(t, growth);
+        Factors<STEPS, COUNT> const factors(t);
         for (std::size_t n = 0; n < COUNT; ++n)
         {
-            Floats const change = growth[n] * h[n] + (input[j] * spread(B[n]) + rest[n]);
-            Floats const next = h[n] + change;
-            rest[n] = change - (next - h[n]);
+            Floats const change = factors.growth[n] * h[n] + (input[j] * spread(B[n]) + rest[n]);
+            Floats const staying = factors.staying(h[n], n);
+            Floats const next = staying + change;
+            rest[n] = change - (next - staying);
             h[n] = next;
             if (n % 2 == 0)
             {
@@ -362,19 +381,19 @@ QUARTERMAP_INLINED void run_state(float const* const* rows, std::size_t at, std:
     for (std::size_t first = 0; first < BLOCK; first += ABREAST)
     {
         Floats t[ABREAST];
-        Floats growth[ABREAST];
         for (std::size_t j = 0; j < ABREAST; ++j)
         {
             t[j] = step[first + j] * a;
         }
-        growths<STEPS>(t, growth);
+        Factors<STEPS, ABREAST> const factors(t);
         for (std::size_t j = 0; j < ABREAST; ++j)
         {
             float const* const B = rows[first + j] + at;
-            Floats const change = growth[j] * h + (input[first + j] * spread(*B) + rest);
-            Floats const next = h + change;
+            Floats const change = factors.growth[j] * h + (input[first + j] * spread(*B) + rest);
+            Floats const staying = factors.staying(h, j);
+            Floats const next = staying + change;
             rest = newest;
-            newest = change - (next - h);
+            newest = change - (next - staying);
             h = next;
             sum[first + j] = next * spread(B[states]) + sum[first + j];
         }

@@ -57,6 +57,12 @@ QUARTERMAP_INLINED Floats from_bits(Ints value)
     return reinterpret_cast<Floats>(value);
 }
 
+// All bits where two are equal, none elsewhere.
+QUARTERMAP_INLINED Ints equal(Floats a, Floats b)
+{
+    return a == b;
+}
+
 #else // any C++17 compiler: arrays, and loops that it may turn into vectors
 
 struct Floats
@@ -105,6 +111,21 @@ QUARTERMAP_INLINED Ints operator+(Ints a, Ints b)
 QUARTERMAP_INLINED Ints operator|(Ints a, Ints b)
 {
     QUARTERMAP_EACH_LANE(Ints, a.lane[i] | b.lane[i]);
+}
+
+QUARTERMAP_INLINED Ints operator&(Ints a, Ints b)
+{
+    QUARTERMAP_EACH_LANE(Ints, a.lane[i] & b.lane[i]);
+}
+
+QUARTERMAP_INLINED Ints operator~(Ints a)
+{
+    QUARTERMAP_EACH_LANE(Ints, ~a.lane[i]);
+}
+
+QUARTERMAP_INLINED Ints equal(Floats a, Floats b)
+{
+    QUARTERMAP_EACH_LANE(Ints, a.lane[i] == b.lane[i] ? ~decltype(Ints::lane[0] + 0){0} : 0);
 }
 
 QUARTERMAP_INLINED Ints operator<<(Ints a, int places)

@@ -133,7 +133,7 @@ QUARTERMAP_CPU_API char const* quartermap_cpu_instruction_set(void);
 
 /* Chooses the instruction set of scans that start from now on, by name; NULL for the widest. For tests, and for
  * machines whose wide vectors slow everything else down. The environment variable QUARTERMAP_INSTRUCTION_SET does the
- * same as the library is loaded; a name there that cannot be had is refused by every scan. */
+ * same before the first scan; a name there that cannot be had is refused by every scan. */
 QUARTERMAP_CPU_API int32_t quartermap_cpu_choose(char const* name);
 
 /* Scans. `parallel` runs its tasks with `pool`; NULL: on threads of its own that end with the call. */
