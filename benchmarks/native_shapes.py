@@ -1,4 +1,4 @@
-"""One scan in ONNX Runtime, native and portable, from 1×1 to 56×56 positions: is the native operator ever the slower one?
+"""One scan in ONNX Runtime, native and portable, from 1×1 to 56×56 positions: is the native operator ever slower?
 
     python benchmarks/native_shapes.py --threads 2 --json shapes.json
 
