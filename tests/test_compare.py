@@ -277,18 +277,18 @@ class TestCorrectnessFirst:
                 bench._runs[merged.name] = changed
 
             other(1, 0.1)
-            parity = bench._parity(merged)
+            parity = bench._parity(merged, bench._runs[merged.name])
             assert parity is not None and parity["otherwise"] == 1 and parity["relative_error"] < 1e-5
             (note,) = _merged_otherwise({"name": merged.name, "parity": parity})
             assert "ToMe k = 3 merges other tokens than in PyTorch on 1 of 8 images" in note
             for count, value in ((4, 0.1), (8, 0.1), (1, np.nan)):
                 other(count, value)
                 with pytest.raises(ParityError, match="ToMe k = 3 on onnxruntime departs"):
-                    bench._parity(merged)
+                    bench._parity(merged, bench._runs[merged.name])
 
     def test_a_run_that_goes_on_says_it_once(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         parity = {"relative_error": 1e-7, "tolerance": 1e-4, "images": 8, "otherwise": 1}
-        monkeypatch.setattr(Workbench, "_parity", lambda bench, variant: parity)
+        monkeypatch.setattr(Workbench, "_parity", lambda bench, variant, run: parity)
         for batches in ((1,), (1, 2)):
             options = CompareOptions(
                 batches=batches, target="torch", tome=False, every=(3,), repeats=1, profile_repeats=0

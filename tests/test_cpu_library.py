@@ -409,7 +409,8 @@ def test_doctor(cpu_library: Path, home: Path, tmp_path: Path, monkeypatch: pyte
         "problem": None,
     }
     table = call("doctor")
-    assert table.code == 0 and str(half) in table.out and "passed over" in table.out
+    # Long paths are broken to fit the table.
+    assert table.code == 0 and str(half) in "".join(table.out.split()) and "passed over" in table.out
 
 
 def test_doctor_where_much_is_missing(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

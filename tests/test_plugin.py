@@ -150,7 +150,7 @@ print([c.name for c in trt.get_plugin_registry().all_creators if c.plugin_namesp
 
 def test_checking_a_library_needs_no_torch() -> None:
     """A bundle with a TensorRT engine is run without torch, and its plugin is checked before it is loaded."""
-    script = "import sys; from quartermap_deploy.native import check, cuda; print('torch' in sys.modules)"
+    script = "import sys; from quartermap_deploy.native import check; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
