@@ -218,9 +218,15 @@ def _speeds(entries: Sequence[Values]) -> str:
         if all(values["model"]["weights"] == "new" for values in entries)
         else "Weights: " + ", ".join(f"{v['model']['title']} {v['model']['weights']}" for v in entries) + "."
     )
+    before = [v["model"]["title"] for v in entries if v["variants"][0].get("scans") is None]
+    portable = (
+        f"{' and '.join(before)} ran in the portable form alone, before there was a native operator. "
+        if before
+        else ""
+    )
     machines = "\n".join(dict.fromkeys(_where(values) for values in entries))
     return f"""{title}
-{verdict} Speeds are relative to the unpruned model. {weights}
+{verdict} {portable}Speeds are relative to the unpruned model. {weights}
 
 {markdown(table)}
 {machines}
