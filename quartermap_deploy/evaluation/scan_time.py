@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from quartermap_deploy.bench import interleave
 from quartermap_deploy.errors import BundleError
-from quartermap_deploy.lowering.operator import SELECTIVE_SCAN, SELECTIVE_SCAN_2D
+from quartermap_deploy.lowering.operator import SCANS
 from quartermap_deploy.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
     from quartermap_deploy.architectures.base import VisualStateSpaceModel
 
-SCANS = (SELECTIVE_SCAN_2D, SELECTIVE_SCAN)
 SCAN_BODY = "scan_body"
 """What the names of nodes in a scan's body start with; the runtime puts more before it."""
 _ADDED = re.compile(

@@ -191,9 +191,8 @@ class Workbench:
                 scans = self._open(variant)
             else:
                 self._runs[variant.name] = torch_run(self.builder.pytorch(variant))
-            parity = self._parity(variant, self._runs[variant.name])
-            if variant.name in self._portable:
-                self._parity(variant, self._portable[variant.name])
+            runs = [forms[variant.name] for forms in (self._runs, self._portable) if variant.name in forms]
+            parity = self._parity(variant, *runs)
             self.checked.append({"nodes": nodes, "scans": scans, "parity": parity})
 
     def _write(self, variant: Variant) -> int:
@@ -221,24 +220,31 @@ class Workbench:
                 ).run
         return str(session.scans)
 
-    def _parity(self, variant: Variant, run: Run) -> dict[str, float] | None:
+    def _parity(self, variant: Variant, *runs: Run) -> dict[str, float] | None:
+        """Compare each form of a variant with its PyTorch model; returns what was found of the first."""
         import torch
 
         from quartermap_deploy.scan.cpu import without_kernels
-        from quartermap_deploy.validation.comparison import compare_output
-        from quartermap_deploy.validation.tolerances import tolerance_for
 
         if self.target == TORCH and _device(TORCH) == "cpu":
             return None
-        merging = variant.method == "tome"
-        images = self.images(MERGED_IMAGES if merging else CHECKED_IMAGES)
+        images = self.images(MERGED_IMAGES if variant.method == "tome" else CHECKED_IMAGES)
         with (
             self.progress.step(f"comparing {variant.name} with PyTorch"),
             torch.inference_mode(),
             without_kernels(),
         ):
             expected = self.builder.pytorch(variant)(torch.from_numpy(images)).numpy()
-            found = run(images)
+            found = [self._compared(variant, expected, run(images)) for run in runs]
+        return found[0]
+
+    def _compared(
+        self, variant: Variant, expected: NDArray[np.float32], found: NDArray[Any]
+    ) -> dict[str, float]:
+        from quartermap_deploy.validation.comparison import compare_output
+        from quartermap_deploy.validation.tolerances import tolerance_for
+
+        merging = variant.method == "tome"
         tolerance = tolerance_for("float32").relative
         result = compare_output("logits", expected, found, tolerance)
         otherwise = 0
@@ -255,7 +261,7 @@ class Workbench:
         return {
             "relative_error": result.relative_error,
             "tolerance": tolerance,
-            "images": len(images),
+            "images": len(expected),
             "otherwise": otherwise,
         }
 

@@ -20,6 +20,7 @@ DOMAIN = "quartermap"
 VERSION = 1
 SELECTIVE_SCAN_2D = "SelectiveScan2D"
 SELECTIVE_SCAN = "SelectiveScan"
+SCANS = (SELECTIVE_SCAN_2D, SELECTIVE_SCAN)
 INPUTS_2D = ("x", "dt", "B", "C", "A", "D", "dt_bias", "dt_weight")
 INPUTS_1D = ("u", "delta", "A", "B", "C", "D", "delta_bias")
 ATTRIBUTES_2D = ("directions", "softplus", "order")

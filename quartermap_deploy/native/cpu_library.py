@@ -7,7 +7,6 @@ sources. What does not fit is passed over, with its reason. Nothing is ever buil
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from typing import Any, Literal
 from quartermap_deploy import __version__
 from quartermap_deploy.errors import QuartermapError
 from quartermap_deploy.native.cpu_build import CPU_LIBRARY, built_libraries, sources_hash
+from quartermap_deploy.native.cpu_kernels import CpuKernels
 from quartermap_deploy.native.errors import PluginError
 from quartermap_deploy.native.library import CPU, describe, load
 from quartermap_deploy.plain_text import printable
@@ -113,9 +113,7 @@ def load_cpu_library(path: Path, origin: Origin = "QUARTERMAP_NATIVE") -> CpuLib
             f"the CPU library {printable(path)} does not fit this release of quartermap-deploy; build it anew: {BUILD}"
             "\n  " + "\n  ".join(wrong)
         )
-    function = library.quartermap_cpu_instruction_set
-    function.restype = ctypes.c_char_p
-    instruction_set = function().decode()
+    instruction_set = CpuKernels(library).instruction_set
     if instruction_set not in contract["instruction_sets"]:
         named, built = os.environ.get(INSTRUCTION_SET_VARIABLE, ""), contract["instruction_sets"]
         reason = (

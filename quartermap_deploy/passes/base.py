@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 
 from quartermap_deploy.errors import PassError
 from quartermap_deploy.frontend.node_names import read_name
-from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN, SELECTIVE_SCAN_2D
+from quartermap_deploy.lowering.operator import DOMAIN, SCANS, SELECTIVE_SCAN_2D
 from quartermap_deploy.pruning.orders import ScanOrder
 from quartermap_deploy.pruning.plan import Subsample
 
@@ -81,7 +81,7 @@ def scans(graph: gs.Graph) -> list[ScanNode]:
     """Every scan of a block, in graph order. A block has several where its module makes several, or is called twice."""
     found = []
     for node in graph.nodes:
-        if node.domain == DOMAIN and node.op in (SELECTIVE_SCAN_2D, SELECTIVE_SCAN):
+        if node.domain == DOMAIN and node.op in SCANS:
             name = read_name(str(node.name))
             if name is not None and name.scan:
                 found.append(ScanNode(name.block, node))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import onnx
 
 from quartermap_deploy.errors import PassError
-from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN, SELECTIVE_SCAN_2D
+from quartermap_deploy.lowering.operator import DOMAIN, SCANS
 
 NAME = "inline_scans"
 
@@ -32,7 +32,7 @@ def inline_scans(model: onnx.ModelProto) -> onnx.ModelProto:
     functions = {(f.name, f.overload): f for f in result.functions if f.domain == DOMAIN}
     nodes: list[onnx.NodeProto] = []
     for node in result.graph.node:
-        if node.domain != DOMAIN or node.op_type not in (SELECTIVE_SCAN_2D, SELECTIVE_SCAN):
+        if node.domain != DOMAIN or node.op_type not in SCANS:
             nodes.append(node)
             continue
         if (node.op_type, node.overload) not in functions:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import onnx
 
 from quartermap_deploy.errors import PassError
-from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN, SELECTIVE_SCAN_2D
+from quartermap_deploy.lowering.operator import DOMAIN, SCANS
 
 
 def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -56,7 +56,7 @@ def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
     skeleton.CopyFrom(model)
     del skeleton.graph.value_info[:]
     for node in skeleton.graph.node:
-        if node.domain == DOMAIN and node.op_type in (SELECTIVE_SCAN_2D, SELECTIVE_SCAN):
+        if node.domain == DOMAIN and node.op_type in SCANS:
             node.op_type, node.domain = "Identity", ""
             del node.input[1:]
             del node.attribute[:]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from quartermap_deploy.errors import BundleError, InputError
-from quartermap_deploy.lowering.operator import SELECTIVE_SCAN, SELECTIVE_SCAN_2D
+from quartermap_deploy.lowering.operator import SCANS
 from quartermap_deploy.machine import all_cores, usable_cores
 from quartermap_deploy.native.cpu_library import find_cpu_library
 from quartermap_deploy.onnx_bounds import check_model
@@ -34,7 +34,6 @@ PRECISIONS = ("float32", "float16")
 THREADS_VARIABLE = "QUARTERMAP_THREADS"
 THREADS_ENTRY = "quartermap.threads"
 """The entry of a session's configuration by which the native operator learns how many threads there are."""
-SCANS = (SELECTIVE_SCAN_2D, SELECTIVE_SCAN)
 LARGEST_FOLDED = str(64 << 20)
 """Bytes of a tensor that ONNX Runtime computes of constants ahead of time."""
 

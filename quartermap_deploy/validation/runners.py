@@ -18,7 +18,7 @@ from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
 
 from quartermap_deploy.frontend.node_names import read_name
-from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN, SELECTIVE_SCAN_2D
+from quartermap_deploy.lowering.operator import DOMAIN, SCANS
 from quartermap_deploy.targets import Session
 from quartermap_deploy.targets.onnxruntime_cpu import inference_session, open_session
 
@@ -146,7 +146,7 @@ def with_block_outputs(model: onnx.ModelProto) -> onnx.ModelProto:
     named = {
         node.output[0]: node.name
         for node in marked.graph.node
-        if node.domain == DOMAIN and node.op_type in (SELECTIVE_SCAN_2D, SELECTIVE_SCAN)
+        if node.domain == DOMAIN and node.op_type in SCANS
     }
     scans = {output: name for output, name in named.items() if output not in own}
     # What the model itself returns keeps its name, and is there under the scan's name too.

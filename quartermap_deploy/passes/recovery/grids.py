@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quartermap_deploy.lowering.operator import SELECTIVE_SCAN, SELECTIVE_SCAN_2D
+from quartermap_deploy.lowering.operator import SCANS
 from quartermap_deploy.passes.recovery.concrete import Concrete
 from quartermap_deploy.passes.recovery.graph_index import elements
 from quartermap_deploy.passes.recovery.group import GroupSizes, ScanGroup
@@ -29,7 +29,6 @@ from quartermap_deploy.pruning.orders import OUTSIDE, ScanOrder
 
 _MOST_NODES = 4000
 _CONVOLUTIONS = ("Conv",)
-_SCANS = (SELECTIVE_SCAN, SELECTIVE_SCAN_2D)
 _PRODUCTS = ("MatMul", "Gemm", "LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization")
 _ELEMENTWISE = {
     "Abs",
@@ -153,7 +152,7 @@ def _above(track: _Track, concrete: Concrete) -> list[_Track]:
         (axis,) = track.axes
         inside = track.at[:, 0] < source[axis] if axis >= 2 else np.array([False])
         return [_Track(node.input[0], track.axes, track.at, {0: 0, 1: 0})] if inside.all() else []
-    if node.op_type in _SCANS:
+    if node.op_type in SCANS:
         return [_Track(node.input[0], track.axes, track.at, dict(track.channel))]
     if node.op_type in _PRODUCTS:
         # A weight on the left mixes the last axis but one.
