@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from hostile import CLIENTS, Hostile, attacks, classify_seconds, peak_memory
 from served import digits, file_of, serving
 
-from quartermap_deploy.targets.onnxruntime_cpu import default_threads
+from quartermap_deploy.targets.onnxruntime.threads import default_threads
 
 ALL = "all in turns"
 

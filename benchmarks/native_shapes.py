@@ -31,7 +31,7 @@ from quartermap_deploy.lowering.operator import (
     VERSION,
 )
 from quartermap_deploy.passes import lower
-from quartermap_deploy.targets.onnxruntime_cpu import OnnxRuntimeSession
+from quartermap_deploy.targets.onnxruntime.session import OnnxRuntimeSession
 
 SHAPES = [
     # batch, d_inner, height, width, N, R

@@ -45,7 +45,7 @@ from quartermap_deploy.exporting.export import export
 from quartermap_deploy.passes import CANONICAL, OPTIMIZED, Selection, lower, run_passes
 from quartermap_deploy.scan.operators import selective_scan_2d
 from quartermap_deploy.sources.architectures import architecture_source
-from quartermap_deploy.targets.onnxruntime_cpu import OnnxRuntimeSession
+from quartermap_deploy.targets.onnxruntime.session import OnnxRuntimeSession
 from quartermap_deploy.validation.inputs import real_images
 from quartermap_deploy.validation.tolerances import tolerance_for
 

@@ -40,7 +40,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from served import Served, serving
 
 import quartermap_deploy as qm
-from quartermap_deploy.targets.onnxruntime_cpu import OnnxRuntimeSession, default_threads
+from quartermap_deploy.targets.onnxruntime.session import OnnxRuntimeSession
+from quartermap_deploy.targets.onnxruntime.threads import default_threads
 from quartermap_deploy.validation.inputs import real_images
 
 FEW, MANY = 4, 16

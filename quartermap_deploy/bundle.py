@@ -35,7 +35,8 @@ from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.reading import LARGEST_JSON, ReadingError, parse_json, read_bytes
 from quartermap_deploy.signatures import SIGNATURES, check_signatures
 from quartermap_deploy.size_rules import SizeRules
-from quartermap_deploy.targets import DEFAULT, ENGINE_TARGETS, Session, load_target
+from quartermap_deploy.targets import DEFAULT, ENGINE_TARGETS, Session, open_session
+from quartermap_deploy.targets.execution import ON_CPU, Execution
 from quartermap_deploy.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
@@ -81,7 +82,12 @@ class Bundle:
         return DEFAULT if DEFAULT in targets else targets[0]
 
     def session(
-        self, target: str | None = None, *, plugin: Path | None = None, native: bool | None = None
+        self,
+        target: str | None = None,
+        *,
+        plugin: Path | None = None,
+        native: bool | None = None,
+        execution: Execution = ON_CPU,
     ) -> Session:
         """Return a session that is ready to run; the same one at every call.
 
@@ -90,16 +96,18 @@ class Bundle:
             plugin: the plugin library, for an engine of `tensorrt`; None looks for it.
             native: for `onnxruntime`, whether the native operator computes the scans: None where it is there and takes
                 the model, False never, True or not at all.
+            execution: for `onnxruntime`, the providers that run it, whatever the bundle was proved on.
 
         Raises:
             UnknownNameError: if the bundle was not built for the target.
-            InputError: if a native operator is asked for, or refused, for an engine, which has none.
-            BundleError: if the target's runtime refuses it.
+            InputError: if a native operator, or a provider, is asked for, or refused, for an engine, which has none.
+            MissingDependencyError: if a provider is not in the package of ONNX Runtime that is installed.
+            BundleError: if the target's runtime refuses it, or a provider cannot start.
         """
         name = self.target(target)
         if native is not None and name in ENGINE_TARGETS:
             raise InputError(f"an engine of {name} has no native operator for CPUs; leave native out")
-        return _session(self, name, plugin, native)
+        return _session(self, name, plugin, native, execution)
 
     def target(self, name: str | None) -> str:
         """Return the name of a target that the bundle was built for; of its default for None.
@@ -182,6 +190,7 @@ class Bundle:
         top: int = 5,
         batch: int | None = None,
         target: str | None = None,
+        execution: Execution = ON_CPU,
         preprocessing: Mapping[str, Any] | None = None,
         labels: str | os.PathLike[str] | Sequence[str] | None = None,
         progress: Progress = SILENT,
@@ -196,6 +205,7 @@ class Bundle:
             top: how many classes of each image, the most probable ones.
             batch: images at once; None takes 8, or what the graph or the engine takes.
             target: one of the targets the bundle was built for; None for the default.
+            execution: for `onnxruntime`, the providers that run it.
             preprocessing: values of the bundle's preprocessing to replace, by name, such as {"mean": [0.5, 0.5, 0.5]}.
             labels: names of the classes in the place of the bundle's: a list, a file with one on each line, or the name
                 of a set that comes with this package.
@@ -218,6 +228,7 @@ class Bundle:
             top=top,
             batch=batch,
             target=target,
+            execution=execution,
             preprocessing=preprocessing,
             labels=labels,
             progress=progress,
@@ -272,6 +283,7 @@ class Bundle:
             module = UserModule.from_dict(module, named_by=self.path)
         values["module"] = module
         values["engine"] = EngineOptions.from_dict(values.get("engine", {}))
+        values["execution"] = Execution.from_names(values.pop("providers", ON_CPU.names))
         values["input_size"] = None if values["input_size"] is None else tuple(values["input_size"])
         for name in ("checkpoint", "images", "reference"):
             values[name] = None if values.get(name) is None else Path(values[name])
@@ -282,9 +294,11 @@ class Bundle:
 
 
 @functools.lru_cache(maxsize=8)
-def _session(bundle: Bundle, target: str, plugin: Path | None, native: bool | None) -> Session:
+def _session(
+    bundle: Bundle, target: str, plugin: Path | None, native: bool | None, execution: Execution
+) -> Session:
     entry = {**bundle.manifest["targets"][target], "size_rules": bundle.manifest["size_rules"]}
-    return load_target(target).open(bundle.path, entry, plugin=plugin, native=native)
+    return open_session(target, bundle.path, entry, plugin=plugin, native=native, execution=execution)
 
 
 def load_bundle(path: str | os.PathLike[str], *, signed_by: Sequence[str | os.PathLike[str]] = ()) -> Bundle:

@@ -29,7 +29,9 @@ from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.pruning.plan import QuarterMap
 from quartermap_deploy.recipe import Recipe
 from quartermap_deploy.targets import DEFAULT, Target, load_target
+from quartermap_deploy.targets.execution import ON_CPU, Execution
 from quartermap_deploy.targets.tensorrt.options import EngineOptions
+from quartermap_deploy.validation.execution import prove_execution
 from quartermap_deploy.validation.forms import prove_native
 
 if TYPE_CHECKING:
@@ -102,6 +104,7 @@ def compile_module(
     dynamic_size: bool = False,
     precision: str = "float32",
     targets: Sequence[str] = ("onnxruntime",),
+    execution: Execution = ON_CPU,
     reference: tuple[Any, Any] | str | os.PathLike[str] | None = None,
     scans: Mapping[str, Callable[..., Any]] | None = None,
     name: str | None = None,
@@ -128,6 +131,7 @@ def compile_module(
         dynamic_size: leave height and width of inputs of four axes open.
         precision: element type of weights and activations: "float32", "float16" or "bfloat16".
         targets: what to build and validate.
+        execution: the providers by which `onnxruntime` runs the bundle, too, to prove it; the CPU's always do.
         reference: (inputs, outputs) that were saved where the module runs in its own environment, as on a GPU with
             mamba-ssm: each a tensor, a sequence or a dictionary, or the path of an .npz file with all by their names.
             The unpruned graph is compared with them, so that our reading of the scan is proved too.
@@ -159,6 +163,7 @@ def compile_module(
         quartermap=quartermap,
         precision=precision,
         targets=tuple(targets),
+        execution=execution,
         dynamic_batch=dynamic_batch,
         dynamic_size=dynamic_size,
         images=None if images is None else Path(images),
@@ -218,6 +223,10 @@ def _compile(
         native = (
             prove_native(folder, MODEL, golden, recipe.precision, progress) if DEFAULT in targets else None
         )
+        execution = prove_execution(folder, MODEL, golden, recipe.precision, recipe.execution, progress)
+        if execution is not None:
+            kept = ("providers", "nodes", "on_cpu", "scans")
+            entries[DEFAULT] |= {name: execution[name] for name in kept}
         for name in sorted(ENGINES.intersection(targets)):
             entries[name].update(
                 prove(recipe, exported, name, targets[name], folder, entries[name], golden, progress)
@@ -225,6 +234,7 @@ def _compile(
         report = {
             **parity.to_dict(),
             "native": native,
+            "execution": execution,
             "given_reference": given_entry,
             **precision_entry(exported),
         }
@@ -255,6 +265,11 @@ def load_targets(recipe: Recipe) -> dict[str, Target]:
     targets = {name: load_target(name) for name in recipe.targets}
     for name, target in targets.items():
         check_target(recipe, name, target)
+    if not recipe.execution.on_cpu and DEFAULT not in targets:
+        raise RecipeError(
+            f"there are providers of ONNX Runtime ({recipe.execution}), but {DEFAULT} is no target; add it to the "
+            "targets"
+        )
     if recipe.engine != EngineOptions() and ENGINES.isdisjoint(targets):
         raise RecipeError(
             "there are options of engines, but no target that has one; add one to the targets: "
@@ -421,11 +436,13 @@ def parity_of(
     traced: Traced | None = None,
     progress: Progress = SILENT,
     *,
-    native: bool = False,
+    native: bool | None = False,
+    execution: Execution = ON_CPU,
 ) -> ParityReport:
     """Compare the model, in ONNX Runtime, with PyTorch at every block and on every case.
 
-    `native` says whether the native operator computes its scans, or else the portable body.
+    `native` says whether the native operator computes its scans, or else the portable body; None takes what the
+    providers of `execution` run by themselves.
     """
     import onnx
 
@@ -437,7 +454,8 @@ def parity_of(
     # A module's outputs are compared from the input on; its own rounding, where it can be avoided, is nobody's fault.
     reference = TorchRunner(source.reference(recipe.quartermap, traced), double=source.kind == "module")
     # In 16 bits every value is rounded as the types say, which ONNX Runtime's own casts would leave out.
-    target = onnxruntime_runner(rounded_in_float32(onnx.load_from_string(onnx_bytes)), native=native)
+    rounded = rounded_in_float32(onnx.load_from_string(onnx_bytes))
+    target = onnxruntime_runner(rounded, native=native, execution=execution)
     paths = {block.index: block.path for block in source.blocks}
     further = {} if traced is None else source.further_cases(traced)
     with progress.step("comparing every block with PyTorch"):

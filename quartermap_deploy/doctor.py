@@ -1,7 +1,8 @@
 """What a report of a defect needs: versions, devices, runtimes, native libraries, compilers, the environment.
 
 Nothing that is missing or broken is an error here: it is what the report is about. Nothing is loaded that using the
-package would not load, and torch is not imported. Where not even the command line starts, because a package that it
+package would not load, and torch is not imported; whether a provider of ONNX Runtime works is tried in a process of its
+own. Where not even the command line starts, because a package that it
 needs is broken, `python -m quartermap_deploy.doctor` still prints the report: it needs the standard library alone.
 """
 
@@ -39,6 +40,10 @@ VARIABLES = re.compile(
     r"|(OMP|MKL|KMP|GOMP)_|LD_(LIBRARY_PATH|PRELOAD)$|DYLD_|PYTHON(PATH|HOME)$|(VIRTUAL_ENV|CONDA_PREFIX)$"
 )
 """How the names begin of the environment variables that matter."""
+PROBE_LIMIT = 60.0
+"""Seconds that a provider may take to run a tiny model."""
+REMOTE = {"AzureExecutionProvider"}
+"""Providers that send models elsewhere, and are not tried."""
 SECRET = re.compile(r"PASS|SECRET|TOKEN|CREDENTIAL|PRIVATE|KEY")
 """What is in the names of those whose values are nobody's business."""
 
@@ -105,8 +110,20 @@ def _machine() -> dict[str, Any]:
 
 
 def _onnxruntime() -> dict[str, Any]:
+    from quartermap_deploy.targets.execution import Provider
+    from quartermap_deploy.targets.onnxruntime import packages, probing
+
     module = importlib.import_module("onnxruntime")
-    return {"version": module.__version__, "providers": list(module.get_available_providers())}
+    names = list(module.get_available_providers())
+    return {
+        "version": module.__version__,
+        **packages.describe(),
+        "providers": names,
+        # One after the other: what shares a device could fail by the other.
+        "probes": [
+            probing.probe(Provider(name), PROBE_LIMIT).to_dict() for name in names if name not in REMOTE
+        ],
+    }
 
 
 def _plugins() -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.targets import Session
+from quartermap_deploy.targets.execution import ON_CPU, Execution
 from quartermap_deploy.tensor_info import TensorInfo
 
 
@@ -62,6 +63,6 @@ class ModelFacts(Protocol):
         """The name of one of its targets."""
         ...
 
-    def session(self, target: str | None = None) -> Session:
+    def session(self, target: str | None = None, *, execution: Execution = ON_CPU) -> Session:
         """A session that is ready to run."""
         ...

@@ -30,6 +30,7 @@ from quartermap_deploy.model_facts import ModelFacts
 from quartermap_deploy.pictures import has_known_range, mask_of, picture_of, shares_of
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.targets import Session
+from quartermap_deploy.targets.execution import ON_CPU, Execution
 from quartermap_deploy.tensor_info import TensorInfo
 
 TOP = 5
@@ -171,6 +172,7 @@ def predict(
     top: int = TOP,
     batch: int | None = None,
     target: str | None = None,
+    execution: Execution = ON_CPU,
     preprocessing: Mapping[str, Any] | None = None,
     labels: str | PathLike[str] | Sequence[str] | None = None,
     progress: Progress = SILENT,
@@ -178,7 +180,13 @@ def predict(
     """Run a bundle on image files; `Bundle.predict` says how."""
     images = listed(files)
     predictor = make_predictor(
-        bundle, top=top, batch=batch, target=target, preprocessing=preprocessing, labels=labels
+        bundle,
+        top=top,
+        batch=batch,
+        target=target,
+        execution=execution,
+        preprocessing=preprocessing,
+        labels=labels,
     )
     results: list[Prediction] = []
     broken: list[Broken] = []
@@ -326,6 +334,7 @@ def make_predictor(
     top: int = TOP,
     batch: int | None = None,
     target: str | None = None,
+    execution: Execution = ON_CPU,
     preprocessing: Mapping[str, Any] | None = None,
     labels: str | PathLike[str] | Sequence[str] | None = None,
 ) -> Predictor:
@@ -338,7 +347,9 @@ def make_predictor(
     names = class_labels(bundle, labels)
     size, pads = _batch_size(bundle, interface.item, chosen, batch)
     finish = _finisher(bundle, interface, names, top)
-    return Predictor(bundle, chosen, bundle.session(chosen), interface, names, size, pads, finish)
+    return Predictor(
+        bundle, chosen, bundle.session(chosen, execution=execution), interface, names, size, pads, finish
+    )
 
 
 def _batch_size(bundle: ModelFacts, item: TensorInfo, target: str, wanted: int | None) -> tuple[int, bool]:

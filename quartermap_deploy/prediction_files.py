@@ -106,6 +106,9 @@ def provenance(predictor: Predictor) -> dict[str, Any]:
         },
         "task": bundle.task,
         "target": predictor.target,
+        "providers": None
+        if (placement := predictor.session.placement) is None
+        else list(placement.providers),
         "preprocessing": predictor.interface.preprocessing.to_dict(),
         "labels": list(predictor.labels),
     }

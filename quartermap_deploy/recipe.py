@@ -31,6 +31,8 @@ keep_float32 = []       # with 16 bits: operators and values that do, by name
 
 [targets]
 names = ["onnxruntime"]
+device = "cpu"          # where onnxruntime runs it, too, to prove it: "cpu", "cuda", or "auto"
+providers = ["CPU"]     # in the place of a device, execution providers in order of preference, without their options
 
 [engine]                # for tensorrt and tensorrt-rtx; every key may be left out
 profiles = [{ batch = [1, 8, 32] }]
@@ -54,10 +56,11 @@ from typing import Any, Literal
 
 from quartermap_deploy.data.labels import label_sets
 from quartermap_deploy.data.preprocessing import check_keys
-from quartermap_deploy.errors import InputError, PlanError, RecipeError
+from quartermap_deploy.errors import InputError, PlanError, RecipeError, UnknownNameError
 from quartermap_deploy.pruning.plan import QuarterMap
 from quartermap_deploy.reading import ReadingError, read_toml
 from quartermap_deploy.sources.factories import UserModule
+from quartermap_deploy.targets.execution import DEVICES, ON_CPU, Execution
 from quartermap_deploy.targets.tensorrt.options import EngineOptions
 
 _TABLES: dict[str, dict[str, str]] = {
@@ -70,7 +73,7 @@ _TABLES: dict[str, dict[str, str]] = {
     },
     "input": {"size": "input_size", "dynamic_batch": "dynamic_batch", "dynamic_size": "dynamic_size"},
     "export": {name: name for name in ("precision", "optimize", "io", "keep_float32", "blocks_float32")},
-    "targets": {"names": "targets"},
+    "targets": {"names": "targets", "providers": "execution"},
     "validation": {"images": "images", "reference": "reference"},
 }
 """Tables of the file: key → field of the recipe. The others, in `_VALUES`, are values by themselves."""
@@ -103,6 +106,7 @@ class Recipe:
         keep_float32: with 16 bits, operators and values that stay float32 all the same, by name.
         optimize: run the passes that make pruned blocks cheaper without changing a number.
         targets: what to build and validate.
+        execution: the providers by which `onnxruntime` runs the bundle, too, to prove it; the CPU's always do.
         engine: how engines are built, for the targets that have some.
         images: folder of images to validate with; None takes those that come with the package.
         reference: .npz file of the inputs and outputs of a module of the user's, by name, saved where it runs in its
@@ -129,6 +133,7 @@ class Recipe:
     blocks_float32: tuple[int, ...] = ()
     keep_float32: tuple[str, ...] = ()
     targets: tuple[str, ...] = ("onnxruntime",)
+    execution: Execution = ON_CPU
     engine: EngineOptions = field(default_factory=EngineOptions)
     images: Path | None = None
     reference: Path | None = None
@@ -140,6 +145,8 @@ class Recipe:
             raise RecipeError(f"quartermap = {plan!r} is no QuarterMap")
         if not isinstance(engine, EngineOptions):
             raise RecipeError(f"engine = {engine!r} is no EngineOptions")
+        if not isinstance(self.execution, Execution):
+            raise RecipeError(f"execution = {self.execution!r} is no Execution")
         if self.module is not None and not isinstance(self.module, UserModule):
             raise RecipeError(f"module = {self.module!r} is no UserModule")
         if self.preprocessing is not None:
@@ -209,7 +216,7 @@ class Recipe:
             raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
         try:
             return cls._from_document(document, path.parent, None if run_module else path)
-        except (RecipeError, PlanError, InputError) as error:
+        except (RecipeError, PlanError, InputError, UnknownNameError) as error:
             raise RecipeError(f"the recipe {path}: {error}") from error
 
     @classmethod
@@ -233,6 +240,8 @@ class Recipe:
             if table == "engine":
                 fields["engine"] = EngineOptions.from_dict(entries)
                 continue
+            if table == "targets" and "device" in entries:
+                entries = _with_providers(entries)
             for key, value in entries.items():
                 _require_known(f"key in [{table}]", key, list(_TABLES[table]))
                 fields[_TABLES[table][key]] = value
@@ -255,6 +264,9 @@ class Recipe:
                 for key, value in values.items()
                 if key == "name" or value != getattr(default, keys[key])
             }
+            if "providers" in changed:
+                # Neither their options, which no file decides.
+                changed["providers"] = list(self.execution.names)
             if changed:
                 document[table] = changed
         if self.quartermap is not None:
@@ -305,6 +317,8 @@ class Recipe:
             values["labels"] = list(names) if isinstance(names, tuple) else Path(names).name
         values["quartermap"] = None if self.quartermap is None else self.quartermap.to_dict()
         values["engine"] = self.engine.to_dict()
+        # Nor what options of providers name.
+        values["providers"] = list(values.pop("execution").names)
         values["keep_float32"], values["blocks_float32"] = list(self.keep_float32), list(self.blocks_float32)
         # The file name alone: where it lay on the machine that compiled is nobody else's business.
         for name in ("checkpoint", "images", "reference"):
@@ -313,6 +327,17 @@ class Recipe:
         values["input_size"] = None if self.input_size is None else list(self.input_size)
         values["targets"] = list(self.targets)
         return values
+
+
+def _with_providers(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The table [targets] with the providers of its device."""
+    device = entries["device"]
+    if "providers" in entries:
+        raise RecipeError("[targets] has both device and providers; leave one of them out")
+    if not isinstance(device, str):
+        raise RecipeError(f"device = {device!r} is no device; expected {', '.join(DEVICES)}")
+    others = {key: value for key, value in entries.items() if key != "device"}
+    return {**others, "providers": list(Execution.of_device(device).names)}
 
 
 def _toml(value: Any, folder: Path) -> str:
@@ -370,6 +395,8 @@ def _checked(name: str, value: Any, folder: Path) -> Any:
         return value
     if isinstance(value, UserModule) or name == "preprocessing":
         return value
+    if name == "execution":
+        return Execution.from_names(value)
     if name == "labels":
         return _labels(value, folder)
     if name in ("checkpoint", "images", "reference"):

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from quartermap_deploy.errors import BundleError, CheckpointError
 from quartermap_deploy.plain_text import command
 from quartermap_deploy.progress import SILENT, Progress
-from quartermap_deploy.targets import DEFAULT
+from quartermap_deploy.targets import DEFAULT, refuse_providers
+from quartermap_deploy.targets.execution import ON_CPU, Execution
 from quartermap_deploy.targets.scan_form import ScanForm
 from quartermap_deploy.targets.tensorrt.options import EngineOptions
+from quartermap_deploy.validation.execution import execution_entry, label_of
 from quartermap_deploy.validation.forms import FORMS, native_entry, native_form, require_native
 
 if TYPE_CHECKING:
@@ -22,10 +24,13 @@ if TYPE_CHECKING:
     from quartermap_deploy.recipe import Recipe
     from quartermap_deploy.sources.description import Feeds
     from quartermap_deploy.sources.source_model import SourceModel
+    from quartermap_deploy.targets.onnxruntime.session import OnnxRuntimeSession
     from quartermap_deploy.validation.localise import LocaliseReport
     from quartermap_deploy.validation.parity import ParityReport
 
 REFERENCES = ("golden", "torch")
+NATIVE_OF = {"both": None, "native": True, "portable": False}
+"""What a session of other providers is told for each of `FORMS`."""
 
 
 def validate_bundle(
@@ -37,6 +42,7 @@ def validate_bundle(
     factory: str | None = None,
     plugin: Path | None = None,
     scans: str = "both",
+    execution: Execution = ON_CPU,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Check a bundle on this machine.
@@ -52,7 +58,9 @@ def validate_bundle(
             word is not enough: nothing that a file names is ever run.
         plugin: the plugin library, for an engine that needs it; None looks for it.
         scans: of the target `onnxruntime`, what is to compute them: "portable", the body in the file; "native", the
-            native operator; or "both", one after the other, as far as they can run here.
+            native operator; or "both", one after the other, as far as they can run here. By other providers than the
+            CPU's, "both" is the form that they run by themselves.
+        execution: of the target `onnxruntime`, the providers that run it.
         progress: told about the steps.
 
     Returns:
@@ -63,6 +71,8 @@ def validate_bundle(
         BundleError: if the reference is not available for this bundle, or the checkpoint does not belong to it.
         CheckpointError: if there is no checkpoint, or it is another file than that of the bundle.
         UnknownNameError: if the bundle was not built for the target.
+        InputError: if another target is to run by providers of ONNX Runtime.
+        MissingDependencyError: if a provider is not in the package of ONNX Runtime that is installed.
     """
     if reference not in REFERENCES:
         raise BundleError(f"unknown reference {reference!r}; expected one of {', '.join(REFERENCES)}")
@@ -71,15 +81,16 @@ def validate_bundle(
     name = bundle.target(target)
     if name != DEFAULT and scans != "both":
         raise BundleError(f"an engine of {name} has one form of scans alone; leave {scans!r} out")
+    refuse_providers(name, execution)
     path = None if checkpoint is None else Path(checkpoint)
     if reference == "torch":
-        return _against_torch(bundle, target, path, factory, scans, progress)
+        return _against_torch(bundle, target, path, factory, scans, execution, progress)
     if path is not None or factory is not None:
         raise BundleError(
             f"the golden outputs need no {'checkpoint' if factory is None else 'factory'}; leave it out, or take the "
             "reference torch"
         )
-    return _against_golden(bundle, target, plugin, scans, progress)
+    return _against_golden(bundle, target, plugin, scans, progress, execution)
 
 
 def localise_bundle(
@@ -258,7 +269,12 @@ def _recorded_cases(bundle: Bundle, source: SourceModel) -> dict[str, Feeds]:
 
 
 def _against_golden(
-    bundle: Bundle, target: str | None, plugin: Path | None, scans: str, progress: Progress
+    bundle: Bundle,
+    target: str | None,
+    plugin: Path | None,
+    scans: str,
+    progress: Progress,
+    execution: Execution = ON_CPU,
 ) -> dict[str, Any]:
     from quartermap_deploy.validation.engines import golden_parity
     from quartermap_deploy.validation.runners import NATIVE
@@ -273,7 +289,24 @@ def _against_golden(
 
     if name != DEFAULT:
         return compared(name, None).to_dict()
+    if not execution.on_cpu:
+        with progress.step(f"loading the model for {execution}"):
+            session = _provider_session(bundle, scans, execution)
+        with progress.step("comparing with the golden outputs"):
+            report = golden_parity(
+                bundle.path, bundle.manifest["golden"], session, label_of(session), precision
+            )
+        return {**report.to_dict(), "execution": execution_entry(session, execution, None)}
     return _both_forms(bundle, scans, lambda native: compared(NATIVE if native else name, native))
+
+
+def _provider_session(bundle: Bundle, scans: str, execution: Execution) -> OnnxRuntimeSession:
+    """A session by other providers than the CPU's alone."""
+    from quartermap_deploy.targets.onnxruntime.session import OnnxRuntimeSession
+
+    session = bundle.session(DEFAULT, native=NATIVE_OF[scans], execution=execution)
+    assert isinstance(session, OnnxRuntimeSession)
+    return session
 
 
 def _both_forms(bundle: Bundle, scans: str, compared: Callable[[bool], ParityReport]) -> dict[str, Any]:
@@ -294,6 +327,7 @@ def _against_torch(
     checkpoint: Path | None,
     factory: str | None,
     scans: str,
+    execution: Execution,
     progress: Progress,
 ) -> dict[str, Any]:
     from quartermap_deploy.compiler import parity_of
@@ -312,6 +346,12 @@ def _against_torch(
             traced = source.trace()
     cases = _recorded_cases(bundle, source)
     graph = bundle.model_path.read_bytes()
+    if not execution.on_cpu:
+        session = _provider_session(bundle, scans, execution)
+        report = parity_of(
+            recipe, source, cases, graph, traced, progress, native=NATIVE_OF[scans], execution=execution
+        )
+        return {**report.to_dict(), "execution": execution_entry(session, execution, None)}
     return _both_forms(
         bundle,
         scans,

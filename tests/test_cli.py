@@ -963,16 +963,16 @@ def test_bench_says_on_how_many_threads_it_ran(bundle: Path, monkeypatch: pytest
 
 
 def test_the_threads_of_bench_are_its_own(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from quartermap_deploy.targets import onnxruntime_cpu
+    from quartermap_deploy.targets.onnxruntime import target
 
     seen: list[str | None] = []
-    original = onnxruntime_cpu.open
+    original = target.open
 
     def open(path: Path, entry: dict[str, Any], **options: Any) -> Any:
         seen.append(os.environ.get("QUARTERMAP_THREADS"))
         return original(path, entry, **options)
 
-    monkeypatch.setattr(onnxruntime_cpu, "open", open)
+    monkeypatch.setattr(target, "open", open)
     monkeypatch.delenv("QUARTERMAP_THREADS", raising=False)
     assert call("bench", bundle, "--threads", 1, "--repeats", 1, "--quiet").code == 0
     assert seen == ["1"] and "QUARTERMAP_THREADS" not in os.environ

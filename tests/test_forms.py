@@ -16,7 +16,7 @@ from quartermap_deploy.bundle import REPORT, Bundle, load_bundle
 from quartermap_deploy.errors import BundleError, ParityError
 from quartermap_deploy.reading import read_json
 from quartermap_deploy.revalidate import validate_bundle
-from quartermap_deploy.targets.onnxruntime_cpu import OnnxRuntimeSession
+from quartermap_deploy.targets.onnxruntime.session import OnnxRuntimeSession
 from quartermap_deploy.validation.forms import prove_native
 from quartermap_deploy.validation.golden import read_golden
 

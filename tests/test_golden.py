@@ -14,7 +14,7 @@ from helpers import Array
 from test_source_modules import source
 
 from quartermap_deploy.errors import BundleError, ParityError
-from quartermap_deploy.targets.onnxruntime_cpu import OnnxRuntimeSession
+from quartermap_deploy.targets.onnxruntime.session import OnnxRuntimeSession
 from quartermap_deploy.targets.tensorrt.options import EngineOptions
 from quartermap_deploy.validation.engines import NO_GOLDEN, engine_runner, golden_parity, prove_engine
 from quartermap_deploy.validation.golden import (

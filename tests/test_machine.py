@@ -99,7 +99,8 @@ def test_sessions_of_a_bound_process_have_no_more_threads() -> None:
     script = (
         "import os\n"
         "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "from quartermap_deploy.targets.onnxruntime_cpu import default_threads, inference_session\n"
+        "from quartermap_deploy.targets.onnxruntime.opening import inference_session\n"
+        "from quartermap_deploy.targets.onnxruntime.threads import default_threads\n"
         "import onnx, onnx.helper as h\n"
         "value = lambda name: h.make_tensor_value_info(name, 1, [1])\n"
         "graph = h.make_graph([h.make_node('Relu', ['x'], ['y'])], 'g', [value('x')], [value('y')])\n"

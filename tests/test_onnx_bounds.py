@@ -21,7 +21,8 @@ from quartermap_deploy.bundle import MODEL, describe_file, load_bundle, write_js
 from quartermap_deploy.errors import BundleError
 from quartermap_deploy.lowering.operator import DOMAIN
 from quartermap_deploy.onnx_bounds import DEEPEST, check_model
-from quartermap_deploy.targets.onnxruntime_cpu import OnnxRuntimeSession, inference_session
+from quartermap_deploy.targets.onnxruntime.opening import inference_session
+from quartermap_deploy.targets.onnxruntime.session import OnnxRuntimeSession
 
 OPSETS = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)]
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL

@@ -37,7 +37,7 @@ from quartermap_deploy.lowering.operator import INPUTS_2D, SELECTIVE_SCAN_2D
 from quartermap_deploy.passes import CANONICAL, OPTIMIZED, GraphPass, Selection, lower, run_passes
 from quartermap_deploy.pruning import QuarterMap, prune
 from quartermap_deploy.sources.architectures import architecture_reference
-from quartermap_deploy.targets.onnxruntime_cpu import inference_session
+from quartermap_deploy.targets.onnxruntime.opening import inference_session
 from quartermap_deploy.validation.comparison import OutputComparison, block_of
 from quartermap_deploy.validation.parity import ParityReport, check_parity
 from quartermap_deploy.validation.runners import TorchRunner, onnxruntime_runner, with_block_outputs

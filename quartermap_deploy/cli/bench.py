@@ -23,9 +23,11 @@ from quartermap_deploy.cli.common import (
     results_only,
     show,
 )
+from quartermap_deploy.cli.execution import add_execution_options, execution_of, tell_placement
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.tables.timing import result_table
-from quartermap_deploy.targets import DEFAULT
+from quartermap_deploy.targets import DEFAULT, refuse_providers
+from quartermap_deploy.targets.execution import ON_CPU, Execution
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -60,6 +62,7 @@ def add_parser(subparsers: Subparsers) -> None:
         examples="""
             quartermap bench bundles/vmamba_digits bundles/vmamba_digits_k3 --batch 64
             quartermap bench bundles/tiny_k3_float16 --target onnxruntime tensorrt-rtx --batch 8
+            quartermap bench bundles/tiny bundles/tiny_k3 --device cuda --batch 8
             quartermap bench bundles/* --threads 2 --repeats 31 --json
             """,
     )
@@ -104,6 +107,7 @@ def add_parser(subparsers: Subparsers) -> None:
         help="what computes the scans in onnxruntime: the native operator, the portable body in the file, or the "
         "former where it can be had; several run in turns (default: auto)",
     )
+    add_execution_options(parser)
     add_plugin_option(parser)
     add_signature_option(parser, "each bundle")
     add_output_options(parser)
@@ -111,7 +115,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Time the bundles and print the table."""
-    from quartermap_deploy.targets.onnxruntime_cpu import default_threads
+    from quartermap_deploy.targets.onnxruntime.threads import default_threads
 
     paths = dict(zip(bundle_labels(options.bundles), options.bundles, strict=True))
     threads = options.threads or default_threads()
@@ -125,9 +129,10 @@ def run(options: argparse.Namespace) -> None:
             "path": paths[label],
             "target": target,
             "scans": scans,
+            "providers": providers,
             **measured(timing, first, options.batch),
         }
-        for (label, target, scans), timing in timings.items()
+        for (label, target, scans, providers), timing in timings.items()
     ]
     values = {
         "batch": options.batch,
@@ -164,25 +169,37 @@ def unit(bundles: Iterable[Bundle]) -> str:
 
 def time_bundles(
     bundles: Mapping[str, Bundle], options: argparse.Namespace, progress: Progress
-) -> dict[tuple[str, str, str | None], Timing]:
+) -> dict[tuple[str, str, str | None, str | None], Timing]:
     """Open bundles, each for every target that was asked for, and time them in turns.
 
     Returns:
-        The timings, by the name, the target, and what computes the scans.
+        The timings, by the name, the target, what computes the scans, and how many nodes which provider has.
+
+    Raises:
+        InputError: if there are providers, and no bundle runs on ONNX Runtime.
     """
+    execution = execution_of(options)
+    wanted = [
+        (label, bundle, target)
+        for label, bundle in bundles.items()
+        for target in dict.fromkeys(map(bundle.target, options.target or [None]))
+    ]
+    if all(target != DEFAULT for *_, target in wanted):
+        refuse_providers(wanted[0][2], execution)
     functions, places = {}, {}
-    with progress.step("running each once", total=len(bundles)) as advance:
-        for label, bundle in bundles.items():
-            for target in dict.fromkeys(map(bundle.target, options.target or [None])):
-                forms = dict.fromkeys(options.scans if target == DEFAULT else ["auto"])
-                for form in forms:
-                    session, run_once = call(
-                        bundle, options.batch, options.threads, target, options.plugin, SCANS[form]
-                    )
-                    scans = None if session.scans is None else str(session.scans)
-                    name = f"{label} on {target}, {scans or form}"
-                    places[name] = (label, target, scans)
-                    functions[name] = run_once
+    with progress.step("running each once", total=len(wanted)) as advance:
+        for label, bundle, target in wanted:
+            own = execution if target == DEFAULT else ON_CPU
+            for form in dict.fromkeys(options.scans if target == DEFAULT else ["auto"]):
+                session, run_once = call(
+                    bundle, options.batch, options.threads, target, options.plugin, SCANS[form], own
+                )
+                tell_placement(session, label)
+                scans = None if session.scans is None else str(session.scans)
+                providers = None if session.placement is None else str(session.placement)
+                name = f"{label} on {target}, {scans or form}"
+                places[name] = (label, target, scans, providers)
+                functions[name] = run_once
             advance(1)
     timings = interleave(functions, options.repeats, progress=progress)
     return {places[name]: timing for name, timing in timings.items()}
@@ -195,18 +212,19 @@ def call(
     target: str,
     plugin: Path | None = None,
     native: bool | None = None,
+    execution: Execution = ON_CPU,
 ) -> tuple[Session, Callable[[], object]]:
     """Return a session, and a function that runs it once on a batch of the inputs that the bundle was validated with.
 
     Raises:
         InputError: if the bundle does not take batches of this size.
     """
-    from quartermap_deploy.targets import load_target
+    from quartermap_deploy.targets import open_session
 
     feeds = golden_batch(bundle, batch)
     entry = {**bundle.manifest["targets"][target], "size_rules": bundle.manifest["size_rules"]}
     with thread_count(threads):
-        session = load_target(target).open(bundle.path, entry, plugin=plugin, native=native)
+        session = open_session(target, bundle.path, entry, plugin=plugin, native=native, execution=execution)
     # Engines take float32 whatever the portable model takes.
     feeds = {item.name: feeds[item.name].astype(item.type, copy=False) for item in session.inputs}
     session.infer(feeds)
@@ -259,7 +277,7 @@ def _require_batch(bundle: Bundle, batch: int) -> None:
 @contextmanager
 def thread_count(threads: int | None) -> Iterator[None]:
     """While open, sessions are made with this many threads; None leaves it to the environment."""
-    from quartermap_deploy.targets.onnxruntime_cpu import THREADS_VARIABLE
+    from quartermap_deploy.targets.onnxruntime.threads import THREADS_VARIABLE
 
     before = os.environ.get(THREADS_VARIABLE)
     if threads is not None:

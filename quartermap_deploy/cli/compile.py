@@ -28,6 +28,7 @@ from quartermap_deploy.cli.common import (
     signatures_dropped,
     words,
 )
+from quartermap_deploy.cli.execution import add_execution_options, given_execution, tell_report
 from quartermap_deploy.cli.module_options import (
     add_module_options,
     module_options_of,
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
 BUNDLES = Path("bundles")
 
-SHARED = ("checkpoint", "targets", "images", "reference")
+SHARED = ("checkpoint", "targets", "execution", "images", "reference")
 """Fields of a recipe that an option may replace: where things lie on this machine, and what is built and checked."""
 
 PLAN = ("every", "blocks", "exclude_stages", "stride", "keep", "upsample")
@@ -93,6 +94,9 @@ def add_parser(subparsers: Subparsers) -> None:
             # an input of whole numbers
             quartermap compile tokens.py:Net --example ids=1x16:int64
 
+            # proved by CUDA, too, in the form that its scans have there
+            quartermap compile vmamba_digits --every 3 --device cuda
+
             # a recipe, replacing the bundle that it made before
             quartermap compile export/vmamba_digits_k3.toml --force
             """,
@@ -125,6 +129,7 @@ def add_parser(subparsers: Subparsers) -> None:
         default=argparse.SUPPRESS,
         help=f"what to build for, with commas between (default: {','.join(Recipe.targets)}, or the recipe's)",
     )
+    add_execution_options(group, argparse.SUPPRESS)
     group.add_argument(
         "--reference",
         type=file_or_folder,
@@ -352,6 +357,7 @@ def run(options: argparse.Namespace) -> None:
         bundle = compile(recipe, out, force=options.force, progress=make_progress(options))
     # After the work: an error then is the only message, and a warning stands where it is seen.
     engines = engines_of(bundle)
+    tell_report(bundle.report)
     for warning in (*warnings(bundle), *chain(*starmap(engine_warnings, engines.items()))):
         message("warning", warning)
     if options.json:
@@ -374,6 +380,8 @@ def recipe_and_folder(options: argparse.Namespace) -> tuple[Recipe, Path]:
     given = vars(options)
     # A recipe decides how engines are built, but never which library is loaded for that.
     plugin = given.pop("engine_plugin", None) if source.endswith(".toml") else None
+    if (execution := given_execution(options)) is not None:
+        given["execution"] = execution
     engine = engine_options(given)
     if engine is not None:
         given["engine"] = engine

@@ -21,7 +21,8 @@ def add_parser(subparsers: Subparsers) -> None:
         summary="show versions, devices and native libraries, for a report of a defect",
         description="""
             Show what a report of a defect needs: versions of Python and of the packages, the processor and the GPU, the
-            providers of ONNX Runtime, which native libraries were found, chosen or refused and why, the compilers, the
+            providers of ONNX Runtime and which of them work (a tiny model is run by each, in a process of its own with
+            a time limit), which native libraries were found, chosen or refused and why, the compilers, the
             environment variables that matter, and your own folders. Nothing is changed, built or sent anywhere, and
             what is missing is no error. Values of variables that may hold secrets are not shown; look through the rest
             before you publish it.
@@ -51,6 +52,8 @@ def run(options: argparse.Namespace) -> None:
         "",
         facts("packages", found["packages"]),
         "",
+        *_providers(found["onnxruntime"]),
+        "",
         *_cpu_library(native["cpu"]),
         "",
         *_plugins(native["plugins"]),
@@ -65,12 +68,29 @@ def run(options: argparse.Namespace) -> None:
 
 def _installation(found: dict[str, Any]) -> dict[str, object]:
     python, runtime = found["python"], found["onnxruntime"]
-    providers = None if "error" in runtime else ", ".join(runtime["providers"])
+    packages = " and ".join(f"{name} {version}" for name, version in runtime.get("packages", {}).items())
     return {
         "quartermap-deploy": f"{found['quartermap_deploy']['version']} in {found['quartermap_deploy']['folder']}",
         "Python": f"{python['version']} ({python['implementation']}), {python['executable']}",
-        "ONNX Runtime": runtime.get("error") or f"{runtime['version']}: {providers}",
+        "ONNX Runtime": runtime.get("error") or f"{runtime['version']}, by {packages or 'no package of pip'}",
     }
+
+
+def _providers(runtime: dict[str, Any]) -> list[Any]:
+    """Return the table of ONNX Runtime's providers, by which a tiny model was run."""
+    if "error" in runtime:
+        return [facts("providers of ONNX Runtime", {"none": runtime["error"]})]
+    tried = {probe["provider"]: probe for probe in runtime["probes"]}
+    rows = []
+    for name in runtime["providers"]:
+        probe = tried.get(name)
+        verdict = "not tried" if probe is None else "works" if probe["works"] else "does not work"
+        reason = "it sends the model elsewhere" if probe is None else probe["reason"]
+        rows.append((name, verdict, "" if probe is None else f"{probe['seconds']:.1f} s", reason))
+    found: list[Any] = [
+        table("providers of ONNX Runtime", ["provider", "verdict", ">tried in", "why not"], rows)
+    ]
+    return [*found, runtime["problem"]] if runtime.get("problem") else found
 
 
 def _machine(machine: dict[str, Any]) -> dict[str, object]:

@@ -20,6 +20,7 @@ from quartermap_deploy.cli.common import (
     show,
 )
 from quartermap_deploy.cli.data import add_data_options, dataset_of, warn_of_broken, warn_of_data
+from quartermap_deploy.cli.execution import add_execution_options, execution_of, tell_notes
 from quartermap_deploy.cli.measuring import kept_on_interruption
 from quartermap_deploy.cli.overrides import (
     add_labels_option,
@@ -74,6 +75,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
             quartermap eval vmamba_tiny_s1l8 --checkpoint F --data imagenet --resume tiny.json
             quartermap eval bundles/medmamba_t --data pathmnist.npz --split test --target tensorrt
+            quartermap eval bundles/vmamba_digits_k3 --device auto
             quartermap eval export/vmamba_digits_k3.toml --target torch --json | jq .top1
             quartermap eval bundles/mine --data photos --labels classes.txt --preprocessing mean=0.5,0.5,0.5
             quartermap eval bundles/mine --data photos --target torch --factory my_package.models:build
@@ -120,6 +122,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         help="weights of a recipe or model; of a bundle on the target torch, the file that it was compiled from "
         "(default: the recipe's, or those that come with the package)",
     )
+    add_execution_options(parser)
     add_factory_option(parser, "on the target torch, for a bundle of a module of yours")
     add_run_module_option(parser)
     add_signature_option(parser)
@@ -143,6 +146,7 @@ def run(options: argparse.Namespace) -> None:
             options.source,
             options.target,
             checkpoint=options.checkpoint,
+            execution=execution_of(options),
             factory=options.factory,
             run_module=options.run_module,
             labels=options.labels,
@@ -162,6 +166,8 @@ def run(options: argparse.Namespace) -> None:
             identity=runner.identity,
             workers=options.workers,
         )
+    if runner.placement is not None:
+        tell_notes(runner.placement)
     warn(runner, dataset, accuracy)
     if options.json:
         print_json(result(runner, dataset, accuracy, options.batch))
@@ -190,9 +196,10 @@ def warn(runner: Runner, dataset: Dataset, accuracy: Accuracy) -> None:
 def summary(runner: Runner, accuracy: Accuracy, batch: int) -> dict[str, object]:
     """Return the facts of an evaluation."""
     wait = 1 - accuracy.compute_seconds / accuracy.seconds if accuracy.seconds > 0 else 0.0
+    placed = None if runner.placement is None else str(runner.placement)
     otherwise = {"set otherwise": ", ".join(runner.overridden)} if runner.overridden else {}
     return {
-        "target": runner.target,
+        "target": runner.target if placed in (None, "CPU") else f"{runner.target} by {placed}",
         **otherwise,
         "images": f"{accuracy.images:,}{f', {len(accuracy.broken)} broken' if accuracy.broken else ''}",
         "top-1": f"{accuracy.top1:.2%}",
@@ -223,6 +230,7 @@ def result(runner: Runner, dataset: Dataset, accuracy: Accuracy, batch: int) -> 
         "model": runner.model,
         "source": runner.name,
         "target": runner.target,
+        "execution": None if runner.placement is None else runner.placement.to_dict(),
         "weights": runner.weights,
         "plan": None if runner.plan is None else runner.plan.to_dict(),
         "preprocessing": runner.preprocessing.to_dict(),

@@ -19,10 +19,12 @@ from quartermap_deploy.cli.common import (
     show,
 )
 from quartermap_deploy.cli.data import dataset_of, warn_of_broken
+from quartermap_deploy.cli.execution import add_execution_options, execution_of
 from quartermap_deploy.cli.overrides import add_preprocessing_option, preprocessing_of
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.plain_text import printable
 from quartermap_deploy.reading import read_json
+from quartermap_deploy.targets import refuse_providers
 
 if TYPE_CHECKING:
     from quartermap_deploy.evaluation.datasets import Dataset
@@ -52,8 +54,9 @@ def add_measuring_options(group: argparse._ArgumentGroup) -> None:
         "--target",
         choices=TARGETS,
         default=TARGETS[0],
-        help="what runs the models: ONNX Runtime on the CPU, or PyTorch, on a GPU if it has one (default: %(default)s)",
+        help="what runs the models: ONNX Runtime, or PyTorch, on a GPU if it has one (default: %(default)s)",
     )
+    add_execution_options(group)
     group.add_argument(
         "--threads",
         type=at_least_one,
@@ -132,6 +135,10 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     else:
         load_card(source)
         recipe = Recipe(source)
+    # Where a recipe is proved is not where it is measured, unless that is said here.
+    recipe = dataclasses.replace(recipe, execution=execution_of(options))
+    if not recipe.execution.on_cpu and options.target != TARGETS[0]:
+        refuse_providers(options.target, recipe.execution)
     prepared = preprocessing_of(options)
     if prepared:
         recipe = dataclasses.replace(recipe, preprocessing={**(recipe.preprocessing or {}), **prepared})

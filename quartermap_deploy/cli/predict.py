@@ -21,6 +21,7 @@ from quartermap_deploy.cli.common import (
     results_only,
     show,
 )
+from quartermap_deploy.cli.execution import add_execution_options, execution_of, tell_placement
 from quartermap_deploy.cli.overrides import add_labels_option, add_preprocessing_option, preprocessing_of
 from quartermap_deploy.plain_text import printable
 from quartermap_deploy.tables.layout import table
@@ -104,6 +105,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--target", metavar="NAME", help="target to run (default: onnxruntime, or the bundle's only one)"
     )
+    add_execution_options(parser)
     add_labels_option(parser)
     add_signature_option(parser)
     add_preprocessing_option(parser)
@@ -136,9 +138,11 @@ def run(options: argparse.Namespace) -> None:
                 top=options.top,
                 batch=options.batch,
                 target=options.target,
+                execution=execution_of(options),
                 preprocessing=overrides,
                 labels=options.labels,
             )
+        tell_placement(predictor.session)
         outcome = Outcome(options.json, SHOWN)
         broken = _predict(predictor, images, outcome, options.out, options.force, progress)
     if broken:

@@ -22,6 +22,7 @@ from quartermap_deploy.cli.common import (
     print_json,
     show,
 )
+from quartermap_deploy.cli.execution import add_execution_options, execution_of
 from quartermap_deploy.cli.overrides import add_labels_option, add_preprocessing_option, preprocessing_of
 from quartermap_deploy.tables.layout import facts
 
@@ -57,6 +58,7 @@ def add_parser(subparsers: Subparsers) -> None:
         examples="""
             quartermap serve bundles/vmamba_digits_k3
             quartermap serve bundles/vmamba_digits_k3 --max-batch 16 --max-delay-ms 2 --workers 2
+            quartermap serve bundles/vmamba_digits_k3 --device auto
             quartermap serve bundles/unet --preprocessing mean=0.5,0.5,0.5 std=0.5,0.5,0.5
             curl -F file=@digit.png localhost:8000/classify
             """,
@@ -65,6 +67,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--target", metavar="NAME", help="target to run (default: onnxruntime, or the bundle's only one)"
     )
+    add_execution_options(parser)
     parser.add_argument(
         "--name", metavar="NAME", help="what clients call the model (default: the bundle's name for it)"
     )
@@ -105,7 +108,7 @@ def add_parser(subparsers: Subparsers) -> None:
         type=at_least_one,
         metavar="N",
         help="batches that run side by side, each with its share of the cores (default: with ONNX Runtime one for each "
-        "core under load, while a batch that comes alone gets all cores; with engines 1)",
+        "core under load, while a batch that comes alone gets all cores; with engines, or providers other than CPU, 1)",
     )
     parser.add_argument(
         "--max-batch",
@@ -190,6 +193,7 @@ def _serve(options: argparse.Namespace, log: EventLog) -> None:
     check_dependencies()
     settings = ServeOptions(
         target=options.target,
+        execution=execution_of(options),
         name=options.name,
         labels=options.labels,
         preprocessing=preprocessing_of(options),

@@ -22,6 +22,7 @@ from quartermap_deploy.cli.common import (
     show,
 )
 from quartermap_deploy.cli.data import add_data_options, format_of
+from quartermap_deploy.cli.execution import add_execution_options
 from quartermap_deploy.cli.measuring import kept_on_interruption, recipe_of
 from quartermap_deploy.cli.overrides import add_preprocessing_option
 from quartermap_deploy.plain_text import printable
@@ -179,6 +180,7 @@ def _add_search_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--target", default="onnxruntime", metavar="NAME", help="what is timed on (default: %(default)s)"
     )
+    add_execution_options(group)
     group.add_argument(
         "--batch",
         type=at_least_one,

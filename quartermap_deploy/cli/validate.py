@@ -19,7 +19,8 @@ from quartermap_deploy.cli.common import (
     results_only,
     show,
 )
-from quartermap_deploy.errors import ParityError
+from quartermap_deploy.cli.execution import add_execution_options, execution_of, tell_report
+from quartermap_deploy.errors import InputError, ParityError
 from quartermap_deploy.frontend.node_names import read_name
 from quartermap_deploy.revalidate import REFERENCES
 from quartermap_deploy.tables.layout import table, with_verdict
@@ -56,6 +57,9 @@ def add_parser(subparsers: Subparsers) -> None:
             tensorrt-rtx each form is built as an engine and run, which needs a GPU; otherwise it is the portable model,
             on a CPU, with every value rounded as the types say.
 
+            With --device or --provider the bundle is run by other execution providers of ONNX Runtime; which of them
+            runs how many nodes is in the title, and under "execution" in JSON.
+
             A bundle that departs by more than the tolerance of its element type ends with exit code 2.
             """,
         examples="""
@@ -65,6 +69,7 @@ def add_parser(subparsers: Subparsers) -> None:
             quartermap validate bundles/mine --reference torch --factory model.py:Net --checkpoint weights.pth
             quartermap validate bundles/tiny_float16 --localise
             quartermap validate bundles/tiny_float16 --localise --target tensorrt --plugin libquartermap_plugin.so
+            quartermap validate bundles/vmamba_digits_k3 --provider OpenVINO
             quartermap validate bundles/vmamba_digits_k3 --json | jq .passed
             """,
     )
@@ -85,7 +90,8 @@ def add_parser(subparsers: Subparsers) -> None:
         choices=FORMS,
         default=FORMS[0],
         help="of onnxruntime, the form of the scans to check: the portable one in the file, the native operator, or "
-        "both as far as they can run here (default: %(default)s)",
+        "both as far as they can run here; by other providers than the CPU's, the form that they run by themselves "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--localise",
@@ -100,6 +106,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "(default: it was compiled from none)",
     )
     add_factory_option(parser, "for --reference torch and --localise of a bundle of a module of yours")
+    add_execution_options(parser)
     add_plugin_option(parser)
     add_signature_option(parser)
     add_output_options(parser)
@@ -116,6 +123,10 @@ def run(options: argparse.Namespace) -> None:
 
     bundle = load_bundle(options.bundle, signed_by=options.signed_by)
     if options.localise:
+        if not execution_of(options).on_cpu:
+            raise InputError(
+                "--localise looks in the portable model on the CPU; leave --device and --provider out"
+            )
         run_localise(bundle, options)
         return
     with results_only():
@@ -127,8 +138,10 @@ def run(options: argparse.Namespace) -> None:
             factory=options.factory,
             plugin=options.plugin,
             scans=options.scans,
+            execution=execution_of(options),
             progress=make_progress(options),
         )
+    tell_report(report)
     if options.json:
         print_json(report)
     elif not options.quiet:

@@ -249,6 +249,7 @@ def _measure(
     variants = [ablation.variant for ablation in chosen]
     with Workbench(builder, variants, options.target, options.threads, progress) as bench:
         bench.prepare()
+        values["notes"] += [note for note in bench.notes if note not in values["notes"]]
         timings = bench.time(options.batch, options.repeats)
         entries: list[dict[str, Any]] = []
         for ablation, checked in zip(chosen, bench.checked, strict=True):

@@ -240,7 +240,9 @@ class _Comparison:
         values, options = results.values, self.options
         timed = {entry["batch"]: entry for entry in values["timings"]}
         untimed = [batch for batch in options.batches if batch not in timed]
-        profile = options.profile_repeats > 0
+        # Other providers put many nodes into one, and their profiles do not tell which of it is a scan.
+        recorded_here = options.target == TORCH or self.builder.recipe.execution.on_cpu
+        profile = options.profile_repeats > 0 and recorded_here
         unrecorded = [
             batch
             for batch in options.batches
@@ -265,7 +267,7 @@ class _Comparison:
                 entry |= checked
             # Made anew, as an interrupted run that goes on checks its variants again.
             merged = [note for entry in values["variants"] for note in _merged_otherwise(entry)]
-            values["notes"] = [*self.description["notes"], *merged]
+            values["notes"] = [*self.description["notes"], *bench.notes, *merged]
             results.save()
             for batch in untimed:
                 timings = bench.time(batch, options.repeats)

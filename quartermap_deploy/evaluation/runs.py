@@ -186,20 +186,27 @@ def target_sizes(batch: int | str, entry: Mapping[str, Any]) -> list[tuple[int, 
 def exported_run(
     exported: Export, recipe: Recipe, batch: int | str = "batch", progress: Progress = SILENT
 ) -> Run:
-    """Return a function that runs an exported model on the recipe's only target.
+    """Return a function that runs an exported model; `exported_session` says what the arguments are."""
+    return session_run(*exported_session(exported, recipe, batch, progress))
+
+
+def exported_session(
+    exported: Export, recipe: Recipe, batch: int | str = "batch", progress: Progress = SILENT
+) -> tuple[Session, Sizes]:
+    """Return a session of an exported model on the recipe's only target, and the batches that it takes.
 
     Args:
         exported: the model.
-        recipe: names the target, and how engines are built.
+        recipe: names the target, its providers, and how engines are built.
         batch: the first axis of its input: a number, or a name if it is open.
         progress: told about the step.
     """
-    from quartermap_deploy.targets.onnxruntime_cpu import OnnxRuntimeSession
+    from quartermap_deploy.targets.onnxruntime.session import OnnxRuntimeSession
 
     (target,) = recipe.targets
     data, rules = exported.model.SerializeToString(), exported.traced.rules
     if target == DEFAULT:
-        return session_run(OnnxRuntimeSession(data, rules=rules), fixed_sizes(batch))
+        return OnnxRuntimeSession(data, rules=rules, execution=recipe.execution), fixed_sizes(batch)
     module = load_target(target)
     # An engine is read when it is opened; its folder may go then.
     with tempfile.TemporaryDirectory(prefix="quartermap-") as folder, progress.step(f"building for {target}"):
@@ -207,7 +214,7 @@ def exported_run(
         path.write_bytes(data)
         entry = module.build(path, Path(folder), recipe.engine, progress=progress)
         session = module.open(Path(folder), {**entry, "size_rules": rules})
-        return session_run(session, target_sizes(batch, entry))
+        return session, target_sizes(batch, entry)
 
 
 def weights_hash(model: nn.Module) -> str:

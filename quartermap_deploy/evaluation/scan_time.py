@@ -123,7 +123,7 @@ def profile_onnxruntime(
         repeats: recorded calls of each.
         progress: told about the steps.
     """
-    from quartermap_deploy.targets.onnxruntime_cpu import open_session
+    from quartermap_deploy.targets.onnxruntime.opening import open_session
 
     sessions = {}
     with progress.step("loading the models again, to record their nodes", total=len(models)) as advance:

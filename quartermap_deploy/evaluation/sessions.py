@@ -16,7 +16,8 @@ from quartermap_deploy.data.preprocessing import KEYS, Preprocessing
 from quartermap_deploy.errors import BundleError, InputError, TrustError, UnknownNameError
 from quartermap_deploy.evaluation.runs import (
     TORCH,
-    exported_run,
+    Sizes,
+    exported_session,
     reference_of,
     require_own,
     session_run,
@@ -29,7 +30,9 @@ from quartermap_deploy.plain_text import printable
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.pruning.plan import QuarterMap
 from quartermap_deploy.recipe import Recipe
-from quartermap_deploy.targets import DEFAULT, list_targets
+from quartermap_deploy.targets import DEFAULT, Session, list_targets, refuse_providers
+from quartermap_deploy.targets.execution import ON_CPU, Execution
+from quartermap_deploy.targets.placement import Placement
 
 if TYPE_CHECKING:
     from quartermap_deploy.evaluation.accuracy import Run
@@ -57,6 +60,7 @@ class Runner:
         identity: hash of everything that decides the logits: weights, plan, precision and target.
         overridden: what was said otherwise than the bundle or the model's card says: "labels", and names of values of
             the preprocessing.
+        placement: what of it runs where, in ONNX Runtime; None elsewhere.
     """
 
     name: str
@@ -71,6 +75,7 @@ class Runner:
     trained: bool
     identity: str
     overridden: tuple[str, ...] = ()
+    placement: Placement | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,7 @@ def runner_for(
     source: str | Path | Recipe | Bundle,
     target: str | None = None,
     *,
+    execution: Execution = ON_CPU,
     checkpoint: Path | None = None,
     factory: str | None = None,
     labels: Labels | None = None,
@@ -111,6 +117,7 @@ def runner_for(
     Args:
         source: a bundle or its folder, a recipe or its .toml file, or the name of a model.
         target: "torch" or a target of `targets`; None for the bundle's default, or "onnxruntime".
+        execution: of the target "onnxruntime", the providers that run it, whatever the bundle or the recipe says.
         checkpoint: weights, in place of the recipe's; for a bundle in PyTorch, the file it was compiled from.
         factory: for a bundle of a module of the user's in PyTorch, what makes the module, as `package.module:name`.
         labels: names of the classes in place of those that the source has: a list, a file, or a set by name.
@@ -132,7 +139,10 @@ def runner_for(
     given = Given(checkpoint, factory, labels, preprocessing or {})
     if isinstance(source, Bundle) or (not isinstance(source, Recipe) and _is_bundle(source)):
         bundle = source if isinstance(source, Bundle) else load_bundle(source, signed_by=signed_by)
-        return _bundle_runner(bundle, target or bundle.default_target, given, progress)
+        chosen = target or bundle.default_target
+        refuse_providers(chosen, execution)
+        return _bundle_runner(bundle, chosen, given, execution, progress)
+    refuse_providers(target or DEFAULT, execution)
     from quartermap_deploy.compiler import as_recipe
 
     if signed_by:
@@ -150,7 +160,7 @@ def runner_for(
         )
     recipe = as_recipe(source, run_module=run_module)
     name = recipe.model if isinstance(source, Recipe) else Path(source).stem
-    return _recipe_runner(recipe, name, target or DEFAULT, given, progress)
+    return _recipe_runner(recipe, name, target or DEFAULT, given, execution, progress)
 
 
 def _is_bundle(source: str | Path) -> bool:
@@ -167,7 +177,10 @@ def names_a_factory(source: str) -> bool:
     return bool(where and colon) and name.isidentifier() and not Path(source).exists()
 
 
-def _bundle_runner(bundle: Bundle, target: str, given: Given, progress: Progress) -> Runner:
+def _bundle_runner(
+    bundle: Bundle, target: str, given: Given, execution: Execution, progress: Progress
+) -> Runner:
+    placement = None
     recipe, manifest = bundle.recipe(), bundle.manifest
     name = bundle.path.name or str(bundle.path)
     image = image_input(name, bundle.task, bundle.inputs)
@@ -190,7 +203,9 @@ def _bundle_runner(bundle: Bundle, target: str, given: Given, progress: Progress
     else:
         _refuse_for_torch(bundle, given)
         with progress.step(f"loading {bundle.path.name}"):
-            session = bundle.session(target)
+            session = bundle.session(target, execution=execution)
+        placement = session.placement
+        identity |= _execution_identity(execution)
         entry = manifest["targets"][target]
         identity["file"] = manifest["files"].get(entry.get("file", MODEL))
         run = session_run(session, target_sizes(image.shape[0], entry))
@@ -207,6 +222,7 @@ def _bundle_runner(bundle: Bundle, target: str, given: Given, progress: Progress
         trained=manifest["model"]["weights"] != "new" and manifest["model"].get("head") != "new",
         identity=_hash(identity),
         overridden=_overridden(given.labels, given.preprocessing),
+        placement=placement,
     )
 
 
@@ -223,8 +239,17 @@ def _refuse_for_torch(bundle: Bundle, given: Given) -> None:
         )
 
 
-def _recipe_runner(recipe: Recipe, name: str, target: str, given: Given, progress: Progress) -> Runner:
+def _execution_identity(execution: Execution) -> dict[str, Any]:
+    """What of the providers decides the logits: which they are, unless they are the CPU's alone."""
+    return {} if execution.on_cpu else {"execution": str(execution)}
+
+
+def _recipe_runner(
+    recipe: Recipe, name: str, target: str, given: Given, execution: Execution, progress: Progress
+) -> Runner:
     from quartermap_deploy.compiler import load_source
+
+    placement = None
 
     recipe = _with_given(recipe, given)
     with progress.step(f"loading {recipe.model}"):
@@ -240,7 +265,10 @@ def _recipe_runner(recipe: Recipe, name: str, target: str, given: Given, progres
             name: getattr(recipe, name)
             for name in ("precision", "optimize", "io", "keep_float32", "blocks_float32")
         }
-        run = _built_run(dataclasses.replace(recipe, targets=(target,)), source, progress)
+        recipe = dataclasses.replace(recipe, targets=(target,), execution=execution)
+        session, sizes = _built_session(recipe, source, progress)
+        run, placement = session_run(session, sizes), session.placement
+        identity |= _execution_identity(execution)
     # What a recipe says of a module of the user's is all that is known of it; of a card's model it is said otherwise.
     own = given if recipe.module is not None else Given(None, None, recipe.labels, recipe.preprocessing or {})
     return Runner(
@@ -256,6 +284,7 @@ def _recipe_runner(recipe: Recipe, name: str, target: str, given: Given, progres
         trained=source.weights.trained,
         identity=_hash(identity),
         overridden=_overridden(own.labels, own.preprocessing),
+        placement=placement,
     )
 
 
@@ -277,7 +306,7 @@ def _with_given(recipe: Recipe, given: Given) -> Recipe:
     )
 
 
-def _built_run(recipe: Recipe, source: SourceModel, progress: Progress) -> Run:
+def _built_session(recipe: Recipe, source: SourceModel, progress: Progress) -> tuple[Session, Sizes]:
     """Export a model and open it on the recipe's only target."""
     from quartermap_deploy.compiler import ENGINES, export_model, load_targets
     from quartermap_deploy.targets.tensorrt.options import EngineOptions
@@ -285,7 +314,8 @@ def _built_run(recipe: Recipe, source: SourceModel, progress: Progress) -> Run:
     if ENGINES.isdisjoint(recipe.targets):
         recipe = dataclasses.replace(recipe, engine=EngineOptions())
     load_targets(recipe)
-    return exported_run(export_model(recipe, source, progress), recipe, source.inputs[0].shape[0], progress)
+    exported = export_model(recipe, source, progress)
+    return exported_session(exported, recipe, source.inputs[0].shape[0], progress)
 
 
 # What can be evaluated ------------------------------------------------------------------------------------------

@@ -286,6 +286,7 @@ class _Tuning:
             return counted_savings(self.model, size, options.strides, options.measure)
         key = {name: getattr(options, name) for name in ("target", "batch", "repeats")}
         key["strides"] = list(options.strides)
+        key |= {} if self.recipe.execution.on_cpu else {"execution": str(self.recipe.execution)}
         if tried.savings is None or tried.savings_key != key:
             tried.savings, tried.savings_key = timer.savings(options.strides), key
             tried.write()

@@ -18,6 +18,7 @@ from quartermap_deploy.evaluation.subject import load_subject
 from quartermap_deploy.evaluation.variants import Builder, Variant, check_comparable
 from quartermap_deploy.progress import Progress, Titled
 from quartermap_deploy.recipe import Recipe
+from quartermap_deploy.targets import load_target
 
 if TYPE_CHECKING:
     from quartermap_deploy.evaluation.accuracy import Run
@@ -55,6 +56,8 @@ def prepare_subject(
         QuartermapError: of the kind that fits, if the model cannot be loaded.
     """
     check_comparable(recipe)
+    if target == ONNXRUNTIME:
+        load_target(ONNXRUNTIME).check(recipe)
     source = load_subject(dataclasses.replace(recipe, dynamic_batch=True), progress)
     if dataset is not None:
         dataset = dataset.for_model(source.module.num_classes, source.labels)
@@ -67,7 +70,7 @@ def _describe(
 ) -> dict[str, Any]:
     from quartermap_deploy.machine import describe_machine
     from quartermap_deploy.manifest import versions
-    from quartermap_deploy.targets.onnxruntime_cpu import default_threads
+    from quartermap_deploy.targets.onnxruntime.threads import default_threads
 
     source = builder.source
     return {
@@ -83,7 +86,7 @@ def _describe(
             "depths": list(source.depths),
         },
         "target": target,
-        "device": _device(target),
+        "device": _device(target) if recipe.execution.on_cpu else str(recipe.execution),
         "threads": threads or (default_threads() if target == ONNXRUNTIME else _torch_threads()),
         "data": None
         if dataset is None
@@ -151,6 +154,7 @@ class Workbench:
         portable: hold each variant whose scans the native operator runs ready in the portable form, too.
 
     Attributes:
+        notes: what the user should know about the providers that run the variants.
         checked: for each variant, in order, its nodes, what computes its scans, and its parity, for the results.
     """
 
@@ -167,6 +171,7 @@ class Workbench:
         self.builder, self.variants, self.target, self.threads = builder, variants, target, threads
         self.progress, self._with_portable = progress, portable
         self.checked: list[dict[str, Any]] = []
+        self.notes: list[str] = []
         self._runs: dict[str, Run] = {}
         self._portable: dict[str, Run] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="quartermap-")
@@ -209,14 +214,16 @@ class Workbench:
 
     def _open(self, variant: Variant) -> str:
         """Load a variant in ONNX Runtime; returns what computes its scans."""
-        from quartermap_deploy.targets.onnxruntime_cpu import OnnxRuntimeSession
+        from quartermap_deploy.targets.onnxruntime.session import OnnxRuntimeSession
 
         with self.progress.step(f"loading {variant.name} in ONNX Runtime"):
-            session = OnnxRuntimeSession(self._path(variant), self.threads)
+            execution = self.builder.recipe.execution
+            session = OnnxRuntimeSession(self._path(variant), self.threads, execution=execution)
+            self.notes += [f"{variant.name}: {note}" for note in session.placement.notes()]
             self._runs[variant.name] = session.run
             if self._with_portable and session.scans.kind == "native":
                 self._portable[variant.name] = OnnxRuntimeSession(
-                    self._path(variant), self.threads, native=False
+                    self._path(variant), self.threads, native=False, execution=execution
                 ).run
         return str(session.scans)
 

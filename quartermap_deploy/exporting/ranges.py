@@ -90,7 +90,7 @@ def scan_ranges(
         InputError: if there is nothing to calibrate on.
         UnknownNameError: if there is no such precision.
     """
-    from quartermap_deploy.targets.onnxruntime_cpu import inference_session
+    from quartermap_deploy.targets.onnxruntime.opening import inference_session
 
     kind = element_type(precision)
     inputs = [value.name for value in model.graph.input if value.name in calibration]

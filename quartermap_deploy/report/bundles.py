@@ -15,7 +15,7 @@ from quartermap_deploy.report.charts import (
     logarithmic_axis,
 )
 from quartermap_deploy.report.parts import Figure, Heading, Note, Part, Section, Table
-from quartermap_deploy.tables.bundle import carried_text, signed_text
+from quartermap_deploy.tables.bundle import carried_text, execution_text, signed_text
 from quartermap_deploy.tables.words import (
     count_text,
     error_text,
@@ -209,7 +209,19 @@ def parity_parts(report: Mapping[str, Any]) -> list[Part]:
             else f".{first}"
         )
     )
-    return [about, *_native_note(report), *_parity_chart(report), _parity_table(report)]
+    return [
+        about,
+        *_native_note(report),
+        *_execution_note(report),
+        *_parity_chart(report),
+        _parity_table(report),
+    ]
+
+
+def _execution_note(report: Mapping[str, Any]) -> list[Part]:
+    """What was found of other providers than the CPU's."""
+    text = execution_text(report)
+    return [] if text is None else [Note(f"Other providers of ONNX Runtime: {text}.")]
 
 
 def _native_note(report: Mapping[str, Any]) -> list[Part]:

@@ -10,6 +10,7 @@ from typing import Any
 from quartermap_deploy.errors import ServeError
 from quartermap_deploy.plain_text import printable
 from quartermap_deploy.serving.callers import ANY, host_name
+from quartermap_deploy.targets.execution import ON_CPU, Execution
 
 MIB = 1 << 20
 MOST_BODY = 2048 * MIB
@@ -24,6 +25,7 @@ class ServeOptions:
 
     Attributes:
         target: one of the bundle's targets; None for its default.
+        execution: of the target `onnxruntime`, the providers that run it.
         name: what clients call the model; None takes the name that it has in the bundle.
         labels: a file with the name of a class on each line, or a set of `data/labels.py`; None takes the bundle's.
         preprocessing: values of the bundle's preprocessing to replace, by name.
@@ -33,7 +35,7 @@ class ServeOptions:
         port: for HTTP; 0 takes a free one.
         grpc_port: for gRPC; 0 takes a free one.
         workers: batches that run side by side, each with its share of the cores. None, with ONNX Runtime: under load as
-            many as there are cores, and a batch that comes alone gets all of them; with engines: 1.
+            many as there are cores, and a batch that comes alone gets all of them; with engines or other providers: 1.
         max_batch: most images that are run at once; None takes the engine's largest batch, or `DEFAULT_BATCH`.
         max_delay: seconds that an image may wait for others while a worker is free.
         queue: most images that may wait for a worker.
@@ -43,6 +45,7 @@ class ServeOptions:
     """
 
     target: str | None = None
+    execution: Execution = ON_CPU
     name: str | None = None
     labels: str | Path | None = None
     preprocessing: Mapping[str, Any] | None = None

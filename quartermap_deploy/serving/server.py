@@ -38,12 +38,12 @@ from quartermap_deploy.serving.startup import (
     Sessions,
     check_golden,
     make_plan,
-    note_scans,
+    note_form,
     open_sessions,
 )
 from quartermap_deploy.serving.state import State
 from quartermap_deploy.serving.statistics import ModelStatistics
-from quartermap_deploy.targets.onnxruntime_cpu import default_threads
+from quartermap_deploy.targets.onnxruntime.threads import default_threads
 
 Result = TypeVar("Result")
 
@@ -212,7 +212,8 @@ class _Server:
 
     def _checked(self) -> Sessions:
         sessions = open_sessions(self.plan)
-        note_scans(self.plan, sessions)
+        for note in note_form(self.plan, sessions):
+            self.log.warning("providers", note=note)
         self.log.info(
             "loaded",
             bundle=str(self.plan.bundle.path),
@@ -221,6 +222,7 @@ class _Server:
             threads=self.plan.threads,
             wide=self.plan.wide,
             scans=self.plan.model.properties["scans"],
+            providers=self.plan.model.properties["providers"],
             max_batch=self.plan.model.max_batch,
         )
         if self.signalled.is_set():

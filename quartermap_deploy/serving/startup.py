@@ -25,8 +25,9 @@ from quartermap_deploy.plain_text import command
 from quartermap_deploy.serving.models import Description, file_input
 from quartermap_deploy.serving.options import DEFAULT_BATCH, ServeOptions
 from quartermap_deploy.serving.tensors import TensorSpec, datatype_of, element_type_of
-from quartermap_deploy.targets import DEFAULT, Session, load_target
-from quartermap_deploy.targets.onnxruntime_cpu import OnnxRuntimeSession, default_threads
+from quartermap_deploy.targets import DEFAULT, Session, load_target, refuse_providers
+from quartermap_deploy.targets.onnxruntime.session import OnnxRuntimeSession
+from quartermap_deploy.targets.onnxruntime.threads import default_threads
 from quartermap_deploy.tensor_info import TensorInfo
 
 Shows = Literal["classes", "mask", "image", "tensors"]
@@ -100,10 +101,12 @@ def make_plan(bundle: Bundle, options: ServeOptions) -> Plan:
 
     Raises:
         UnknownNameError: if the bundle was not built for the target.
-        InputError: if the labels cannot be read, or do not fit, or the preprocessing does not.
+        InputError: if the labels cannot be read, or do not fit, or the preprocessing does not, or if an engine is to
+            run by providers of ONNX Runtime.
         ServeError: if the options ask for what the bundle cannot do.
     """
     target = bundle.target(options.target)
+    refuse_providers(target, options.execution)
     name = str(bundle.manifest["model"]["name"]) if options.name is None else options.name
     if not name.strip() or not name.isprintable() or set(name) & set('/\\"'):
         raise ServeError(f"{name!r} is no name that clients could use; choose one without quotes or slashes")
@@ -128,7 +131,8 @@ def make_plan(bundle: Bundle, options: ServeOptions) -> Plan:
     )
     images, no_images = _image_plan(bundle, options, labels, model)
     cores = default_threads()
-    workers = options.workers or (cores if target == DEFAULT else 1)
+    on_cpu = target == DEFAULT and options.execution.on_cpu
+    workers = options.workers or (cores if on_cpu else 1)
     return Plan(
         bundle,
         target,
@@ -138,7 +142,7 @@ def make_plan(bundle: Bundle, options: ServeOptions) -> Plan:
         no_images,
         workers,
         max(1, cores // workers),
-        wide=target == DEFAULT and options.workers is None and cores > 1,
+        wide=on_cpu and options.workers is None and cores > 1,
     )
 
 
@@ -270,14 +274,27 @@ def open_sessions(plan: Plan) -> Sessions:
         # A session of one thread is run in the thread that calls it, by as many as like, and has the weights once.
         one = OnnxRuntimeSession(path, 1, rules)
         return Sessions([one] * plan.workers, OnnxRuntimeSession(path, plan.workers, rules))
+    if not plan.options.execution.on_cpu:
+        # One that all workers run, as a device would hold the weights of each.
+        one = OnnxRuntimeSession(path, plan.threads, rules, execution=plan.options.execution)
+        return Sessions([one] * plan.workers, None)
     # Side by side, sessions with a thread for each core would only be in each other's way.
     return Sessions([OnnxRuntimeSession(path, plan.threads, rules) for _ in range(plan.workers)], None)
 
 
-def note_scans(plan: Plan, sessions: Sessions) -> None:
-    """Add to a model's provenance what computes its scans, which only the opened session knows."""
-    form = sessions.workers[0].scans
-    plan.model.properties["scans"] = "" if form is None else str(form)
+def note_form(plan: Plan, sessions: Sessions) -> list[str]:
+    """Add to a model's provenance what only the opened session knows: what computes its scans, and what runs where.
+
+    Returns:
+        What whoever reads the log should know about the providers.
+    """
+    session = sessions.workers[0]
+    properties, placement = plan.model.properties, session.placement
+    properties["scans"] = "" if session.scans is None else str(session.scans)
+    properties["providers"] = "" if placement is None else ",".join(placement.providers)
+    nodes = None if placement is None else placement.nodes
+    properties["nodes"] = "" if nodes is None else json.dumps(nodes)
+    return [] if placement is None else placement.notes()
 
 
 def check_golden(plan: Plan, sessions: Sequence[Session]) -> float:

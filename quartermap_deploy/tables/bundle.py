@@ -20,6 +20,7 @@ from quartermap_deploy.tables.words import (
     weights_text,
     worst_error,
 )
+from quartermap_deploy.targets.placement import Placement
 
 if TYPE_CHECKING:
     from quartermap_deploy.bundle import Bundle
@@ -33,7 +34,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, object]:
     tolerance = bundle.report["tolerance"]
     cases = bundle.report["cases"]
     checks = sum(len(case["outputs"]) for case in cases)
-    native = native_text(bundle.report)
+    native, execution = native_text(bundle.report), execution_text(bundle.report)
     reference, rules = reference_text(manifest, bundle.report), manifest["size_rules"]
     return {
         "model": origin_text(manifest),
@@ -44,6 +45,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, object]:
             f"largest value, tolerance {tolerance['relative']:.0e} ({tolerance['element_type']})",
         ),
         **({} if native is None else {"native operator": native}),
+        **({} if execution is None else {"providers": execution}),
         **({} if reference is None else {"reference": reference}),
         "pruned": f"blocks {', '.join(map(str, pruned))} of {len(manifest['blocks'])}"
         if pruned
@@ -78,6 +80,16 @@ def native_text(report: Mapping[str, Any]) -> str | None:
         else f"not compared when it was compiled: {native['not_run']}"
     )
     return f"{then}; here: {find_cpu_library().summary}"
+
+
+def execution_text(report: Mapping[str, Any]) -> str | None:
+    """How other providers than the CPU's did when the bundle was compiled; None where none was asked for."""
+    entry = report.get("execution")
+    if entry is None:
+        return None
+    placement = Placement(tuple(entry["providers"]), entry["nodes"], entry["on_cpu"])
+    error = error_text(entry.get("worst_relative_error"))
+    return f"{error} of the largest value by {placement}, scans {entry['scans']}, when it was compiled"
 
 
 def carried_text(manifest: Mapping[str, Any]) -> str:

@@ -15,7 +15,17 @@ def result_table(values: Mapping[str, Any]) -> Table:
     """Return the table of what `--json` prints."""
     return table(
         f"batch {values['batch']}, {values['threads']} threads, {values['repeats']} rounds",
-        ["bundle", "target", "scans", ">median ms", ">fastest", ">slowest", f">{values['unit']}/s", ">speed"],
+        [
+            "bundle",
+            "target",
+            "providers",
+            "scans",
+            ">median ms",
+            ">fastest",
+            ">slowest",
+            f">{values['unit']}/s",
+            ">speed",
+        ],
         [_row(result) for result in values["bundles"]],
     )
 
@@ -26,6 +36,7 @@ def _row(result: Mapping[str, Any]) -> list[object]:
     return [
         result["name"],
         result["target"],
+        result.get("providers") or "",
         result.get("scans") or "",
         f"{result['median_ms']:.2f}",
         f"{result['minimum_ms']:.2f}",

@@ -12,18 +12,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from quartermap_deploy.errors import UnknownNameError
+from quartermap_deploy.errors import InputError, UnknownNameError
 from quartermap_deploy.progress import SILENT, Progress
+from quartermap_deploy.targets.execution import ON_CPU, Execution
 from quartermap_deploy.targets.session import Session
 
 if TYPE_CHECKING:
     from quartermap_deploy.targets.tensorrt.options import EngineOptions
 
-__all__ = ["DEFAULT", "ENGINE_TARGETS", "Session", "Target", "Wanted", "list_targets", "load_target"]
+__all__ = [
+    "DEFAULT",
+    "ENGINE_TARGETS",
+    "Session",
+    "Target",
+    "Wanted",
+    "list_targets",
+    "load_target",
+    "open_session",
+]
 
 ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")
 """Targets that need an engine of their own beside the portable model."""
-_MODULES = {"onnxruntime": "onnxruntime_cpu", "tensorrt": "tensorrt.target", "tensorrt-rtx": "tensorrt.rtx"}
+_MODULES = {
+    "onnxruntime": "onnxruntime.target",
+    "tensorrt": "tensorrt.target",
+    "tensorrt-rtx": "tensorrt.rtx",
+}
 DEFAULT = "onnxruntime"
 
 
@@ -33,6 +47,10 @@ class Wanted(Protocol):
     @property
     def engine(self) -> EngineOptions:
         """How engines are built."""
+
+    @property
+    def execution(self) -> Execution:
+        """The providers of ONNX Runtime."""
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -101,3 +119,45 @@ def load_target(name: str) -> Target:
         raise UnknownNameError.for_choice("target", name, _MODULES)
     module: Any = importlib.import_module(f"{__name__}.{_MODULES[name]}")
     return module  # type: ignore[no-any-return]
+
+
+def open_session(
+    name: str,
+    bundle_path: Path,
+    entry: Mapping[str, Any],
+    *,
+    plugin: Path | None = None,
+    native: bool | None = None,
+    execution: Execution = ON_CPU,
+) -> Session:
+    """Return a session for a bundle, by the target of a name; `Target.open` says what the others are.
+
+    Args:
+        name: of the target.
+        bundle_path: the bundle.
+        entry: its manifest entry for the target.
+        plugin: the plugin library, for a target that has one.
+        native: whether the native operator computes the scans, for `onnxruntime`.
+        execution: the providers that run it, for `onnxruntime`.
+
+    Raises:
+        InputError: if another target is to run by providers, or by the native operator.
+    """
+    target: Any = load_target(name)
+    if name == DEFAULT:
+        return target.open(bundle_path, entry, native=native, execution=execution)  # type: ignore[no-any-return]
+    refuse_providers(name, execution)
+    return target.open(bundle_path, entry, plugin=plugin, native=native)  # type: ignore[no-any-return]
+
+
+def refuse_providers(name: str, execution: Execution) -> None:
+    """Check that a target which is not ONNX Runtime's is not asked to run by its providers.
+
+    Raises:
+        InputError: if it is.
+    """
+    if name != DEFAULT and not execution.on_cpu:
+        raise InputError(
+            f"devices and providers ({execution}) are ONNX Runtime's, and the target {name} takes none; leave them "
+            f"out, or take the target {DEFAULT}"
+        )

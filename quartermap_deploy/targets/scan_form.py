@@ -1,11 +1,11 @@
-"""How a session of ONNX Runtime computes the scans of its model: by the native operator, or by the portable body."""
+"""How a session of ONNX Runtime computes the scans of its model."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Kind = Literal["native", "portable", "none"]
+Kind = Literal["native", "portable", "tree", "none"]
 
 
 @dataclass(frozen=True)
@@ -13,8 +13,9 @@ class ScanForm:
     """What runs the scans of a model.
 
     Attributes:
-        kind: "native", the operator of the CPU library; "portable", the standard operators that the file holds; "none",
-            as the model has no scan.
+        kind: "native", the operator of the CPU library; "portable", the standard operators that the file holds; "tree",
+            standard operators without a loop, written as the model was loaded for a GPU; "none", as the model has no
+            scan.
         instruction_set: of the native operator, such as "avx2"; None for the others.
         reason: why the native operator is not used; None where it is, or where there is nothing to use it for.
     """
@@ -30,4 +31,4 @@ class ScanForm:
     def __str__(self) -> str:
         if self.kind == "native":
             return f"native ({self.instruction_set})"
-        return "no scans" if self.kind == "none" else "portable"
+        return "no scans" if self.kind == "none" else self.kind

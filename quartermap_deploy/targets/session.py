@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quartermap_deploy.errors import InputError
+from quartermap_deploy.targets.placement import Placement
 from quartermap_deploy.targets.scan_form import ScanForm
 from quartermap_deploy.tensor_info import TensorInfo
 
@@ -21,11 +22,13 @@ class Session(abc.ABC):
         inputs: what it takes.
         outputs: what it gives.
         scans: what computes its scans; None of a target that has one way alone.
+        placement: what of it runs where; None of a target that runs in one place alone.
     """
 
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     scans: ScanForm | None = None
+    placement: Placement | None = None
 
     @abc.abstractmethod
     def infer(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

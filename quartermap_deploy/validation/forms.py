@@ -29,7 +29,7 @@ def native_form(model: Path) -> ScanForm:
     Raises:
         BundleError: if ONNX Runtime refuses it.
     """
-    from quartermap_deploy.targets.onnxruntime_cpu import open_session
+    from quartermap_deploy.targets.onnxruntime.opening import open_session
 
     return open_session(model)[1]
 
@@ -71,7 +71,7 @@ def prove_native(
     Raises:
         ParityError: if it departs from PyTorch by more than the tolerance.
     """
-    from quartermap_deploy.targets.onnxruntime_cpu import OnnxRuntimeSession
+    from quartermap_deploy.targets.onnxruntime.session import OnnxRuntimeSession
     from quartermap_deploy.validation.engines import golden_parity
     from quartermap_deploy.validation.runners import NATIVE
 

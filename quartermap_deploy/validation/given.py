@@ -41,7 +41,7 @@ class GivenReference:
         Raises:
             ParityError: if one departs by more than the tolerance.
         """
-        from quartermap_deploy.targets.onnxruntime_cpu import OnnxRuntimeSession
+        from quartermap_deploy.targets.onnxruntime.session import OnnxRuntimeSession
 
         session = OnnxRuntimeSession(model)
         found = session.infer(

@@ -20,7 +20,8 @@ from polygraphy.common import TensorMetadata
 from quartermap_deploy.frontend.node_names import read_name
 from quartermap_deploy.lowering.operator import DOMAIN, SCANS
 from quartermap_deploy.targets import Session
-from quartermap_deploy.targets.onnxruntime_cpu import inference_session, open_session
+from quartermap_deploy.targets.execution import ON_CPU, Execution
+from quartermap_deploy.targets.onnxruntime.opening import open_session
 
 if TYPE_CHECKING:
     import onnx
@@ -118,18 +119,21 @@ class SessionRunner(BaseRunner):  # type: ignore[misc]
         )
 
 
-def onnxruntime_runner(model: onnx.ModelProto, *, native: bool = False) -> OnnxrtRunner:
+def onnxruntime_runner(
+    model: onnx.ModelProto, *, native: bool | None = False, execution: Execution = ON_CPU
+) -> OnnxrtRunner:
     """A runner for a model in memory whose outputs are those of every scan and every block, and its own.
 
     Args:
         model: the model.
-        native: whether the native operator computes its scans, or else the portable body.
+        native: whether the native operator computes its scans, or else the portable body; None takes what the providers
+            run by themselves.
+        execution: the providers.
     """
     marked = with_block_outputs(model)
     data = marked.SerializeToString()
-    if native:
-        return OnnxrtRunner(lambda: open_session(data, native=True)[0], name=NATIVE)
-    return OnnxrtRunner(lambda: inference_session(data), name="onnxruntime")
+    name = NATIVE if native else "onnxruntime" if execution.on_cpu else f"onnxruntime by {execution}"
+    return OnnxrtRunner(lambda: open_session(data, native=native, execution=execution).session, name=name)
 
 
 def with_block_outputs(model: onnx.ModelProto) -> onnx.ModelProto:
