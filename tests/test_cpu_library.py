@@ -53,7 +53,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_what_is_built_describes_itself(cpu_library: Path) -> None:
     found = load_cpu_library(cpu_library)
     assert found.contract["release"] == __version__ and found.contract["sources"] == sources_hash()
-    assert found.contract["operators"] == ["SelectiveScan2D", "SelectiveScan"]
+    assert found.contract["operators"] == ["SelectiveScan2D", "SelectiveScan", "LayerNormalization2D"]
     assert found.instruction_set in SETS and found.instruction_set in found.contract["instruction_sets"]
     if platform.machine() == "x86_64":
         assert found.contract["instruction_sets"] == ["avx512", "avx2", "baseline"]

@@ -18,6 +18,7 @@ from quartermap_deploy.machine import usable_cores
 from quartermap_deploy.native.cpu_library import find_cpu_library
 from quartermap_deploy.onnx_bounds import check_model
 from quartermap_deploy.targets.execution import CPU, ON_CPU, Execution, Provider, short_names
+from quartermap_deploy.targets.fused_norms import fused_model
 from quartermap_deploy.targets.onnxruntime.packages import (
     installed_packages,
     libraries_of,
@@ -74,6 +75,7 @@ def open_session(
     *,
     native: bool | None = None,
     profile: Path | None = None,
+    fuse: bool = True,
     execution: Execution = ON_CPU,
 ) -> Opened:
     """Open a session for a file or serialised bytes.
@@ -85,6 +87,8 @@ def open_session(
         native: whether the native operator computes its scans. None takes it where it is there and takes the model;
             False keeps to the portable body; True refuses a session without it.
         profile: record the time of every node; `end_profiling` writes it into a file whose name starts so.
+        fuse: with the native operator and the CPU provider alone, also normalise maps by one operator each; see
+            `fused_norms`. Other providers take a normalisation better than a map that comes back from the CPU.
         execution: the providers that run it.
 
     Raises:
@@ -103,7 +107,8 @@ def open_session(
     if not has_scans:
         opened, form = _or_refused(model, lambda: session(model, None)), ScanForm("none")
     elif all(provider.in_host_memory for provider in found.providers):
-        opened, form = _in_host_memory(model, session, native)
+        fuse = fuse and found.providers[0].name == CPU
+        opened, form = _in_host_memory(model, session, native, fuse)
     else:
         opened, form = _on_a_device(model, session, native)
     return Opened(opened, form, _placement(opened, found, execution))
@@ -190,7 +195,9 @@ def _placement(session: Any, found: Started, execution: Execution) -> Placement:
 Opener = Callable[["Path | bytes", "CpuLibrary | None"], Any]
 
 
-def _in_host_memory(model: Path | bytes, session: Opener, native: bool | None) -> tuple[Any, ScanForm]:
+def _in_host_memory(
+    model: Path | bytes, session: Opener, native: bool | None, fuse: bool
+) -> tuple[Any, ScanForm]:
     """A session in whose memory the operators of the CPU library work, and what computes its scans."""
     refused = "it was not wanted"
     if native is not False:
@@ -199,7 +206,7 @@ def _in_host_memory(model: Path | bytes, session: Opener, native: bool | None) -
             refused = found.summary
         else:
             try:
-                opened = session(model, found.library)
+                opened = session(fused_model(model) if fuse else model, found.library)
             except Exception as error:  # the model's own fault shows again below
                 refused = " ".join(str(error).split())[:400]
             else:

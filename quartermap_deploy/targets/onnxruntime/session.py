@@ -36,6 +36,7 @@ class OnnxRuntimeSession(Session):
         rules: Sequence[str] = (),
         *,
         native: bool | None = None,
+        fuse: bool = True,
         execution: Execution = ON_CPU,
     ) -> None:
         """Load a model.
@@ -46,6 +47,7 @@ class OnnxRuntimeSession(Session):
                 cores.
             rules: what the sizes of its inputs must fulfil; see `size_rules`.
             native: whether the native operator computes its scans; None where it is there and takes the model.
+            fuse: with the native operator, also normalise maps by one operator each; see `fused_norms`.
             execution: the providers that run it.
 
         Raises:
@@ -53,7 +55,7 @@ class OnnxRuntimeSession(Session):
             MissingDependencyError: the same.
         """
         self._session, self.scans, self.placement = open_session(
-            model, threads, native=native, execution=execution
+            model, threads, native=native, fuse=fuse, execution=execution
         )
         self.inputs = tuple(_info(value) for value in self._session.get_inputs())
         self.outputs = tuple(_info(value) for value in self._session.get_outputs())

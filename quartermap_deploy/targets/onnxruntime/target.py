@@ -1,8 +1,9 @@
 """The target `onnxruntime`: the portable model as it is.
 
 On a CPU its scans run by the native operator of the CPU library where that is found and takes the model, and by the
-standard operators in the file everywhere else. Both are the same file. For a GPU the scans are written anew as the
-model is loaded; `opening` tells how.
+standard operators in the file everywhere else. Both are the same file. With the library, the session's copy of the
+graph also has its layer normalisations of maps as one operator each (`fused_norms`). For a GPU the scans are written
+anew as the model is loaded; `opening` tells how.
 """
 
 from __future__ import annotations
