@@ -260,7 +260,7 @@ def test_wrong_sizes_are_refused_by_name() -> None:
 
 def operators_run(model: bytes, folder: Path, **options: Any) -> tuple[dict[str, int], Array]:
     """How often each operator ran for one batch of digits, and the result."""
-    session, _ = open_session(model, 1, profile=folder / "profile", **options)
+    session = open_session(model, 1, profile=folder / "profile", **options).session
     (given,) = session.get_inputs()
     images = np.random.default_rng(3).random((2, *given.shape[1:]), dtype=np.float32)
     (y,) = session.run(None, {given.name: images})

@@ -93,7 +93,9 @@ struct Api
     void(QUARTERMAP_ORT_CALL* ReleaseTensorTypeAndShapeInfo)(TypeAndShape* info); // 99
     void* gap_100;
     void(QUARTERMAP_ORT_CALL* ReleaseCustomOpDomain)(Domain* domain); // 101
-    void* gap_102_237[136];
+    void* gap_102_192[91];
+    Status*(QUARTERMAP_ORT_CALL* KernelContext_GetGPUComputeStream)(KernelContext const* context, void** stream); // 193
+    void* gap_194_237[44];
     Status*(QUARTERMAP_ORT_CALL* GetSessionConfigEntry)( // 238
         Options const* options, char const* key, char* text, std::size_t* size);
     void* gap_239_243[5];

@@ -1,4 +1,4 @@
-// What kernels ask ONNX Runtime for: their node's name and texts, their inputs, and the session's threads.
+// What kernels ask ONNX Runtime for: their node's name and texts, their inputs, and room for their outputs.
 #pragma once
 
 #include <cstddef>
@@ -6,7 +6,6 @@
 #include <string>
 
 #include "interface.h"
-#include "quartermap/cpu_scan.h"
 #include "shapes.h"
 
 namespace quartermap::onnxruntime
@@ -43,19 +42,5 @@ Input read_input(Api const& api, KernelContext* context, std::size_t index);
 
 // Makes an output of a node that runs, and returns where its elements go.
 void* make_output(Api const& api, KernelContext* context, std::vector<std::int64_t> const& sizes);
-
-// The pool of the session that runs a kernel.
-struct Pool
-{
-    Api const* api;
-    KernelContext* context;
-    Status* status; // of what went wrong
-};
-
-// A QuartermapCpuParallel whose pool is a Pool.
-std::int32_t run_in_pool(void* given, QuartermapCpuTask task, void* argument, std::size_t count);
-
-// Throws what went wrong in a call of the kernels: in ONNX Runtime's threads, or else by its status.
-void check_call(Pool const& pool, std::int32_t status);
 
 } // namespace quartermap::onnxruntime

@@ -6,6 +6,7 @@
 #include "kernel_context.h"
 #include "operator_defaults.h"
 #include "quartermap/cpu_norm.h"
+#include "session_pool.h"
 #include "shapes.h"
 #include "status.h"
 

@@ -10,7 +10,7 @@
 namespace quartermap::onnxruntime
 {
 
-// One output, no variadic inputs, every version, the CPU.
+// One output, no variadic inputs, every version, the CPU; tensors lie where the provider has its memory.
 inline void set_defaults(Operator& op)
 {
     op.version = API_VERSION;

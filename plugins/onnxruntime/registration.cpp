@@ -5,9 +5,11 @@
 #include <mutex>
 #include <string>
 
+#include "cpu_runner.h"
 #include "norm_operator.h"
 #include "scan_operator.h"
 #include "quartermap/cpu_scan.h"
+#include "release.h"
 #include "status.h"
 
 namespace quartermap::onnxruntime
@@ -44,14 +46,6 @@ std::int32_t threads_wanted(Api const& api, Options const* options)
     return threads > 0 && threads < 65536 ? static_cast<std::int32_t>(threads) : 0;
 }
 
-// Whether operators may infer shapes in this release, such as "1.23.2"; see `scan_operator`.
-bool can_infer(char const* release)
-{
-    char* rest = nullptr;
-    long const major = std::strtol(release, &rest, 10);
-    return major > 1 || (*rest == '.' && std::strtol(rest + 1, nullptr, 10) >= 24);
-}
-
 Registered const& registered(Api const& api, std::int32_t threads, bool infers)
 {
     static std::mutex mutex;
@@ -68,8 +62,8 @@ Registered const& registered(Api const& api, std::int32_t threads, bool infers)
     Registered& found = made.emplace_back(Registered{&api, threads, nullptr, {}, norm_operator(api, threads)});
     for (int const type : ELEMENT_TYPES)
     {
-        found.scans.push_back(scan_operator(api, true, type, threads, infers));
-        found.scans.push_back(scan_operator(api, false, type, threads, infers));
+        found.scans.push_back(scan_operator(api, true, type, threads, infers, cpu_provider()));
+        found.scans.push_back(scan_operator(api, false, type, threads, infers, cpu_provider()));
     }
     check(api.CreateCustomOpDomain(DOMAIN, &found.domain));
     std::unique_ptr<Domain, void (*)(Domain*)> owner(found.domain, api.ReleaseCustomOpDomain);
@@ -93,11 +87,7 @@ extern "C" QUARTERMAP_CPU_API quartermap::onnxruntime::Status* QUARTERMAP_ORT_CA
     Api const* const api = base->GetApi(API_VERSION);
     if (api == nullptr)
     {
-        // Every version has the function that makes a status, in the same place.
-        return base->GetApi(1)->CreateStatus(NOT_IMPLEMENTED,
-            (std::string("quartermap: this library needs ONNX Runtime 1.17 or newer; this is ")
-                + base->GetVersionString())
-                .c_str());
+        return too_old(*base);
     }
     return guarded(*api,
         [&]

@@ -27,17 +27,6 @@ char const* name_of(ScanOperator const& op)
     return op.of_maps ? "SelectiveScan2D" : "SelectiveScan";
 }
 
-std::int32_t kernel_type(int element_type)
-{
-    switch (element_type)
-    {
-    case FLOAT16: return QUARTERMAP_CPU_FLOAT16;
-    case BFLOAT16: return QUARTERMAP_CPU_BFLOAT16;
-    case FLOAT64: return QUARTERMAP_CPU_FLOAT64;
-    default: return QUARTERMAP_CPU_FLOAT32;
-    }
-}
-
 // Whether an input is a map, or the projection of one, and so has the element type of the operator.
 bool is_map(ScanOperator const& op, std::size_t index)
 {
@@ -124,6 +113,7 @@ struct Kernel
     std::string node;
     std::vector<std::int32_t> directions;
     bool softplus;
+    std::unique_ptr<ScanRunner> runner;
 };
 
 std::unique_ptr<Kernel> make_kernel(ScanOperator const& op, KernelInfo const* info)
@@ -132,6 +122,7 @@ std::unique_ptr<Kernel> make_kernel(ScanOperator const& op, KernelInfo const* in
     auto kernel = std::make_unique<Kernel>();
     kernel->op = &op;
     kernel->node = node_name(api, info);
+    kernel->runner = op.provider.make_runner();
     std::int64_t softplus = op.of_maps ? 1 : 0;
     char const* const attribute = op.of_maps ? "softplus" : "delta_softplus";
     if (Status* const status = api.KernelInfoGetAttribute_int64(info, attribute, &softplus))
@@ -160,17 +151,6 @@ std::unique_ptr<Kernel> make_kernel(ScanOperator const& op, KernelInfo const* in
     return kernel;
 }
 
-QuartermapCpuTensors tensors_of(ScanOperator const& op, std::vector<Input> const& inputs, void* y)
-{
-    auto const at = [&](std::size_t i) { return inputs[i].data; };
-    auto const floats = [&](std::size_t i) { return static_cast<float const*>(inputs[i].data); };
-    if (op.of_maps)
-    {
-        return {at(0), at(1), at(2), at(3), floats(4), floats(5), floats(6), at(7), y};
-    }
-    return {at(0), at(1), at(3), at(4), floats(2), floats(5), floats(6), nullptr, y};
-}
-
 void compute(Kernel const& kernel, KernelContext* context)
 {
     ScanOperator const& op = *kernel.op;
@@ -187,12 +167,8 @@ void compute(Kernel const& kernel, KernelContext* context)
     scan.directions = kernel.directions.data();
     scan.direction_count = static_cast<std::int32_t>(kernel.directions.size());
     scan.softplus = kernel.softplus ? 1 : 0;
-    scan.element_type = kernel_type(op.element_type);
-    scan.threads = op.threads;
-
-    QuartermapCpuTensors const tensors = tensors_of(op, inputs, make_output(api, context, inputs[0].sizes));
-    Pool pool{&api, context, nullptr};
-    check_call(pool, quartermap_cpu_scan(&scan, &tensors, run_in_pool, &pool));
+    void* const y = make_output(api, context, inputs[0].sizes);
+    kernel.runner->run({api, context, op.of_maps, op.element_type, op.threads, scan, inputs, y});
 }
 
 Status* QUARTERMAP_ORT_CALL create_kernel(Operator const* given, Api const* api, KernelInfo const* info, void** kernel)
@@ -290,7 +266,8 @@ void forget_orders()
     orders_of_this_load() = Orders{};
 }
 
-ScanOperator scan_operator(Api const& api, bool of_maps, int element_type, std::int32_t threads, bool infers)
+ScanOperator scan_operator(
+    Api const& api, bool of_maps, int element_type, std::int32_t threads, bool infers, ScanProvider const& provider)
 {
     ScanOperator op{};
     set_defaults(op);
@@ -299,6 +276,9 @@ ScanOperator scan_operator(Api const& api, bool of_maps, int element_type, std::
     op.element_type = element_type;
     op.threads = threads;
     op.infers = infers;
+    op.provider = provider;
+    op.GetExecutionProviderType
+        = [](Operator const* self) { return static_cast<ScanOperator const*>(self)->provider.name; };
     op.GetName = [](Operator const* self) { return name_of(*static_cast<ScanOperator const*>(self)); };
     op.GetInputType = [](Operator const* self, std::size_t index)
     {

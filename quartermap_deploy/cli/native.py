@@ -13,7 +13,9 @@ from quartermap_deploy.cli.common import (
     print_json,
     results_only,
     show,
+    words,
 )
+from quartermap_deploy.errors import InputError
 from quartermap_deploy.plain_text import printable
 from quartermap_deploy.tables.layout import facts, table
 
@@ -61,12 +63,30 @@ def _add_build(subparsers: Subparsers) -> None:
             environment variable CXX names, or the first of c++, g++ and clang++. What was built before, from the same
             sources by the same compiler, is not built again. The library runs on every processor of this kind, and
             takes the widest vectors that it finds there.
+
+            --cuda builds the CUDA library, with nvcc: the scans of maps as an operator of ONNX Runtime's CUDA provider,
+            which sessions take from your own cache, or from the path that the environment variable
+            QUARTERMAP_NATIVE_CUDA names. It is built and checked without a GPU.
             """,
         examples="""
             quartermap native build
             CXX=clang++ quartermap native build
+            quartermap native build --cuda                    # for sessions with --device cuda
             quartermap native build --output lib              # to ship it with a program of yours: docs/native.md
             """,
+    )
+    parser.add_argument(
+        "--cuda",
+        action="store_true",
+        help="build the CUDA library in its place: the operator for ONNX Runtime's CUDA provider, which needs nvcc and "
+        "CMake, and minutes (default: the CPU library)",
+    )
+    parser.add_argument(
+        "--cuda-architectures",
+        type=words,
+        default=(),
+        metavar="80,90",
+        help="of --cuda, the GPUs (default: all that the kernels and nvcc know)",
     )
     parser.add_argument(
         "--output",
@@ -120,15 +140,39 @@ def _add_list(subparsers: Subparsers) -> None:
 
 
 def run_build(options: argparse.Namespace) -> None:
-    """Build the library and check it."""
+    """Build the library and check it.
+
+    Raises:
+        InputError: if an option of the CUDA library is given without --cuda.
+    """
     from quartermap_deploy.native.cpu_build import build_cpu_library
     from quartermap_deploy.native.cpu_library import load_cpu_library
 
     progress = make_progress(options)
+    if options.cuda:
+        _build_cuda(options)
+        return
+    if options.cuda_architectures:
+        raise InputError("--cuda-architectures is of the CUDA library; add --cuda, or leave it out")
     path = build_cpu_library(options.output, progress=progress)
     with progress.step("checking the library"), results_only():
         library = load_cpu_library(path, "built here")
     _print(library, options, ())
+
+
+def _build_cuda(options: argparse.Namespace) -> None:
+    """Build the CUDA library and check it, as far as that is done without a GPU."""
+    from quartermap_deploy.native.cuda_library import build_cuda_library, load_cuda_library
+
+    progress = make_progress(options)
+    path = build_cuda_library(options.output, options.cuda_architectures, progress=progress)
+    with progress.step("checking the library"), results_only():
+        library = load_cuda_library(path)
+    rows = {"library": library.path, "CUDA": library.cuda, "architectures": library.architectures}
+    if options.json:
+        print_json(rows)
+    elif not options.quiet:
+        show(facts(None, rows))
 
 
 def run_check(options: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from quartermap_deploy.progress import SILENT, Progress
 OLDEST_ARCHITECTURE = 80
 PLUGIN_LIBRARY = "libquartermap_plugin.so"
 KERNEL_LIBRARY = "libquartermap_kernels.so"
+ONNXRUNTIME_LIBRARY = "libquartermap_onnxruntime_cuda.so"
 NVCC_PLACES = ("/usr/local/cuda/bin/nvcc", "/opt/cuda/bin/nvcc")
 
 
@@ -31,6 +32,7 @@ class BuildOptions:
         tensorrt_include: folder with NvInferRuntime.h; None lets CMake look in $TENSORRT_ROOT and the usual places.
         cuda_architectures: such as ("80", "90"); empty for all that these kernels and the compiler know.
         kernels_only: build the kernels' C interface without the TensorRT plugin.
+        onnxruntime: build the operator of ONNX Runtime's CUDA provider, without the TensorRT plugin.
         emulation: run the kernels on the CPU; for tests.
         optimisation: a compiler flag that replaces those of a release, for tests, or None.
     """
@@ -38,12 +40,15 @@ class BuildOptions:
     tensorrt_include: Path | None = None
     cuda_architectures: tuple[str, ...] = ()
     kernels_only: bool = False
+    onnxruntime: bool = False
     emulation: bool = False
     optimisation: str | None = None
 
     @property
     def library(self) -> str:
         """Name of the file that is built."""
+        if self.onnxruntime:
+            return ONNXRUNTIME_LIBRARY
         return KERNEL_LIBRARY if self.kernels_only else PLUGIN_LIBRARY
 
 
@@ -139,7 +144,9 @@ def _definitions(options: BuildOptions) -> list[str]:
     found = ["-DQUARTERMAP_TEST_HOST=OFF"]
     if shutil.which("ninja"):
         found += ["-G", "Ninja"]
-    if options.kernels_only:
+    if options.onnxruntime:
+        found.append("-DQUARTERMAP_ONNXRUNTIME=ON")
+    elif options.kernels_only:
         found.append("-DQUARTERMAP_KERNELS_ONLY=ON")
     elif options.tensorrt_include is not None:
         header = options.tensorrt_include / "NvInferRuntime.h"

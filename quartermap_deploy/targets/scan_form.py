@@ -13,10 +13,10 @@ class ScanForm:
     """What runs the scans of a model.
 
     Attributes:
-        kind: "native", the operator of the CPU library; "portable", the standard operators that the file holds; "tree",
-            standard operators without a loop, written as the model was loaded for a GPU; "none", as the model has no
-            scan.
-        instruction_set: of the native operator, such as "avx2"; None for the others.
+        kind: "native", the operator of the CPU library, or of the CUDA library; "portable", the standard operators that
+            the file holds; "tree", standard operators without a loop, written as the model was loaded for a GPU; "none",
+            as the model has no scan.
+        instruction_set: of the native operator, such as "avx2", or "cuda"; None for the others.
         reason: why the native operator is not used; None where it is, or where there is nothing to use it for.
     """
 

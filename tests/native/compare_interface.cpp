@@ -37,6 +37,7 @@ IN_TABLE(KernelContext_GetOutput);
 IN_TABLE(ReleaseStatus);
 IN_TABLE(ReleaseTensorTypeAndShapeInfo);
 IN_TABLE(ReleaseCustomOpDomain);
+IN_TABLE(KernelContext_GetGPUComputeStream);
 IN_TABLE(GetSessionConfigEntry);
 IN_TABLE(KernelInfo_GetNodeName);
 IN_TABLE(ShapeInferContext_GetInputCount);

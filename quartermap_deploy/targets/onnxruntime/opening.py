@@ -1,8 +1,9 @@
 """Sessions of ONNX Runtime: which providers start, in which form the scans run there, and what the session runs where.
 
 In the CPU's memory the scans run by the native operator of the CPU library where that is found and takes the model, and
-by the standard operators in the file otherwise: a loop, which a CPU runs well. A GPU would run it step by step, so
-there the scans are written anew as the model is loaded, by the `tree` body, which has no loop.
+by the standard operators in the file otherwise: a loop, which a CPU runs well. A GPU would run it step by step. So with
+CUDA the scans run by the native operator of the CUDA library, where that is found; otherwise, and on every other
+device, they are written anew as the model is loaded, by the `tree` body, which has no loop.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from quartermap_deploy.errors import BundleError, MissingDependencyError, PassError
-from quartermap_deploy.lowering.operator import SCANS
+from quartermap_deploy.lowering.operator import SCANS, SELECTIVE_SCAN_2D
 from quartermap_deploy.machine import usable_cores
 from quartermap_deploy.native.cpu_library import find_cpu_library
+from quartermap_deploy.native.cuda_library import find_cuda_library
 from quartermap_deploy.onnx_bounds import check_model
-from quartermap_deploy.targets.execution import CPU, ON_CPU, Execution, Provider, short_names
+from quartermap_deploy.targets.execution import CPU, CUDA, ON_CPU, Execution, Provider, short_names
 from quartermap_deploy.targets.fused_norms import fused_model
 from quartermap_deploy.targets.onnxruntime.packages import (
     installed_packages,
@@ -29,9 +31,6 @@ from quartermap_deploy.targets.onnxruntime.probing import one_line, preload, pro
 from quartermap_deploy.targets.onnxruntime.threads import threads_wanted
 from quartermap_deploy.targets.placement import Placement
 from quartermap_deploy.targets.scan_form import ScanForm
-
-if TYPE_CHECKING:
-    from quartermap_deploy.native.cpu_library import CpuLibrary
 
 THREADS_ENTRY = "quartermap.threads"
 """The entry of a session's configuration by which the native operator learns how many threads there are."""
@@ -96,21 +95,22 @@ def open_session(
             provider cannot start, or the model has scans for which the native operator is wanted and cannot be had.
         MissingDependencyError: if a provider is not in the package of ONNX Runtime that is installed.
     """
-    has_scans = not check_model(model).isdisjoint(SCANS)
+    scans = check_model(model).intersection(SCANS)
     found = started(execution)
     preload(tuple(provider.name for provider in found.providers))
     threads = threads if threads is not None else threads_wanted()
 
-    def session(source: Path | bytes, library: CpuLibrary | None) -> Any:
+    def session(source: Path | bytes, library: Path | None) -> Any:
         return _session(source, _options(threads, profile, library, found.providers), found.providers)
 
-    if not has_scans:
+    if not scans:
         opened, form = _or_refused(model, lambda: session(model, None)), ScanForm("none")
     elif all(provider.in_host_memory for provider in found.providers):
         fuse = fuse and found.providers[0].name == CPU
         opened, form = _in_host_memory(model, session, native, fuse)
     else:
-        opened, form = _on_a_device(model, session, native)
+        on_cuda = any(provider.name == CUDA for provider in found.providers)
+        opened, form = _on_a_device(model, session, native, _cuda_operator(scans) if on_cuda else NOT_CUDA)
     return Opened(opened, form, _placement(opened, found, execution))
 
 
@@ -192,7 +192,9 @@ def _placement(session: Any, found: Started, execution: Execution) -> Placement:
 
 # Forms of the scans --------------------------------------------------------------------------------------------------
 
-Opener = Callable[["Path | bytes", "CpuLibrary | None"], Any]
+Opener = Callable[["Path | bytes", "Path | None"], Any]
+
+NOT_CUDA = "there are native operators for the memory of the CPU and of CUDA alone"
 
 
 def _in_host_memory(
@@ -206,7 +208,7 @@ def _in_host_memory(
             refused = found.summary
         else:
             try:
-                opened = session(fused_model(model) if fuse else model, found.library)
+                opened = session(fused_model(model) if fuse else model, found.library.path)
             except Exception as error:  # the model's own fault shows again below
                 refused = " ".join(str(error).split())[:400]
             else:
@@ -216,12 +218,30 @@ def _in_host_memory(
     return _or_refused(model, lambda: session(model, None)), ScanForm("portable", reason=refused)
 
 
-def _on_a_device(model: Path | bytes, session: Opener, native: bool | None) -> tuple[Any, ScanForm]:
-    """A session on a GPU or the like, whose scans have no loop, unless the portable body is asked for."""
+def _cuda_operator(scans: set[str] | frozenset[str]) -> Path | str:
+    """The library with the operator of CUDA's provider, or why there is none for a model with such scans."""
+    if others := scans - {SELECTIVE_SCAN_2D}:
+        return f"the CUDA library computes scans of maps alone, and the model has {', '.join(sorted(others))}"
+    found = find_cuda_library()
+    return found.summary if found.library is None else found.library.path
+
+
+def _on_a_device(
+    model: Path | bytes, session: Opener, native: bool | None, operator: Path | str
+) -> tuple[Any, ScanForm]:
+    """A session on a GPU or the like: by the native operator, or with scans that have no loop; or as it is asked for.
+
+    `operator` is the library with the operator, or why there is none.
+    """
     if native is False:
         form = ScanForm("portable", reason="it was not wanted")
         return _or_refused(model, lambda: session(model, None)), form
-    refused = "the operators of the CPU library work in the CPU's memory alone"
+    refused = operator if isinstance(operator, str) else ""
+    if isinstance(operator, Path):
+        try:
+            return session(model, operator), ScanForm("native", "cuda")
+        except Exception as error:  # the model's own fault shows again below
+            refused = one_line(error)[:400]
     if native:
         raise BundleError(f"the native operator cannot run the scans of {_name(model)}: {refused}")
     try:
@@ -282,7 +302,7 @@ def _session(model: Path | bytes, options: Any, providers: tuple[Provider, ...])
 
 
 def _options(
-    threads: int, profile: Path | None, library: CpuLibrary | None, providers: tuple[Provider, ...]
+    threads: int, profile: Path | None, library: Path | None, providers: tuple[Provider, ...]
 ) -> Any:
     """The options of a session with so many threads, 0 for ONNX Runtime's own number."""
     import onnxruntime
@@ -304,5 +324,5 @@ def _options(
         # Nothing in ONNX Runtime's interface tells an operator how many threads its session has. The library reads
         # this as it is registered.
         options.add_session_config_entry(THREADS_ENTRY, str(threads or usable_cores()))
-        options.register_custom_ops_library(str(library.path))
+        options.register_custom_ops_library(str(library))
     return options
