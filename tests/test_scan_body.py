@@ -254,3 +254,29 @@ def test_a_nan_is_not_hidden(d_state: int) -> None:
 def test_an_unknown_direction_is_refused() -> None:
     with pytest.raises(PassError, match=r"'rows'.*row_reverse"):
         scan_body(ScanVariant(("row", "rows"), True, 1, True))
+
+
+def _products_of_states(graph: onnx.GraphProto | onnx.FunctionProto) -> list[onnx.NodeProto]:
+    """The products in the bodies of loops that have the state, the first value that a body takes."""
+    found = []
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                state = attribute.g.input[0].name
+                found += [n for n in attribute.g.node if n.op_type == "Mul" and state in n.input]
+    return found
+
+
+@pytest.mark.parametrize(("d_state", "rank"), [(1, 2), (4, None)])
+def test_the_state_is_the_first_factor_and_the_order_changes_no_bit(d_state: int, rank: int | None) -> None:
+    """OpenVINO's own reader of ONNX computes something else where the state is the second factor."""
+    case = scan_case(2, 3, 5, 7, d_state=d_state, rank=rank)
+    model = scan_model([case.variant])
+    (function,) = model.functions
+    products = _products_of_states(function)
+    assert len(products) == (3 if d_state == 1 else 1)
+    for node in products:
+        assert node.input[0] in ("state", "carry"), node
+        node.input[:] = list(reversed(node.input))
+    exchanged = run_session(session(model), scan_feeds(case))["0/y"]
+    np.testing.assert_array_equal(exchanged, scan(case))

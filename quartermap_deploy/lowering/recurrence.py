@@ -10,6 +10,8 @@ other. Where that takes one number of state for each channel, three Scans solve 
 
 Sequences in one piece, P = 1, take only the third Scan. The decay and the drive, which would be d_state maps each, are
 then formed inside it.
+
+In the bodies the state is the first factor: OpenVINO 2026.4 reads a product whose second factor is the state wrongly.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ def _in_lines(write: Writer, A: Value, dt: Value, B: Value, C: Value, x: Value) 
     zero = write("Sub", total_decay, total_decay)
 
     along = Writer("line_")
-    last = along("Add", along("Mul", "decay", "state"), "drive")
+    last = along("Add", along("Mul", "state", "decay"), "drive")
     own = write(
         "Scan",
         zero,
@@ -59,7 +61,7 @@ def _in_lines(write: Writer, A: Value, dt: Value, B: Value, C: Value, x: Value) 
         num_scan_inputs=2,
     )
     again = Writer("output_")
-    state = again("Add", again("Mul", "decay", "state"), "drive")
+    state = again("Add", again("Mul", "state", "decay"), "drive")
     output = again("Mul", state, "weight")
     _, y = write.multiple(
         "Scan",
@@ -82,7 +84,7 @@ def _sum_over_steps(write: Writer, value: Value) -> Value:
 def _states_before_lines(write: Writer, own: Value, total_decay: Value, zero: Value) -> Value:
     """From the last states and total decays of the lines, (G, batch, P, d), the states they start from."""
     body = Writer("across_")
-    following = body("Add", body("Mul", "decay", "carry"), "own")
+    following = body("Add", body("Mul", "carry", "decay"), "own")
     before = body("Identity", "carry")
     _, starts = write.multiple(
         "Scan",
@@ -106,7 +108,7 @@ def _in_one_piece(write: Writer, A: Value, dt: Value, B: Value, C: Value, x: Val
 
     body = Writer("line_")
     decay = body("Exp", body("Mul", "dt", A))
-    state = body("Add", body("Mul", decay, "state"), body("Mul", "driven", "column"))
+    state = body("Add", body("Mul", "state", decay), body("Mul", "driven", "column"))
     output = body("MatMul", "row", state)
     _, y = write.multiple(
         "Scan",

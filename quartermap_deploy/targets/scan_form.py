@@ -14,7 +14,7 @@ class ScanForm:
 
     Attributes:
         kind: "native", the operator of the CPU library, or of the CUDA library; "portable", the standard operators that
-            the file holds; "tree", standard operators without a loop, written as the model was loaded for a GPU; "none",
+            the file holds; "tree", standard operators without a loop, written as a model is loaded for a GPU; "none",
             as the model has no scan.
         instruction_set: of the native operator, such as "avx2", or "cuda"; None for the others.
         reason: why the native operator is not used; None where it is, or where there is nothing to use it for.
