@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Bundle": "bundle",
+    "Execution": "targets.execution",
     "QuarterMap": "pruning.plan",
     "QuartermapError": "errors",
     "Recipe": "recipe",
@@ -30,6 +31,7 @@ _PUBLIC = {
 
 __all__ = [
     "Bundle",
+    "Execution",
     "Preprocessing",
     "QuarterMap",
     "QuartermapError",
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
     from quartermap_deploy.recipe import Recipe
     from quartermap_deploy.sources.public_code.context import public_code
     from quartermap_deploy.sources.public_code.scans import selective_scan
+    from quartermap_deploy.targets.execution import Execution
 
 
 def __getattr__(name: str) -> Any:

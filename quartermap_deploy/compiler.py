@@ -263,13 +263,13 @@ def load_targets(recipe: Recipe) -> dict[str, Target]:
         QuartermapError: of the target, if it lacks something on this machine.
     """
     targets = {name: load_target(name) for name in recipe.targets}
-    for name, target in targets.items():
-        check_target(recipe, name, target)
     if not recipe.execution.on_cpu and DEFAULT not in targets:
         raise RecipeError(
             f"there are providers of ONNX Runtime ({recipe.execution}), but {DEFAULT} is no target; add it to the "
             "targets"
         )
+    for name, target in targets.items():
+        check_target(recipe, name, target)
     if recipe.engine != EngineOptions() and ENGINES.isdisjoint(targets):
         raise RecipeError(
             "there are options of engines, but no target that has one; add one to the targets: "

@@ -34,7 +34,12 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
     """
     cpu_builds.remember_library()
     os.environ["QUARTERMAP_HOME"] = str(tmp_path_factory.mktemp("home"))
-    for name in ("QUARTERMAP_PLUGIN", "QUARTERMAP_NATIVE", "QUARTERMAP_INSTRUCTION_SET"):
+    for name in (
+        "QUARTERMAP_PLUGIN",
+        "QUARTERMAP_NATIVE",
+        "QUARTERMAP_NATIVE_CUDA",
+        "QUARTERMAP_INSTRUCTION_SET",
+    ):
         os.environ.pop(name, None)
 
 

@@ -392,11 +392,14 @@ def test_doctor(cpu_library: Path, home: Path, tmp_path: Path, monkeypatch: pyte
     assert outcome.code == 0 and "nobody" not in outcome.out
     found = outcome.json
     assert found["quartermap_deploy"]["version"] == __version__
-    assert found["onnxruntime"] == {
-        "version": onnxruntime.__version__,
-        "providers": onnxruntime.get_available_providers(),
-    }
-    assert found["packages"]["onnxruntime"] == onnxruntime.__version__ and "torch" in found["packages"]
+    runtime = found["onnxruntime"]
+    assert runtime["version"] == onnxruntime.__version__ and runtime["problem"] is None
+    assert runtime["providers"] == onnxruntime.get_available_providers()
+    [cpu] = [probe for probe in runtime["probes"] if probe["provider"] == "CPUExecutionProvider"]
+    assert cpu["starts"] and cpu["works"] and cpu["reason"] is None and cpu["seconds"] > 0
+    assert (
+        any(name.startswith("onnxruntime") for name in runtime["packages"]) and "torch" in found["packages"]
+    )
     assert found["machine"]["cores"]["usable"] >= 1
     cpu = found["native"]["cpu"]
     assert cpu["library"]["path"] == str(kept)
@@ -410,6 +413,7 @@ def test_doctor(cpu_library: Path, home: Path, tmp_path: Path, monkeypatch: pyte
     }
     table = call("doctor")
     # Long paths are broken to fit the table.
+    assert re.search(r"CPUExecutionProvider +works", table.out)
     assert table.code == 0 and str(half) in "".join(table.out.split()) and "passed over" in table.out
 
 
