@@ -184,13 +184,11 @@ def test_openvino_computes_what_pytorch_does(
     placement = session.placement
     assert placement.providers == (OPENVINO, CPU) and placement.nodes is not None
     left = {"native": "SelectiveScan2D", "portable": "Scan"}[form]
-    assert list(placement.on_cpu) == [left] and placement.nodes[CPU] == placement.on_cpu[left] > 0
-    assert placement.nodes[OPENVINO] > 50
+    assert placement.on_cpu[left] > 0 and placement.nodes[OPENVINO] > 0
+    assert placement.nodes[CPU] == sum(placement.on_cpu.values())
     (note,) = placement.notes()
     total = sum(placement.nodes.values())
-    assert (
-        note.startswith(f"{placement.nodes[CPU]} of {total} nodes are not taken by OpenVINO") and left in note
-    )
+    assert note.startswith(f"{placement.nodes[CPU]} of {total} nodes are not taken by OpenVINO")
 
 
 @needs_openvino
