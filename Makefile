@@ -16,6 +16,10 @@ MUTANTS_FLAGS ?=
 SERVER_PYTHON ?= $(PYTHON)
 SERVER_TESTS := tests/test_serving.py tests/test_serving_faults.py tests/test_serving_lifecycle.py
 
+# `make test-providers` runs these with this package of ONNX Runtime, such as onnxruntime-openvino or onnxruntime-gpu.
+PACKAGE ?= onnxruntime-openvino
+PROVIDER_TESTS := tests/test_providers.py tests/test_execution.py
+
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -26,7 +30,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 QUARTER
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test native lint typecheck pytest mutants mutants-touched test-server fuzz format bench evidence \
+.PHONY: help demo test native lint typecheck pytest mutants mutants-touched test-server test-providers fuzz format bench evidence \
 	train-demo-model clean
 
 help: ## list the targets
@@ -55,6 +59,14 @@ test-server: $(STAMP) ## the server in another Python, without torch: make test-
 	build/server/bin/pip install --disable-pip-version-check -q -c constraints.txt -r tests/server_requirements.txt
 	@$(ONE_THREAD) PYTHONPATH="$(CURDIR)" QUARTERMAP_SERVER_PYTHON="$(CURDIR)/build/server/bin/python" \
 		$(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_FLAGS) $(SERVER_TESTS)
+
+test-providers: native ## providers of another package of ONNX Runtime: make test-providers PACKAGE=onnxruntime-openvino
+	@$(RUN) -m venv --clear build/providers
+	build/providers/bin/pip install --disable-pip-version-check -q --no-deps $(PACKAGE)
+	@# Everything but ONNX Runtime comes from .venv, behind what was installed here.
+	@$(RUN) -c 'import site; print(site.getsitepackages()[0])' > build/providers/other.pth
+	@mv build/providers/other.pth "$$(build/providers/bin/python -c 'import site; print(site.getsitepackages()[0])')"
+	@$(ONE_THREAD) PYTHONPATH="$(CURDIR)" build/providers/bin/python -m pytest -q $(PYTEST_FLAGS) $(PROVIDER_TESTS)
 
 fuzz: $(STAMP) ## damage what strangers may send in many more ways, for an hour or so: make fuzz FUZZ_EXAMPLES=20000
 	@$(ONE_THREAD) QUARTERMAP_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(RUN) -m pytest -q --durations=0 -n $(WORKERS) --dist loadfile \
