@@ -206,7 +206,7 @@ def test_it_says_what_the_bundles_and_results_say(
         assert f"{plan}digits, held_out450{values['top1']:.2%}" in text
     bench = json.loads(results[2].read_text())
     timed = bench["bundles"][1]
-    assert f"digits_k3onnxruntime{timed['scans']}{timed['median_ms']:.2f}" in text
+    assert f"digits_k3onnxruntime{timed['providers']}{timed['scans']}{timed['median_ms']:.2f}" in text
     assert "proof: quartermap validate" in text
     compared = json.loads(results[4].read_text())
     tome = compared["timings"][0]["variants"][-1]
