@@ -330,3 +330,24 @@ def test_cuda_computes_what_pytorch_does(bundle: Bundle, working_cuda: Execution
         assert session.placement.providers[0] == CUDA
         assert session.scans.kind == ("portable" if native is False else "tree")
         assert worst(session.infer(inputs), outputs) <= BELOW_TOLERANCE
+
+
+def test_the_cuda_operator_computes_on_a_gpu(
+    bundle: Bundle, working_cuda: Execution, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from quartermap_deploy.gpu import find_gpu
+    from quartermap_deploy.native.build import find_nvcc
+    from quartermap_deploy.native.cuda_library import build_cuda_library
+
+    gpu = find_gpu()
+    if gpu is None or find_nvcc() is None:
+        pytest.skip("no GPU, or no nvcc")
+    library = build_cuda_library(tmp_path, (f"{gpu.compute_capability.replace('.', '')}-real",))
+    monkeypatch.setenv("QUARTERMAP_NATIVE_CUDA", str(library))
+    inputs, outputs = golden(bundle)
+    session = OnnxRuntimeSession(bundle.model_path, native=True, execution=working_cuda)
+    assert str(session.scans) == "native (cuda)" and "SelectiveScan2D" not in session.placement.on_cpu
+    for _ in range(3):  # by the plan that is kept, too
+        assert worst(session.infer(inputs), outputs) <= BELOW_TOLERANCE
+    one = session.infer({name: array[:1] for name, array in inputs.items()})
+    assert worst(one, {name: array[:1] for name, array in outputs.items()}) <= BELOW_TOLERANCE

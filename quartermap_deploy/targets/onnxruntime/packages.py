@@ -57,7 +57,7 @@ def missing_provider(name: str) -> str:
     packages, has = installed_packages(), short_names(onnxruntime.get_available_providers())
     called = " and ".join(f"{package} {version}" for package, version in packages.items())
     called = called or f"ONNX Runtime {onnxruntime.__version__}"
-    text = f"{name} is not in the ONNX Runtime that is installed: {called} has {has}"
+    text = f"{name} is not in the ONNX Runtime that is installed ({called}), which has {has}"
     if name in _WHERE and name not in BROUGHT_BY:
         return f"{text}; it is one {_WHERE[name]}"
     package = BROUGHT_BY.get(name)

@@ -79,7 +79,7 @@ def probe(provider: Provider, limit: float = TIME_LIMIT) -> Probe:
     try:
         # -I: nothing of the current folder is imported, only what this process would import.
         done = subprocess.run(
-            [sys.executable, "-I", "-c", child, json.dumps(sys.path)],
+            [sys.executable or "", "-I", "-c", child, json.dumps(sys.path)],
             input=request,
             capture_output=True,
             text=True,
