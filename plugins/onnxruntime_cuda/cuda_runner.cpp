@@ -1,9 +1,11 @@
 #include "cuda_runner.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
 #include <list>
 #include <mutex>
+#include <string>
 
 #include "quartermap/selective_scan.h"
 #include "status.h"
@@ -16,6 +18,8 @@ namespace
 
 // Plans that a node keeps: one for each size of batch, height and width that it has met, the last ones met.
 constexpr std::size_t MOST_PLANS = 32;
+// Bytes of a QuartermapScan up to its last field; nothing lies between its fields.
+constexpr std::size_t COMPARED = offsetof(QuartermapScan, element_type) + sizeof(QuartermapScan::element_type);
 
 void require_success(std::int32_t status)
 {
@@ -119,8 +123,7 @@ private:
         std::lock_guard<std::mutex> const lock(mMutex);
         for (auto found = mPlans.begin(); found != mPlans.end(); ++found)
         {
-            // Both were set to zero before they were filled, so what lies between the fields is alike.
-            if (std::memcmp(&found->scan, &scan, sizeof scan) == 0)
+            if (std::memcmp(&found->scan, &scan, COMPARED) == 0)
             {
                 mPlans.splice(mPlans.begin(), mPlans, found);
                 return *found;
