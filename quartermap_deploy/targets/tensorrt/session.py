@@ -33,6 +33,7 @@ from quartermap_deploy.targets.tensorrt.plugin import (
     WantedLibrary,
     find_library,
     load_plugin,
+    require_code,
     wrong_library,
 )
 from quartermap_deploy.tensor_info import TensorInfo
@@ -116,7 +117,7 @@ def open_engine(
             raise BundleError(
                 f"the engine {path} cannot run here: {reason}; name that one with --plugin, or {mend}"
             )
-        load_plugin(trt, logger, library, wanted.sha256)
+        require_code(load_plugin(trt, logger, library, wanted.sha256), [gpu.compute_capability])
     data = path.read_bytes()
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
