@@ -125,6 +125,9 @@ FOREIGN = 'extern "C" int something() { return 1; }'
 STALE = (
     'extern "C" const char* quartermap_plugin_contract() { return "{\\"name\\": \\"SelectiveScan2D\\"}"; }'
 )
+OLDER = 'extern "C" const char* quartermap_plugin_contract() { return R"~(' + (
+    json.dumps({**CONTRACT.to_dict(), "build": {"tensorrt": "10.13.0", "cuda": "13.0"}}) + ')~"; }'
+)
 SILENT = 'extern "C" const char* quartermap_plugin_contract() { return nullptr; }'
 
 
@@ -134,8 +137,9 @@ SILENT = 'extern "C" const char* quartermap_plugin_contract() { return nullptr; 
         (FOREIGN, "no plugin of quartermap-deploy"),
         (STALE, "does not fit this release"),
         (SILENT, "describe itself"),
+        (OLDER, r"by an earlier release, for TensorRT 10\.13\.0 alone; build it anew"),
     ],
-    ids=["foreign", "stale", "silent"],
+    ids=["foreign", "stale", "silent", "older"],
 )
 def test_check_refuses_other_libraries(tmp_path: Path, source: str, words: str) -> None:
     compiler = shutil.which("g++")
