@@ -110,6 +110,19 @@ def test_check_accepts_the_plugin(
     assert "quartermap::SelectiveScan2D version 1" in capsys.readouterr().out
 
 
+def test_a_folder_called_tensorrt_is_none(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = plugin_builds.emulated_plugin(tmp_path_factory) / "libquartermap_plugin.so"
+    (tmp_path / "tensorrt").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    try:
+        assert not str(check_plugin(library).registry).startswith("tensorrt ")
+    finally:
+        sys.modules.pop("tensorrt", None)
+
+
 def test_check_refuses_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(PluginError, match="no plugin library"):
         check_plugin(tmp_path / "missing.so")

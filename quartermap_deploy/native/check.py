@@ -94,9 +94,12 @@ def check_plugin(path: Path) -> PluginReport:
 def _first_module() -> Any | None:
     for name in MODULES:
         try:
-            return importlib.import_module(name)
+            module = importlib.import_module(name)
         except Exception:  # tensorrt raises what it likes where its libraries are missing
             continue
+        # A folder of that name somewhere on the path is a module without anything in it.
+        if hasattr(module, "get_plugin_registry"):
+            return module
     return None
 
 
