@@ -76,6 +76,7 @@ class Behaviour:
 
     Attributes:
         driver: whether objects can be made at all.
+        driver_cuda: the newest CUDA that the driver says it knows; None for no driver.
         damaged_timing_cache: what `create_timing_cache` makes of data that it does not know: "none" or "refused".
         silent_float32: whether engines compute in float32 whatever the graph says.
         lost_types: names of nodes that engines compute in float32 whatever the graph says.
@@ -87,6 +88,7 @@ class Behaviour:
     """
 
     driver: bool = True
+    driver_cuda: tuple[int, int] | None = (13, 0)
     damaged_timing_cache: str = "none"
     silent_float32: bool = False
     lost_types: frozenset[str] = frozenset()
@@ -845,7 +847,7 @@ def installed(version: str, api: Mapping[str, Any], name: str = "tensorrt") -> I
             patch.setattr(place, "trt", LazyModule(engines.module))
         patch.setattr(cuda, "G_CUDA", host)
         patch.setattr(tensorrt_plugin, "_loaded", {})
-        patch.setattr(gpu, "driver_cuda", lambda: (13, 0))
+        patch.setattr(gpu, "driver_cuda", lambda: engines.behaviour.driver_cuda)
         kept = (cuda_runtime.runtime_version, bundle._session)
         for function in kept:
             function.cache_clear()

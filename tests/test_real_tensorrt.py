@@ -254,6 +254,19 @@ def test_the_written_names_are_those_of_the_real_bindings(release: str) -> None:
     assert real_tensorrt.read_api(release) == public_api(release)
 
 
+def test_what_did_not_change_is_in_the_releases_between() -> None:
+    """What 10.7 and 11.4 have alike, 10.16 has, too."""
+    oldest, newest = map(public_api, RELEASES)
+    between, compared = real_tensorrt.read_api(real_tensorrt.TEN), 0
+    for name, entry in oldest["classes"].items():
+        for part, members in entry.items():
+            for member, value in members.items():
+                if newest["classes"].get(name, {}).get(part, {}).get(member) == value:
+                    assert between["classes"][name][part][member] == value, (name, member)
+                    compared += 1
+    assert compared > 250
+
+
 # The headers ----------------------------------------------------------------------------------------------------
 
 

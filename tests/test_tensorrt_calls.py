@@ -326,6 +326,31 @@ def test_a_driver_that_does_not_answer_is_told_of(
         tensorrt.open(tmp_path, entry, plugin=plugin)
 
 
+def test_a_driver_that_is_too_old_is_found_before_the_work(
+    engines: Engines, library: Callable[..., Path], tmp_path: Path
+) -> None:
+    plugin = plugin_for(engines, library)
+    entry = built(engines, tmp_path, plugin)
+    engines.behaviour.calls.clear()
+    engines.behaviour.driver_cuda = (12, 4)
+    message = (
+        r"TensorRT cannot be started: it needs an NVIDIA driver that knows CUDA 13\.0, and the one here knows CUDA up "
+        r"to 12\.4; install a newer driver, or TensorRT for CUDA 12; `nvidia-smi`"
+    )
+    for attempt in (
+        tensorrt.check,
+        lambda: tensorrt.open(tmp_path, entry, plugin=plugin),
+        lambda: built(engines, tmp_path, plugin),
+    ):
+        with pytest.raises(EngineError, match=message):
+            attempt()
+    assert "knows CUDA up to 12.4" in str(tensorrt.cannot_run(entry))
+    assert engines.behaviour.calls == []
+    # A driver that knows any CUDA 13 runs what another CUDA 13 made.
+    engines.behaviour.driver_cuda = (13, 0)
+    assert tensorrt.cannot_run(entry) is None
+
+
 def test_what_is_missing_is_found_before_the_work(
     engines: Engines, library: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -793,6 +818,16 @@ def test_an_rtx_engine_for_other_gpus_is_built_all_the_same(
     assert "found a NVIDIA RTX 2080 of 7.5" in str(tensorrt_rtx.cannot_run(entry))
     monkeypatch.setattr(gpu, "find_gpu", lambda: None)
     assert "no NVIDIA driver answers" in str(tensorrt_rtx.cannot_run(entry))
+
+
+def test_an_rtx_engine_is_built_where_the_driver_is_too_old(rtx: Engines, tmp_path: Path) -> None:
+    """Building needs no driver; the engine is then read as where there is none, and is not run."""
+    rtx.behaviour.driver_cuda = (11, 8)
+    entry = rtx_entry(tmp_path)
+    assert entry["build"]["read_by"] == "plan"
+    assert "knows CUDA up to 11.8" in str(tensorrt_rtx.cannot_run(entry))
+    with pytest.raises(EngineError, match=r"TensorRT for RTX cannot be started: .* up to 11\.8"):
+        tensorrt_rtx.open(tmp_path, entry)
 
 
 # CUDA -----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from quartermap_deploy.targets.tensorrt.checks import check_file
 from quartermap_deploy.targets.tensorrt.cuda_runtime import require_runtime
 from quartermap_deploy.targets.tensorrt.flavour import Flavour, version_numbers
 from quartermap_deploy.targets.tensorrt.monitor import make_logger
-from quartermap_deploy.targets.tensorrt.objects import last_error, make_runtime
+from quartermap_deploy.targets.tensorrt.objects import driver_lack, last_error, make_runtime
 from quartermap_deploy.targets.tensorrt.options import (
     EngineOptions,
     ModelShapes,
@@ -146,8 +146,10 @@ def cannot_run(flavour: Flavour, entry: Mapping[str, Any]) -> str | None:
     Raises:
         MissingDependencyError: if TensorRT is absent or its version is not supported.
     """
-    gpu = devices.find_gpu()
-    return NO_GPU if gpu is None else refusal(flavour, entry, flavour.load().__version__, gpu)
+    version, gpu = flavour.load().__version__, devices.find_gpu()
+    if gpu is None:
+        return NO_GPU
+    return driver_lack(flavour) or refusal(flavour, entry, version, gpu)
 
 
 def refusal(flavour: Flavour, entry: Mapping[str, Any], version: str, gpu: Gpu | None) -> str | None:
