@@ -30,7 +30,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 QUARTER
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test native lint typecheck pytest mutants mutants-touched test-server test-providers fuzz format bench evidence \
+.PHONY: help demo test native tensorrt lint typecheck pytest mutants mutants-touched test-server test-providers fuzz format bench evidence \
 	train-demo-model clean
 
 help: ## list the targets
@@ -51,7 +51,17 @@ lint: $(STAMP) ## ruff: rules and format
 typecheck: $(STAMP) ## mypy, strict, on the package
 	@$(RUN) -m mypy
 
-pytest: native ## the tests alone; PYTEST_FLAGS="-k scan" chooses some
+# Real TensorRT libraries and bindings: the registry, the runtime and the names of the module, without a GPU; 160 MB.
+TENSORRT := $(patsubst tests/tensorrt_releases/%.txt,build/tensorrt/%/.installed,$(wildcard tests/tensorrt_releases/*.txt))
+
+tensorrt: $(TENSORRT) ## fetch the real TensorRT libraries that tests load, where they are to be had
+
+build/tensorrt/%/.installed: tests/tensorrt_releases/%.txt $(STAMP)
+	@rm -rf $(@D)
+	@$(RUN) -m pip install --disable-pip-version-check -q --no-deps --only-binary :all: --target $(@D) -r $< && touch $@ || \
+		echo "TensorRT $* is not to be had here: tests with it will skip" >&2
+
+pytest: native tensorrt ## the tests alone; PYTEST_FLAGS="-k scan" chooses some
 	@$(ONE_THREAD) $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_FLAGS)
 
 test-server: $(STAMP) ## the server in another Python, without torch: make test-server SERVER_PYTHON=python3.13

@@ -93,7 +93,7 @@ class Bundle:
 
         Args:
             target: one of the targets the bundle was built for; None for the default.
-            plugin: the plugin library, for an engine of `tensorrt`; None looks for it.
+            plugin: the plugin library, for an engine that needs it; None looks for it.
             native: for `onnxruntime`, whether the native operator computes the scans: None where it is there and takes
                 the model, False never, True or not at all.
             execution: for `onnxruntime`, the providers that run it, whatever the bundle was proved on.

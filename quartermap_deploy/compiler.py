@@ -67,7 +67,7 @@ def compile(
     Args:
         recipe: the recipe, the path of a recipe file (.toml), or the name of a model for a recipe of defaults.
         out: folder of the bundle; it must not exist, unless `force` is given and it is a bundle.
-        plugin: the plugin library for the target `tensorrt`, which a recipe file may not name; None leaves it to the
+        plugin: the plugin library of engines, which a recipe file may not name; None leaves it to the
             recipe's `engine`, or looks for it.
         run_module: agree to run the module that a recipe file names in [module].
         force: replace a bundle.

@@ -45,7 +45,7 @@ def rebuild_bundle(
         path: the bundle. Its engines may be damaged or missing; its other files must be whole.
         target: the target to build for, also one that the bundle has no engine for yet; None for all engines it has.
         options: how to build; None takes what the engines were built with.
-        plugin: the plugin library for `tensorrt`, whatever the options say; None leaves it to them.
+        plugin: the plugin library, whatever the options say; None leaves it to them.
         progress: told about the steps.
 
     Returns:

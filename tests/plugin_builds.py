@@ -10,41 +10,22 @@ from pathlib import Path
 
 import pytest
 
-from quartermap_deploy.native.build import BuildOptions, build_plugin, plugin_sources
+from quartermap_deploy.native.build import BuildOptions, build_plugin, find_nvcc, plugin_sources
 
 HEADERS_VARIABLE = "QUARTERMAP_TENSORRT_HEADERS"
-"""Include folders of TensorRT releases to compile against, separated as in PATH."""
+"""Include folders of TensorRT releases to compare with, separated as in PATH."""
 
 
 def header_folders() -> list[Path]:
-    """Return the folders with TensorRT's headers that this machine names."""
+    """Return the folders with TensorRT's headers that this machine names; skip where there is none."""
     named = os.environ.get(HEADERS_VARIABLE, "").split(os.pathsep)
     named += [os.environ.get("TENSORRT_INCLUDE_DIR", "")]
     if root := os.environ.get("TENSORRT_ROOT"):
         named.append(f"{root}/include")
     found = [Path(name) for name in named if name and (Path(name) / "NvInferRuntime.h").is_file()]
-    return list(dict.fromkeys(found))
-
-
-def major(include: Path) -> int:
-    """Return the major version of TensorRT whose headers lie in a folder."""
-    for line in (include / "NvInferVersion.h").read_text(encoding="utf-8").splitlines():
-        words = line.split()
-        names = (["#define", "TRT_MAJOR_ENTERPRISE"], ["#define", "NV_TENSORRT_MAJOR"])
-        if words[:2] in names and words[2].isdigit():
-            return int(words[2])
-    raise AssertionError(f"no version in {include}")
-
-
-def require_headers() -> list[Path]:
-    """Skip where there are no TensorRT headers."""
-    require_compiler()
-    found = header_folders()
     if not found:
         pytest.skip(f"no TensorRT headers: set TENSORRT_ROOT, or {HEADERS_VARIABLE} to include folders")
-    if cuda_include() is None:
-        pytest.skip("no CUDA headers, which TensorRT's include: set CUDA_HOME")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def require_compiler() -> None:
@@ -55,12 +36,12 @@ def require_compiler() -> None:
         pytest.skip("no C++ compiler")
 
 
-def cuda_include() -> Path | None:
-    """Return the folder with CUDA's headers."""
+def cuda_include() -> Path:
+    """Return the folder with CUDA's headers, which TensorRT's include; skip where there is none."""
     for place in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
         if place and (Path(place) / "include" / "cuda_runtime_api.h").is_file():
             return Path(place) / "include"
-    return None
+    pytest.skip("no CUDA headers, which TensorRT's include: set CUDA_HOME")
 
 
 def once(shared: Path, name: str, make: Callable[[Path], object]) -> Path:
@@ -99,25 +80,26 @@ def emulated_kernels(factory: pytest.TempPathFactory) -> Path:
     return folder / options.library
 
 
-def emulated_plugin(factory: pytest.TempPathFactory, include: Path) -> Path:
-    """Return the plugin with the kernels on the CPU, and the test host beside it."""
-    return once(
-        shared_folder(factory),
-        "emulated-" + "-".join(include.parts[1:]),
-        lambda path: _with_host(path, include),
-    )
+def emulated_plugin(factory: pytest.TempPathFactory) -> Path:
+    """Return the folder with the plugin, its kernels on the CPU, and the test host beside it."""
+    require_compiler()
+    return once(shared_folder(factory), "emulated-plugin", _with_host)
 
 
-def _with_host(folder: Path, include: Path) -> None:
+def compiled_plugin(factory: pytest.TempPathFactory) -> Path:
+    """Return the plugin as nvcc makes it: machine code for 8.0, and PTX for every later GPU."""
+    require_compiler()
+    if find_nvcc() is None:
+        pytest.skip("no nvcc")
+    options = BuildOptions(cuda_architectures=("80",), optimisation="-O1")
+    folder = once(shared_folder(factory), "compiled-plugin", lambda path: build_plugin(path, options))
+    return folder / options.library
+
+
+def _with_host(folder: Path) -> None:
     import subprocess
 
-    definitions = [
-        "-DQUARTERMAP_EMULATION=ON",
-        f"-DTENSORRT_INCLUDE_DIR={include}",
-        "-DCMAKE_CXX_FLAGS_RELEASE=-O1",
-    ]
-    if major(include) >= 11:  # the registry's table of functions differs between 10.x and 11.x
-        definitions.append("-DQUARTERMAP_TEST_REGISTRY=libtensorrt_rtx.so.1")
+    definitions = ["-DQUARTERMAP_EMULATION=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"]
     build = folder / "build"
     for command in (
         ["cmake", "-S", str(plugin_sources()), "-B", str(build), *definitions],

@@ -1,11 +1,11 @@
-"""A stand-in for the module `tensorrt`, which cannot be had without NVIDIA's index and a GPU.
+"""A stand-in for the module `tensorrt`, for what the real one does not do without a GPU: build engines and run them.
 
 It is no TensorRT: it claims nothing about what TensorRT does, only which calls our code makes. It is strict about
-those. Every class has exactly the names that the release has in `data/tensorrt_api.json`, written from NVIDIA's binding
-sources by `data/write_tensorrt_api.py`: another method, property, argument or member of an enumeration is an error, as
-it is in the real module, and a name that is there but not implemented here says so. An "engine" is the ONNX graph; it
-is run by ONNX Runtime, on memory that `HostCuda` gives out instead of CUDA, and asynchronously: copies and runs wait in
-their stream until somebody synchronises it.
+those. Every class has exactly the names that the release has in `data/tensorrt_api.json`, which are those of NVIDIA's
+own bindings (`tensorrt_names.py`, `test_real_tensorrt.py`): another method, property, argument or member of an
+enumeration is an error, as it is in the real module, and a name that is there but not implemented here says so. An
+"engine" is the ONNX graph; it is run by ONNX Runtime, on memory that `HostCuda` gives out instead of CUDA, and
+asynchronously: copies and runs wait in their stream until somebody synchronises it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ import functools
 import inspect
 import json
 import pickle
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -31,13 +29,12 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import helper
+from tensorrt_names import RELEASES, api_of_module, public_api
 
 from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D
 from quartermap_deploy.passes.lower import lower
 
-API_FILE = Path(__file__).parent / "data" / "tensorrt_api.json"
-RELEASES = ("10.7.0", "11.1")
-"""The releases in the file: the oldest that is supported, and the newest that was public."""
+__all__ = ["RELEASES", "Engines", "api_of_module", "implemented", "installed", "public_api"]
 
 NUMPY_TYPES = {
     "FLOAT": np.float32,
@@ -73,60 +70,13 @@ SHOWN = {
 }
 
 
-def public_api(release: str) -> dict[str, Any]:
-    """Return the names of a release."""
-    found: dict[str, Any] = json.loads(API_FILE.read_text())[release]
-    return found
-
-
-def api_of_module(module: ModuleType, like: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the names of a real module, as its docstrings and properties tell them, for the classes of another API."""
-    classes = {}
-    for name in (*like["classes"], "IRuntimeCache", "IRuntimeConfig"):
-        kind = getattr(module, name, None)
-        if kind is None:
-            continue
-        members = {key: value for key, value in vars(kind).items() if key == "__init__" or key[0] != "_"}
-        classes[name] = {
-            "methods": {
-                key: overloads
-                for key, value in members.items()
-                if not isinstance(value, property) and (overloads := _overloads(key, value))
-            },
-            "properties": {
-                key: ("r" if value.fget else "") + ("w" if value.fset else "")
-                for key, value in members.items()
-                if isinstance(value, property)
-            },
-        }
-    scopes = (module, module.ILogger)
-    enums = {
-        name: list(kind.__members__)
-        for name in (*like["enums"], "ComputeCapability")
-        if (kind := next((getattr(scope, name) for scope in scopes if hasattr(scope, name)), None))
-    }
-    return {"classes": classes, "enums": enums, "functions": dict(like["functions"])}
-
-
-def _overloads(name: str, method: Any) -> list[list[str]]:
-    found = []
-    for arguments in re.findall(
-        rf"^(?:\d+\. )?{name}\((self: .*?)\) -> ", method.__doc__ or "", re.MULTILINE
-    ):
-        if "*args" in arguments:
-            continue
-        # Types have commas and defaults have brackets of their own; names stand before ": ".
-        names = re.findall(r", (\w+): [^=]*?(=)?(?=, \w+: |$| =)( =)?", arguments)
-        found.append([name + ("?" if default or other else "") for name, default, other in names])
-    return found
-
-
 @dataclass
 class Behaviour:
     """What the stand-in does, to plant faults.
 
     Attributes:
         driver: whether objects can be made at all.
+        driver_cuda: the newest CUDA that the driver says it knows; None for no driver.
         damaged_timing_cache: what `create_timing_cache` makes of data that it does not know: "none" or "refused".
         silent_float32: whether engines compute in float32 whatever the graph says.
         lost_types: names of nodes that engines compute in float32 whatever the graph says.
@@ -138,6 +88,7 @@ class Behaviour:
     """
 
     driver: bool = True
+    driver_cuda: tuple[int, int] | None = (13, 0)
     damaged_timing_cache: str = "none"
     silent_float32: bool = False
     lost_types: frozenset[str] = frozenset()
@@ -884,7 +835,7 @@ def installed(version: str, api: Mapping[str, Any], name: str = "tensorrt") -> I
     import polygraphy.cuda.cuda as cuda
     import polygraphy.datatype.tensorrt as datatype
 
-    from quartermap_deploy import bundle
+    from quartermap_deploy import bundle, gpu
     from quartermap_deploy.targets.tensorrt import cuda_runtime
     from quartermap_deploy.targets.tensorrt import plugin as tensorrt_plugin
 
@@ -896,6 +847,7 @@ def installed(version: str, api: Mapping[str, Any], name: str = "tensorrt") -> I
             patch.setattr(place, "trt", LazyModule(engines.module))
         patch.setattr(cuda, "G_CUDA", host)
         patch.setattr(tensorrt_plugin, "_loaded", {})
+        patch.setattr(gpu, "driver_cuda", lambda: engines.behaviour.driver_cuda)
         kept = (cuda_runtime.runtime_version, bundle._session)
         for function in kept:
             function.cache_clear()

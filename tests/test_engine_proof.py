@@ -31,7 +31,7 @@ from quartermap_deploy.targets.tensorrt import target as tensorrt
 from quartermap_deploy.targets.tensorrt.options import EngineOptions, Profile
 from quartermap_deploy.validation import localise
 
-MODEL, RELEASE = "vmamba_digits", "10.7.0"
+MODEL, RELEASE = "vmamba_digits", "10.7"
 FAULTY = 7
 """The block that the planted fault is in."""
 
@@ -39,7 +39,7 @@ FAULTY = 7
 @pytest.fixture(scope="module")
 def plugin(library: Callable[..., Path]) -> Path:  # noqa: F811
     """A library that says that it is our plugin."""
-    return library(tensorrt="10.7.0")
+    return library()
 
 
 @pytest.fixture

@@ -38,8 +38,8 @@ def engines(
 ) -> Iterator[Engines]:
     """A machine with a GPU, TensorRT and the plugin, as far as this package can tell."""
     monkeypatch.setattr(gpu, "find_gpu", lambda: ADA)
-    monkeypatch.setenv(tensorrt_plugin.PLUGIN_VARIABLE, str(library(tensorrt="10.7.0")))
-    with stand_in.installed(VERSIONS["10.7.0"], stand_in.public_api("10.7.0")) as found:
+    monkeypatch.setenv(tensorrt_plugin.PLUGIN_VARIABLE, str(library()))
+    with stand_in.installed(VERSIONS["10.7"], stand_in.public_api("10.7")) as found:
         yield found
 
 

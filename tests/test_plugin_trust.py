@@ -38,7 +38,7 @@ from quartermap_deploy.targets.tensorrt.options import EngineOptions
 from quartermap_deploy.targets.tensorrt.plugin import WantedLibrary, find_library
 
 ADA = gpu.Gpu("NVIDIA L4", "8.9")
-VERSION = "10.7.0.23"
+VERSION = "10.7.0"
 RECIPE = """
 [model]
 name = "vmamba_digits"
@@ -69,7 +69,7 @@ def _compiled(folder: Path, source: str) -> Path:
 @pytest.fixture(scope="session")
 def evil(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A library that says that it is our plugin, and touches a file when it is loaded."""
-    build = {"tensorrt": "10.7.0", "cuda": "13.0", "architectures": "89"}
+    build = {"tensorrt": ["10", "11", "rtx"], "cuda": "13.0", "architectures": "89"}
     text = json.dumps({**CONTRACT.to_dict(), "build": build})
     contract = f'extern "C" char const* quartermap_plugin_contract() {{ return R"~({text})~"; }}'
     return _compiled(tmp_path_factory.mktemp("evil"), EVIL + contract)
@@ -79,7 +79,7 @@ def evil(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Engines]:
     """A machine with a GPU and TensorRT, as far as this package can tell."""
     monkeypatch.setattr(gpu, "find_gpu", lambda: ADA)
-    with stand_in.installed(VERSION, stand_in.public_api("10.7.0")) as found:
+    with stand_in.installed(VERSION, stand_in.public_api("10.7")) as found:
         yield found
 
 
@@ -98,7 +98,7 @@ def scene(evil: Path, engines: Engines, tmp_path: Path, monkeypatch: pytest.Monk
     shutil.copytree(toy_bundles.classifier(), bundle)
     shutil.copy(evil, bundle / "libquartermap_plugin.so")
     sha256 = hashlib.sha256(evil.read_bytes()).hexdigest()
-    _with_engine(bundle, {"file": "libquartermap_plugin.so", "sha256": sha256, "tensorrt": "10.7.0"})
+    _with_engine(bundle, {"file": "libquartermap_plugin.so", "sha256": sha256, "tensorrt": "10, 11, rtx"})
     mark = tmp_path / "mark"
     monkeypatch.setenv("QUARTERMAP_HOME", str(home))
     monkeypatch.setenv("QUARTERMAP_TEST_MARK", str(mark))

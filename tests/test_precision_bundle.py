@@ -167,7 +167,7 @@ def test_settings_without_effect_or_sense_are_refused_before_the_work(
     ("settings", "engine", "message"),
     [
         ({}, {"compute_capabilities": ("5.0",)}, "no compute capability '5.0'"),
-        ({}, {"plugin": Path("nothere.so")}, "has no plugin"),
+        ({}, {"plugin": Path("nothere.so")}, "takes no plugin library"),
         ({}, {"profiles": (Profile((1, 1, 1)),)}, "no profile takes"),
         ({"dynamic_size": True}, {}, "leaves its height open"),
         ({"precision": "float16", "io": "same"}, {}, 'io = "float32" only'),

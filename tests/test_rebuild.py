@@ -169,7 +169,7 @@ def test_what_compiling_refuses_rebuilding_refuses(tmp_path: Path) -> None:
         rebuild_bundle(folder, "tensorrt-rtx")
     assert contents(folder) == before
     folder = write_bundle(tmp_path / "option", engine=False)
-    with pytest.raises(InputError, match="has no plugin"):
+    with pytest.raises(InputError, match="takes no plugin library"):
         rebuild_bundle(folder, "tensorrt-rtx", plugin=tmp_path / "plugin.so")
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["recipe"]["model"]

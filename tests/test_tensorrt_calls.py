@@ -1,7 +1,7 @@
 """The calls that are made to TensorRT, against a strict stand-in: `tensorrt` itself cannot be had without a GPU.
 
 `tensorrt_stand_in.py` says what that proves and what it does not: names, arguments, types and the order of calls are
-those of TensorRT's own binding sources for 10.7 and 11.1; nothing here has run in TensorRT.
+those of NVIDIA's own bindings of 10.7 and 11.4; nothing here has run in TensorRT.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ from quartermap_deploy.targets.tensorrt.monitor import make_logger
 from quartermap_deploy.targets.tensorrt.options import EngineOptions, Profile
 
 ADA = Gpu("NVIDIA L4", "8.9")
-VERSIONS = {"10.7.0": "10.7.0.23", "11.1": "11.1.0.2"}
+VERSIONS = {"10.7": "10.7.0", "11.4": "11.4.0.106"}
+SERVED = ["10", "11", "rtx"]
 OPTIONS = EngineOptions(profiles=(Profile((1, 1, 1)), Profile((2, 2, 4))))
 
 
@@ -67,7 +68,7 @@ def rtx(monkeypatch: pytest.MonkeyPatch) -> Iterator[Engines]:
     if WHY_NOT:
         pytest.skip(WHY_NOT)
     module = TENSORRT_RTX.load()
-    api = stand_in.api_of_module(module, stand_in.public_api("11.1"))
+    api = stand_in.api_of_module(module)
     monkeypatch.setattr(gpu, "find_gpu", lambda: ADA)
     with stand_in.installed(module.__version__, api, "tensorrt_rtx") as found:
         yield found
@@ -87,8 +88,13 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         pytest.skip("no C++ compiler")
     made: dict[str, Path] = {}
 
-    def compiled(tensorrt: str | None = "10.7.0", cuda: str | None = "13.0", **contract: Any) -> Path:
-        build = {"tensorrt": tensorrt, "cuda": cuda, "architectures": "89"}
+    def compiled(
+        tensorrt: list[str] | str | None = SERVED,
+        cuda: str | None = "13.0",
+        architectures: str = "80-real,89-real",
+        **contract: Any,
+    ) -> Path:
+        build = {"tensorrt": tensorrt, "cuda": cuda, "architectures": architectures}
         source = source_of(build, {**CONTRACT.to_dict(), **contract})
         if source not in made:
             made[source] = tmp_path_factory.mktemp("library") / "libquartermap_plugin.so"
@@ -136,7 +142,7 @@ def built(engines: Engines, folder: Path, plugin: Path, **options: Any) -> dict[
 
 
 def plugin_for(engines: Engines, library: Callable[..., Path]) -> Path:
-    return library(tensorrt=engines.module.__version__.rpartition(".")[0])
+    return library()
 
 
 # The stand-in ---------------------------------------------------------------------------------------------------
@@ -145,7 +151,7 @@ def plugin_for(engines: Engines, library: Callable[..., Path]) -> Path:
 def test_the_stand_in_invents_nothing() -> None:
     apis = [stand_in.public_api(release) for release in RELEASES]
     if not WHY_NOT:
-        apis.append(stand_in.api_of_module(TENSORRT_RTX.load(), apis[-1]))
+        apis.append(stand_in.api_of_module(TENSORRT_RTX.load()))
     for name, members in stand_in.implemented().items():
         known = [api["classes"][name] for api in apis if name in api["classes"]]
         if not known and name in ("IRuntimeCache", "IRuntimeConfig"):
@@ -176,8 +182,8 @@ def test_the_stand_in_is_strict(engines: Engines) -> None:
 @needs_rtx
 def test_the_written_names_are_those_of_the_real_module() -> None:
     """TensorRT for RTX has the interface of TensorRT 11; its own docstrings say what the binding sources say."""
-    written = stand_in.public_api("11.1")
-    real = stand_in.api_of_module(TENSORRT_RTX.load(), written)
+    written = stand_in.public_api("11.4")
+    real = stand_in.api_of_module(TENSORRT_RTX.load())
     compared = 0
     for name, entry in written["classes"].items():
         found = real["classes"][name]
@@ -232,7 +238,7 @@ def test_hardware_compatibility_is_set_where_it_exists(engines: Engines) -> None
     config = configured(engines, hardware_compatibility="ampere_plus")
     assert config.hardware_compatibility_level == levels.AMPERE_PLUS
     if engines.module.__version__.startswith("10.7"):
-        with pytest.raises(InputError, match=r"10\.7\.0\.23 has no hardware compatibility .*TensorRT 10\.9"):
+        with pytest.raises(InputError, match=r"10\.7\.0 has no hardware compatibility .*TensorRT 10\.9"):
             configured(engines, hardware_compatibility="same_compute_capability")
         with pytest.raises(InputError, match=r"TensorRT 10\.9"):
             tensorrt.check(
@@ -318,6 +324,31 @@ def test_a_driver_that_does_not_answer_is_told_of(
         built(engines, tmp_path, plugin)
     with pytest.raises(EngineError, match="TensorRT cannot be started"):
         tensorrt.open(tmp_path, entry, plugin=plugin)
+
+
+def test_a_driver_that_is_too_old_is_found_before_the_work(
+    engines: Engines, library: Callable[..., Path], tmp_path: Path
+) -> None:
+    plugin = plugin_for(engines, library)
+    entry = built(engines, tmp_path, plugin)
+    engines.behaviour.calls.clear()
+    engines.behaviour.driver_cuda = (12, 4)
+    message = (
+        r"TensorRT cannot be started: it needs an NVIDIA driver that knows CUDA 13\.0, and the one here knows CUDA up "
+        r"to 12\.4; install a newer driver, or TensorRT for CUDA 12; `nvidia-smi`"
+    )
+    for attempt in (
+        tensorrt.check,
+        lambda: tensorrt.open(tmp_path, entry, plugin=plugin),
+        lambda: built(engines, tmp_path, plugin),
+    ):
+        with pytest.raises(EngineError, match=message):
+            attempt()
+    assert "knows CUDA up to 12.4" in str(tensorrt.cannot_run(entry))
+    assert engines.behaviour.calls == []
+    # A driver that knows any CUDA 13 runs what another CUDA 13 made.
+    engines.behaviour.driver_cuda = (13, 0)
+    assert tensorrt.cannot_run(entry) is None
 
 
 def test_what_is_missing_is_found_before_the_work(
@@ -610,16 +641,18 @@ def test_libraries_that_are_no_plugin_for_this_machine_are_refused(
 ) -> None:
     trt: Any = engines.module
     major = trt.__version__.partition(".")[0]
-    found = tensorrt_plugin.check_library(trt, library(tensorrt=f"{major}.3.1"))
-    assert found.to_dict()["tensorrt"] == f"{major}.3.1"
+    found = tensorrt_plugin.check_library(trt, library(tensorrt=[major]))
+    assert found.to_dict()["tensorrt"] == major
     with pytest.raises(EngineError, match="kernels alone"):
         tensorrt_plugin.check_library(trt, library(tensorrt=None))
     with pytest.raises(EngineError, match="emulates the kernels"):
-        tensorrt_plugin.check_library(trt, library(tensorrt=f"{major}.3.1", cuda=None))
+        tensorrt_plugin.check_library(trt, library(cuda=None))
     with pytest.raises(
-        EngineError, match=r"headers of TensorRT 9\.3\.0, found TensorRT .*same major version"
+        EngineError, match=rf"serves TensorRT 9, rtx, found tensorrt {trt.__version__}; build"
     ):
-        tensorrt_plugin.check_library(trt, library(tensorrt="9.3.0"))
+        tensorrt_plugin.check_library(trt, library(tensorrt=["9", "rtx"]))
+    with pytest.raises(PluginError, match=r"earlier release, for TensorRT 10\.13\.0 alone; build it anew"):
+        tensorrt_plugin.check_library(trt, library(tensorrt="10.13.0"))
     with pytest.raises(PluginError, match="does not fit this release"):
         tensorrt_plugin.check_library(trt, library(version="0"))
     short = tmp_path / "short.so"
@@ -631,8 +664,7 @@ def test_libraries_that_are_no_plugin_for_this_machine_are_refused(
 
 def test_a_library_is_loaded_once_and_another_refused(engines: Engines, library: Callable[..., Path]) -> None:
     trt: Any = engines.module
-    logger, major = make_logger(trt), trt.__version__.partition(".")[0]
-    ours, other = library(tensorrt=f"{major}.7.0"), library(tensorrt=f"{major}.8.0")
+    logger, ours, other = make_logger(trt), library(), library(cuda="13.1")
     first = tensorrt_plugin.load_plugin(trt, logger, ours)
     assert tensorrt_plugin.load_plugin(trt, logger, ours) == first
     assert [name for name, _ in engines.behaviour.calls] == ["load_library"]
@@ -665,31 +697,29 @@ def test_a_registry_that_refuses(engines: Engines, library: Callable[..., Path])
 REAL_REGISTRY = """
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from quartermap_deploy.errors import EngineError
 from quartermap_deploy.targets.tensorrt import plugin as tensorrt_plugin
 from quartermap_deploy.targets.tensorrt.flavour import TENSORRT_RTX
 from quartermap_deploy.targets.tensorrt.monitor import make_logger
 
-real = TENSORRT_RTX.load()
-logger = make_logger(real)
-runtime = real.Runtime(logger)
-trt = SimpleNamespace(__name__="tensorrt", __version__="11.1.0", get_plugin_registry=real.get_plugin_registry)
+trt = TENSORRT_RTX.load()
+logger = make_logger(trt)
+runtime = trt.Runtime(logger)
 try:
     tensorrt_plugin.load_plugin(trt, logger, Path(sys.argv[1]))
 except EngineError as error:
     print(error)
-assert not tensorrt_plugin.has_creator(real.get_plugin_registry())
+assert not tensorrt_plugin.has_creator(trt.get_plugin_registry())
 """
 
 
 @needs_rtx
 def test_a_real_registry_that_refuses(library: Callable[..., Path]) -> None:
-    """The registry of TensorRT for RTX, which is that of TensorRT 11; the library has no plugin in it.
+    """The registry of TensorRT for RTX; the library has no plugin in it.
 
     In a process of its own: the registry tells its reasons to the first logger of the process.
     """
-    command = [sys.executable, "-c", REAL_REGISTRY, str(library(tensorrt="11.1.0"))]
+    command = [sys.executable, "-c", REAL_REGISTRY, str(library())]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert re.search(r"brought no creator of SelectiveScan2D \(.*getCreators", done.stdout), done.stdout
 
@@ -697,18 +727,13 @@ def test_a_real_registry_that_refuses(library: Callable[..., Path]) -> None:
 def test_the_manifest_helps_to_find_the_library(
     engines: Engines, library: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    major = engines.module.__version__.partition(".")[0]
-    wanted, other = library(tensorrt=f"{major}.7.0"), library(tensorrt=f"{major}.8.0")
+    wanted, other = library(), library(cuda="13.1")
     entry = built(engines, tmp_path, wanted)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        EngineError, match=rf"for this engine .*, sha256 \w+…, built for TensorRT {major}\.7\.0"
-    ):
+    with pytest.raises(EngineError, match=r"for this engine .*, sha256 \w+…, for TensorRT 10, 11, rtx"):
         tensorrt.open(tmp_path, entry)
     monkeypatch.setenv(tensorrt_plugin.PLUGIN_VARIABLE, str(other))
-    with pytest.raises(
-        BundleError, match=rf"built for TensorRT {major}\.7\.0, found another library .*--plugin"
-    ):
+    with pytest.raises(BundleError, match=r"for TensorRT 10, 11, rtx, found another library .*--plugin"):
         tensorrt.open(tmp_path, entry)
     # The user's store has the right one, so that is taken, whatever the environment says.
     monkeypatch.setenv("QUARTERMAP_HOME", str(tmp_path / "home"))
@@ -793,6 +818,16 @@ def test_an_rtx_engine_for_other_gpus_is_built_all_the_same(
     assert "found a NVIDIA RTX 2080 of 7.5" in str(tensorrt_rtx.cannot_run(entry))
     monkeypatch.setattr(gpu, "find_gpu", lambda: None)
     assert "no NVIDIA driver answers" in str(tensorrt_rtx.cannot_run(entry))
+
+
+def test_an_rtx_engine_is_built_where_the_driver_is_too_old(rtx: Engines, tmp_path: Path) -> None:
+    """Building needs no driver; the engine is then read as where there is none, and is not run."""
+    rtx.behaviour.driver_cuda = (11, 8)
+    entry = rtx_entry(tmp_path)
+    assert entry["build"]["read_by"] == "plan"
+    assert "knows CUDA up to 11.8" in str(tensorrt_rtx.cannot_run(entry))
+    with pytest.raises(EngineError, match=r"TensorRT for RTX cannot be started: .* up to 11\.8"):
+        tensorrt_rtx.open(tmp_path, entry)
 
 
 # CUDA -----------------------------------------------------------------------------------------------------------

@@ -3,9 +3,6 @@
 #include <cstdio>
 #include <string>
 
-#if defined(QUARTERMAP_WITH_TENSORRT)
-#include <NvInferVersion.h>
-#endif
 #if !defined(QUARTERMAP_EMULATION)
 #include <cuda_runtime_api.h>
 #endif
@@ -42,8 +39,7 @@ std::string write_contract()
           "\"float16\", \"bfloat16\"], \"kernels\": "
         + std::to_string(QUARTERMAP_SELECTIVE_SCAN_VERSION) + ", \"build\": {\"tensorrt\": ";
 #if defined(QUARTERMAP_WITH_TENSORRT)
-    text += "\"" + std::to_string(NV_TENSORRT_MAJOR) + "." + std::to_string(NV_TENSORRT_MINOR) + "."
-        + std::to_string(NV_TENSORRT_PATCH) + "\"";
+    text += "[\"10\", \"11\", \"rtx\"]"; // major versions, and TensorRT for RTX
 #else
     text += "null";
 #endif

@@ -12,40 +12,64 @@ namespace quartermap
 namespace
 {
 
-std::atomic<nvinfer1::ILoggerFinder*> logger_finder{nullptr};
+std::atomic<LoggerFinder10*> finder_10{nullptr};
+std::atomic<LoggerFinder11*> finder_11{nullptr};
+
+template <typename Finder>
+bool log_by(std::atomic<Finder*> const& held, char const* text) noexcept
+{
+    Finder* const finder = held.load();
+    try
+    {
+        if (auto* const logger = finder == nullptr ? nullptr : finder->findLogger())
+        {
+            logger->log(Severity::kERROR, text);
+            return true;
+        }
+    }
+    catch (...)
+    {
+    }
+    return false;
+}
 
 } // namespace
 
-int tensorrt_major_of(void const* address) noexcept
+Order order_at(void const* address) noexcept
 {
     Dl_info info{};
     if (address == nullptr || dladdr(address, &info) == 0 || info.dli_fname == nullptr)
     {
-        return 0;
+        return Order::kUNKNOWN;
     }
     void* const library = dlopen(info.dli_fname, RTLD_NOLOAD | RTLD_LAZY);
     if (library == nullptr)
     {
-        return 0;
+        return Order::kUNKNOWN;
     }
-    // TensorRT for RTX counts its versions anew and has a symbol of its own name beside these.
     auto const version = reinterpret_cast<std::int32_t (*)() noexcept>(dlsym(library, "getInferLibVersion"));
-    std::int32_t const number = version == nullptr ? 0 : version();
+    Order const found = version == nullptr ? Order::kUNKNOWN : order_of(version());
     dlclose(library);
-    // 10.x and 11.x count major * 10000 + minor * 100 + patch, as all before them from 10.0 on.
-    return number / 10000;
+    return found;
 }
 
-void set_logger_finder(nvinfer1::ILoggerFinder* finder) noexcept
+void set_logger_finder(void* finder) noexcept
 {
-    // ILoggerFinder's table of functions differs between 10.x and 11.x: calling it across versions would call something
-    // else. Its table lies in the library that made it, and that library knows its version.
-    bool const same = finder != nullptr
-        && tensorrt_major_of(*reinterpret_cast<void const* const*>(finder)) == NV_TENSORRT_MAJOR;
-    nvinfer1::ILoggerFinder* expected = nullptr;
-    if (same)
+    if (finder == nullptr)
     {
-        logger_finder.compare_exchange_strong(expected, finder);
+        return;
+    }
+    // Its table of functions lies in the library that made it, and that library knows its version. The first one is kept.
+    Order const order = order_at(*static_cast<void const* const*>(finder));
+    LoggerFinder10* none_10 = nullptr;
+    LoggerFinder11* none_11 = nullptr;
+    if (order == Order::k10)
+    {
+        finder_10.compare_exchange_strong(none_10, static_cast<LoggerFinder10*>(finder));
+    }
+    else if (order == Order::k11)
+    {
+        finder_11.compare_exchange_strong(none_11, static_cast<LoggerFinder11*>(finder));
     }
 }
 
@@ -57,20 +81,7 @@ void log_error(char const* format, ...) noexcept
     va_start(arguments, format);
     std::vsnprintf(text + prefix, sizeof text - static_cast<std::size_t>(prefix), format, arguments);
     va_end(arguments);
-    nvinfer1::ILoggerFinder* const finder = logger_finder.load();
-    nvinfer1::ILogger* logger = nullptr;
-    try
-    {
-        logger = finder == nullptr ? nullptr : finder->findLogger();
-    }
-    catch (...)
-    {
-    }
-    if (logger != nullptr)
-    {
-        logger->log(nvinfer1::ILogger::Severity::kERROR, text);
-    }
-    else
+    if (!log_by(finder_11, text) && !log_by(finder_10, text))
     {
         std::fprintf(stderr, "%s\n", text);
     }

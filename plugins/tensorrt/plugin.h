@@ -1,14 +1,14 @@
 // The TensorRT plugin SelectiveScan2D over the C interface of the kernels.
 //
-// One source serves TensorRT 10.7 to 11.x: the first version of the V3 interfaces, which all of them take. Nothing here
-// throws, so nothing can leave a noexcept function: there are no containers, and `new` is asked not to throw.
+// One library serves TensorRT 10.7 to 11.x and TensorRT for RTX from 1.7 on: the first version of the V3 interfaces, which
+// all of them take. Nothing here throws, so nothing can leave a noexcept function: there are no containers, and `new` is
+// asked not to throw.
 #pragma once
 
 #include <cstdint>
 
-#include <NvInferRuntime.h>
-
 #include "contract.h"
+#include "interface.h"
 #include "quartermap/selective_scan.h"
 
 namespace quartermap

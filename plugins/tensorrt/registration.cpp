@@ -4,8 +4,8 @@
 //                        this library.
 //   static registration  a plain dlopen, as Triton's backend and trtexec --staticPlugins do it, calls nothing. So this
 //                        library registers itself as it is loaded, with the TensorRT that is in the process by then, if
-//                        it is of our version. One that comes later is not heard of: whoever loads plugins first
-//                        (polygraphy, LD_PRELOAD) has to load TensorRT before; see docs/plugin.md.
+//                        it is of a version whose registry we know. One that comes later is not heard of: whoever loads
+//                        plugins first (polygraphy, LD_PRELOAD) has to load TensorRT before; see docs/plugin.md.
 //
 // The registry is found at run time instead of being linked: a library that asks for libnvinfer.so.10 could not be loaded
 // beside another TensorRT, nor checked on a machine that has none.
@@ -20,7 +20,7 @@
 namespace
 {
 
-using nvinfer1::IPluginRegistry;
+using quartermap::Registry;
 
 quartermap::SelectiveScan2DCreator& creator() noexcept
 {
@@ -28,62 +28,47 @@ quartermap::SelectiveScan2DCreator& creator() noexcept
     return instance;
 }
 
-#define QUARTERMAP_TEXT_(x) #x
-#define QUARTERMAP_TEXT(x) QUARTERMAP_TEXT_(x)
-#define QUARTERMAP_MAJOR QUARTERMAP_TEXT(NV_TENSORRT_MAJOR)
-
-using GetRegistry = IPluginRegistry* (*)() noexcept;
-
-GetRegistry registry_in(void* library) noexcept
+Registry registry_in(void* library) noexcept
 {
     void* const symbol = dlsym(library, "getPluginRegistry");
-    bool const ours = symbol != nullptr && quartermap::tensorrt_major_of(symbol) == NV_TENSORRT_MAJOR;
-    return ours ? reinterpret_cast<GetRegistry>(symbol) : nullptr;
+    quartermap::Order const order = quartermap::order_at(symbol);
+    if (order == quartermap::Order::kUNKNOWN)
+    {
+        return Registry();
+    }
+    return Registry(reinterpret_cast<void* (*)() noexcept>(symbol)(), order);
 }
 
-IPluginRegistry* find_registry() noexcept
+Registry find_registry() noexcept
 {
-    if (GetRegistry const get = registry_in(RTLD_DEFAULT))
+    if (Registry const found = registry_in(RTLD_DEFAULT))
     {
-        return get();
+        return found;
     }
-#if defined(QUARTERMAP_TEST_REGISTRY)
-    // For a test without a GPU: TensorRT for RTX, whose registry is that of 11.x.
-    if (void* const library = dlopen(QUARTERMAP_TEST_REGISTRY, RTLD_NOLOAD | RTLD_LAZY))
-    {
-        void* const symbol = dlsym(library, "getPluginRegistry");
-        dlclose(library);
-        return symbol == nullptr ? nullptr : reinterpret_cast<GetRegistry>(symbol)();
-    }
-#endif
     // Loaded, but for the one who loaded it alone: Python does so, and Triton's backends.
-    for (char const* name : {"libnvinfer.so." QUARTERMAP_MAJOR, "libnvinfer_lean.so." QUARTERMAP_MAJOR,
-             "libnvinfer_dispatch.so." QUARTERMAP_MAJOR})
+    for (char const* name : {"libnvinfer.so.11", "libnvinfer.so.10", "libtensorrt_rtx.so.1", "libnvinfer_lean.so.11",
+             "libnvinfer_lean.so.10", "libnvinfer_dispatch.so.11", "libnvinfer_dispatch.so.10"})
     {
         if (void* const library = dlopen(name, RTLD_NOLOAD | RTLD_LAZY))
         {
-            GetRegistry const get = registry_in(library);
-            IPluginRegistry* const registry = get == nullptr ? nullptr : get();
+            Registry const found = registry_in(library);
             dlclose(library);
-            if (registry != nullptr)
+            if (found)
             {
-                return registry;
+                return found;
             }
         }
     }
-    return nullptr;
+    return Registry();
 }
 
 class StaticRegistration
 {
 public:
     StaticRegistration() noexcept
+        : registry_(find_registry())
     {
-        IPluginRegistry* const registry = find_registry();
-        if (registry != nullptr && registry->registerCreator(creator(), quartermap::kPluginNamespace))
-        {
-            registry_ = registry;
-        }
+        registered_ = registry_ && registry_.register_creator(creator(), quartermap::kPluginNamespace);
     }
 
     // The library may be closed before TensorRT is; the registry, made before this object, still stands then.
@@ -94,14 +79,15 @@ public:
 
     void undo() noexcept
     {
-        if (IPluginRegistry* const registry = registry_.exchange(nullptr))
+        if (registered_.exchange(false))
         {
-            registry->deregisterCreator(creator());
+            registry_.deregister_creator(creator());
         }
     }
 
 private:
-    std::atomic<IPluginRegistry*> registry_{nullptr};
+    Registry registry_;
+    std::atomic<bool> registered_{false};
 };
 
 StaticRegistration registration;
@@ -118,7 +104,8 @@ extern "C" QUARTERMAP_API nvinfer1::IPluginCreatorInterface* const* getCreators(
     return creators;
 }
 
-extern "C" QUARTERMAP_API void setLoggerFinder(nvinfer1::ILoggerFinder* finder)
+// The finder is one of LoggerFinder10 and LoggerFinder11.
+extern "C" QUARTERMAP_API void setLoggerFinder(void* finder)
 {
     quartermap::set_logger_finder(finder);
 }

@@ -1,8 +1,11 @@
-// Drives the plugin as TensorRT does, without TensorRT: loads the library, takes its creator, makes plugins from fields,
-// asks for shapes and formats, configures, clones, serialises and makes again, and runs the kernel: with one shape after
-// another in one context, in clones, and in two threads.
+// Drives the plugin as TensorRT does, without TensorRT or through the registry of a real one: loads the library, takes its
+// creator, makes plugins from fields, asks for shapes and formats, configures, clones, serialises and makes again, and runs
+// the kernel: with one shape after another in one context, in clones, and in two threads.
 //
-//   quartermap_test_host LIBRARY [GOLDEN_FOLDER]
+//   quartermap_test_host [--registry TENSORRT] LIBRARY [GOLDEN_FOLDER]
+//
+// TENSORRT is a library such as libnvinfer_lean.so.11: its registry then loads LIBRARY, hands out the creator, and lets go
+// of it at the end.
 //
 // The golden folder is written by test_host/write_golden.py. Its cases run on a GPU; in a library with emulated kernels
 // they run on the CPU. Ends with 0 when all checks passed, 1 when one failed, and 77 when the host-side checks passed but
@@ -21,14 +24,14 @@
 
 #include <dlfcn.h>
 
-#include <NvInferRuntime.h>
-
 #if !defined(QUARTERMAP_EMULATION)
 #include <cuda_runtime_api.h>
 #endif
 
 #include "contract.h"
+#include "interface.h"
 #include "quartermap/selective_scan.h"
+#include "registry.h"
 
 using namespace nvinfer1;
 using quartermap::kPluginNamespace;
@@ -49,70 +52,6 @@ void check(bool passed, std::string const& what)
         std::printf("FAILED: %s\n", what.c_str());
     }
 }
-
-// TensorRT's expressions --------------------------------------------------------------------------------------------------
-
-// A dimension, constant or not.
-class Expression final : public IDimensionExpr, private apiv::VDimensionExpr
-{
-public:
-    explicit Expression(std::int64_t value, bool constant)
-        : value_(value)
-        , constant_(constant)
-    {
-        mImpl = this;
-    }
-    ~Expression() noexcept override = default;
-
-private:
-    bool isConstant() const override
-    {
-        return constant_;
-    }
-    std::int64_t getConstantValue() const override
-    {
-        return value_;
-    }
-    bool isSizeTensor() const override
-    {
-        return false;
-    }
-
-    std::int64_t value_;
-    bool constant_;
-};
-
-class Builder final : public IExprBuilder, private apiv::VExprBuilder
-{
-public:
-    Builder()
-    {
-        mImpl = this;
-    }
-    ~Builder() noexcept override = default;
-
-    IDimensionExpr const* make(std::int64_t value, bool constant)
-    {
-        made_.push_back(std::make_unique<Expression>(value, constant));
-        return made_.back().get();
-    }
-
-private:
-    IDimensionExpr const* constant(std::int64_t value) override
-    {
-        return make(value, true);
-    }
-    IDimensionExpr const* operation(DimensionOperation, IDimensionExpr const&, IDimensionExpr const&) override
-    {
-        return make(-1, false);
-    }
-    IDimensionExpr const* declareSizeTensor(std::int32_t, IDimensionExpr const&, IDimensionExpr const&) override
-    {
-        return make(-1, false);
-    }
-
-    std::vector<std::unique_ptr<Expression>> made_;
-};
 
 // A plugin as the host holds it -------------------------------------------------------------------------------------------
 
@@ -294,7 +233,15 @@ bool is_parameter(std::size_t input)
 void check_shapes(IPluginCreatorV3One& creator)
 {
     Capabilities plugin(FieldList().directions(kAll).softplus(1).create(creator));
-    Builder builder;
+    // Sizes that may be computed from others. The plugin hands them on without looking into them, so any address will do.
+    std::vector<char> expressions;
+    expressions.reserve(64);
+    auto const made = [&expressions] {
+        expressions.push_back(0);
+        return reinterpret_cast<IDimensionExpr const*>(&expressions.back());
+    };
+    char nothing = 0;
+    auto& builder = reinterpret_cast<IExprBuilder&>(nothing);
     for (std::int64_t const rank : {std::int64_t{0}, std::int64_t{6}})
     {
         auto const shapes = shapes_of({-1, 96, -1, 14, 1, rank, 4});
@@ -305,7 +252,7 @@ void check_shapes(IPluginCreatorV3One& creator)
             dims.nbDims = static_cast<std::int32_t>(shape.size());
             for (std::size_t i = 0; i < shape.size(); ++i)
             {
-                dims.d[i] = builder.make(shape[i], shape[i] >= 0);
+                dims.d[i] = made();
             }
             inputs.push_back(dims);
         }
@@ -907,35 +854,122 @@ void run_cases(void* library, IPluginCreatorV3One& creator, std::string const& f
     check_threads(creator, cases);
 }
 
+// How the creator is come by: from the library itself, or from the registry of a real TensorRT that loads it.
+struct Source
+{
+    quartermap::Registry registry;
+    quartermap::LibraryHandle handle = nullptr;
+    void* library = nullptr; // for the C interface
+    IPluginCreatorV3One* creator = nullptr;
+};
+
+Source from_library(char const* path)
+{
+    Source source;
+    source.library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (source.library == nullptr)
+    {
+        std::fprintf(stderr, "cannot load the plugin: %s\n", dlerror());
+        return source;
+    }
+    using GetCreators = IPluginCreatorInterface* const* (*)(std::int32_t&);
+    auto const get_creators = reinterpret_cast<GetCreators>(dlsym(source.library, "getCreators"));
+    auto const set_finder = reinterpret_cast<void (*)(void*)>(dlsym(source.library, "setLoggerFinder"));
+    check(get_creators != nullptr && set_finder != nullptr, "getCreators and setLoggerFinder are exported");
+    if (get_creators != nullptr && set_finder != nullptr)
+    {
+        set_finder(nullptr);
+        std::int32_t count = 0;
+        IPluginCreatorInterface* const* creators = get_creators(count);
+        check(count == 1, "there is one creator");
+        source.creator = static_cast<IPluginCreatorV3One*>(creators[0]);
+    }
+    return source;
+}
+
+int count_listed(quartermap::Registry const& registry)
+{
+    std::int32_t count = 0;
+    IPluginCreatorInterface* const* all = registry.all_creators(&count);
+    return static_cast<int>(std::count_if(all, all + count, [](IPluginCreatorInterface* each) {
+        return std::strcmp(each->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") == 0
+            && std::strcmp(static_cast<IPluginCreatorV3One*>(each)->getPluginNamespace(), kPluginNamespace) == 0;
+    }));
+}
+
+// What the registry knows under our name.
+IPluginCreatorInterface* looked_up(quartermap::Registry const& registry)
+{
+    return registry.creator(quartermap::kPluginName, quartermap::kPluginVersion, kPluginNamespace);
+}
+
+Source from_registry(char const* tensorrt, char const* path)
+{
+    Source source;
+    void* const real = dlopen(tensorrt, RTLD_NOW | RTLD_LOCAL);
+    auto const version = real == nullptr ? nullptr
+                                         : reinterpret_cast<std::int32_t (*)()>(dlsym(real, "getInferLibVersion"));
+    auto const get = real == nullptr ? nullptr : reinterpret_cast<void* (*)()>(dlsym(real, "getPluginRegistry"));
+    if (version == nullptr || get == nullptr || quartermap::order_of(version()) == quartermap::Order::kUNKNOWN)
+    {
+        std::fprintf(stderr, "no TensorRT that is known: %s\n", tensorrt);
+        return source;
+    }
+    std::printf("the registry of TensorRT %d\n", static_cast<int>(version()));
+    source.registry = quartermap::Registry(get(), quartermap::order_of(version()));
+    check(looked_up(source.registry) == nullptr, "the registry does not know the creator before");
+    check(source.registry.load_library("/nowhere/libquartermap_plugin.so") == nullptr, "refuses a file that is missing");
+    for (int round = 0; round < 2; ++round)
+    {
+        source.handle = source.registry.load_library(path);
+        check(source.handle != nullptr && count_listed(source.registry) == 1, "loads the library and lists its creator");
+        if (source.handle == nullptr)
+        {
+            return source;
+        }
+        if (round == 0)
+        {
+            source.registry.deregister_library(source.handle);
+            check(looked_up(source.registry) == nullptr && count_listed(source.registry) == 0, "lets go of it");
+        }
+    }
+    source.library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    check(source.library != nullptr && count_listed(source.registry) == 1, "opening it once more changes nothing");
+    IPluginCreatorInterface* const found = looked_up(source.registry);
+    bool const ours = found != nullptr && std::strcmp(found->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") == 0;
+    check(ours, "the registry hands out the creator by its name, version and namespace");
+    source.creator = ours ? static_cast<IPluginCreatorV3One*>(found) : nullptr;
+    return source;
+}
+
+void let_go(Source const& source)
+{
+    if (source.registry && source.handle != nullptr)
+    {
+        source.registry.deregister_library(source.handle);
+        check(looked_up(source.registry) == nullptr, "lets go of the library at the end");
+    }
+}
+
 } // namespace
 
 int main(int argc, char** argv)
 {
-    if (argc < 2 || argc > 3)
+    bool const real = argc > 2 && std::strcmp(argv[1], "--registry") == 0;
+    int const first = real ? 3 : 1;
+    if (argc <= first || argc > first + 2)
     {
-        std::fprintf(stderr, "usage: %s LIBRARY [GOLDEN_FOLDER]\n", argv[0]);
+        std::fprintf(stderr, "usage: %s [--registry TENSORRT] LIBRARY [GOLDEN_FOLDER]\n", argv[0]);
         return 2;
     }
-    void* const library = dlopen(argv[1], RTLD_NOW | RTLD_LOCAL);
-    if (library == nullptr)
-    {
-        std::fprintf(stderr, "cannot load the plugin: %s\n", dlerror());
-        return 1;
-    }
-    using GetCreators = IPluginCreatorInterface* const* (*)(std::int32_t&);
-    auto const get_creators = reinterpret_cast<GetCreators>(dlsym(library, "getCreators"));
-    auto const set_finder = reinterpret_cast<void (*)(ILoggerFinder*)>(dlsym(library, "setLoggerFinder"));
-    check(get_creators != nullptr && set_finder != nullptr, "getCreators and setLoggerFinder are exported");
-    if (get_creators == nullptr)
+    Source const source = real ? from_registry(argv[2], argv[first]) : from_library(argv[first]);
+    if (source.creator == nullptr || source.library == nullptr)
     {
         return 1;
     }
-    preparations = reinterpret_cast<unsigned (*)()>(dlsym(library, "quartermap_emulation_preparations"));
-    set_finder(nullptr);
-    std::int32_t count = 0;
-    IPluginCreatorInterface* const* creators = get_creators(count);
-    check(count == 1, "there is one creator");
-    auto& creator = *static_cast<IPluginCreatorV3One*>(creators[0]);
+    preparations
+        = reinterpret_cast<unsigned (*)()>(dlsym(source.library, "quartermap_emulation_preparations"));
+    IPluginCreatorV3One& creator = *source.creator;
     check_creator(creator);
     check_fields(creator);
     check_shapes(creator);
@@ -945,7 +979,7 @@ int main(int argc, char** argv)
     check_life(creator);
 
     char const* skipped = nullptr;
-    if (argc < 3)
+    if (argc < first + 2)
     {
         skipped = "no golden folder was named";
     }
@@ -956,8 +990,9 @@ int main(int argc, char** argv)
     }
     else
     {
-        run_cases(library, creator, argv[2]);
+        run_cases(source.library, creator, argv[first + 1]);
     }
+    let_go(source);
     std::printf("%d checks, %d failed\n", checks, failures);
     if (skipped != nullptr)
     {

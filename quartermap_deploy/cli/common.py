@@ -137,7 +137,7 @@ def add_plugin_option(options: Any, dest: str = "plugin", default: object = None
         type=file_or_folder,
         metavar="FILE",
         default=default,
-        help="plugin library for the target tensorrt (default: the environment variable QUARTERMAP_PLUGIN, or your own "
+        help="plugin library of engines (default: the environment variable QUARTERMAP_PLUGIN, or your own "
         "store, which `quartermap plugin build` fills; never one of a bundle or a recipe)",
     )
 

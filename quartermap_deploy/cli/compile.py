@@ -43,7 +43,7 @@ from quartermap_deploy.pruning.plan import UPSAMPLE_MODES, QuarterMap
 from quartermap_deploy.recipe import Recipe
 from quartermap_deploy.tables.bundle import bundle_facts
 from quartermap_deploy.tables.layout import facts
-from quartermap_deploy.targets.tensorrt.options import EngineOptions, Profile
+from quartermap_deploy.targets.tensorrt.options import SCANS, EngineOptions, Profile
 
 if TYPE_CHECKING:
     from quartermap_deploy.bundle import Bundle
@@ -333,7 +333,29 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="how long the builder searches (default: the builder's own)",
     )
+    group.add_argument(
+        "--scan",
+        dest="engine_scan",
+        type=scan_form,
+        metavar="{auto,plugin,tree}",
+        default=argparse.SUPPRESS,
+        help="what scans become in a tensorrt-rtx engine: our plugin, which TensorRT for RTX takes from 1.7 on, or "
+        "standard operators, the tree; for tensorrt it is the plugin in any case (default: auto, which is the tree "
+        "until a GPU has run such an engine)",
+    )
     add_plugin_option(group, "engine_plugin", argparse.SUPPRESS)
+
+
+def scan_form(text: str) -> str:
+    """Read what scans become in an engine.
+
+    Raises:
+        ArgumentTypeError: if it is none of them.
+    """
+    if text in SCANS:
+        return text
+    module = "; a scan of a module of your own is named with --scan-function" if "=" in text else ""
+    raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(SCANS)}{module}")
 
 
 FLAGS = {

@@ -17,7 +17,7 @@ _FLAGS = {
     "module_arguments": "--arg",
     "module_strict_weights": "--strict-weights",
     "module_stages": "--stages",
-    "module_scans": "--scan",
+    "module_scans": "--scan-function",
     "task": "--task",
     "reference": "--reference",
 }
@@ -64,7 +64,7 @@ def add_module_options(parser: argparse.ArgumentParser) -> None:
         help="how many blocks each stage has (default: told apart by the length of their scans)",
     )
     group.add_argument(
-        "--scan",
+        "--scan-function",
         dest="module_scans",
         type=_mendable(parse_scan),
         action="append",
@@ -109,7 +109,7 @@ def user_module(factory: str, given: Mapping[str, Any]) -> UserModule:
         {name: shape for name, (shape, _) in inputs.items()},
         _once("--arg", given.get("module_arguments", [])),
         types={name: kind for name, (_, kind) in inputs.items()},
-        scans=_once("--scan", given.get("module_scans", [])),
+        scans=_once("--scan-function", given.get("module_scans", [])),
         **optional,
     )
 

@@ -57,7 +57,7 @@ def add_parser(subparsers: Subparsers) -> None:
             the library that a bundle's engine was built with into the bundle, for others to install.
             """,
         examples="""
-            quartermap plugin build --tensorrt-include TensorRT-10.13/include
+            quartermap plugin build
             quartermap plugin list
             quartermap plugin install bundles/tiny_k3 --require-signature vendor.pub.pem
             """,
@@ -78,11 +78,11 @@ def _add_build(subparsers: Subparsers) -> None:
         run_build,
         summary="compile the plugin",
         description="""
-            Compile the plugin. Needs CMake, a C++ compiler, nvcc (CUDA 12.4 or newer) and TensorRT's headers, 10.7 to
-            11.x; the library then serves the TensorRT releases of that major version.
+            Compile the plugin. Needs CMake, a C++ compiler and nvcc (CUDA 12.4 or newer), and nothing of TensorRT. The
+            library then serves TensorRT 10.7 to 11.x and TensorRT for RTX from 1.7 on.
             """,
         examples="""
-            quartermap plugin build --tensorrt-include TensorRT-10.13/include
+            quartermap plugin build
             quartermap plugin build --cuda-architectures 90 --output build
             quartermap plugin build --kernels-only
             """,
@@ -93,12 +93,6 @@ def _add_build(subparsers: Subparsers) -> None:
         metavar="DIR",
         help="folder for the library, which then has to be named with --plugin (default: your own store, where engines "
         "find it)",
-    )
-    parser.add_argument(
-        "--tensorrt-include",
-        type=file_or_folder,
-        metavar="DIR",
-        help="folder with NvInferRuntime.h (default: TENSORRT_ROOT and the usual places)",
     )
     parser.add_argument(
         "--cuda-architectures",
@@ -212,7 +206,6 @@ def run_build(options: argparse.Namespace) -> None:
     from quartermap_deploy.native.store import BUILT, KERNELS, add_library, open_store
 
     settings = BuildOptions(
-        tensorrt_include=options.tensorrt_include,
         cuda_architectures=options.cuda_architectures,
         kernels_only=options.kernels_only,
     )
@@ -385,7 +378,7 @@ def _print(report: PluginReport, options: argparse.Namespace) -> None:
             report.path,
             {
                 "plugin": f"{contract['namespace']}::{contract['name']} version {contract['version']}",
-                "TensorRT headers": build.get("tensorrt"),
+                "serves TensorRT": ", ".join(build.get("tensorrt") or ["none"]),
                 "CUDA": build.get("cuda"),
                 "architectures": build.get("architectures"),
                 "fields": ", ".join(f"{field['name']} ({field['type']})" for field in contract["fields"]),

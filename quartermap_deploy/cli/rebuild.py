@@ -88,14 +88,28 @@ def engines_of(bundle: Bundle, target: str | None = None) -> dict[str, dict[str,
 
 def engine_warnings(target: str, entry: dict[str, Any]) -> list[str]:
     """Return what the user should know before believing an engine."""
-    build = entry["build"]
+    build, found = entry["build"], []
     halves = [kind for kind in SIXTEEN_BITS if build["network_types"].get(kind)]
     if halves and not build.get("types_checked"):
-        return [
+        found.append(
             f"the types in the {target} engine could not be read back, so nothing says that it computes in "
             f"{halves[0]}; `quartermap rebuild` on a machine with a GPU asks TensorRT itself"
-        ]
-    return []
+        )
+    if target == "tensorrt-rtx" and entry.get("plugin") and entry.get("parity") is None:
+        found.append(
+            "this engine of TensorRT for RTX with the plugin was built and read back, and has not run; before it "
+            "serves, run `quartermap validate` with --target tensorrt-rtx where the GPU is"
+        )
+    return found
+
+
+def _scans(entry: dict[str, Any]) -> str:
+    """What became of the scans in an engine."""
+    plugin, count = entry.get("plugin"), entry["build"].get("plugins")
+    if not plugin:
+        return "standard operators"
+    number = "" if count is None else f"{count} by "
+    return f"{number}the plugin, sha256 {plugin['sha256'][:12]}…"
 
 
 def engine_facts(entry: dict[str, Any]) -> dict[str, object]:
@@ -109,6 +123,7 @@ def engine_facts(entry: dict[str, Any]) -> dict[str, object]:
         "size": f"{build['engine_bytes'] / 1e6:.1f} MB",
         "built in": f"{build['seconds']:.1f} s" + (f", {peak / 1e9:.1f} GB of memory" if peak else ""),
         "layers": build["layers"],
+        "scans": _scans(entry),
         "ran here": f"no: {entry.get('not_run') or 'that is not recorded'}"
         if parity is None
         else with_verdict(

@@ -29,7 +29,6 @@ class BuildOptions:
     """How the plugin is built.
 
     Attributes:
-        tensorrt_include: folder with NvInferRuntime.h; None lets CMake look in $TENSORRT_ROOT and the usual places.
         cuda_architectures: such as ("80", "90"); empty for all that these kernels and the compiler know.
         kernels_only: build the kernels' C interface without the TensorRT plugin.
         onnxruntime: build the operator of ONNX Runtime's CUDA provider, without the TensorRT plugin.
@@ -37,7 +36,6 @@ class BuildOptions:
         optimisation: a compiler flag that replaces those of a release, for tests, or None.
     """
 
-    tensorrt_include: Path | None = None
     cuda_architectures: tuple[str, ...] = ()
     kernels_only: bool = False
     onnxruntime: bool = False
@@ -86,7 +84,7 @@ def build_plugin(
         The path of the library.
 
     Raises:
-        MissingDependencyError: if CMake, nvcc or TensorRT's headers are missing.
+        MissingDependencyError: if CMake, nvcc or a C++ compiler is missing.
         PluginError: if compiling fails.
     """
     options = options or BuildOptions()
@@ -148,15 +146,6 @@ def _definitions(options: BuildOptions) -> list[str]:
         found.append("-DQUARTERMAP_ONNXRUNTIME=ON")
     elif options.kernels_only:
         found.append("-DQUARTERMAP_KERNELS_ONLY=ON")
-    elif options.tensorrt_include is not None:
-        header = options.tensorrt_include / "NvInferRuntime.h"
-        if not header.is_file():
-            raise MissingDependencyError(
-                f"there is no {header.name} in {options.tensorrt_include}; name the folder `include` of a TensorRT "
-                "10.7 to 11.x archive (https://developer.nvidia.com/tensorrt); the pip packages bring no headers"
-            )
-        _require_supported(options.tensorrt_include)
-        found.append(f"-DTENSORRT_INCLUDE_DIR={options.tensorrt_include.resolve()}")
     if options.emulation:
         found.append("-DQUARTERMAP_EMULATION=ON")
     else:
@@ -176,32 +165,6 @@ def _definitions(options: BuildOptions) -> list[str]:
             f"-DCMAKE_CUDA_FLAGS_RELEASE={options.optimisation}",
         ]
     return found
-
-
-def _require_supported(include: Path) -> None:
-    """Refuse headers of another TensorRT than 10.7 to 11.x.
-
-    Raises:
-        MissingDependencyError: if their version is another, or cannot be read.
-    """
-    header = include / "NvInferVersion.h"
-    text = header.read_text(errors="replace") if header.is_file() else ""
-    # Newer headers name the numbers of the products apart, and define the old names by these.
-    found = {
-        part: re.search(rf"#define\s+(?:TRT_{part}_ENTERPRISE|NV_TENSORRT_{part})\s+(\d+)", text)
-        for part in ("MAJOR", "MINOR")
-    }
-    numbers = [int(match[1]) for match in found.values() if match is not None]
-    if len(numbers) < 2:
-        raise MissingDependencyError(
-            f"{header} is missing or names no version; name the folder `include` of a whole TensorRT archive, 10.7 to "
-            "11.x"
-        )
-    major, minor = numbers
-    if not (10, 7) <= (major, minor) < (12, 0):
-        raise MissingDependencyError(
-            f"the headers in {include} are of TensorRT {major}.{minor}; expected 10.7 to 11.x"
-        )
 
 
 def _nvcc() -> str:
@@ -231,13 +194,6 @@ def _configure(command: Sequence[str], say: Callable[[str], None]) -> None:
     if code == 0:
         return
     text = "\n".join(lines)
-    if "TensorRT's headers" in text:
-        raise MissingDependencyError(
-            "building the plugin needs TensorRT's headers (NvInferRuntime.h of 10.7 to 11.x), and they were not found. "
-            "Name their folder with --tensorrt-include, or set TENSORRT_ROOT to the unpacked archive of "
-            "https://developer.nvidia.com/tensorrt (on Debian and Ubuntu with NVIDIA's repository: apt install "
-            "libnvinfer-headers-dev); the pip packages bring no headers. For the CUDA kernels alone: --kernels-only"
-        )
     if "CMAKE_MAKE_PROGRAM" in text:
         raise MissingDependencyError(
             "building the plugin needs make or Ninja, and CMake found neither: apt install ninja-build"

@@ -9,7 +9,7 @@ from typing import Any
 
 from quartermap_deploy.native.contract import CONTRACT, differences
 from quartermap_deploy.native.errors import PluginError
-from quartermap_deploy.native.library import describe, load
+from quartermap_deploy.native.library import describe, load, served_tensorrt
 
 MODULES = ("tensorrt", "tensorrt_rtx")
 """Python modules whose plugin registry can load the library, in the order in which they are tried."""
@@ -41,7 +41,7 @@ class PluginReport:
     Attributes:
         path: the library.
         contract: what it says about itself, without `build`.
-        build: versions of TensorRT's headers and of CUDA, and the GPU architectures; None for what is not there.
+        build: which TensorRT it serves, the version of CUDA, and the GPU architectures; None for what is not there.
         registry: module and version of the TensorRT that loaded it, or None if none did.
         creators: what that TensorRT's registry lists from the library.
         note: why no registry was asked, or None.
@@ -76,7 +76,7 @@ def check_plugin(path: Path) -> PluginReport:
             f"the plugin library {path} does not fit this release of quartermap-deploy; build it anew: "
             "quartermap plugin build\n  " + "\n  ".join(wrong)
         )
-    if build.get("tensorrt") is None:
+    if not served_tensorrt(build, path):
         note = "kernels only: this library holds no TensorRT plugin"
         return PluginReport(str(path), found, build, None, (), note)
     if not (hasattr(library, "getCreators") and hasattr(library, "setLoggerFinder")):
@@ -94,17 +94,21 @@ def check_plugin(path: Path) -> PluginReport:
 def _first_module() -> Any | None:
     for name in MODULES:
         try:
-            return importlib.import_module(name)
+            module = importlib.import_module(name)
         except Exception:  # tensorrt raises what it likes where its libraries are missing
             continue
+        # A folder of that name somewhere on the path is a module without anything in it.
+        if hasattr(module, "get_plugin_registry"):
+            return module
     return None
 
 
 def _registered(module: Any, path: Path) -> tuple[Creator, ...]:
     """Let a registry load the library and return what it then lists, and unload it again."""
     logger = _recording_logger(module)
-    # The first object made gives its logger to the registry.
-    runtime = module.Runtime(logger)
+    # The first object made gives its logger to the registry. TensorRT for RTX needs no driver for that; asking TensorRT
+    # without one may end the process. Where there is no logger, it writes to standard error.
+    runtime = module.Runtime(logger) if module.__name__ == "tensorrt_rtx" else None
     registry = module.get_plugin_registry()
     handle = registry.load_library(str(path.resolve()))
     try:

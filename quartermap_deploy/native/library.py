@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,27 @@ def describe(library: ctypes.CDLL, path: Path, kind: LibraryKind = PLUGIN) -> di
             f"the {kind.name} library {printable(path)} does not describe itself: expected an object, got {found!r}"
         )
     return found
+
+
+def served_tensorrt(build: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+    """Which TensorRT a plugin library serves: major versions, such as "10", and "rtx". Empty for kernels alone.
+
+    Args:
+        build: as the library's contract has it.
+        path: for the message.
+
+    Raises:
+        PluginError: if it was built by an earlier release, for one version of TensorRT alone.
+    """
+    found = build.get("tensorrt")
+    if found is None:
+        return ()
+    if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+        raise PluginError(
+            f"the plugin library {printable(path)} was built by an earlier release, for TensorRT {printable(found)} "
+            f"alone; build it anew: {PLUGIN.build}"
+        )
+    return tuple(found)
 
 
 def _stranger(kind: LibraryKind) -> str:

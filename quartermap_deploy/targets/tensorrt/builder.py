@@ -8,6 +8,7 @@ Types come from the graph: networks are strongly typed, which TensorRT 10 offers
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from quartermap_deploy.errors import EngineError, InputError
 from quartermap_deploy.files import write_whole
 from quartermap_deploy.gpu import Gpu
 from quartermap_deploy.lowering.operator import SELECTIVE_SCAN_2D
+from quartermap_deploy.native.alias import give_alias
 from quartermap_deploy.onnx_bounds import check_model
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.targets.tensorrt.caches import TimingCache, cache_key
@@ -32,9 +34,10 @@ from quartermap_deploy.targets.tensorrt.checks import (
     inspected,
     network_types,
     plan_kernels,
+    plan_plugins,
     plan_types,
 )
-from quartermap_deploy.targets.tensorrt.flavour import Flavour
+from quartermap_deploy.targets.tensorrt.flavour import Flavour, version_numbers
 from quartermap_deploy.targets.tensorrt.monitor import (
     PeakMemory,
     Phases,
@@ -45,6 +48,7 @@ from quartermap_deploy.targets.tensorrt.monitor import (
 )
 from quartermap_deploy.targets.tensorrt.objects import (
     NO_GPU,
+    driver_lack,
     last_error,
     make_builder,
     make_runtime,
@@ -114,6 +118,8 @@ def build_engine(
     # Before the plugin: the first object gives the registry its logger.
     builder = make_builder(trt, flavour, logger)
     library = None if plugin is None else load_plugin(trt, logger, plugin)
+    if library is not None and flavour.portable:
+        name_library_for_parser(trt)
     network, parser = parse(trt, builder, logger, data)
     graph = GraphTypes(network_types(network), network_products(network), scan_names(prepared))
     config = configure(trt, builder, flavour, options, plugin)
@@ -168,6 +174,17 @@ def build_engine(
             **how,
         },
     }
+
+
+def name_library_for_parser(trt: Any) -> None:
+    """Let the parser of TensorRT for RTX find the registry of plugins, on Linux.
+
+    Where a graph has plugins, the parser opens its own library by a name that the wheel does not have, and ends the
+    process when that fails.
+    """
+    if sys.platform == "linux":
+        major = version_numbers(trt.__version__)[0]
+        give_alias("libtensorrt_rtx.so", f"libtensorrt_rtx.so.{major}")
 
 
 def input_shapes(model: onnx.ModelProto) -> dict[str, tuple[int | str, ...]]:
@@ -370,13 +387,15 @@ def compare(
 
     Returns:
         For the manifest: the types of both, how the engine was read, whether its types were checked that way, how
-        many of the graph's 16-bit products were found, and how many layers or kernels the engine has.
+        many of the graph's 16-bit products were found, how many scans are our plugin, all that should be, and how many
+        layers or kernels the engine has.
 
     Raises:
         EngineError: if the engine departs from the graph.
     """
-    if gpu is None:
+    if gpu is None or (flavour.portable and driver_lack(flavour) is not None):
         types, products = plan_types(engine), plan_products(engine)
+        check_plugins(graph.scans, plan_plugins(engine), PLAN)
         return _compared(graph, types, products, PLAN) | {"layers": plan_kernels(engine)}
     logger = make_logger(trt)
     runtime = make_runtime(trt, flavour, logger, host_code=options.version_compatible)
@@ -390,8 +409,7 @@ def compare(
     information = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
     types, plugins = inspected(information)
     compared = _compared(graph, types, inspected_products(information), INSPECTOR)
-    if flavour.plugin:
-        check_plugins(graph.scans, plugins, INSPECTOR)
+    check_plugins(graph.scans, plugins, INSPECTOR)
     return compared | {"layers": loaded.num_layers}
 
 
@@ -404,6 +422,7 @@ def _compared(
         "network_types": dict(graph.layers),
         "engine_types": dict(types),
         "products": found,
+        "plugins": len(graph.scans),
         "types_checked": bool(types) and found["in_engine"] == found["of_graph"],
         "read_by": where,
     }

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from quartermap_deploy.errors import EngineError
+from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D
 from quartermap_deploy.targets.tensorrt.products import inspector_type, network_type, plan_lines, plan_type
 
 SIXTEEN_BITS = ("float16", "bfloat16")
 INSPECTOR, PLAN = "engine inspector", "plan"
 """How an engine was read, as a manifest says it."""
-_LAUNCHES = (b"function={ ", b"fully_connected={ ", b"corrltn={ ", b"runtime_fusion={ ")
+_PLUGINS = b"custom_layer={ "
+_LAUNCHES = (b"function={ ", b"fully_connected={ ", b"corrltn={ ", b"runtime_fusion={ ", _PLUGINS)
 LEAST_SHARE = 0.5
 """Of the share of 16-bit values in the graph, what must be left in the engine: fusion takes values away from both
 types, but never all of one."""
@@ -51,6 +53,18 @@ def plan_types(plan: bytes) -> Counter[str]:
 def plan_kernels(plan: bytes) -> int:
     """How many kernels a TensorRT-RTX engine launches for one input, as far as its plan can be read; else 0."""
     return sum(1 for start in _LAUNCHES for _ in plan_lines(plan, start))
+
+
+def plan_plugins(plan: bytes) -> list[str]:
+    """Names of the layers of a TensorRT-RTX engine that are our plugin; empty where they cannot be read.
+
+    The text of the program has a line for each layer of a plugin, with the layer's name; which plugin it is stands in
+    the data behind it.
+    """
+    if DOMAIN.encode() not in plan or SELECTIVE_SCAN_2D.encode() not in plan:
+        return []
+    names = (re.search(rb' name="([^"]*)"', line) for line in plan_lines(plan, _PLUGINS))
+    return [name[1].decode(errors="replace") for name in names if name is not None]
 
 
 def inspected(information: str) -> tuple[Counter[str], list[str]]:

@@ -26,7 +26,6 @@ class Flavour:
         newest: the first version that is not.
         engine_file: name of the engine in a bundle.
         portable: whether engines are compiled for a list of compute capabilities and without a GPU.
-        plugin: whether scans are plugin nodes; if not, they are built from standard operators.
     """
 
     target: str
@@ -38,7 +37,6 @@ class Flavour:
     newest: tuple[int, ...]
     engine_file: str
     portable: bool
-    plugin: bool
 
     def load(self) -> Any:
         """Import the module.
@@ -103,7 +101,6 @@ TENSORRT = Flavour(
     newest=(12,),
     engine_file="model.tensorrt.engine",
     portable=False,
-    plugin=True,
 )
 TENSORRT_RTX = Flavour(
     target="tensorrt-rtx",
@@ -115,5 +112,4 @@ TENSORRT_RTX = Flavour(
     newest=(2,),
     engine_file="model.tensorrt_rtx.engine",
     portable=True,
-    plugin=False,
 )

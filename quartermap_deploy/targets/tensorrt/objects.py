@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from quartermap_deploy import gpu as devices
 from quartermap_deploy.errors import EngineError
 from quartermap_deploy.gpu import Gpu
 from quartermap_deploy.targets.tensorrt.flavour import Flavour
@@ -21,6 +22,8 @@ def make_builder(trt: Any, flavour: Flavour, logger: Any) -> Any:
     Raises:
         EngineError: if TensorRT cannot make one.
     """
+    if not flavour.portable:
+        require_driver(flavour)
     return _made(trt.Builder, flavour, logger)
 
 
@@ -36,10 +39,44 @@ def make_runtime(trt: Any, flavour: Flavour, logger: Any, *, host_code: bool = F
     Raises:
         EngineError: if TensorRT cannot make one.
     """
+    if not flavour.portable or devices.driver_cuda() is not None:
+        require_driver(flavour)
     runtime = _made(trt.Runtime, flavour, logger)
     if host_code:
         runtime.engine_host_code_allowed = True
     return runtime
+
+
+def require_driver(flavour: Flavour) -> None:
+    """Check that the driver knows the CUDA that this TensorRT was made with.
+
+    Asked before anything else: without such a driver some releases return an object that is none, and the first use of
+    it ends the process.
+
+    Raises:
+        EngineError: if there is no driver, or it is too old.
+    """
+    if (lack := driver_lack(flavour)) is not None:
+        raise EngineError(
+            f"{flavour.title} cannot be started: {lack}; `nvidia-smi` tells which driver is there"
+        )
+
+
+def driver_lack(flavour: Flavour) -> str | None:
+    """What the driver lacks for this TensorRT, or None if it lacks nothing.
+
+    A driver that knows some CUDA 13 runs what any other CUDA 13 made, so major versions are compared.
+    """
+    found, cuda = devices.driver_cuda(), flavour.cuda()
+    needed = "an NVIDIA driver" if cuda is None else f"an NVIDIA driver that knows CUDA {cuda}"
+    if found is None:
+        return f"it needs {needed}, and no driver answers"
+    if cuda is not None and found[0] < int(cuda.partition(".")[0]):
+        return (
+            f"it needs {needed}, and the one here knows CUDA up to {found[0]}.{found[1]}; install a newer driver, or "
+            f"{flavour.title} for CUDA {found[0]}"
+        )
+    return None
 
 
 def _made(kind: Any, flavour: Flavour, logger: Any) -> Any:

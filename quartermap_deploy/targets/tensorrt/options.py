@@ -17,6 +17,7 @@ from quartermap_deploy.plain_text import printable
 Range = tuple[int, int, int]
 LARGEST_TENSOR = 2**31 - 1
 """Elements, by TensorRT's documentation of `Dims`."""
+SCANS = ("auto", "plugin", "tree")
 HARDWARE = ("none", "ampere_plus", "same_compute_capability")
 RANGES = ("batch", "height", "width")
 """The open axes that a profile has ranges for."""
@@ -172,8 +173,10 @@ class EngineOptions:
         tf32: let float32 products round their factors to 10 bits of mantissa. Off, because float32 engines are held to
             float32 tolerances.
         workspace: most bytes of scratch memory on the GPU; None for all of it.
-        plugin: the plugin library; None looks where `plugin.find_library` does. TensorRT only. It is said in Python or
-            on the command line, never in a file.
+        scan: what scans become: "plugin", or "tree" for standard operators, which TensorRT for RTX alone has; "auto" is
+            the plugin for TensorRT and, until a GPU has run such an engine, the tree for TensorRT for RTX.
+        plugin: the plugin library; None looks where `plugin.find_library` does. It is said in Python or on the command
+            line, never in a file.
         cache: folder of timing caches, which must be this user's alone; None for this user's cache. Likewise.
     """
 
@@ -185,6 +188,7 @@ class EngineOptions:
     refit: bool = False
     tf32: bool = False
     workspace: int | None = None
+    scan: str = "auto"
     plugin: Path | None = None
     cache: Path | None = None
 
@@ -210,6 +214,8 @@ class EngineOptions:
             raise InputError(
                 f"hardware_compatibility = {self.hardware_compatibility!r}; expected one of {', '.join(HARDWARE)}"
             )
+        if self.scan not in SCANS:
+            raise InputError(f"scan = {self.scan!r}; expected one of {', '.join(SCANS)}")
         level = self.optimization_level
         if level is not None and not (type(level) is int and 0 <= level <= 5):
             raise InputError(f"optimization_level = {level!r}; expected 0 to 5")

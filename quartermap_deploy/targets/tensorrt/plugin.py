@@ -1,11 +1,11 @@
-"""The plugin library of the target `tensorrt`: found where the user put it, checked, and then loaded, once."""
+"""The plugin library of engines: found where the user put it, checked, and then loaded, once."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from quartermap_deploy.errors import EngineError
 from quartermap_deploy.files import file_hash
 from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D
 from quartermap_deploy.plain_text import command, printable
-from quartermap_deploy.targets.tensorrt.flavour import version_numbers
+from quartermap_deploy.targets.tensorrt.flavour import TENSORRT_RTX, version_numbers
 from quartermap_deploy.targets.tensorrt.objects import last_error
 
 PLUGIN_VARIABLE = "QUARTERMAP_PLUGIN"
+_ORIN = (8, 7)
 _BUILD = "build it with `quartermap plugin build`"
 
 
@@ -28,22 +29,25 @@ class PluginLibrary:
     Attributes:
         path: where it lies.
         sha256: its hash.
-        tensorrt: the version of TensorRT whose headers it was built with.
+        tensorrt: which TensorRT it serves, such as "10, 11, rtx".
         cuda: the version of CUDA that it was built with.
+        architectures: of GPUs that it holds code for, as nvcc was told them, such as ("80", "89-real").
     """
 
     path: Path
     sha256: str
     tensorrt: str
     cuda: str
+    architectures: tuple[str, ...]
 
-    def to_dict(self) -> dict[str, str]:
+    def to_dict(self) -> dict[str, Any]:
         """What a manifest says about it: enough to know it again, and to build it again. Not where it lay."""
         return {
             "file": self.path.name,
             "sha256": self.sha256,
             "tensorrt": self.tensorrt,
             "cuda": self.cuda,
+            "architectures": list(self.architectures),
         }
 
 
@@ -58,7 +62,7 @@ class WantedLibrary:
     Attributes:
         sha256: its hash, by which it is known.
         file: what its file was called.
-        tensorrt: the version of TensorRT whose headers it was built with, or None.
+        tensorrt: which TensorRT it serves, as the manifest says, or None.
     """
 
     sha256: str
@@ -88,7 +92,7 @@ class WantedLibrary:
         return cls(sha256, str(values.get("file")), None if tensorrt is None else str(tensorrt))
 
     def __str__(self) -> str:
-        built = f", built for TensorRT {printable(self.tensorrt)}" if self.tensorrt else ""
+        built = f", for TensorRT {printable(self.tensorrt)}" if self.tensorrt else ""
         return f"{printable(self.file)}, sha256 {self.sha256[:12]}…{built}"
 
 
@@ -120,7 +124,7 @@ def find_library(named: Path | None = None, wanted: WantedLibrary | None = None)
             what = f", for this engine {wanted}"
             carried = "; one that a bundle carries is taken over by `quartermap plugin install BUNDLE`"
         raise EngineError(
-            f"the target tensorrt needs the SelectiveScan2D plugin{what}; {_BUILD}, or name the library in the "
+            f"scans need the SelectiveScan2D plugin{what}; {_BUILD}, or name the library in the "
             f"environment variable {PLUGIN_VARIABLE}, or with --plugin where there is that option{carried}"
         )
     if not candidates[0].is_file():
@@ -161,9 +165,8 @@ def wrong_library(path: Path, wanted: WantedLibrary) -> str | None:
 def check_library(trt: Any, path: Path, sha256: str | None = None) -> PluginLibrary:
     """Check that a file is our plugin, for a GPU and for this TensorRT.
 
-    TensorRT itself maps whatever it is given: a file that was cut short ends the process, and a library for another
-    major version has its functions at other places than TensorRT calls. Its hash and its form are looked at before it
-    is loaded, and what it says about itself after that, as it is the library that says it.
+    TensorRT itself maps whatever it is given: a file that was cut short ends the process. Its hash and its form are
+    looked at before it is loaded, and what it says about itself after that, as it is the library that says it.
 
     Args:
         trt: the module.
@@ -172,7 +175,7 @@ def check_library(trt: Any, path: Path, sha256: str | None = None) -> PluginLibr
 
     Raises:
         PluginError: if it is missing, damaged, no library of ours, or of another release.
-        EngineError: if it is ours but no plugin for a GPU, or for another TensorRT.
+        EngineError: if it is ours but no plugin for a GPU, or not for this TensorRT.
     """
     from quartermap_deploy.native import library as libraries
     from quartermap_deploy.native.contract import differences
@@ -186,17 +189,68 @@ def check_library(trt: Any, path: Path, sha256: str | None = None) -> PluginLibr
             f"the plugin library {path} does not fit this release of quartermap-deploy; {_BUILD}\n  "
             + "\n  ".join(wrong)
         )
-    tensorrt, cuda = build.get("tensorrt"), build.get("cuda")
-    if tensorrt is None:
+    served, cuda = libraries.served_tensorrt(build, path), build.get("cuda")
+    if not served:
         raise EngineError(f"{path} holds the kernels alone, without the plugin for TensorRT; {_BUILD}")
     if cuda is None:
         raise EngineError(f"{path} emulates the kernels on the CPU, which is for tests; {_BUILD}")
-    if version_numbers(tensorrt)[0] != version_numbers(trt.__version__)[0]:
+    wanted = "rtx" if trt.__name__ == TENSORRT_RTX.module else str(version_numbers(trt.__version__)[0])
+    if wanted not in served:
         raise EngineError(
-            f"the plugin library {path} was built with the headers of TensorRT {tensorrt}, found TensorRT "
-            f"{trt.__version__}; {_BUILD} and headers of the same major version"
+            f"the plugin library {path} serves TensorRT {', '.join(served)}, found {trt.__name__} {trt.__version__}; "
+            f"{_BUILD}, with a release of quartermap-deploy that knows it"
         )
-    return PluginLibrary(Path(path), sha256, tensorrt, cuda)
+    architectures = tuple(str(build.get("architectures") or "").split(","))
+    return PluginLibrary(Path(path), sha256, ", ".join(served), cuda, architectures)
+
+
+def require_code(library: PluginLibrary, capabilities: Iterable[str]) -> None:
+    """Check that a library holds code for GPUs.
+
+    Args:
+        library: as `check_library` returns it.
+        capabilities: compute capabilities, such as "8.9".
+
+    Raises:
+        EngineError: if it holds none for one of them.
+    """
+    lacking = [wanted for wanted in capabilities if not runs_on(library.architectures, wanted)]
+    if lacking:
+        listed = ",".join([*library.architectures, *(wanted.replace(".", "") for wanted in lacking)])
+        raise EngineError(
+            f"the plugin library {library.path} holds code for the architectures {', '.join(library.architectures)}, "
+            f"none for compute capability {' and '.join(lacking)}; "
+            f"build it with `quartermap plugin build --cuda-architectures {listed}`"
+        )
+
+
+def runs_on(architectures: Iterable[str], capability: str) -> bool:
+    """Whether code for architectures runs on a GPU.
+
+    Machine code runs on the same major version with the same or a later minor one, that of Jetson's 8.7 there alone,
+    PTX on any later GPU. "80-real" is machine code, "80-virtual" PTX, "80" both; "90a" runs on 9.0 alone, "100f" on
+    10.x.
+
+    Args:
+        architectures: as nvcc is told them.
+        capability: of the GPU, such as "8.9".
+    """
+    gpu = version_numbers(capability)[:2]
+    return any(_code_runs_on(name, gpu) for name in architectures)
+
+
+def _code_runs_on(architecture: str, gpu: tuple[int, ...]) -> bool:
+    parts = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", architecture)
+    if parts is None:
+        return False
+    own, only, form = (int(parts[1]), int(parts[2])), parts[3], parts[4]
+    later = own[0] == gpu[0] and own <= gpu
+    if own == gpu:
+        return True
+    if only:
+        return only == "f" and later
+    machine_code = form != "-virtual" and later and own != _ORIN
+    return machine_code or (form != "-real" and own <= gpu)
 
 
 def load_plugin(trt: Any, logger: Any, path: Path, sha256: str | None = None) -> PluginLibrary:

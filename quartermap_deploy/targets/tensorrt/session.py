@@ -22,7 +22,7 @@ from quartermap_deploy.targets.tensorrt.checks import check_file
 from quartermap_deploy.targets.tensorrt.cuda_runtime import require_runtime
 from quartermap_deploy.targets.tensorrt.flavour import Flavour, version_numbers
 from quartermap_deploy.targets.tensorrt.monitor import make_logger
-from quartermap_deploy.targets.tensorrt.objects import last_error, make_runtime
+from quartermap_deploy.targets.tensorrt.objects import driver_lack, last_error, make_runtime
 from quartermap_deploy.targets.tensorrt.options import (
     EngineOptions,
     ModelShapes,
@@ -33,6 +33,7 @@ from quartermap_deploy.targets.tensorrt.plugin import (
     WantedLibrary,
     find_library,
     load_plugin,
+    require_code,
     wrong_library,
 )
 from quartermap_deploy.tensor_info import TensorInfo
@@ -116,7 +117,7 @@ def open_engine(
             raise BundleError(
                 f"the engine {path} cannot run here: {reason}; name that one with --plugin, or {mend}"
             )
-        load_plugin(trt, logger, library, wanted.sha256)
+        require_code(load_plugin(trt, logger, library, wanted.sha256), [gpu.compute_capability])
     data = path.read_bytes()
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
@@ -145,8 +146,10 @@ def cannot_run(flavour: Flavour, entry: Mapping[str, Any]) -> str | None:
     Raises:
         MissingDependencyError: if TensorRT is absent or its version is not supported.
     """
-    gpu = devices.find_gpu()
-    return NO_GPU if gpu is None else refusal(flavour, entry, flavour.load().__version__, gpu)
+    version, gpu = flavour.load().__version__, devices.find_gpu()
+    if gpu is None:
+        return NO_GPU
+    return driver_lack(flavour) or refusal(flavour, entry, version, gpu)
 
 
 def refusal(flavour: Flavour, entry: Mapping[str, Any], version: str, gpu: Gpu | None) -> str | None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy import gpu as devices
+from quartermap_deploy.errors import InputError
 from quartermap_deploy.lowering.operator import DOMAIN, SELECTIVE_SCAN_2D, VERSION, direction_names
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.targets.tensorrt.cuda_runtime import require_runtime
 from quartermap_deploy.targets.tensorrt.flavour import TENSORRT
-from quartermap_deploy.targets.tensorrt.objects import require_gpu
+from quartermap_deploy.targets.tensorrt.objects import require_driver, require_gpu
 from quartermap_deploy.targets.tensorrt.options import EngineOptions
-from quartermap_deploy.targets.tensorrt.plugin import check_library, find_library
+from quartermap_deploy.targets.tensorrt.plugin import check_library, find_library, require_code
 
 if TYPE_CHECKING:
     import onnx
@@ -29,17 +31,24 @@ def check(recipe: Any = None) -> None:
     Raises:
         MissingDependencyError: if TensorRT or the CUDA runtime is absent, or the version is not supported.
         EngineError: if there is no GPU, no plugin library, or one that is not for a GPU or for this TensorRT.
-        InputError: if this TensorRT has not the hardware compatibility that is asked for.
+        InputError: if this TensorRT has not the hardware compatibility that is asked for, or scans are to be something
+            else than the plugin.
         PluginError: if the plugin library is damaged, not ours, or of another release.
     """
     from quartermap_deploy.targets.tensorrt.builder import hardware_level
 
-    trt = TENSORRT.load()
-    require_gpu(TENSORRT, devices.find_gpu())
+    trt, gpu = TENSORRT.load(), devices.find_gpu()
+    require_gpu(TENSORRT, gpu)
+    require_driver(TENSORRT)
     require_runtime("running the engine that is built, to prove it,")
     options = getattr(recipe, "engine", None) or EngineOptions()
     hardware_level(trt, TENSORRT, options)
-    check_library(trt, find_library(options.plugin))
+    if options.scan == "tree" and "tensorrt-rtx" not in getattr(recipe, "targets", ()):
+        raise InputError(
+            'scan = "tree" is for the target tensorrt-rtx; for tensorrt scans are the plugin, so leave it out'
+        )
+    library = check_library(trt, find_library(options.plugin))
+    require_code(library, [] if gpu is None else [gpu.compute_capability])
 
 
 def prepare(model: onnx.ModelProto, at: Sequence[Mapping[str, Sequence[int]]] = ()) -> onnx.ModelProto:
@@ -94,7 +103,7 @@ def build(
 
     TENSORRT.load()
     require_gpu(TENSORRT, devices.find_gpu())
-    options = options or EngineOptions()
+    options = dataclasses.replace(options or EngineOptions(), scan="plugin")
     return build_engine(
         TENSORRT,
         Path(model_path),
