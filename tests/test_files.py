@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,14 +129,52 @@ def test_an_old_folder_is_replaced_whole(tmp_path: Path, made: bool) -> None:
     assert (thing / "marker.json").read_text() == "new"
 
 
-@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit, MemoryError])
 def test_a_failure_leaves_nothing_but_what_was_there(tmp_path: Path, failure: type[BaseException]) -> None:
     thing = old_thing(tmp_path / "thing")
     for place in (thing, tmp_path / "a" / "b" / "other"):
         with pytest.raises(failure), KIND.new(place, force=True) as draft:
-            (draft / "half").write_text("")
+            (draft / "marker.json").write_text("half")
+            assert not place.exists() or (place / "marker.json").read_text() == "old"
             raise failure
     assert names(tmp_path) == ["thing"] and names(thing) == ["marker.json", "more.txt"]
+    assert (thing / "marker.json").read_text() == "old"
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
+def test_an_old_folder_is_put_back_if_the_new_one_cannot_take_its_place(
+    tmp_path: Path, failure: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def failing(path: Path, target: Path) -> Path:
+        if path.suffix == ".draft":
+            raise failure
+        return rename(path, target)
+
+    thing = old_thing(tmp_path / "thing")
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(type(failure)):
+        write_new(thing, force=True)
+    assert names(tmp_path) == ["thing"] and names(thing) == ["marker.json", "more.txt"]
+    assert (thing / "marker.json").read_text() == "old"
+
+
+def test_an_old_folder_stays_until_the_new_one_is_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed: list[str] = []
+    remove = shutil.rmtree
+
+    def watched(path: Path, **settings: Any) -> None:
+        if path.exists():
+            removed.append((thing / "marker.json").read_text())
+            remove(path, **settings)
+
+    thing = old_thing(tmp_path / "thing")
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    write_new(thing, force=True)
+    assert removed == ["new"], "what was there is removed once, when the new one is in place"
 
 
 def test_folders_that_hold_something_by_now_stay(tmp_path: Path) -> None:
