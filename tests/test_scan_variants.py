@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 import onnx
@@ -234,3 +236,52 @@ def test_subgraphs_and_functions_hold_what_was_written() -> None:
     assert OPSET == 20 and [(item.domain, item.version) for item in function.opset_import] == [("", 20)]
     assert (function.name, list(function.input), list(function.output)) == ("SelectiveScan", ["x"], [result])
     assert (list(function.attribute), function.overload) == (["delta_softplus"], "own")
+
+
+# Few nodes --------------------------------------------------------------------------------------------------------
+
+
+def nodes(function: onnx.FunctionProto) -> dict[str, int]:
+    return dict(Counter(node.op_type for node in function.node))
+
+
+def trees() -> Iterator[onnx.FunctionProto]:
+    for directions, d_state, low_rank in itertools.product(
+        (("row",), operator.DIRECTIONS), (1, 2), (False, True)
+    ):
+        variant = ScanVariant(directions, True, d_state, low_rank)
+        yield tree_body(variant)
+        for size in ((1, 1), (5, 7), (20, 29), (1, 579)):
+            yield tree_body(TreeVariant(**vars(variant), size=size))
+    for length in (1, 35, 580, 579):
+        yield sequence_tree_body(SequenceTreeVariant(True, True, True, length))
+
+
+def test_no_node_joins_or_splits_one_value() -> None:
+    """A GPU compiler may make a kernel of it."""
+    for function in trees():
+        for node in function.node:
+            assert node.op_type != "Concat" or len(node.input) > 1
+            assert node.op_type != "Split" or len(node.output) > 1
+    for low_rank in (False, True):
+        function = scan_body(ScanVariant(("row",), True, 1, low_rank))
+        assert all(len(node.output) > 1 for node in function.node if node.op_type == "Split")
+
+
+def test_a_map_of_one_state_takes_three_scans_and_one_of_several_one() -> None:
+    for low_rank in (False, True):
+        for d_state, count in ((1, 3), (2, 1), (16, 1)):
+            variant = ScanVariant(operator.DIRECTIONS, True, d_state, low_rank)
+            assert nodes(scan_body(variant))["Scan"] == count
+    assert nodes(sequence_body(SequenceVariant(True, True, True)))["Scan"] == 1
+
+
+@pytest.mark.parametrize(("size", "steps"), [((1, 1), 0), ((5, 7), 6), ((16, 16), 8), ((20, 29), 11)])
+def test_a_tree_has_a_step_for_each_doubling(size: tuple[int, int], steps: int) -> None:
+    """Of 20 x 29 there are 29 lines of 20: five steps each, and one to take up the state before a line."""
+    for d_state in (1, 2):
+        variant = ScanVariant(operator.DIRECTIONS, False, d_state, True)
+        found = nodes(tree_body(TreeVariant(**vars(variant), size=size)))
+        assert found.get("Exp", 0) == steps
+        # One of D, and one of the states where there are several.
+        assert found["ReduceSum"] == d_state
