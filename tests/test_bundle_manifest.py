@@ -176,6 +176,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "missing": (lambda folder: {"recipe": {"model": "own"}}, "recipe has no quartermap"),
     "options": (with_recipe(engine={"refitt": True}), "refitt"),
     "engine": (engine({"refitt": True}), "refitt"),
+    "half": ({"created": "\ud800"}, "half a character"),
     "schema": ({"golden": None}, "golden is null, expected array"),
 }
 
