@@ -387,6 +387,10 @@ def report(error: float) -> ParityReport:
     return ParityReport("golden outputs", NATIVE, TOLERANCE, {"zeros": [outcome]})
 
 
+def test_the_forms_that_can_be_judged_have_these_names() -> None:
+    assert forms.FORMS == ("both", "native", "portable")
+
+
 @pytest.mark.parametrize(("error", "passed"), [(0.0, True), (0.5, False), (math.inf, False)])
 def test_what_a_report_says_of_the_native_operator(error: float, passed: bool) -> None:
     own = report(error)
