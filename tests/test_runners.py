@@ -100,7 +100,9 @@ def test_the_reference_has_its_inputs_types() -> None:
         "ids": ("int64", 1),
     }
     session: Any = SimpleNamespace(inputs=Parts.inputs)
-    found = runners.SessionRunner(session, "engine").get_input_metadata_impl()
+    runner = runners.SessionRunner(session, "engine")
+    assert runner.name == "engine"
+    found = runner.get_input_metadata_impl()
     assert {name: len(item.shape) for name, item in found.items()} == {"x": 2, "ids": 1}
 
 
@@ -301,21 +303,23 @@ def test_16_bit_weights_that_are_inputs_too_are_rounded_once() -> None:
 
 
 def test_attributes_that_only_look_like_types_stay() -> None:
-    """`axis = 10` is no float16, and a table of float32 stays what it is."""
+    """`axis = 10` is no float16; neither is a cast to whole numbers, nor a table of them."""
     text = """
-    g (float[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2] x, float16[2] h) => (float[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2] y) {
-        k = Constant <value = float[2] {0.1, 3.0}> ()
+    g (float[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2] x, float16[2] h) => (int64[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2] y) {
+        k = Constant <value = int64[2] {7, 9}> ()
         a = Softmax <axis = 10> (x)
-        b = Add (a, k)
-        c = Cast <to = 1> (h)
-        y = Add (b, c)
+        b = Cast <to = 7> (a)
+        c = Cast <to = 7> (h)
+        d = Add (b, c)
+        y = Add (d, k)
     }"""
     form = rounded_in_float32(parsed(text))
-    by_type = {node.op_type: node for node in form.graph.node}
-    assert by_type["Softmax"].attribute[0].i == 10
-    np.testing.assert_array_equal(
-        numpy_helper.to_array(by_type["Constant"].attribute[0].t), np.float32([0.1, 3])
-    )
+    named = {node.output[0]: node.attribute[0] for node in form.graph.node if node.attribute}
+    assert named["a"].i == 10
+    assert named["b"].i == named["c"].i == TensorProto.INT64
+    assert numpy_helper.to_array(named["k"].t).dtype == np.int64
+    found = run(form, {"x": np.zeros([1] * 10 + [2], np.float32), "h": np.float32([3, 4])})["y"]
+    assert found.ravel().tolist() == [10, 13]
 
 
 # The comparison ---------------------------------------------------------------------------------------------------
