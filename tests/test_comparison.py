@@ -231,22 +231,22 @@ def test_a_tolerance_is_written_with_that_of_blocks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tolerance", "measured", "limit"),
+    ("kind", "measured", "limit", "block_measured", "block_limit"),
     [
-        (tolerance_for("float32").of_block, 5e-6, 2e-5),
-        (tolerance_for("float32").relative, 100 * 8e-7, 200 * 8e-7),
-        (tolerance_for("float16").of_block, 1.8e-3, 6e-3),
-        (tolerance_for("float16").relative, 2.4e-3, 6e-3),
-        (tolerance_for("bfloat16").of_block, 2.5e-2, 4e-2),
-        (tolerance_for("bfloat16").relative, 2.7e-2, 6e-2),
-        (GIVEN.of_block, 2.0**-10, 2.0**-8.5),
+        ("float32", 100 * 8e-7, 200 * 8e-7, 5e-6, 2e-5),
+        ("float16", 2.4e-3, 6e-3, 1.8e-3, 6e-3),
+        ("bfloat16", 2.7e-2, 6e-2, 2.5e-2, 4e-2),
+        ("given", 2.0**-10, 2.0**-8.5, 2.0**-10, 2.0**-8.5),
     ],
 )
 def test_tolerances_follow_from_what_their_reasons_say(
-    tolerance: float, measured: float, limit: float
+    kind: str, measured: float, limit: float, block_measured: float, block_limit: float
 ) -> None:
     """Above what was measured, and below what a planted fault makes, or two to three times what was measured."""
-    assert measured < tolerance < limit
+    tolerance = GIVEN if kind == "given" else tolerance_for(kind)
+    assert measured < tolerance.relative < limit
+    assert block_measured < tolerance.of_block < block_limit
+    assert tolerance.element_type == ("float32" if kind == "given" else kind)
 
 
 def test_an_unknown_element_type_has_no_tolerance() -> None:
