@@ -200,6 +200,33 @@ def test_a_block_that_departs_behind_a_scan_that_does_not_is_told_so() -> None:
     assert said.startswith("onnxruntime departs from pytorch in 1 of 3 outputs; ")
 
 
+def test_a_scan_that_departs_in_any_case_tells_more_than_its_block() -> None:
+    found = report(
+        {
+            "images": [outcome(scan_name(2), 0.0), outcome(block_output(2), 1.0)],
+            "zeros": [outcome(scan_name(2), 0.5), outcome(block_output(2), 1.0)],
+        }
+    )
+    said = found.describe_failure()
+    assert (
+        "block 2 (layers.0) is the first that departs, in or before its scan, on case 'zeros': 5.00e-01"
+        in said
+    )
+
+
+def test_of_equal_failures_the_first_is_told_of() -> None:
+    cases = {
+        name: [outcome(scan_name(4), 0.0), outcome(block_output(4), error)]
+        for name, error in (("images", 0.5), ("large", 1.0), ("zeros", 0.25))
+    }
+    assert "behind its scan, on case 'images': 5.00e-01" in report(cases).describe_failure()
+    outputs = [outcome("masks", 0.0), outcome("logits", 0.5), outcome("boxes", 1.0)]
+    said = report({"images": [GOOD], "zeros": outputs}).describe_failure()
+    assert said.startswith(
+        "onnxruntime departs from pytorch in 2 of 4 outputs; logits departs, on case 'zeros'"
+    )
+
+
 def test_a_report_is_plain_and_whole() -> None:
     found = report(
         {"images": [outcome(block_output(3), 1.0)], "zeros": [compare_output("y", REFERENCE, None, 1e-4)]}
