@@ -256,11 +256,12 @@ def test_a_file_system_that_takes_no_files_is_an_obstacle() -> None:
     assert found is not None and ("nothing can be written to /proc" in found or "/proc is no folder" in found)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
-def test_a_folder_of_others_is_an_obstacle(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    assert "is no folder that you may write to" in str(obstacle_to(tmp_path / "file"))
-    tmp_path.chmod(0o700)
+def test_a_folder_of_others_is_an_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever permissions it has, as the superuser may write everywhere."""
+    asked: list[tuple[Path, int]] = []
+    monkeypatch.setattr(os, "access", lambda path, mode: asked.append((path, mode)))
+    assert obstacle_to(tmp_path / "a" / "file") == f"{tmp_path} is no folder that you may write to"
+    assert asked == [(tmp_path, os.W_OK | os.X_OK)] and names(tmp_path) == []
 
 
 def test_folders_for_a_file_stay_with_it_and_go_without(tmp_path: Path) -> None:
