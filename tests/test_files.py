@@ -294,6 +294,17 @@ def test_a_file_is_replaced_when_the_block_ends(tmp_path: Path) -> None:
     assert path.read_bytes() == b"new" and names(tmp_path) == ["file"]
 
 
+def test_a_draft_that_somebody_took_away_hides_no_failure(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), pending_file(tmp_path / "file", b"new"):
+        (draft,) = tmp_path.iterdir()
+        draft.unlink()
+        raise KeyboardInterrupt
+    with pytest.raises(WriteError, match="No such file"), pending_file(tmp_path / "file", b"new"):
+        (draft,) = tmp_path.iterdir()
+        draft.unlink()
+    assert names(tmp_path) == []
+
+
 def test_permissions_are_those_of_new_files_or_those_that_were_asked_for(tmp_path: Path) -> None:
     write_whole(tmp_path / "a", b"1")
     write_whole(tmp_path / "b", b"2", 0o600)
