@@ -224,6 +224,24 @@ def test_a_link_in_the_place_of_the_draft_is_noticed(tmp_path: Path) -> None:
     assert mode(other) == 0o700 and not (tmp_path / "thing").exists()
 
 
+def test_a_draft_that_is_gone_is_noticed(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="somebody else replaced"), KIND.new(tmp_path / "thing") as draft:
+        draft.rename(tmp_path / "moved")
+    assert names(tmp_path) == ["moved"]
+
+
+def test_systems_that_open_no_folders_write_them_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Windows, which has other permissions, too."""
+    for name in ("O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK", "fchmod"):
+        monkeypatch.delattr(os, name)
+    write_new(tmp_path / "thing")
+    write_whole(tmp_path / "file", b"new")
+    assert names(tmp_path) == ["file", "thing"]
+    assert read_regular(tmp_path / "file", 9, follow=False) == read_regular(tmp_path / "file", 9) == b"new"
+
+
 # Places -----------------------------------------------------------------------------------------------------------
 
 
@@ -349,6 +367,26 @@ def test_links_are_followed_where_they_may_be(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="it is a link") as found:
         read_regular(link, 9, follow=False)
     assert (found.value.errno, found.value.filename) == (errno.ELOOP, str(link))
+
+
+def test_files_are_opened_without_waiting_and_byte_for_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, told = os.open, []
+
+    def watched(path: Path, flags: int) -> int:
+        told.append(flags)
+        return opened(path, os.O_RDONLY)
+
+    (tmp_path / "file").write_bytes(b"1")
+    monkeypatch.setattr(os, "O_BINARY", 1 << 30, raising=False)
+    monkeypatch.setattr(os, "open", watched)
+    read_regular(tmp_path / "file", 9)
+    read_regular(tmp_path / "file", 9, follow=False)
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_BINARY
+    assert told == [flags, flags | os.O_NOFOLLOW], (
+        "a link that comes between the look and the opening is seen"
+    )
 
 
 @pytest.mark.timeout(60)
