@@ -261,10 +261,10 @@ def test_what_stands_in_the_way_is_said_and_nothing_left(tmp_path: Path) -> None
     assert obstacle_to(tmp_path / "a" / "b" / "file") is None
     assert obstacle_to(tmp_path / "file") is None
     (tmp_path / "file").write_text("")
-    assert (
-        obstacle_to(tmp_path / "file" / "b" / "c")
-        == f"{tmp_path / 'file'} is no folder that you may write to"
-    )
+    for permissions in (0o600, 0o700):  # what may be run looks like a folder that one may enter
+        (tmp_path / "file").chmod(permissions)
+        found = obstacle_to(tmp_path / "file" / "b" / "c")
+        assert found == f"{tmp_path / 'file'} is no folder that you may write to"
     assert names(tmp_path) == ["file"]
 
 
