@@ -364,8 +364,7 @@ def read_manifest(folder: Path, *, signed_by: Sequence[str | os.PathLike[str]] =
         for entry in manifest["targets"].values():
             EngineOptions.from_dict(entry.get("options", {}))
     except (QuartermapError, KeyError, TypeError, ValueError) as error:
-        said = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-        raise BundleError(f"{path} cannot be read: {said}; {_MEND}") from error
+        raise BundleError(f"{path} cannot be read: {error}; {_MEND}") from error
     return manifest
 
 

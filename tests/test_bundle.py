@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -28,7 +27,6 @@ from quartermap_deploy.errors import (
     QuartermapError,
     UnknownNameError,
 )
-from quartermap_deploy.files import FolderKind, write_whole
 from quartermap_deploy.revalidate import validate_bundle
 from quartermap_deploy.validation.golden import read_golden
 from quartermap_deploy.validation.inputs import real_images
@@ -226,79 +224,6 @@ def test_a_place_that_holds_no_files_is_refused_before_the_work(
     monkeypatch.setattr(compiler, "export_model", lambda *arguments: pytest.fail("the work began"))
     with pytest.raises(BundleError, match="cannot write to"):
         qm.compile(RECIPE, Path(place))
-
-
-def test_an_old_bundle_is_put_back_if_the_new_one_cannot_take_its_place(
-    copy_of_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rename = Path.rename
-
-    def failing(path: Path, target: Path) -> Path:
-        if path.suffix == ".draft":
-            raise OSError(28, "No space left on device")
-        return rename(path, target)
-
-    kind = FolderKind("bundle", "manifest.json", BundleError)
-    before = (copy_of_bundle / "manifest.json").read_bytes()
-    monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="No space"), kind.new(copy_of_bundle, force=True) as draft:
-        (draft / "manifest.json").write_text("{}")
-    assert (copy_of_bundle / "manifest.json").read_bytes() == before
-    assert [path.name for path in copy_of_bundle.parent.iterdir()] == ["copy"]
-
-
-def test_a_draft_that_others_replace_by_a_link_changes_nothing_of_the_target(tmp_path: Path) -> None:
-    kind = FolderKind("bundle", "manifest.json", BundleError)
-    private = tmp_path / "private"
-    private.mkdir(mode=0o700)
-    with pytest.raises(BundleError, match="somebody else replaced"), kind.new(tmp_path / "out") as draft:
-        (draft / "manifest.json").write_text("{}")
-        draft.rename(tmp_path / "away")
-        draft.symlink_to(private)
-    assert private.stat().st_mode & 0o777 == 0o700
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_file_has_the_permissions_of_any_other_whatever_becomes_of_its_draft(tmp_path: Path) -> None:
-    old = os.umask(0o027)
-    try:
-        write_whole(tmp_path / "a", b"1")
-        write_whole(tmp_path / "b", b"2", mode=0o600)
-    finally:
-        os.umask(old)
-    assert [(tmp_path / name).stat().st_mode & 0o777 for name in "ab"] == [0o640, 0o600]
-
-
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit, MemoryError])
-def test_an_interruption_leaves_no_draft_and_the_old_bundle(
-    copy_of_bundle: Path, interruption: type[BaseException]
-) -> None:
-    kind = FolderKind("bundle", "manifest.json", BundleError)
-    before = (copy_of_bundle / "manifest.json").read_bytes()
-    with pytest.raises(interruption), kind.new(copy_of_bundle, force=True) as draft:
-        (draft / "manifest.json").write_text("{}")
-        assert (copy_of_bundle / "manifest.json").read_bytes() == before
-        raise interruption
-    assert (copy_of_bundle / "manifest.json").read_bytes() == before
-    assert [path.name for path in copy_of_bundle.parent.iterdir()] == ["copy"]
-
-
-def test_the_old_bundle_stays_until_the_new_one_is_in_its_place(
-    copy_of_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kind = FolderKind("bundle", "manifest.json", BundleError)
-    removed: list[list[str]] = []
-
-    def watched(path: Path, **settings: Any) -> None:
-        if path.exists():
-            removed.append(sorted(entry.name for entry in copy_of_bundle.iterdir()))
-            remove(path, **settings)
-
-    remove = shutil.rmtree
-    monkeypatch.setattr(shutil, "rmtree", watched)
-    with kind.new(copy_of_bundle, force=True) as draft:
-        (draft / "manifest.json").write_text("{}")
-    assert removed == [["manifest.json"]], "what was there is removed once, when the new one is in place"
 
 
 def test_force_never_removes_what_is_no_bundle(tmp_path: Path) -> None:

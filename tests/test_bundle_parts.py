@@ -86,6 +86,9 @@ def test_outputs_are_by_name_where_there_are_several(tmp_path: Path) -> None:
 def test_one_session_serves_every_call(tmp_path: Path) -> None:
     own = bundle(tmp_path)
     assert own.session() is own.session("onnxruntime")
+    files = {"b": 1, "a": 2}
+    same = [Bundle(tmp_path, {"files": dict(sorted(files.items(), reverse=turned))}, {}) for turned in (0, 1)]
+    assert same[0] == same[1] and hash(same[0]) == hash(same[1])
     changed = bundle(tmp_path, PAIR.replace("Sign", "Neg"))
     assert hash(changed) != hash(own) and changed.session() is not own.session()
     np.testing.assert_array_equal(changed.run(X)["sign"], -X)  # type: ignore[index]
@@ -95,7 +98,7 @@ def test_what_the_manifest_leaves_open_is_none(tmp_path: Path) -> None:
     own = bundle(tmp_path, model={}, preprocessing=None, labels=[], task="features")
     assert (own.num_classes, own.preprocessing, own.labels, own.task) == (None, None, (), "features")
     named = bundle(tmp_path, model={"num_classes": 2.0}, labels=["cat", "dog"])
-    assert named.num_classes == 2 and named.labels == ("cat", "dog")
+    assert repr(named.num_classes) == "2" and named.labels == ("cat", "dog")
     assert own.model_path == tmp_path / "model.onnx"
 
 
@@ -116,7 +119,11 @@ def test_a_graph_that_the_manifest_does_not_list_is_refused(tmp_path: Path) -> N
     for changes, words in (
         (
             {"nodes": 3, "operators": {"Add": 2, "Identity": 1}},
-            r"has 3 nodes, its manifest lists 3 \(1 Add instead of 2",
+            r"has 3 nodes, its manifest lists 3 \(1 Add instead of 2, 1 Sign instead of 0\)",
+        ),
+        (
+            {"nodes": 4, "operators": {"Add": 1, "Identity": 1, "Sign": 1, "Neg": 1}},
+            r"lists 4 \(0 Neg instead of 1\)",
         ),
         ({"nodes": 4, "operators": {"Add": 1, "Identity": 1, "Sign": 1}}, r"lists 4 \(the same operators\)"),
         (
@@ -183,6 +190,7 @@ def test_labels_of_bundles_of_one_name_are_numbered(tmp_path: Path) -> None:
     ]
     assert bundle_labels(paths) == ["x", "x (2)", "y", "x (3)", "xy"]
     assert bundle_labels([]) == []
+    assert bundle_labels([tmp_path / "x" / ".."]) == [tmp_path.name]
 
 
 def test_what_is_no_folder_is_told_of(tmp_path: Path) -> None:
@@ -215,8 +223,16 @@ def test_a_manifest_that_is_none_is_told_of(text: str, words: str, tmp_path: Pat
         read_manifest(tmp_path)
 
 
-def test_json_is_for_people_and_programs(tmp_path: Path) -> None:
+def test_json_is_for_people_and_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text, encodings = Path.write_text, []
+
+    def watched(path: Path, text: str, encoding: str | None = None) -> int:
+        encodings.append(encoding)
+        return write_text(path, text, encoding=encoding)
+
+    monkeypatch.setattr(Path, "write_text", watched)
     write_json(tmp_path / "a.json", {"a": [1], "é": "ß"})
+    assert encodings[0] is not None, "whatever the machine's own is"
     assert (tmp_path / "a.json").read_bytes() == '{\n  "a": [\n    1\n  ],\n  "é": "ß"\n}\n'.encode()
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "b.json", {"a": float("nan")})

@@ -200,6 +200,33 @@ def test_a_block_that_departs_behind_a_scan_that_does_not_is_told_so() -> None:
     assert said.startswith("onnxruntime departs from pytorch in 1 of 3 outputs; ")
 
 
+def test_a_scan_that_departs_in_any_case_tells_more_than_its_block() -> None:
+    found = report(
+        {
+            "images": [outcome(scan_name(2), 0.0), outcome(block_output(2), 1.0)],
+            "zeros": [outcome(scan_name(2), 0.5), outcome(block_output(2), 1.0)],
+        }
+    )
+    said = found.describe_failure()
+    assert (
+        "block 2 (layers.0) is the first that departs, in or before its scan, on case 'zeros': 5.00e-01"
+        in said
+    )
+
+
+def test_of_equal_failures_the_first_is_told_of() -> None:
+    cases = {
+        name: [outcome(scan_name(4), 0.0), outcome(block_output(4), error)]
+        for name, error in (("images", 0.5), ("large", 1.0), ("zeros", 0.25))
+    }
+    assert "behind its scan, on case 'images': 5.00e-01" in report(cases).describe_failure()
+    outputs = [outcome("masks", 0.0), outcome("logits", 0.5), outcome("boxes", 1.0)]
+    said = report({"images": [GOOD], "zeros": outputs}).describe_failure()
+    assert said.startswith(
+        "onnxruntime departs from pytorch in 2 of 4 outputs; logits departs, on case 'zeros'"
+    )
+
+
 def test_a_report_is_plain_and_whole() -> None:
     found = report(
         {"images": [outcome(block_output(3), 1.0)], "zeros": [compare_output("y", REFERENCE, None, 1e-4)]}
@@ -231,22 +258,22 @@ def test_a_tolerance_is_written_with_that_of_blocks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tolerance", "measured", "limit"),
+    ("kind", "measured", "limit", "block_measured", "block_limit"),
     [
-        (tolerance_for("float32").of_block, 5e-6, 2e-5),
-        (tolerance_for("float32").relative, 100 * 8e-7, 200 * 8e-7),
-        (tolerance_for("float16").of_block, 1.8e-3, 6e-3),
-        (tolerance_for("float16").relative, 2.4e-3, 6e-3),
-        (tolerance_for("bfloat16").of_block, 2.5e-2, 4e-2),
-        (tolerance_for("bfloat16").relative, 2.7e-2, 6e-2),
-        (GIVEN.of_block, 2.0**-10, 2.0**-8.5),
+        ("float32", 100 * 8e-7, 200 * 8e-7, 5e-6, 2e-5),
+        ("float16", 2.4e-3, 6e-3, 1.8e-3, 6e-3),
+        ("bfloat16", 2.7e-2, 6e-2, 2.5e-2, 4e-2),
+        ("given", 2.0**-10, 2.0**-8.5, 2.0**-10, 2.0**-8.5),
     ],
 )
 def test_tolerances_follow_from_what_their_reasons_say(
-    tolerance: float, measured: float, limit: float
+    kind: str, measured: float, limit: float, block_measured: float, block_limit: float
 ) -> None:
     """Above what was measured, and below what a planted fault makes, or two to three times what was measured."""
-    assert measured < tolerance < limit
+    tolerance = GIVEN if kind == "given" else tolerance_for(kind)
+    assert measured < tolerance.relative < limit
+    assert block_measured < tolerance.of_block < block_limit
+    assert tolerance.element_type == ("float32" if kind == "given" else kind)
 
 
 def test_an_unknown_element_type_has_no_tolerance() -> None:

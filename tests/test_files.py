@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,14 +129,52 @@ def test_an_old_folder_is_replaced_whole(tmp_path: Path, made: bool) -> None:
     assert (thing / "marker.json").read_text() == "new"
 
 
-@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit, MemoryError])
 def test_a_failure_leaves_nothing_but_what_was_there(tmp_path: Path, failure: type[BaseException]) -> None:
     thing = old_thing(tmp_path / "thing")
     for place in (thing, tmp_path / "a" / "b" / "other"):
         with pytest.raises(failure), KIND.new(place, force=True) as draft:
-            (draft / "half").write_text("")
+            (draft / "marker.json").write_text("half")
+            assert not place.exists() or (place / "marker.json").read_text() == "old"
             raise failure
     assert names(tmp_path) == ["thing"] and names(thing) == ["marker.json", "more.txt"]
+    assert (thing / "marker.json").read_text() == "old"
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
+def test_an_old_folder_is_put_back_if_the_new_one_cannot_take_its_place(
+    tmp_path: Path, failure: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def failing(path: Path, target: Path) -> Path:
+        if path.suffix == ".draft":
+            raise failure
+        return rename(path, target)
+
+    thing = old_thing(tmp_path / "thing")
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(type(failure)):
+        write_new(thing, force=True)
+    assert names(tmp_path) == ["thing"] and names(thing) == ["marker.json", "more.txt"]
+    assert (thing / "marker.json").read_text() == "old"
+
+
+def test_an_old_folder_stays_until_the_new_one_is_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed: list[str] = []
+    remove = shutil.rmtree
+
+    def watched(path: Path, **settings: Any) -> None:
+        if path.exists():
+            removed.append((thing / "marker.json").read_text())
+            remove(path, **settings)
+
+    thing = old_thing(tmp_path / "thing")
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    write_new(thing, force=True)
+    assert removed == ["new"], "what was there is removed once, when the new one is in place"
 
 
 def test_folders_that_hold_something_by_now_stay(tmp_path: Path) -> None:
@@ -184,6 +224,24 @@ def test_a_link_in_the_place_of_the_draft_is_noticed(tmp_path: Path) -> None:
     assert mode(other) == 0o700 and not (tmp_path / "thing").exists()
 
 
+def test_a_draft_that_is_gone_is_noticed(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="somebody else replaced"), KIND.new(tmp_path / "thing") as draft:
+        draft.rename(tmp_path / "moved")
+    assert names(tmp_path) == ["moved"]
+
+
+def test_systems_that_open_no_folders_write_them_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Windows, which has other permissions, too."""
+    for name in ("O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK", "fchmod"):
+        monkeypatch.delattr(os, name)
+    write_new(tmp_path / "thing")
+    write_whole(tmp_path / "file", b"new")
+    assert names(tmp_path) == ["file", "thing"]
+    assert read_regular(tmp_path / "file", 9, follow=False) == read_regular(tmp_path / "file", 9) == b"new"
+
+
 # Places -----------------------------------------------------------------------------------------------------------
 
 
@@ -203,10 +261,10 @@ def test_what_stands_in_the_way_is_said_and_nothing_left(tmp_path: Path) -> None
     assert obstacle_to(tmp_path / "a" / "b" / "file") is None
     assert obstacle_to(tmp_path / "file") is None
     (tmp_path / "file").write_text("")
-    assert (
-        obstacle_to(tmp_path / "file" / "b" / "c")
-        == f"{tmp_path / 'file'} is no folder that you may write to"
-    )
+    for permissions in (0o600, 0o700):  # what may be run looks like a folder that one may enter
+        (tmp_path / "file").chmod(permissions)
+        found = obstacle_to(tmp_path / "file" / "b" / "c")
+        assert found == f"{tmp_path / 'file'} is no folder that you may write to"
     assert names(tmp_path) == ["file"]
 
 
@@ -216,11 +274,12 @@ def test_a_file_system_that_takes_no_files_is_an_obstacle() -> None:
     assert found is not None and ("nothing can be written to /proc" in found or "/proc is no folder" in found)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
-def test_a_folder_of_others_is_an_obstacle(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    assert "is no folder that you may write to" in str(obstacle_to(tmp_path / "file"))
-    tmp_path.chmod(0o700)
+def test_a_folder_of_others_is_an_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever permissions it has, as the superuser may write everywhere."""
+    asked: list[tuple[Path, int]] = []
+    monkeypatch.setattr(os, "access", lambda path, mode: asked.append((path, mode)))
+    assert obstacle_to(tmp_path / "a" / "file") == f"{tmp_path} is no folder that you may write to"
+    assert asked == [(tmp_path, os.W_OK | os.X_OK)] and names(tmp_path) == []
 
 
 def test_folders_for_a_file_stay_with_it_and_go_without(tmp_path: Path) -> None:
@@ -251,6 +310,17 @@ def test_a_file_is_replaced_when_the_block_ends(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), pending_file(path, b"third"):
         raise KeyboardInterrupt
     assert path.read_bytes() == b"new" and names(tmp_path) == ["file"]
+
+
+def test_a_draft_that_somebody_took_away_hides_no_failure(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), pending_file(tmp_path / "file", b"new"):
+        (draft,) = tmp_path.iterdir()
+        draft.unlink()
+        raise KeyboardInterrupt
+    with pytest.raises(WriteError, match="No such file"), pending_file(tmp_path / "file", b"new"):
+        (draft,) = tmp_path.iterdir()
+        draft.unlink()
+    assert names(tmp_path) == []
 
 
 def test_permissions_are_those_of_new_files_or_those_that_were_asked_for(tmp_path: Path) -> None:
@@ -297,6 +367,26 @@ def test_links_are_followed_where_they_may_be(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="it is a link") as found:
         read_regular(link, 9, follow=False)
     assert (found.value.errno, found.value.filename) == (errno.ELOOP, str(link))
+
+
+def test_files_are_opened_without_waiting_and_byte_for_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, told = os.open, []
+
+    def watched(path: Path, flags: int) -> int:
+        told.append(flags)
+        return opened(path, os.O_RDONLY)
+
+    (tmp_path / "file").write_bytes(b"1")
+    monkeypatch.setattr(os, "O_BINARY", 1 << 30, raising=False)
+    monkeypatch.setattr(os, "open", watched)
+    read_regular(tmp_path / "file", 9)
+    read_regular(tmp_path / "file", 9, follow=False)
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_BINARY
+    assert told == [flags, flags | os.O_NOFOLLOW], (
+        "a link that comes between the look and the opening is seen"
+    )
 
 
 @pytest.mark.timeout(60)

@@ -91,6 +91,43 @@ def test_a_file_with_something_missing_or_unknown_is_refused(
         as_reference(source(), saved(tmp_path, **arrays))
 
 
+def test_what_is_unknown_is_not_even_read(tmp_path: Path) -> None:
+    path = saved(tmp_path, first=FIRST, output=OUTPUT, more=np.array([None]))
+    with pytest.raises(InputError, match="holds first, more, output; expected the inputs first"):
+        as_reference(source(), path)
+
+
+def test_several_outputs_are_no_input(tmp_path: Path) -> None:
+    names = list(source("list").discovery.outputs)
+    with pytest.raises(InputError, match=r"holds .*; expected the inputs first, and one at least"):
+        as_reference(source("list"), saved(tmp_path, **dict.fromkeys(names, OUTPUT)))
+    found = as_reference(source("list"), saved(tmp_path, first=FIRST, **{names[1]: OUTPUT}))
+    assert list(found.inputs) == ["first"] and list(found.outputs) == names[1:]
+
+
+def test_a_file_that_cannot_be_read_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / "saved.npz").write_bytes(b"no archive")
+    for path in (tmp_path / "none.npz", tmp_path / "saved.npz", saved(tmp_path, first=np.array([None]))):
+        with pytest.raises(
+            InputError, match=r"cannot be read: .*expected an .npz file with an array for each"
+        ):
+            as_reference(source(), path)
+    for reference in (3, FIRST, [FIRST, OUTPUT, OUTPUT], {"first": FIRST}):
+        with pytest.raises(
+            InputError, match=r"the reference is (3 values|a \w+); expected \(inputs, outputs\)"
+        ):
+            as_reference(source(), reference)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("place", ["first", "output"])
+def test_one_value_that_is_no_number_is_refused(place: str, value: float) -> None:
+    arrays = {"first": FIRST.copy(), "output": OUTPUT.copy()}
+    arrays[place][1, 2, 3] = value
+    with pytest.raises(InputError, match=f"has NaN or infinite values in '{place}'"):
+        as_reference(source(), (arrays["first"], arrays["output"]))
+
+
 def test_doubles_become_float32_and_integers_stay(tmp_path: Path) -> None:
     found = as_reference(source(), saved(tmp_path, first=FIRST, output=OUTPUT))
     assert found.inputs["first"].dtype == found.outputs["output"].dtype == np.float32

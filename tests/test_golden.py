@@ -20,6 +20,7 @@ from quartermap_deploy.validation.engines import NO_GOLDEN, engine_runner, golde
 from quartermap_deploy.validation.golden import (
     CASES,
     INPUTS_FILE,
+    LARGEST,
     OUTPUTS_FILE,
     golden_cases,
     golden_runner,
@@ -162,8 +163,9 @@ def test_golden_files_of_other_cases_are_refused(
 
 def test_golden_files_have_a_bound(tmp_path: Path) -> None:
     """The file has no content, but for its size; it is refused before it is read."""
+    assert LARGEST == 4 << 30
     with (tmp_path / INPUTS_FILE).open("wb") as file:
-        file.truncate((4 << 30) + 1)
+        file.truncate(LARGEST + 1)
     with pytest.raises(BundleError, match="has more than 4,294,967,296 bytes"):
         read_golden(tmp_path, GOLDEN)
 

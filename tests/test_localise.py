@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -154,11 +155,9 @@ def test_of_several_blocks_that_mend_the_best_is_named(monkeypatch: pytest.Monke
     """The errors that are left are given here, by the block that is in float32; real ones seldom are so near."""
     left = {1: 4e-3, 2: 1e-3, 3: 3e-3, 0: 9e-3}
 
-    def judged(reference: object, target: object, feeds: object, tolerance: Tolerance) -> ParityReport:
+    def compared(*arguments: object) -> ParityReport:
         (block,) = float32 or (None,)
-        error = 8e-3 if block is None else left[block]
-        outcome = OutputComparison("y", error, error, 1.0, tolerance.relative, error <= tolerance.relative)
-        return ParityReport("float32", "float16", tolerance, {"images": [outcome]})
+        return judged(8e-3 if block is None else left[block])
 
     def typed(model: onnx.ModelProto, precision: str, **kept: Any) -> tuple[onnx.ModelProto, None]:
         float32[:] = kept["blocks_float32"]
@@ -168,10 +167,111 @@ def test_of_several_blocks_that_mend_the_best_is_named(monkeypatch: pytest.Monke
 
     float32: list[int] = []
     monkeypatch.setattr(localise_module, "cast_precision", typed)
-    monkeypatch.setattr(localise_module, "check_parity", judged)
+    monkeypatch.setattr(localise_module, "check_parity", compared)
     report = found(network())
     assert [part for part, (passed, _) in report.alone.items() if passed] == [1, 2, 3]
     assert (report.restoring, report.remaining, report.error) == ((2,), 1e-3, 8e-3)
+
+
+class Counting:
+    """Progress that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[str, int | None]] = []
+        self.units = 0
+
+    @contextlib.contextmanager
+    def step(self, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        self.steps.append((title, total))
+        yield self.advance
+
+    def advance(self, units: int) -> None:
+        self.units += units
+
+
+def judged(error: float) -> ParityReport:
+    """A comparison whose worst error this is."""
+    outcome = OutputComparison("y", error, error, 1.0, TOLERANCE.relative, error <= TOLERANCE.relative)
+    return ParityReport("float32", "float16", TOLERANCE, {"images": [outcome]})
+
+
+def test_each_block_is_tried_with_what_is_kept_anyway(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Any] = []
+
+    def typed(model: onnx.ModelProto, precision: str, **kept: Any) -> tuple[onnx.ModelProto, None]:
+        tried.append((precision, kept["keep_float32"], kept["blocks_float32"]))
+        return model, None
+
+    errors = iter([0.5, 0.25, np.inf, 0.125, 0.0625])
+    monkeypatch.setattr(localise_module, "cast_precision", typed)
+    monkeypatch.setattr(localise_module, "check_parity", lambda *arguments: judged(next(errors)))
+    model = network(after=f"\n    rest = Relu (block_{BLOCKS})\n    y = Abs (rest)\n")
+    model.graph.node[-1].name = ""
+    report = found(model, keep_float32=iter(["Exp_1"]), blocks_float32=iter([2]))
+    names, after = ("Exp_1",), ("Exp_1", "rest")
+    assert tried == [
+        ("float16", names, {2}),
+        ("float16", names, {1, 2}),
+        ("float16", names, {2, 3}),
+        ("float16", after, {2}),
+        ("float16", after, {1, 2, 3}),
+    ]
+    alone = {1: (False, 0.25), 3: (False, np.inf), 0: (False, 0.125)}
+    assert report == LocaliseReport("float16", False, alone, None, 0.5, 0.0625, runs=5)
+
+
+@pytest.mark.parametrize(
+    ("needed", "alone", "tries"),
+    [
+        (
+            {2, 5},
+            {1: 0.6, 2: 0.1, 3: 0.5, 4: 0.4, 5: 0.2, 6: 0.3},
+            # Those that help least go first, half of them at a time, and what is left one by one.
+            [[1, 2, 3, 4, 5, 6], [2, 5, 6], None, [2, 5], [2], [5]],
+        ),
+        (
+            {1, 8},
+            {1: 0.9, 2: 0.8, 3: 0.7, 4: 0.6, 5: 0.5, 6: 0.4, 7: 0.3, 8: 0.2},
+            [
+                [1, 2, 3, 4, 5, 6, 7, 8],
+                [5, 6, 7, 8],
+                [3, 4, 5, 6, 7, 8],
+                [2, 3, 4, 5, 6, 7, 8],
+                [1, 3, 4, 5, 6, 7, 8],
+                [1, 4, 5, 6, 7, 8],
+                [1, 5, 6, 7, 8],
+                [1, 6, 7, 8],
+                [1, 7, 8],
+                [1, 8],
+                [1],
+            ],
+        ),
+        ({1, 9}, {1: 0.9, 2: 0.8}, [[1, 2]]),
+    ],
+    ids=["two of six", "first and last", "elsewhere"],
+)
+def test_the_smallest_set_is_found_from_the_least_helpful_on(
+    needed: set[int], alone: dict[int, float], tries: list[list[int] | None]
+) -> None:
+    tried: list[list[int]] = []
+    progress = Counting()
+
+    def compare(blocks: Iterable[int]) -> ParityReport:
+        tried.append(sorted(blocks))
+        return judged(len(tried) * 1e-4 if needed <= set(tried[-1]) else 1.0)
+
+    kept, left = localise_module._smallest_set(
+        compare, list(alone), {part: (False, error) for part, error in alone.items()}, progress
+    )
+    assert tried == [blocks for blocks in tries if blocks is not None]
+    if needed <= set(alone):
+        assert kept == tuple(sorted(needed))
+        # The error is that of the set itself, not of one that was tried after it.
+        assert left == (tried.index(sorted(needed)) + 1) * 1e-4
+        assert progress.steps == [("finding the smallest set of blocks", None)]
+        assert progress.units == len(tries) - 1
+    else:
+        assert (kept, left) == (None, 1.0) and progress.steps == []
 
 
 def test_a_runner_of_ones_own_may_have_the_result_alone() -> None:
@@ -248,24 +348,6 @@ def test_the_report_is_plain_and_whole() -> None:
 
 
 def test_progress_is_told() -> None:
-    class Counting:
-        def __init__(self) -> None:
-            self.steps: list[tuple[str, int | None]] = []
-            self.units = 0
-
-        def step(self, title: str, total: int | None = None):  # type: ignore[no-untyped-def]
-            import contextlib
-
-            @contextlib.contextmanager
-            def opened():  # type: ignore[no-untyped-def]
-                self.steps.append((title, total))
-                yield self.advance
-
-            return opened()
-
-        def advance(self, units: int) -> None:
-            self.units += units
-
     progress = Counting()
     found(network([1]), progress=progress)
     ((_, total),) = progress.steps

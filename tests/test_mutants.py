@@ -299,9 +299,9 @@ from mutants import forked
 from mutants.tree import Tree
 
 tree, scratch = Tree(Path(sys.argv[1]), Path(sys.argv[2])), Path(sys.argv[3])
-order = ["tests/test_a.py::test_process", "tests/test_a.py::test_f"]
+order = ["tests/test_a.py::test_process", "tests/test_a.py::test_f", "tests/test_a.py::test_two[two-2]"]
 endless, leaving = "[1 for _ in iter(int, 1)]", "x + 1 if x > 1 else __import__('os')._exit(0)"
-for body in ("x + 1", "x - 1", "x + x", "f(", endless, leaving):
+for body in ("x + 1", "x - 1", "x + x", "x + (x < 9)", "f(", endless, leaving):
     tree.plant("package/a.py", f"def f(x):\\n    return {body}\\n".encode())
     run = forked.run_tests(tree.path, scratch, ["tests/test_a.py"], order=order, seconds=5 if "iter" in body else 60)
     tree.mend()
@@ -318,7 +318,10 @@ def test_faults_are_caught_in_forks_and_by_processes_that_tests_start(
     (repository / "tests" / "test_a.py").write_text(
         "import subprocess, sys\n"
         "from package.a import f\n"
+        "import pytest\n"
         "def test_f():\n    assert f(1) == 2\n"
+        "@pytest.mark.parametrize(('name', 'least'), [('two', f(9) - 8)])\n"
+        "def test_two(name, least):\n    assert least == 2\n"
         "def test_process():\n"
         "    command = [sys.executable, '-c', 'from package.a import f; print(f(3) > 0)']\n"
         "    assert subprocess.run(command, capture_output=True, text=True, cwd='/').stdout == 'True\\n'\n"
@@ -335,7 +338,8 @@ def test_faults_are_caught_in_forks_and_by_processes_that_tests_start(
     assert done.stdout.splitlines() == [
         "passed -",
         "failed tests/test_a.py::test_f",  # f(3) is 2, which is above zero, too
-        "passed -",
+        "failed tests/test_a.py::test_two[two-10]",  # not asked for by this name, which the fault made
+        "failed tests/test_a.py::test_two[two-1]",
         "failed tests/test_a.py",
         "time -",
         "crashed -",

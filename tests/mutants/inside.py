@@ -72,7 +72,13 @@ class Judging:
         """Choose and order the tests, after pytest has put those with the same fixtures together."""
         if self._order is None:
             return
-        order = self._order
+        # A fault may change the parameters of a test, which are in its name: its function is asked for all the same.
+        gone = self._order.keys() - {item.nodeid for item in items}
+        functions = {name.split("[")[0]: self._order[name] for name in gone if "[" in name}
+        order = {
+            **{i.nodeid: functions[base] for i in items if (base := i.nodeid.split("[")[0]) in functions},
+            **self._order,
+        }
         left_out = [item for item in items if item.nodeid not in order]
         items[:] = sorted(
             (item for item in items if item.nodeid in order), key=lambda item: order[item.nodeid]
