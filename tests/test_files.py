@@ -9,6 +9,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -357,6 +358,16 @@ def test_files_that_do_not_tell_their_size_have_the_bound_too() -> None:
     assert path.stat().st_size == 0 and b"Pid:" in read_regular(path, 1 << 20)
     with pytest.raises(OSError, match="more than 10 bytes"):
         read_regular(path, 10)
+
+
+def test_a_file_that_grows_while_it_is_read_has_the_bound_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"123456")
+    before = SimpleNamespace(st_mode=(tmp_path / "file").stat().st_mode, st_size=5)
+    monkeypatch.setattr(os, "fstat", lambda descriptor: before)
+    with pytest.raises(OSError, match="more than 5 bytes"):
+        read_regular(tmp_path / "file", 5)
 
 
 def test_links_are_followed_where_they_may_be(tmp_path: Path) -> None:
