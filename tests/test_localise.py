@@ -207,7 +207,9 @@ def test_each_block_is_tried_with_what_is_kept_anyway(monkeypatch: pytest.Monkey
     monkeypatch.setattr(localise_module, "check_parity", lambda *arguments: judged(next(errors)))
     model = network(after=f"\n    rest = Relu (block_{BLOCKS})\n    y = Abs (rest)\n")
     model.graph.node[-1].name = ""
-    report = found(model, keep_float32=iter(["Exp_1"]), blocks_float32=iter([2]))
+    progress = Counting()
+    report = found(model, keep_float32=iter(["Exp_1"]), blocks_float32=iter([2]), progress=progress)
+    assert progress.steps == [("flipping casts block by block", 4)] and progress.units == 4
     names, after = ("Exp_1",), ("Exp_1", "rest")
     assert tried == [
         ("float16", names, {2}),
