@@ -189,7 +189,7 @@ def chosen(fault: Fault, guards: Sequence[Guard], seconds: float) -> list[Guard]
     Args:
         fault: the fault.
         guards: of all its area's test files.
-        seconds: about how long they may take together; those of C++ all run, as what it does is computed by any of them.
+        seconds: about how long they may take together; on a fault of C++ all run, as no function of it reports.
     """
     if not fault.file.endswith(".py"):
         return [guard for _, group in _in_order(guards) for guard in group]
