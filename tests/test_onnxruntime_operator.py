@@ -275,7 +275,9 @@ def test_the_number_of_threads_changes_no_bit_of_small_maps(library: Path) -> No
         assert np.array_equal(y, alone)
 
 
-@pytest.mark.parametrize("said", ["0", "-3", "many", "99999999999999999999", "1e3", "7" * 100, ""])
+@pytest.mark.parametrize(
+    "said", ["0", "-3", "many", "4294967295", "99999999999999999999", "1e3", "7" * 100, ""]
+)
 def test_a_number_of_threads_that_is_none_is_passed_over(library: Path, said: str) -> None:
     case = scan_case(d_inner=40, height=20, width=20)
     (y,) = open_session(case_model(case), library, 2, {"quartermap.threads": said}).run(
