@@ -14,7 +14,7 @@ from quartermap_deploy.architectures import create_model
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.evaluation.fidelity import Fidelity, fidelity
 from quartermap_deploy.evaluation.savings import Savings, counted_savings
-from quartermap_deploy.evaluation.search import Candidate, Goal, Judge, count_sets, every_set, search
+from quartermap_deploy.evaluation.search import Candidate, Goal, Judge, _chain, count_sets, every_set, search
 from quartermap_deploy.pruning import QuarterMap, Subsample, prune
 
 BLOCKS = tuple(range(1, 9))
@@ -213,6 +213,13 @@ def test_a_search_runs_single_blocks_then_sets_in_order_of_cost_for_what_they_sa
     in_order = [6, 1, 8, 3, 2, 7, 4, 5]
     assert calls[9:16] == [Candidate(tuple(sorted(in_order[:count])), 2) for count in range(2, 9)]
     assert len(calls) == 16
+
+
+def test_blocks_that_save_nothing_come_last_even_behind_those_that_lose_everything() -> None:
+    judge = Judge(savings([0.1, -0.02, 0.1, 0.0]), None)
+    singles = [Candidate((block,), 2) for block in (1, 2, 3, 4)]
+    divergence = dict(zip(singles, [float("inf"), 0.0, 0.5, 0.0], strict=True))
+    assert [c.blocks for c in _chain(singles, divergence, judge)] == [(1, 3), (1, 3, 4), (1, 2, 3, 4)]
 
 
 # What it rests on -----------------------------------------------------------------------------------------------
