@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from quartermap_deploy.architectures import create_model, load_card
 from quartermap_deploy.errors import InputError, RecipeError
-from quartermap_deploy.evaluation.fidelity import Fidelity, _Counts
+from quartermap_deploy.evaluation.datasets import Dataset
+from quartermap_deploy.evaluation.fidelity import Fidelity, _Counts, fidelity
 from quartermap_deploy.evaluation.savings import Savings
 from quartermap_deploy.evaluation.search import Candidate
 from quartermap_deploy.evaluation.tally import Tally, check_place, ranks
+from quartermap_deploy.evaluation.trial import Trial
 from quartermap_deploy.evaluation.tried import Tried
 
 SAVINGS = Savings("time", {(1, 2): 0.1, (2, 2): 0.2}, {(1, 2): 0.01}, "for this test", noisy=True)
@@ -142,6 +145,61 @@ def test_counts_are_kept_for_their_evaluation_alone(tmp_path: Path) -> None:
         Tally.load(path, "k", 7)
     with pytest.raises(InputError, match=r"is a folder; name a file in it, such as .*state\.json"):
         check_place(path.parent)
+
+
+def test_a_place_that_cannot_be_written_is_told_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="the state cannot be written to"):
+        check_place(tmp_path / "file" / "state.json")
+
+
+# Trials ---------------------------------------------------------------------------------------------------------
+
+PICTURES: list[Any] = [np.full((8, 8, 3), value, np.uint8) for value in (0, 128, 255)]
+DIGITS = load_card("vmamba_digits").preprocessing
+
+
+def test_a_trial_runs_the_model_on_the_images_that_can_be_read(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = create_model("vmamba_digits")
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    names = tuple(map(str, range(10)))
+    given = Dataset(
+        "made up", names, np.array([1, 5, 2, 3]), [*PICTURES[:1], broken, *PICTURES[1:]], None, "f" * 8
+    )
+    blind, seeing = (Trial(model, given, DIGITS, labels=labels) for labels in (False, True))
+    assert len(seeing.images) == 3 and [name for name, _ in seeing.broken] == [given.item_name(1)]
+    named = model(torch.from_numpy(seeing.images)).argmax(dim=1).numpy()
+    right = float((named == np.array([1, 2, 3])).mean())
+    assert blind.unpruned == Fidelity(1.0, 0.0, None) and seeing.unpruned == Fidelity(1.0, 0.0, right)
+    candidates = [Candidate((2, 5), 2), Candidate((1,), 3)]
+    found = seeing.run(candidates)
+    assert list(found) == candidates
+    forms = [candidate.form(10) for candidate in candidates]
+    assert list(found.values()) == fidelity(model, seeing.images, forms, np.array([1, 2, 3]))
+    assert all(entry.accuracy is None for entry in blind.run(candidates[:1]).values())
+    assert seeing.to_dict() == {
+        "name": "made up",
+        "fingerprint": "f" * 8,
+        "images": 3,
+        "broken": [{"image": given.item_name(1), "reason": seeing.broken[0][1]}],
+        "unpruned_accuracy": right,
+    }
+
+
+def test_a_trial_without_images_or_numbers_is_refused(tmp_path: Path) -> None:
+    model = create_model("vmamba_digits")
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    none = Dataset("made up", (), np.array([-1]), [broken], None, "f")
+    with pytest.raises(InputError, match="none of the images of made up can be read; the first,"):
+        Trial(model, none, DIGITS, labels=False)
+    with torch.no_grad():
+        model.get_parameter("classifier.head.bias")[3] = float("nan")
+    one = Dataset("made up", (), np.array([-1]), PICTURES[:1], None, "f")
+    with pytest.raises(InputError, match="the logits of the unpruned model on made up have NaN"):
+        Trial(model, one, DIGITS, labels=False)
 
 
 # Fidelity ---------------------------------------------------------------------------------------------------------
