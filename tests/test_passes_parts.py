@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
+import torch
 from helpers import run
 from onnx import helper
 
@@ -27,7 +29,8 @@ from quartermap_deploy.passes.base import (
     sizes,
     varies_over_channels_only,
 )
-from quartermap_deploy.passes.cast_precision import _slots, _unfit
+from quartermap_deploy.passes.cast_precision import _slots, _unfit, block_parts, cast_precision
+from quartermap_deploy.passes.inline_scans import inline_scans
 from quartermap_deploy.passes.lower import _sides, _Sizes
 from quartermap_deploy.passes.sequence_pruning import kept_steps
 from quartermap_deploy.passes.shapes import infer_shapes, infer_shapes_at
@@ -44,6 +47,9 @@ from quartermap_deploy.passes.subsampling import (
 )
 from quartermap_deploy.pruning.orders import OUTSIDE, ScanOrder
 from quartermap_deploy.pruning.plan import Subsample
+
+sink = importlib.import_module("quartermap_deploy.passes.sink_resize")
+"""The module: the package has the function of its name."""
 
 HEADER = '<ir_version: 10, opset_import: ["" : 20, "quartermap" : 1]>\n'
 
@@ -420,6 +426,163 @@ def test_what_acts_on_one_position_of_a_sequence() -> None:
     assert acts("Gelu") and acts("Sigmoid") and not acts("Softmax")
 
 
+UNARY = ("Sigmoid", "Gelu", "Relu", "Tanh", "Identity", "Cast", "Erf", "Neg")
+
+
+@pytest.mark.parametrize("op", UNARY)
+def test_activations_act_on_one_position_of_maps_and_sequences(op: str) -> None:
+    sequence, map_ = value(2, 20, 6), value(2, 6, 4, 5)
+    assert flattened_maps._acts_on_positions(gs.Node(op, inputs=[sequence]), sequence)
+    assert sink._acts_on_positions(gs.Node(op, inputs=[map_]), map_, (0, 1, 2, 3))
+
+
+def test_what_acts_on_one_position_of_a_map() -> None:
+    x, first, last = value(2, 6, 4, 5), (0, 1, 2, 3), (0, 2, 3, 1)
+
+    def acts(axes: tuple[int, ...], op: str, *others: gs.Tensor, turned: bool = False, **attrs: Any) -> bool:
+        node = gs.Node(op, attrs=attrs, inputs=[*others, x] if turned else [x, *others])
+        node.outputs = [gs.Variable("y")]
+        return sink._acts_on_positions(node, x, axes)
+
+    def weight(*shape: int) -> gs.Constant:
+        return gs.Constant("w", np.zeros(shape, np.float32))
+
+    pointwise = weight(7, 6, 1, 1)
+    assert acts(first, "Conv", pointwise) and acts(
+        first, "Conv", pointwise, strides=[1, 1], pads=[0, 0, 0, 0]
+    )
+    assert not acts(last, "Conv", pointwise) and not acts(first, "Conv", weight(7, 6, 1, 3))
+    assert not acts(first, "Conv", pointwise, strides=[1, 2]) and not acts(
+        first, "Conv", pointwise, turned=True
+    )
+    assert not acts(first, "Conv", value(7, 6, 1, 1, name="computed"))
+    assert acts(last, "LayerNormalization", weight(6)) and acts(last, "LayerNormalization", weight(6), axis=3)
+    assert not acts(first, "LayerNormalization", weight(5)) and not acts(last, "LayerNormalization", axis=2)
+    assert acts(last, "MatMul", weight(6, 7)) and not acts(first, "MatMul", weight(5, 7))
+    assert not acts(last, "MatMul", weight(1, 6, 7)) and not acts(last, "MatMul", weight(6, 6), turned=True)
+    for op in ("Mul", "Add", "Sub", "Div"):
+        assert acts(first, op, weight(6, 1, 1)) and acts(last, op, weight(6), turned=True)
+        assert not acts(first, op, weight(5)) and not acts(first, op, x)
+    assert acts(first, "Transpose", perm=[0, 2, 3, 1]) and not acts(first, "Transpose", perm=[0, 2, 1])
+    assert not acts(first, "Transpose") and not acts(first, "Softmax")
+
+
+POSITIONWISE = (
+    *(
+        "Add",
+        "BatchNormalization",
+        "Cast",
+        "Clip",
+        "Div",
+        "Dropout",
+        "Elu",
+        "Erf",
+        "Exp",
+        "Gelu",
+        "HardSigmoid",
+    ),
+    *(
+        "HardSwish",
+        "Identity",
+        "InstanceNormalization",
+        "GroupNormalization",
+        "LeakyRelu",
+        "Mul",
+        "Neg",
+        "Pow",
+    ),
+    *(
+        "PRelu",
+        "Relu",
+        "Resize",
+        "Sigmoid",
+        "Softplus",
+        "Sqrt",
+        "Sub",
+        "Tanh",
+        "Pad",
+        "Concat",
+        "SelectiveScan2D",
+    ),
+    *("AveragePool", "MaxPool", "Split", "Where", "ReduceMean", "SelectiveScan"),
+)
+
+
+@pytest.mark.parametrize("op", POSITIONWISE)
+def test_what_a_map_is_followed_through(op: str) -> None:
+    x, scalar, roles = value(2, 6, 4, 5), value(1, name="s"), ("N", "C", "S", "S")
+    node = gs.Node(op, inputs=[x, scalar], outputs=[value(2, 6, 4, 5, name="y")])
+    assert [(item.name, axes) for item, axes in prunable._above(node, node.outputs[0], roles)] == [
+        ("v", roles)
+    ]
+    node.op = "Unknown"
+    assert prunable._above(node, node.outputs[0], roles) == []
+
+
+def test_what_axes_stand_for_above_products_and_convolutions() -> None:
+    def above(op: str, *roles: str, **attrs: Any) -> list[tuple[str, ...]]:
+        node = gs.Node(op, attrs=attrs, inputs=[value(2, 6, 20), value(1, name="w")])
+        return [axes for _, axes in prunable._above(node, value(2, 6, 20, name="y"), roles)]
+
+    for op in ("Conv", "ConvTranspose"):
+        assert above(op, "N", "", "") == [("N", "C", "S")]
+    for op in ("MatMul", "Gemm", "LayerNormalization"):
+        assert above(op, "N", "", "") == [("N", "S", "C")]
+    assert above("Transpose", "N", "C", "S", perm=[0, 2, 1]) == [("N", "S", "C")]
+    assert above("Transpose", "N", "C", "S", perm=[2, 0, 1]) == [("C", "S", "N")]
+
+
+def test_only_data_counts_among_what_is_put_together() -> None:
+    values = graph_of("""
+    agraph (float[2, 3] x, float[2, 3] z) => (float[] y) <float[2, 3] w = {1, 2, 3, 4, 5, 6}, int64[1] one = {1}>
+    {
+        size = Shape (x)
+        sized = ConstantOfShape (size)
+        a = Transpose <perm = [1, 0]> (x)
+        b = Transpose <perm = [1, 0]> (a)
+        c = Relu (z)
+        y = Concat <axis = 0> (b, w, sized, c, x)
+    }
+    """).tensors()
+    data = {name: prunable._comes_from_data(values[name]) for name in ("x", "w", "size", "sized", "a", "c")}
+    assert data == {"x": True, "w": False, "size": False, "sized": False, "a": True, "c": True}
+    found = prunable._moved_from(producer(values["y"]))
+    assert sorted(item.name for item in found) == ["c", "x"]
+
+
+# Bodies in the main graph -----------------------------------------------------------------------------------------
+
+
+def test_bodies_written_out_compute_the_same_and_are_named_after_their_scans() -> None:
+    from helpers import scan_case, scan_feeds, scan_model
+
+    case = scan_case(d_inner=3, height=2, width=3, d_state=2, rank=1)
+    model = scan_model([case.variant])
+    del model.functions[:]
+    for tensor, name in zip(
+        case.converted(torch.float32), ("x", "dt", "B", "C", "A", "D", "dt_bias", "dt_weight"), strict=True
+    ):
+        if name == "A":
+            model.graph.initializer.append(onnx.numpy_helper.from_array(tensor.numpy(), "0/A"))
+    model.graph.node[0].name = "block_1/scan"
+    with pytest.raises(PassError, match="the scan block_1/scan has no function body; run lower first"):
+        inline_scans(model)
+    with pytest.raises(PassError, match="the body of block_1/scan has a subgraph"):
+        inline_scans(lower(model, "scan"))
+    other = helper.make_function("other", "Twice", ["a"], ["b"], [], [helper.make_opsetid("", 20)])
+    lowered = lower(model, "tree", [{name: array.shape for name, array in scan_feeds(case).items()}])
+    lowered.functions.append(other)
+    flat = inline_scans(lowered)
+    assert [function.name for function in flat.functions] == ["Twice"]
+    assert {entry.domain for entry in flat.opset_import} == {""}
+    assert all(node.name.startswith("block_1/scan/") and not node.domain for node in flat.graph.node)
+    names = [name for node in flat.graph.node for name in node.output]
+    assert len(set(names)) == len(names) and "0/y" in names
+    del lowered.functions[-1], flat.functions[:]
+    feeds = scan_feeds(case)
+    assert np.array_equal(run(flat, feeds)["0/y"], run(lowered, feeds)["0/y"])
+
+
 # Bodies for sizes -------------------------------------------------------------------------------------------------
 
 
@@ -515,6 +678,23 @@ def test_inputs_that_have_the_type_of_their_operator() -> None:
     assert slots("SelectiveScan2D", 8, "quartermap") == {0, 1, 2, 3, 7}
     assert slots("SelectiveScan", 7, "quartermap") == {0, 1, 3, 4}
     assert slots("Cast", 1) == set() == slots("Unknown", 1) and slots("Shape", 1) == set()
+
+
+def test_parts_of_a_graph_whose_output_no_node_makes() -> None:
+    model = parsed("agraph (float[2] x) => (float[] y, float[2] x) { block_1 = Relu (x)  y = Neg (block_1) }")
+    parts = block_parts(model.graph)
+    assert {block: [node.op_type for node in nodes] for block, nodes in parts.items()} == {
+        1: ["Relu"],
+        0: ["Neg"],
+    }
+
+
+def test_operators_without_a_name_cannot_be_named() -> None:
+    model = parsed("agraph (float[2] x) => (float[2] y) { a = Relu (x)  y = Neg (a) }")
+    with pytest.raises(PassError, match="has no operator and no float32 value ''"):
+        cast_precision(model, "float16", keep_float32=[""])
+    _, report = cast_precision(model, "float16", keep_float32=["a"])
+    assert report.operators == {"float32": 2}
 
 
 # Running passes ---------------------------------------------------------------------------------------------------
