@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from quartermap_deploy.lowering.operator import DIRECTIONS
 from quartermap_deploy.passes import lower
 from quartermap_deploy.passes.recovery import apart
 from quartermap_deploy.passes.recovery.concrete import Concrete, concrete_graph
-from quartermap_deploy.passes.recovery.folding import evaluated
+from quartermap_deploy.passes.recovery.folding import _FAST, evaluated
 from quartermap_deploy.passes.recovery.graph_index import (
     GraphIndex,
     attribute,
@@ -30,6 +31,7 @@ from quartermap_deploy.passes.recovery.operators import depends_on_data, is_affi
 from quartermap_deploy.passes.recovery.probing_sizes import probing_graphs
 from quartermap_deploy.passes.recovery.programs import nodes_between, program
 from quartermap_deploy.passes.recovery.projections import Projections, _independent_rows
+from quartermap_deploy.passes.recovery.reading import Reading
 from quartermap_deploy.passes.recovery.refusal import Refused
 from quartermap_deploy.passes.recovery.unrolling import Unrolling, position_of
 from quartermap_deploy.passes.recovery.writing import NodeWriter, ScanParameters, write_map_scan
@@ -119,6 +121,8 @@ def test_nodes_compute_as_in_onnx_runtime(
 ) -> None:
     names = [f"in_{place}" if item is not None else "" for place, item in enumerate(inputs)]
     node = helper.make_node(op, names, ["out"], **attributes)
+    # For all but those the reference evaluator would be right too, and take milliseconds for each.
+    assert (op in _FAST) is (op not in ("Mod", "Slice"))
     (found,) = evaluated(node, inputs, 20)
     (expected,) = by_onnx_runtime(node, inputs)
     assert found.dtype == expected.dtype and found.shape == expected.shape
@@ -435,6 +439,24 @@ def test_parts_of_a_map_are_given_back_where_only_they_get_anything() -> None:
     assert not merge([0, OUTSIDE, 1, OUTSIDE], [OUTSIDE, 0, OUTSIDE, 1]).gives_back(read)
     assert not merge([1, 0, 0, OUTSIDE], [OUTSIDE, 0, OUTSIDE, 1]).gives_back(read)
     assert not merge([1, OUTSIDE, OUTSIDE, OUTSIDE], [OUTSIDE, 0, OUTSIDE, 1]).gives_back(read)
+
+
+def test_which_directions_may_be_scanned_one_by_one() -> None:
+    own = Reading(ScanGroup(None, ()))  # type: ignore[arg-type]
+    unnamed, named = unrolling([3, 0, 1, 2], [0, 1, 2, 3]), unrolling([0, 1, 2, 3], [0, 2, 1, 3])
+    rightly = {"unnamed": merge([1, 2, 3, 0], [0, 1, 2, 3]), "named": merge([0, 1, 2, 3], [0, 2, 1, 3])}
+    assert apart._is_apart(replace(own, merge=rightly["unnamed"]), unnamed)
+    # Summed in place in named directions, it is the scan of the whole map, or was refused for something else.
+    assert not apart._is_apart(replace(own, merge=rightly["named"]), named)
+    assert not apart._is_apart(replace(own, merge=rightly["named"]), unnamed)
+    uneven = replace(rightly["unnamed"], share=np.array([1.0, 0.5]))
+    assert not apart._is_apart(replace(own, merge=uneven), unnamed)
+    # With a gate for each, whatever their order, but for snakes and sequences.
+    assert apart._is_apart(replace(own, unsummed=True), named)
+    assert not apart._is_apart(own, named)
+    assert not apart._is_apart(replace(own, unsummed=True), unrolling([0, 1, 3, 2], [0, 1, 2, 3]))
+    for sides in ((1, 4), (4, 1)):
+        assert not apart._is_apart(replace(own, unsummed=True), unrolling([3, 0, 1, 2], sides=sides))
 
 
 def test_narrow_directions_stay_together() -> None:
