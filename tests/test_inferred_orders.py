@@ -47,6 +47,8 @@ WEIGHTS = {
     "backwards": np.array([-1]),
     "begin": np.array([-1]),
     "end": np.array([np.iinfo(np.int64).min]),
+    "pointwise": np.ones((CHANNELS, CHANNELS, 1, 1), np.float32),
+    "ones": np.ones(16, np.int64),
     "shuffled": np.random.default_rng(0).permutation(16),
 }
 
@@ -169,6 +171,16 @@ def test_scans_hand_the_order_of_their_steps_on() -> None:
 )
 def test_what_mixes_steps_ends_the_search(line: str) -> None:
     assert order(("made = Identity (begun)", line)) is None
+
+
+def test_steps_of_one_position_alone_follow_no_map() -> None:
+    edits = (
+        ("flat = Reshape (x, flat_shape)", "c = Conv (x, pointwise)\n    flat = Reshape (c, flat_shape)"),
+        ("made = Identity (begun)", "made = Gather <axis = 1> (begun, ones)"),
+    )
+    assert order(*edits) is None
+    found = inferred(edits[0])
+    assert found is not None and found.grid == "c" and found.order.order.tolist() == [TOKENS]
 
 
 def test_two_maps_side_by_side_are_no_grid() -> None:

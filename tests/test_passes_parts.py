@@ -280,6 +280,7 @@ def test_axes_along_which_values_are_joined() -> None:
         ((2, 15, 6), (2, 3, 5, 6), "NSSC", "NSC"),
         ((2, 3, 5, 6), (2, 15, 6), "NSC", "NSSC"),
         ((2, 12, 15), (2, 6, 30), "NCS", None),  # channels taken apart
+        ((2, 6, 15), (1, 12, 15), "NCS", None),  # images put into channels
         ((2, 6, None, 5), (2, 6, 15), "NCS", None),
         ((2, 6, 15), (2, 6, 3, None), "NCSS", None),
         ((2, 6, 3, 5), (2, 6, 15), "NSS", None),

@@ -657,3 +657,19 @@ def test_scans_that_are_read_together_agree_on_their_softplus() -> None:
     assert both.inputs("D") == ["D", ""] and both.outputs == ["a", "b"]
     sizes = GroupSizes.of(both, Concrete(index, {"u": (1, 2, 3), "B": (1, 1, 1, 3)}))
     assert (sizes.directions, sizes.batch, sizes.d_inner, sizes.d_state, sizes.steps) == ((1, 1), 1, 2, 1, 3)
+
+
+def test_scans_of_other_sizes_are_not_read_together() -> None:
+    text = """
+    agraph (float[1, 2, 3] u, float[1, 2, 4] v, float[1, 1, 1, 3] B, float[1, 1, 1, 4] C) => (float[] y)
+    <float[2, 1] A = {-1, -1}>
+    {
+        a = quartermap.SelectiveScan (u, u, A, B, B)
+        y = quartermap.SelectiveScan (v, v, A, C, C)
+    }
+    """
+    sizes = {"u": (1, 2, 3), "v": (1, 2, 4), "B": (1, 1, 1, 3), "C": (1, 1, 1, 4)}
+    index = GraphIndex(parsed(text))
+    assert GroupSizes.of(ScanGroup(index, (1,)), Concrete(index, sizes)).steps == 4
+    with pytest.raises(Refused, match="its directions differ in channels, state size or length"):
+        GroupSizes.of(ScanGroup(index, (0, 1)), Concrete(index, sizes))
