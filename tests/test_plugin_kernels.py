@@ -23,8 +23,8 @@ from quartermap_deploy.scan.cuda import Kernels, enable_cuda_kernels, make_scan
 from quartermap_deploy.scan.definition import DIRECTIONS, selective_scan_2d_definition
 from quartermap_deploy.scan.vectorized import selective_scan_2d_vectorized
 
-TOLERANCES = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 6e-3}
-"""Of the largest value: what float32 arithmetic leaves, and half a step of the 16-bit types, with room."""
+TOLERANCES = {"float32": 2e-6, "float16": 2**-11 + 2e-6, "bfloat16": 2**-8 + 2e-6}
+"""Of the largest value: what float32 arithmetic leaves, and half a step of the 16-bit types, as the result is rounded."""
 
 H100 = (132, 227 * 1024, 228 * 1024)
 ONE_MULTIPROCESSOR = (1, 227 * 1024, 228 * 1024)
@@ -147,7 +147,7 @@ def test_no_barrier_is_missing(
 
 
 @pytest.mark.parametrize("softplus", [True, False])
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [0, 1, 2])
 @pytest.mark.parametrize(
     "directions",
     [
