@@ -16,7 +16,7 @@ from onnx import helper
 from quartermap_deploy.errors import PassError
 from quartermap_deploy.lowering.element_types import element_type
 from quartermap_deploy.lowering.tree_body import TreeVariant
-from quartermap_deploy.passes import flattened_maps, lower, prunable, run_passes
+from quartermap_deploy.passes import flattened_maps, hoist_slice, lower, prunable, run_passes
 from quartermap_deploy.passes.base import (
     GraphWriter,
     Selection,
@@ -253,6 +253,39 @@ def test_steps_outside_of_a_map_all_stay_and_stand_for_themselves() -> None:
     assert kept.tolist() == [[0, 1, 3], [3, 5, 6]]
     assert source.tolist() == [[0, 1, 1, 2, 1, 1, 2], [0, 1, 1, 0, 1, 1, 2]]
     assert kept.dtype == source.dtype == np.int64
+
+
+def test_a_block_that_a_pass_refuses_does_not_end_it() -> None:
+    """A one-dimensional scan before a map."""
+    subsample = Subsample(2)
+    u, x = value(2, 4, 15, name="u"), value(2, 4, 6, 8, name="x")
+    graph = gs.Graph(inputs=[u, x], opset=20)
+    weight = gs.Constant("w", np.ones((4, 1, 3, 3), np.float32))
+    convolved, small, scanned = (gs.Variable(name, np.float32) for name in ("c", "s", "m"))
+    convolved.shape = [2, 4, 6, 8]
+    graph.nodes += [
+        gs.Node("SelectiveScan", "block_1/scan", domain="quartermap", inputs=[u], outputs=[small]),
+        gs.Node("Conv", "conv", {"pads": [1, 1, 1, 1], "group": 4}, [x, weight], [convolved]),
+    ]
+    kept = write_keep(GraphWriter(graph, "block_2/quartermap", x.dtype, 2), convolved, subsample)
+    graph.nodes.append(
+        gs.Node("SelectiveScan2D", "block_2/scan", domain="quartermap", inputs=[kept], outputs=[scanned])
+    )
+    for scan in scans(graph):
+        scan.node.outputs[0].name = scanned_name(scan, subsample)
+    write = GraphWriter(graph, "block_2/quartermap", x.dtype, len(graph.nodes))
+    restored = write_restore(write, scanned, convolved, subsample)
+    restored.shape = convolved.shape
+    graph.nodes.append(gs.Node("Sigmoid", "act", inputs=[restored], outputs=[gs.Variable("y", np.float32)]))
+    graph.outputs = [small, graph.nodes[-1].outputs[0]]
+    selection = Selection((1, 2), subsample)
+    for graph_pass, words in (
+        (sink.sink_resize, "restored after Sigmoid"),
+        (hoist_slice, "conv now has stride 2"),
+    ):
+        report = graph_pass(graph, selection)
+        assert report.changed == [f"block 2: {words}"] and list(report.refused) == [1]
+        assert "its scan is one-dimensional" in report.refused[1]
 
 
 # Whether images meet ----------------------------------------------------------------------------------------------
@@ -570,13 +603,15 @@ def test_bodies_written_out_compute_the_same_and_are_named_after_their_scans() -
         inline_scans(model)
     with pytest.raises(PassError, match="the body of block_1/scan has a subgraph"):
         inline_scans(lower(model, "scan"))
+    model.graph.node.append(helper.make_node("Relu", ["0/y"], ["end"], "last"))
     other = helper.make_function("other", "Twice", ["a"], ["b"], [], [helper.make_opsetid("", 20)])
     lowered = lower(model, "tree", [{name: array.shape for name, array in scan_feeds(case).items()}])
     lowered.functions.append(other)
     flat = inline_scans(lowered)
     assert [function.name for function in flat.functions] == ["Twice"]
     assert {entry.domain for entry in flat.opset_import} == {""}
-    assert all(node.name.startswith("block_1/scan/") and not node.domain for node in flat.graph.node)
+    assert flat.graph.node[-1].name == "last"
+    assert all(node.name.startswith("block_1/scan/") and not node.domain for node in flat.graph.node[:-1])
     names = [name for node in flat.graph.node for name in node.output]
     assert len(set(names)) == len(names) and "0/y" in names
     del lowered.functions[-1], flat.functions[:]
@@ -696,6 +731,19 @@ def test_operators_without_a_name_cannot_be_named() -> None:
         cast_precision(model, "float16", keep_float32=[""])
     _, report = cast_precision(model, "float16", keep_float32=["a"])
     assert report.operators == {"float32": 2}
+
+
+def test_constants_of_a_shape_have_one_element_of_the_type() -> None:
+    text = """
+    agraph (float[2, 3] x) => (float[2, 3] y)
+    { size = Shape (x)  nothing = ConstantOfShape (size)  s = Add (x, nothing)  y = Relu (s) }
+    """
+    model, _ = cast_precision(parsed(text), "float16")
+    (node,) = (node for node in model.graph.node if node.op_type == "ConstantOfShape")
+    value_ = helper.get_node_attr_value(node, "value")
+    assert (list(value_.dims), value_.data_type) == ([1], onnx.TensorProto.FLOAT16)
+    x = np.array([[1, -2, 3], [4, 5, -6]], np.float32)
+    assert np.array_equal(run(model, {"x": x})["y"], np.maximum(x, 0))
 
 
 # Running passes ---------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from quartermap_deploy.scan.definition import DIRECTIONS, selective_scan_2d_defi
 from quartermap_deploy.scan.vectorized import selective_scan_2d_vectorized
 
 TOLERANCES = {"float32": 2e-6, "float16": 2**-11 + 2e-6, "bfloat16": 2**-8 + 2e-6}
-"""Of the largest value: what float32 arithmetic leaves, and half a step of the 16-bit types, as the result is rounded."""
+"""Of the largest value: what float32 arithmetic leaves, and half a step of the 16-bit types, as results are rounded."""
 
 H100 = (132, 227 * 1024, 228 * 1024)
 ONE_MULTIPROCESSOR = (1, 227 * 1024, 228 * 1024)

@@ -160,6 +160,20 @@ def test_open_sizes_stay_open() -> None:
     same(before, found, (1, D_INNER, 3, 5), (3, D_INNER, 3, 5))
 
 
+def test_scans_of_several_maps_are_told_of_in_the_order_of_the_graph() -> None:
+    edit = (
+        "y = Relu (map)",
+        "bent = Sigmoid (flat)\n    narrow = MatMul (B_1, bent)\n    group_B = Unsqueeze (narrow, group)\n"
+        "    alone = quartermap.SelectiveScan (bent, bent, A_1, group_B, group_B)\n    act = Relu (map)\n"
+        "    sums = Reshape (alone, map_shape)\n    y = Add (act, sums)",
+    )
+    before = model(edit, A_1=-np.ones((D_INNER, N), np.float32))
+    found = recover_2d(before)
+    assert [scan.scans for scan in found.report.scans] == [("block_1/scan",), ("block_1/scan_2",)]
+    assert len(of_type(found, SELECTIVE_SCAN_2D)) == 2 or found.report.refused
+    same(before, found, (2, D_INNER, HEIGHT, WIDTH))
+
+
 def test_means_of_directions_are_scaled_sums() -> None:
     edit = (
         "merged = Add (forth, again)",
