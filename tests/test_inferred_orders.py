@@ -183,6 +183,15 @@ def test_steps_of_one_position_alone_follow_no_map() -> None:
     assert found is not None and found.grid == "c" and found.order.order.tolist() == [TOKENS]
 
 
+def test_a_value_is_looked_at_once_however_many_ways_lead_to_it() -> None:
+    """Forty residual sums have 2⁴⁰ ways up."""
+    lines = ["a0 = Softmax <axis = 1> (begun)"]
+    for place in range(40):
+        lines += [f"b{place} = Relu (a{place})", f"a{place + 1} = Add (a{place}, b{place})"]
+    lines.append("made = Identity (a40)")
+    assert order(("made = Identity (begun)", "\n    ".join(lines))) is None
+
+
 def test_two_maps_side_by_side_are_no_grid() -> None:
     edit = (
         "tokens = Transpose <perm = [0, 2, 1]> (flat)",

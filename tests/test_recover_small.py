@@ -174,6 +174,36 @@ def test_scans_of_several_maps_are_told_of_in_the_order_of_the_graph() -> None:
     same(before, found, (2, D_INNER, HEIGHT, WIDTH))
 
 
+def test_the_matrices_of_a_map_of_six_positions_are_read_from_several_maps() -> None:
+    before = model(batch=1, sides=(2, 3), map_shape=np.array([0, D_INNER, 2, 3]))
+    found = recover_2d(before)
+    assert "row, row_reverse of 4×2×3, state 2, time step of rank 1" in found.report.changed[0]
+    same(before, found, (1, D_INNER, 2, 3))
+
+
+def test_columns_tell_the_sides_of_a_map_that_is_held_as_a_sequence() -> None:
+    columns = np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).T.ravel()
+    edits = (
+        ("flat = Reshape (x, flat_shape)", "raster = Reshape (x, flat_shape)\n    flat = Relu (raster)"),
+        (
+            "back = Slice (flat, last, before_first, along, backwards)",
+            "back = Gather <axis = 2> (flat, columns)",
+        ),
+        (
+            "again = Slice (turned, last, before_first, along, backwards)",
+            "again = Gather <axis = 2> (turned, rows)",
+        ),
+    )
+    for batch, shapes in ((2, [2]), ("n", [1, 3])):
+        before = model(*edits, batch=batch, columns=columns, rows=np.argsort(columns))
+        found = recover_2d(before)
+        assert found.report.changed and found.report.changed[0].startswith(
+            "block_1/scan: row, column of 4×3×5"
+        )
+        assert found.report.changed[0].endswith("from flat (NCL)")
+        same(before, found, *((size, D_INNER, HEIGHT, WIDTH) for size in shapes))
+
+
 def test_means_of_directions_are_scaled_sums() -> None:
     edit = (
         "merged = Add (forth, again)",

@@ -200,6 +200,7 @@ def test_a_subgraph_reads_for_its_node() -> None:
     (node,) = parsed(text).graph.node
     assert set(read_values(node)) == {"flag", "x", "z"} and has_subgraph(node)
     assert not has_subgraph(helper.make_node("Add", ["x", "z"], ["y"]))
+    assert list(read_values(helper.make_node("Clip", ["x", "", "most"], ["y"]))) == ["x", "most"]
 
 
 # Running a part ---------------------------------------------------------------------------------------------------
@@ -230,6 +231,21 @@ def test_a_part_runs_in_float64_convolutions_as_products() -> None:
     assert np.array_equal(same, x)
 
 
+def test_all_that_is_made_of_the_outputs_of_one_node_is_part() -> None:
+    text = """
+    agraph (float[4] x) => (float[] y)
+    {
+        a = Relu (x)
+        s, t = Split <axis = 0, num_outputs = 2> (a)
+        b = Neg (s)
+        c = Abs (t)
+        d = Exp (x)
+        y = Concat <axis = 0> (d, b, c)
+    }
+    """
+    assert nodes_between(concrete(text, x=(4,)), ["x"], ["y"]) == [0, 1, 2, 3, 4, 5]
+
+
 def test_what_else_a_part_reads_or_how_long_it_is_is_refused() -> None:
     graph = concrete(PART, x=(2, 4, 3, 5), other=(2, 4, 3, 5))
     with pytest.raises(Refused, match="also reads other, an input of the model"):
@@ -242,7 +258,8 @@ def test_what_else_a_part_reads_or_how_long_it_is_is_refused() -> None:
 # What operators do ------------------------------------------------------------------------------------------------
 
 OPERATORS = """
-agraph (float[2, 4, 3, 5] x, float[2, 4, 3, 5] z, int64[2] where, float16[2] half) => (float[] y)
+agraph (float[2, 4, 3, 5] x, float[2, 4, 3, 5] z, int64[2] where, float16[2] half,
+ float[2, 5] p, float[2, 6] q, float[5, 6] r) => (float[] y)
 <int64[2] fixed = {0, 1}, float[1] zero = {0}, float[1] one = {1}, int64[1] axis = {1}, bool[1] mask = {1},
  int64[4] small = {4, 4, 1, 1}, int64[4] large = {4, 4, 3, 3}, int64[2] sides = {5, 6}>
 {
@@ -276,15 +293,18 @@ agraph (float[2, 4, 3, 5] x, float[2, 4, 3, 5] z, int64[2] where, float16[2] hal
     computed = Conv (x, product)
     active = Relu (x)
     ours = quartermap.Other (x)
+    gemm = Gemm (p, matrix, q)
+    both = Gemm (p, r)
 }
 """
 MOVES = {"gathered", "joined", "wider", "masked", "compared"}
 SUMS = {"added", "begun", "less", "total", "mean", "own"}
-AFFINE = {*MOVES, *SUMS, "shifted", "scaled", "divided", "projected", "convolved"}
+AFFINE = {*MOVES, *SUMS, "shifted", "scaled", "divided", "projected", "convolved", "gemm"}
 
 
 def test_operators_are_told_by_what_they_do() -> None:
-    graph = concrete(OPERATORS, x=(2, 4, 3, 5), z=(2, 4, 3, 5), where=(2,), half=(2,))
+    sizes = {"where": (2,), "half": (2,), "p": (2, 5), "q": (2, 6), "r": (5, 6)}
+    graph = concrete(OPERATORS, x=(2, 4, 3, 5), z=(2, 4, 3, 5), **sizes)
     made = {node.output[0]: node for node in graph.index.nodes if node.op_type != "ConstantOfShape"}
 
     def those(asked: Any) -> set[str]:
@@ -646,10 +666,11 @@ def test_scans_that_are_read_together_agree_on_their_softplus() -> None:
     {
         a = quartermap.SelectiveScan <delta_softplus = 1> (u, u, A, B, B, D)
         b = quartermap.SelectiveScan <delta_softplus = 0> (u, u, A, B, B)
+        c = quartermap.SelectiveScan (u, u, A, B, B)
     }
     """
     index = GraphIndex(parsed(text))
-    assert index.scans() == [0, 1]
+    assert index.scans() == [0, 1, 2] and not ScanGroup(index, (2,)).softplus
     assert ScanGroup(index, (0,)).softplus and not ScanGroup(index, (1,)).softplus
     both = ScanGroup(index, (0, 1))
     with pytest.raises(Refused, match="one direction has a softplus"):
