@@ -35,6 +35,7 @@ from quartermap_deploy.passes.lower import _sides, _Sizes
 from quartermap_deploy.passes.sequence_pruning import kept_steps
 from quartermap_deploy.passes.shapes import infer_shapes, infer_shapes_at
 from quartermap_deploy.passes.subsampling import (
+    _resize_is_exact,
     is_keep,
     is_pruned,
     pruned_prefix,
@@ -244,6 +245,13 @@ def test_what_is_written_is_found_again(subsample: Subsample, known: bool, mode:
     if mode == "nearest":
         up = [np.arange(size) * len(kept_) // size for size, kept_ in ((94, rows), (7, columns))]
         assert np.array_equal(found, small[:, :, up[0]][:, :, :, up[1]])
+
+
+def test_sizes_at_which_a_resize_is_exact() -> None:
+    assert all(_resize_is_exact(size, Subsample()) for size in (1, 7, 8, 94, None))
+    assert _resize_is_exact(9, Subsample(3)) and not _resize_is_exact(94, Subsample(3))
+    # Where the size is open, nothing is known but of every second position.
+    assert not _resize_is_exact(None, Subsample(3)) and not _resize_is_exact(None, Subsample(3, 2))
 
 
 def test_steps_outside_of_a_map_all_stay_and_stand_for_themselves() -> None:

@@ -33,7 +33,7 @@ from quartermap_deploy.passes.recovery.programs import nodes_between, program
 from quartermap_deploy.passes.recovery.projections import Projections, _independent_rows
 from quartermap_deploy.passes.recovery.reading import Reading
 from quartermap_deploy.passes.recovery.refusal import Refused
-from quartermap_deploy.passes.recovery.unrolling import Unrolling, position_of
+from quartermap_deploy.passes.recovery.unrolling import Unrolling, _grid, position_of
 from quartermap_deploy.passes.recovery.writing import NodeWriter, ScanParameters, write_map_scan
 from quartermap_deploy.pruning.orders import OUTSIDE, steps_of
 from quartermap_deploy.pruning.parts import MapPart
@@ -438,6 +438,13 @@ def test_positions_are_told_from_numbers() -> None:
 
 def unrolling(*order: Sequence[int], sides: tuple[int, int] = (2, 2)) -> Unrolling:
     return Unrolling("x", MapForm("NCHW", 1, 3, sides), *sides, np.array(order, np.int64))
+
+
+def test_the_sides_of_a_sequence_are_told_by_columns_where_all_directions_have_names() -> None:
+    row, column, back = (steps_of(name, 3, 5) for name in ("row", "column", "column_reverse"))
+    shuffled = np.random.default_rng(3).permutation(15)
+    assert _grid(np.stack([row, column]), 15) == (3, 5) == _grid(back[None], 15)
+    assert _grid(row[None], 15) == (1, 15) == _grid(np.stack([column, shuffled]), 15)
 
 
 def merge(*steps: Sequence[int], share: Sequence[float] = (1.0, 1.0)) -> Merge:
