@@ -81,8 +81,8 @@ def test_a_fault_keeps_its_name_when_lines_move() -> None:
 
 def test_listed_faults_of_native_code_are_there() -> None:
     found = native_faults(HERE / "kernels.toml", REPOSITORY)
-    area = next(area for area in read_areas(HERE / "areas.toml") if area.name == "kernels")
-    assert set(found) <= set(area.files(REPOSITORY))
+    areas = read_areas(HERE / "areas.toml")
+    assert set(found) <= {file for area in areas for file in area.files(REPOSITORY)}
     for file, faults in found.items():
         source = (REPOSITORY / file).read_bytes()
         assert all(fault.planted(source) != source for fault in faults)
@@ -143,6 +143,12 @@ def test_tests_that_call_the_function_come_first_and_cheap_ones_before_them() ->
     assert chosen(replace(fault, function="h"), guards, 40.0) == []
     everywhere = chosen(replace(fault, function=""), guards, 40.0)
     assert len(everywhere) == 4
+
+
+def test_every_test_of_the_area_runs_on_a_fault_of_native_code() -> None:
+    fault = replace(faults_of("a.py", b"x = 1\n")[0], file="a.cpp")
+    guards = [guard("slow", 90.0), guard("quick", 0.2), guard("other", 100.0, file="tests/test_b.py")]
+    assert [each.name.split("::")[1] for each in chosen(fault, guards, 40.0)] == ["quick", "slow", "other"]
 
 
 def test_functions_report_and_compute_the_same() -> None:

@@ -236,6 +236,29 @@ def test_sequences_in_float16_without_softplus(library: Path) -> None:
     assert error(y, expected) <= HALF_STEP[torch.float16] + TOLERANCE
 
 
+def unsaid(model: onnx.ModelProto, attribute: str) -> onnx.ModelProto:
+    """Take an attribute from the only node of a model."""
+    (node,) = model.graph.node
+    kept = [item for item in node.attribute if item.name != attribute]
+    assert len(kept) == len(node.attribute) - 1
+    del node.attribute[:]
+    node.attribute.extend(kept)
+    return model
+
+
+def test_where_a_node_does_not_say_maps_have_a_softplus_and_sequences_have_none(library: Path) -> None:
+    case = scan_case()
+    model = unsaid(case_model(case), "softplus")
+    assert error(run_native(model, scan_feeds(case), library)[0], case.expected(torch.float32)) <= TOLERANCE
+    given = sequence_tensors()
+    given[1] = given[1].abs() + 0.01
+    doubles = [tensor.double() for tensor in given[:-1]]
+    feeds = {name: tensor.numpy() for name, tensor in zip(INPUTS_1D, given[:-1], strict=False)}
+    silent = unsaid(sequence_model([*given[:-1], None], body=False), "delta_softplus")
+    (y,) = run_native(silent, feeds, library)
+    assert error(y, selective_scan_definition(*doubles, None, False)) <= TOLERANCE  # type: ignore[arg-type]
+
+
 # Threads and sessions ---------------------------------------------------------------------------------------------
 
 
@@ -252,7 +275,9 @@ def test_the_number_of_threads_changes_no_bit_of_small_maps(library: Path) -> No
         assert np.array_equal(y, alone)
 
 
-@pytest.mark.parametrize("said", ["0", "-3", "many", "99999999999999999999", "1e3", "7" * 100, ""])
+@pytest.mark.parametrize(
+    "said", ["0", "-3", "many", "4294967295", "99999999999999999999", "1e3", "7" * 100, ""]
+)
 def test_a_number_of_threads_that_is_none_is_passed_over(library: Path, said: str) -> None:
     case = scan_case(d_inner=40, height=20, width=20)
     (y,) = open_session(case_model(case), library, 2, {"quartermap.threads": said}).run(

@@ -477,6 +477,9 @@ class TestHoist:
         assert report.changed == [] and list(report.refused) == [1]
         assert "keep = 2" in report.refused[1]
         assert main_graph(after) == main_graph(before)
+        both = Selection((1, 2), Subsample(3, 2))
+        _, (_, report) = run_passes(text_model(chained(FORMS[form], 2), 7, 9), both, HOISTED)
+        assert list(report.refused) == [1, 2]
 
     @pytest.mark.parametrize(
         ("edits", "message"),

@@ -23,8 +23,8 @@ from quartermap_deploy.scan.cuda import Kernels, enable_cuda_kernels, make_scan
 from quartermap_deploy.scan.definition import DIRECTIONS, selective_scan_2d_definition
 from quartermap_deploy.scan.vectorized import selective_scan_2d_vectorized
 
-TOLERANCES = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 6e-3}
-"""Of the largest value: what float32 arithmetic leaves, and half a step of the 16-bit types, with room."""
+TOLERANCES = {"float32": 2e-6, "float16": 2**-11 + 2e-6, "bfloat16": 2**-8 + 2e-6}
+"""Of the largest value: what float32 arithmetic leaves, and half a step of the 16-bit types, as results are rounded."""
 
 H100 = (132, 227 * 1024, 228 * 1024)
 ONE_MULTIPROCESSOR = (1, 227 * 1024, 228 * 1024)
@@ -147,7 +147,7 @@ def test_no_barrier_is_missing(
 
 
 @pytest.mark.parametrize("softplus", [True, False])
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [0, 1, 2])
 @pytest.mark.parametrize(
     "directions",
     [
@@ -211,11 +211,16 @@ def test_the_workspace_suffices_on_the_smallest_device(kernels: Kernels, element
     """What is asked for without a device is at least what a plan for any device needs."""
     squares = [(side, side) for side in (32, 64, 100, 101, 104, 108, 112, 128, 200, 300)]
     # Maps of few columns, whose rows are padded by a share of them that counts.
-    strips = [(1000, 8), (8, 1000), (1023, 8), (1360, 6), (2040, 4)]
+    strips = [(1000, 8), (8, 1000), (1023, 8), (1360, 6), (2040, 4), (5461, 2), (5450, 2)]
     for height, width in (*squares, *strips):
         for states, rank in ((1, 0), (1, 64), (16, 3), (256, 1024)):
             scan = make_scan((2, 8, height, width, states, rank), DIRECTIONS, True, element_type)
             plan = kernels.plan_for(scan, *ADA)
+            if (width, rank) == (
+                2,
+                64,
+            ):  # as it lies in the tensor it would fit the 64 KiB that every device has
+                assert element_type == "float32" or plan.workspace_bytes > 0
             asked = kernels._library.quartermap_selective_scan_workspace(scan)
             assert asked >= plan.workspace_bytes, (height, width, states, rank, plan.shared_bytes)
 

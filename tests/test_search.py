@@ -14,7 +14,7 @@ from quartermap_deploy.architectures import create_model
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.evaluation.fidelity import Fidelity, fidelity
 from quartermap_deploy.evaluation.savings import Savings, counted_savings
-from quartermap_deploy.evaluation.search import Candidate, Goal, Judge, count_sets, every_set, search
+from quartermap_deploy.evaluation.search import Candidate, Goal, Judge, _chain, count_sets, every_set, search
 from quartermap_deploy.pruning import QuarterMap, Subsample, prune
 
 BLOCKS = tuple(range(1, 9))
@@ -160,6 +160,66 @@ def test_with_labels_luck_is_no_merit() -> None:
 def test_goals_that_are_none(goal: dict[str, float]) -> None:
     with pytest.raises(InputError):
         Goal(**goal)
+
+
+def made(drop: float, divergence: float) -> Fidelity:
+    return Fidelity(1 - drop, divergence, None)
+
+
+def test_candidates_are_ordered_by_what_they_cost_and_then_by_speed() -> None:
+    judge = Judge(savings([0.1, 0.2, 0.2, 0.3]), None)
+    a, b, c, d = (Candidate((block,), 2) for block in range(1, 5))
+    found = {a: made(0.0, 0.1), b: made(0.0, 0.1), c: made(0.25, 0.0), d: made(0.5, 0.9)}
+    assert judge.at_least(1 / 0.9, found) == [b, a, c, d]
+    assert judge.at_least(1.2, found) == [b, c, d]
+    assert judge.at_least(1.5, found) == []
+    # The fastest within a budget, that which costs less of two that are equally fast.
+    assert judge.satisfying(Goal(budget=0.25), found) == [b, c, a]
+    assert judge.satisfying(Goal(budget=0.2), found) == [b, a]
+    assert judge.front(found) == [b, d]
+    assert judge.cost(found[c]) == (0.25, 0.0)
+
+
+def test_a_goal_may_allow_no_loss_at_all() -> None:
+    assert Goal(budget=0.0).budget == 0.0
+    judge = Judge(savings([0.1, 0.2]), None)
+    kept, lost = Candidate((1,), 2), Candidate((2,), 2)
+    found = {kept: made(0.0, 0.1), lost: made(0.001, 0.1)}
+    assert judge.satisfying(Goal(budget=0.0), found) == [kept]
+
+
+def test_a_candidate_says_how_each_block_is_subsampled() -> None:
+    assert Candidate((1, 3), 3).form(4) == (Subsample(3), None, Subsample(3), None)
+    assert Candidate((2,), 2).plan == QuarterMap(blocks=(2,), stride=2)
+
+
+def test_sets_are_counted_and_listed_at_every_stride() -> None:
+    assert count_sets((1, 2, 5), (2, 3)) == 14
+    listed = list(every_set((5, 1, 2), (2, 3)))
+    assert len(listed) == len(set(listed)) == 14
+    assert [c.blocks for c in listed[:7]] == [(1,), (2,), (5,), (1, 2), (1, 5), (2, 5), (1, 2, 5)]
+    assert [c.stride for c in listed] == [2] * 7 + [3] * 7
+
+
+def test_a_search_runs_single_blocks_then_sets_in_order_of_cost_for_what_they_save() -> None:
+    """Of 8 blocks with few runs: each alone, what was asked for, and the sets that the search starts from."""
+    judge = Judge(savings([0.08, 0.01, 0.04, 0.0, -0.01, 0.05, 0.02, 0.03]), None)
+    costs = [0.008, 0.02, 0.02, 0.001, 0.001, 0.002, 0.05, 0.009]
+    calls: list[Candidate] = []
+    also = Candidate((4, 5), 2)
+    search(BLOCKS, (2,), Goal(speedup=1.1), judge, oracle(costs, 0.0, 0, calls), evaluations=16, also=[also])
+    assert calls[:9] == [*(Candidate((block,), 2) for block in BLOCKS), also]
+    # Cost for each part saved: 0.1, 2, 0.5, nothing saved, less, 0.04, 2.5, 0.3.
+    in_order = [6, 1, 8, 3, 2, 7, 4, 5]
+    assert calls[9:16] == [Candidate(tuple(sorted(in_order[:count])), 2) for count in range(2, 9)]
+    assert len(calls) == 16
+
+
+def test_blocks_that_save_nothing_come_last_even_behind_those_that_lose_everything() -> None:
+    judge = Judge(savings([0.1, -0.02, 0.1, 0.0]), None)
+    singles = [Candidate((block,), 2) for block in (1, 2, 3, 4)]
+    divergence = dict(zip(singles, [float("inf"), 0.0, 0.5, 0.0], strict=True))
+    assert [c.blocks for c in _chain(singles, divergence, judge)] == [(1, 3), (1, 3, 4), (1, 2, 3, 4)]
 
 
 # What it rests on -----------------------------------------------------------------------------------------------

@@ -41,26 +41,35 @@ def test_prometheus_metrics_are_exact(counted: ModelStatistics) -> None:
     }
 
 
+def test_all_metrics_but_the_pending_requests_only_grow(counted: ModelStatistics) -> None:
+    text = prometheus([counted])
+    kinds = dict(re.findall(r"^# TYPE (\w+) (\w+)$", text, re.M))
+    names = re.findall(r"^(\w+)\{", text, re.M)
+    pending = "nv_inference_pending_request_count"
+    assert kinds == {name: "gauge" if name == pending else "counter" for name in names}
+
+
 def test_the_statistics_of_the_protocol_are_exact(counted: ModelStatistics) -> None:
     found = counted.to_dict()
     assert (found["inference_count"], found["execution_count"]) == (4, 3)
-    assert {name: (part["count"], part["ns"] // MS) for name, part in found["inference_stats"].items()} == {
-        "success": (2, 81),
-        "fail": (1, 19),
-        "queue": (2, 8),
-        "compute_input": (2, 13),
-        "compute_infer": (2, 16),
-        "compute_output": (2, 22),
+    assert (found["name"], found["version"]) == ("digits", "1")
+    assert {name: (part["count"], part["ns"]) for name, part in found["inference_stats"].items()} == {
+        "success": (2, 81 * MS),
+        "fail": (1, 19 * MS),
+        "queue": (2, 8 * MS),
+        "compute_input": (2, 13 * MS),
+        "compute_infer": (2, 16 * MS),
+        "compute_output": (2, 22 * MS),
         "cache_hit": (0, 0),
         "cache_miss": (0, 0),
     }
     assert [
         (
             batch["batch_size"],
-            *(batch[f"compute_{part}"]["ns"] // MS for part in ("input", "infer", "output")),
+            *(batch[f"compute_{part}"]["ns"] for part in ("input", "infer", "output")),
         )
         for batch in found["batch_stats"]
-    ] == [(1, 37, 41, 43), (4, 24, 30, 32)]
+    ] == [(1, 37 * MS, 41 * MS, 43 * MS), (4, 24 * MS, 30 * MS, 32 * MS)]
     assert [batch["compute_infer"]["count"] for batch in found["batch_stats"]] == [1, 2]
 
 

@@ -372,7 +372,7 @@ class Clock:
         return [(Timing((1 / self.speeds[plan],) * 3), Timing((1.0,) * 3)) for plan in plans]
 
 
-SINGLES = [Candidate((block,), 2) for block in range(1, 9)]
+SINGLES = [Candidate((block,), 2) for block in range(1, 11)]
 
 
 def chooser(
@@ -434,6 +434,66 @@ def test_a_speed_is_what_is_timed_not_what_was_summed_up(tmp_path: Path) -> None
         GoalError, match=r"of 6 plans that were timed by themselves the fastest is 1\.000 times"
     ):
         own.choose(Goal(speedup=1.2))
+
+
+def test_the_cheapest_of_the_plans_that_are_fast_enough_is_chosen(tmp_path: Path) -> None:
+    own, _, clock = chooser(
+        tmp_path, [0.3, 0.31, 0.32], [0.03, 0.01, 0.02], speeds=[1.25, 1.0, 1.28], measure="time"
+    )
+    assert own.choose(Goal(speedup=1.25)) == SINGLES[2]
+    assert clock.timed == 3
+    assert own.measured[SINGLES[0]] == {
+        "speed": 1.25,
+        "quartiles": [1.25, 1.25],
+        "median_ms": 800.0,
+        "unpruned_ms": 1000.0,
+    }
+    own.time([SINGLES[0], SINGLES[2]])
+    assert clock.timed == 3
+    # Counted speeds need no clock.
+    own, _, _ = chooser(tmp_path, [0.3, 0.31, 0.32], [0.03, 0.01, 0.02])
+    assert own.choose(Goal(speedup=1.44)) == SINGLES[1] and own.measured == {}
+    own.time(SINGLES[:2])
+    assert own.measured == {}
+    assert own.beside(SINGLES[1]) == SINGLES[1] and own.beside(SINGLES[2]) == SINGLES[2]
+    assert own.beside(SINGLES[0]) == SINGLES[1]
+
+
+def test_where_times_stay_behind_the_sums_plans_of_larger_sums_are_timed_next(tmp_path: Path) -> None:
+    promised = [1.26, 1.28, 1.3, 1.32, 1.34, 1.36, 1.38, 1.4, 1.6, 1.7]
+    own, _, clock = chooser(
+        tmp_path,
+        [1 - 1 / speed for speed in promised],
+        [0.01 * place for place in range(10)],
+        speeds=[0.8 * speed for speed in promised],
+        measure="time",
+    )
+    # Four are a fifth slower than promised, so the sums have to promise 1.5625, as the last two do.
+    assert own.choose(Goal(speedup=1.25)) == SINGLES[8]
+    assert clock.timed == 6
+
+
+def test_plans_run_once_on_the_other_images(tmp_path: Path) -> None:
+    own, other, _ = chooser(tmp_path, [0.3, 0.2, 0.1], [0.0] * 3)
+    own.verify([SINGLES[0], SINGLES[1], SINGLES[0]])
+    own.verify(SINGLES[:3])
+    assert other.ran == 3 and list(own.verified) == SINGLES[:3]
+
+
+def test_of_many_plans_the_fastest_are_tried_on_other_images(tmp_path: Path) -> None:
+    """Sixteen, four at a time."""
+    plans = [Candidate((block,), 2) for block in range(1, 21)]
+    shares = {(c.blocks[0], 2): 0.5 - 0.01 * c.blocks[0] for c in plans}
+    judge = Judge(Savings("flops", shares, {}, "made up"), None)
+    found = MadeUp(dict.fromkeys(plans, 0.0)).run(plans)
+    for good in (6, 17):
+        other = MadeUp({c: 0.0 if c.blocks[0] == good else 0.5 for c in plans})
+        own = Chooser(judge, judge, found, other, None, tmp_path / "a.json")  # type: ignore[arg-type]
+        if good == 6:
+            assert own.choose(Goal(budget=0.1)) == plans[5] and other.ran == 8
+        else:
+            with pytest.raises(GoalError, match="none of the fastest 16 does"):
+                own.choose(Goal(budget=0.1))
 
 
 def test_the_recipe_states_the_speed_that_was_timed() -> None:

@@ -50,14 +50,15 @@ class Tried:
         try:
             values = read_json(self.path)
             if values["format"] == FORMAT and values["key"] == self.key:
-                self.found = {
+                found = {
                     Candidate(tuple(entry["blocks"]), entry["stride"]): Fidelity(
                         entry["agreement"], float(entry["divergence"]), entry["accuracy"]
                     )
                     for entry in values["tried"]
                 }
-                self.savings_key = values["savings_key"]
-                self.savings = None if values["savings"] is None else Savings.from_dict(values["savings"])
+                savings = None if values["savings"] is None else Savings.from_dict(values["savings"])
+                # Of a damaged file nothing is taken.
+                self.found, self.savings, self.savings_key = found, savings, values["savings_key"]
                 return
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass

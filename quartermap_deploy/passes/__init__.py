@@ -58,5 +58,4 @@ def run_passes(
     reports = [graph_pass(graph, selection) for graph_pass in passes]
     graph.toposort()
     changed = gs.export_onnx(graph, do_type_check=False)
-    changed.ir_version = model.ir_version
     return infer_shapes(changed), reports

@@ -59,7 +59,7 @@ def _kept_values(replacement: Replacement, source: str) -> list[str]:
     """What the new nodes read besides the map and what they make themselves, such as a sequence as it is unrolled."""
     own = {name for node in replacement.nodes for name in node.output}
     own |= {source, *(tensor.name for tensor in replacement.initializers)}
-    return sorted({name for node in replacement.nodes for name in node.input if name and name not in own})
+    return sorted({name for node in replacement.nodes for name in node.input if name not in own})
 
 
 def _old_nodes(

@@ -118,7 +118,6 @@ class Concrete:
                         types,
                         data,
                         opset_imports=[helper.make_opsetid("", self._opset)],
-                        ir_version=self.index.model.ir_version,
                     )
                 )
             except Exception:
@@ -131,7 +130,7 @@ class Concrete:
         return self._types.get(value)
 
     def _is_data(self, value: str) -> bool:
-        if not value or not self.is_fixed(value):
+        if not self.is_fixed(value):
             return False
         try:
             return elements(self.shape(value)) <= _SHAPE_DATA and self.array(value).dtype.kind in "iub"

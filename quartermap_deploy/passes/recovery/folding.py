@@ -52,11 +52,11 @@ def _reshaped(node: onnx.NodeProto, a: Array, shape: Array) -> Array:
 
 
 def _squeezed(node: onnx.NodeProto, a: Array, axes: Array | None = None) -> Array:
-    return np.squeeze(a, None if axes is None else tuple(int(axis) for axis in axes.ravel()))
+    return np.squeeze(a, None if axes is None else tuple(axes.ravel()))
 
 
 def _unsqueezed(node: onnx.NodeProto, a: Array, axes: Array) -> Array:
-    return np.expand_dims(a, tuple(int(axis) for axis in axes.ravel()))
+    return np.expand_dims(a, tuple(axes.ravel()))
 
 
 def _constant(node: onnx.NodeProto) -> Array:

@@ -1,0 +1,483 @@
+"""Native code's Python side by itself: file formats by hand-made heads, what compilers are told, what is compared."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import stat
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quartermap_deploy.errors import MissingDependencyError
+from quartermap_deploy.native import build, check, cpu_build, cpu_library, library_format
+from quartermap_deploy.native.build import BuildOptions, find_nvcc, important_lines
+from quartermap_deploy.native.contract import CONTRACT, differences
+from quartermap_deploy.native.cpu_build import Compiler, CpuBuildOptions, find_compiler
+from quartermap_deploy.native.cpu_kernels import Sizes, make_scan
+from quartermap_deploy.native.errors import PluginError
+from quartermap_deploy.native.library import CPU, PLUGIN, check_bytes, inspect
+from quartermap_deploy.native.library_format import FormatError, check_format
+
+# File formats -----------------------------------------------------------------------------------------------------
+
+X86, ARM = 62, 183
+
+
+def elf(
+    segments: list[tuple[int, int]],
+    *,
+    machine: int = X86,
+    kind: int = 3,
+    sections: tuple[int, int] = (0, 0),
+    header: int = 56,
+    order: int = 1,
+) -> bytes:
+    """The head of an ELF file: its segments (offset, bytes); where its section headers begin, and how many they are."""
+    identity = b"\x7fELF\x02" + bytes([order]) + bytes(10)
+    where, count = sections
+    head = struct.pack(
+        "<HHIQQQIHHHHHH", kind, machine, 1, 0, 64, where, 0, 64, header, len(segments), 64, count, 0
+    )
+    tables = b"".join(
+        struct.pack("<IIQQQQQQ", 1, 5, offset, 0, 0, length, 0, 0)[:header] for offset, length in segments
+    )
+    return identity + head + tables
+
+
+@pytest.fixture
+def on_linux_x86(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library_format, "_HERE", library_format.ELF)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+
+
+@pytest.mark.usefixtures("on_linux_x86")
+def test_an_elf_library_ends_where_its_last_table_or_segment_does() -> None:
+    two = elf([(0, 100), (100, 200)])
+    assert len(two) == 176
+    check_format(two.ljust(300, b"\0"))
+    with pytest.raises(FormatError, match="it has 299 bytes of 300"):
+        check_format(two.ljust(299, b"\0"))
+    check_format(elf([(0, 10), (0, 5)]))
+    with pytest.raises(FormatError, match="it has 176 bytes of 501"):
+        check_format(elf([(500, 1), (0, 5)]))
+    # The headers of sections may lie behind everything.
+    check_format(elf([(0, 10)], sections=(200, 2)).ljust(328, b"\0"))
+    with pytest.raises(FormatError, match="it has 327 bytes of 328"):
+        check_format(elf([(0, 10)], sections=(200, 2)).ljust(327, b"\0"))
+    # So may those of segments, where the file is cut off within them.
+    with pytest.raises(FormatError, match="it has 100 bytes of 176"):
+        check_format(two[:100])
+    check_format(elf([]))
+
+
+@pytest.mark.usefixtures("on_linux_x86")
+def test_elf_files_that_are_no_library_for_here() -> None:
+    for data, words, elsewhere in (
+        (elf([], machine=ARM), "another kind of machine than this x86_64", True),
+        (elf([], kind=2), "is no shared library", False),
+        (elf([], order=2), "another kind of machine", True),
+        (elf([(0, 1)], header=32), "has program headers of 32 bytes, expected 56", False),
+        (elf([])[:63], "is no 64-bit ELF library", False),
+        (b"\x7fELF\x01" + bytes(100), "is no 64-bit ELF library", False),
+        (b"MZ" + bytes(100), "is no 64-bit ELF library", False),
+    ):
+        with pytest.raises(FormatError, match=words) as caught:
+            check_format(data)
+        assert caught.value.elsewhere is elsewhere
+
+
+def test_machines_go_by_several_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library_format, "_HERE", library_format.ELF)
+    for name, fits in (("x86_64", X86), ("AMD64", X86), ("aarch64", ARM), ("arm64", ARM)):
+        monkeypatch.setattr("platform.machine", lambda name=name: name)
+        check_format(elf([], machine=fits))
+        with pytest.raises(FormatError, match=f"than this {name}"):
+            check_format(elf([], machine=X86 + ARM - fits))
+    # Of a machine that is not known nothing can be said.
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    check_format(elf([], machine=243))
+
+
+def mach_o(*commands: bytes, kind: int = 6, machine: int = 0x0100_000C) -> bytes:
+    size = sum(map(len, commands))
+    return struct.pack("<8I", 0xFEED_FACF, machine, 0, kind, len(commands), size, 0, 0) + b"".join(commands)
+
+
+def segment(offset: int, length: int) -> bytes:
+    return struct.pack("<II16s4Q4I", 0x19, 72, b"__TEXT", 0, 0, offset, length, 0, 0, 0, 0)
+
+
+def test_a_library_for_macos_ends_where_its_last_segment_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library_format, "_HERE", library_format.MACH_O)
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    other = struct.pack(
+        "<IIQQQQQQ", 0x1B, 56, 0, 0, 0, 0, 9_000, 9_000
+    )  # no segment, whatever it holds there
+    whole = mach_o(other, segment(0, 100), segment(100, 300))
+    check_format(whole.ljust(400, b"\0"))
+    with pytest.raises(FormatError, match="it has 399 bytes of 400"):
+        check_format(whole.ljust(399, b"\0"))
+    check_format(mach_o(segment(0, 1), kind=8))
+    for data, words in (
+        (mach_o(segment(0, 1), kind=2), "no shared library"),
+        (mach_o(segment(0, 1), machine=0x0100_0007), "than this arm64"),
+        (mach_o(struct.pack("<II", 0x1B, 4).ljust(64, b"\0")), "a load command of 4 bytes, expected 8"),
+        (mach_o(segment(0, 1), segment(0, 1))[:140], "is cut short"),
+    ):
+        with pytest.raises(FormatError, match=words):
+            check_format(data)
+    check_format(mach_o(struct.pack("<II", 0x1B, 8), segment(0, 1)))
+
+
+def pe(*sections: tuple[int, int], flags: int = 0x2022, optional: int = 16) -> bytes:
+    header = b"MZ".ljust(0x3C, b"\0") + struct.pack("<I", 72).ljust(12, b"\0") + b"PE\0\0"
+    header += struct.pack("<HHIIIHH", 0x8664, len(sections), 0, 0, 0, optional, flags) + bytes(optional)
+    tables = (struct.pack("<8sIIII16x", b".text", 0, 0, length, offset) for length, offset in sections)
+    return header + b"".join(tables)
+
+
+def test_a_library_for_windows_ends_where_its_last_section_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library_format, "_HERE", library_format.PE)
+    monkeypatch.setattr("platform.machine", lambda: "AMD64")
+    whole = pe((100, 300), (7, 200))
+    assert len(whole) == 72 + 24 + 16 + 80
+    check_format(whole.ljust(400, b"\0"))
+    with pytest.raises(FormatError, match="it has 399 bytes of 400"):
+        check_format(whole.ljust(399, b"\0"))
+    with pytest.raises(FormatError, match="no shared library"):
+        check_format(pe((1, 1), flags=0x0022))
+    with pytest.raises(FormatError, match="is cut short"):
+        check_format(pe((1, 1), (1, 1))[:170])
+    with pytest.raises(FormatError, match="is no 64-bit PE library"):
+        check_format(pe((1, 1)).replace(b"PE\0\0", b"NE\0\0"))
+
+
+@pytest.mark.usefixtures("on_linux_x86")
+def test_a_library_is_ours_by_the_name_of_its_function() -> None:
+    name = CPU.contract.encode()
+    for before in (b"\0", b"\0_"):
+        check_bytes(elf([]) + before + name + b"\0", "it", CPU)
+    for text in (b"\0" + name + b"2\0", b"x" + name + b"\0", b"\0" + PLUGIN.contract.encode() + b"\0"):
+        with pytest.raises(PluginError, match="it is a library, but no CPU library of quartermap-deploy"):
+            check_bytes(elf([]) + text, "it", CPU)
+    with pytest.raises(
+        PluginError, match="but no plugin of quartermap-deploy: it has no function quartermap_plugin"
+    ):
+        check_bytes(elf([]), "it")
+    with pytest.raises(
+        PluginError, match=r"it is no shared library; it is damaged or no library; build it here"
+    ):
+        check_bytes(elf([], kind=2), "it")
+    with pytest.raises(PluginError, match=r"than this x86_64; build it here: quartermap plugin build"):
+        check_bytes(elf([], machine=ARM), "it")
+
+
+def test_files_that_are_none_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(PluginError, match="is a folder; name the library in it"):
+        inspect(tmp_path)
+    with pytest.raises(PluginError, match=r"there is no CPU library .*; `quartermap native build` makes one"):
+        inspect(tmp_path / "none.so", CPU)
+
+
+# The plugin's build -----------------------------------------------------------------------------------------------
+
+
+def test_what_cmake_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    monkeypatch.setattr(build, "_nvcc", lambda: "/cuda/nvcc")
+    base = ["-DQUARTERMAP_TEST_HOST=OFF"]
+    assert build._definitions(BuildOptions()) == [*base, "-DCMAKE_CUDA_COMPILER=/cuda/nvcc"]
+    assert build._definitions(BuildOptions(kernels_only=True, emulation=True, optimisation="-O1")) == [
+        *base,
+        "-DQUARTERMAP_KERNELS_ONLY=ON",
+        "-DQUARTERMAP_EMULATION=ON",
+        "-DCMAKE_CXX_FLAGS_RELEASE=-O1",
+        "-DCMAKE_CUDA_FLAGS_RELEASE=-O1",
+    ]
+    found = build._definitions(BuildOptions(cuda_architectures=("80", "90a", "120-real", "100f-virtual")))
+    assert found[-1] == "-DCMAKE_CUDA_ARCHITECTURES=80;90a;120-real;100f-virtual"
+    for name, words in (("79", "80 or newer, found 79"), ("8", "no CUDA architecture"), ("90b", "no CUDA")):
+        with pytest.raises(PluginError, match=words):
+            build._definitions(BuildOptions(cuda_architectures=(name,)))
+    headers(tmp_path, 10, 7)
+    found = build._definitions(BuildOptions(tensorrt_include=tmp_path))
+    assert f"-DTENSORRT_INCLUDE_DIR={tmp_path.resolve()}" in found
+    with pytest.raises(MissingDependencyError, match=r"there is no NvInferRuntime\.h"):
+        build._definitions(BuildOptions(tensorrt_include=tmp_path / "none"))
+    monkeypatch.setattr(build.shutil, "which", lambda name: f"/bin/{name}")
+    assert build._definitions(BuildOptions())[1:3] == ["-G", "Ninja"]
+    assert BuildOptions().library == "libquartermap_plugin.so"
+    assert BuildOptions(kernels_only=True).library == "libquartermap_kernels.so"
+
+
+def headers(folder: Path, major: int, minor: int, names: str = "NV_TENSORRT_") -> Path:
+    (folder / "NvInferRuntime.h").touch()
+    ending = "" if names.startswith("NV") else "_ENTERPRISE"
+    text = "".join(
+        f"#define {names}{part}{ending} {number}\n" for part, number in (("MAJOR", major), ("MINOR", minor))
+    )
+    (folder / "NvInferVersion.h").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("names", ["NV_TENSORRT_", "TRT_"])
+def test_versions_of_tensorrt_that_are_taken(tmp_path: Path, names: str) -> None:
+    for version in ((10, 7), (10, 14), (11, 0), (11, 9)):
+        build._require_supported(headers(tmp_path, *version, names=names))
+    for version in ((10, 6), (9, 9), (12, 0)):
+        with pytest.raises(MissingDependencyError, match=r"of TensorRT {}\.{};".format(*version)):
+            build._require_supported(headers(tmp_path, *version, names=names))
+    (tmp_path / "NvInferVersion.h").write_text("#define NV_TENSORRT_MAJOR 10\n")
+    with pytest.raises(MissingDependencyError, match="names no version"):
+        build._require_supported(tmp_path)
+    (tmp_path / "NvInferVersion.h").unlink()
+    with pytest.raises(MissingDependencyError, match="names no version"):
+        build._require_supported(tmp_path)
+
+
+def test_nvcc_is_looked_for_in_this_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = {}
+    for name in ("named", "path", "home/bin", "usual", "later"):
+        (tmp_path / name).mkdir(parents=True)
+        places[name] = tmp_path / name / "nvcc"
+        places[name].touch()
+    monkeypatch.setenv("CUDACXX", str(places["named"]))
+    monkeypatch.setattr(build.shutil, "which", lambda name: str(places["path"]))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setattr(build, "NVCC_PLACES", (str(places["usual"]), str(places["later"])))
+    for name in list(places):
+        assert find_nvcc() == str(places[name])
+        places[name].unlink()
+    assert find_nvcc() is None
+    places["home/bin"].touch()
+    monkeypatch.delenv("CUDA_HOME")
+    assert find_nvcc() is None
+    monkeypatch.setenv("CUDA_PATH", str(tmp_path / "home"))
+    assert find_nvcc() == str(places["home/bin"])
+
+
+def test_the_lines_around_the_first_error_are_shown_or_the_last_ones() -> None:
+    lines = [str(number) for number in range(100)]
+    lines[50], lines[60] = "a.cpp:3: error: no", "b.cpp: Error"
+    shown = important_lines(lines).splitlines()
+    assert shown[:3] == ["  48", "  49", "  a.cpp:3: error: no"] and len(shown) == 20
+    assert important_lines(["CMake Error at x", "y"]) == "  CMake Error at x\n  y"
+    assert important_lines([str(number) for number in range(30)], most=3) == "  27\n  28\n  29"
+    assert important_lines(["no errors were found, terrors neither"]).strip().startswith("no errors")
+    assert important_lines([]) == ""
+
+
+def test_a_folder_that_can_be_written_stays_as_it_was(tmp_path: Path) -> None:
+    build.require_writable(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "kept").mkdir()
+    build.require_writable(tmp_path / "kept")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"] and not list((tmp_path / "kept").iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(PluginError, match="is no folder"):
+        build.require_writable(tmp_path / "file")
+    with pytest.raises(PluginError, match="cannot write into"):
+        build.require_writable(tmp_path / "file" / "below")
+
+
+def test_a_library_is_put_whole_into_a_folder_that_is_made(tmp_path: Path) -> None:
+    (tmp_path / "lib.so").write_bytes(b"new")
+    for _ in range(2):
+        placed = build.place_library(tmp_path / "lib.so", tmp_path / "a" / "b")
+        assert placed == tmp_path / "a" / "b" / "lib.so" and placed.read_bytes() == b"new"
+        assert stat.S_IMODE(placed.stat().st_mode) == 0o755
+        assert list(placed.parent.iterdir()) == [placed]
+        placed.write_bytes(b"old")
+
+
+# Contracts --------------------------------------------------------------------------------------------------------
+
+
+def test_a_contract_differs_by_what_this_package_knows() -> None:
+    same = CONTRACT.to_dict()
+    assert differences({**same, "more": 1}) == []
+    assert differences({**same, "kernels": 1}) == ["kernels: the library has 1, this package 2"]
+    del same["element_types"]
+    assert differences(same) == [
+        "element_types: the library has None, this package ['float32', 'float16', 'bfloat16']"
+    ]
+    assert same["fields"] == [{"name": "directions", "type": "CHAR"}, {"name": "softplus", "type": "INT32"}]
+    assert {entry["name"]: (entry["type"], entry["optional"]) for entry in same["inputs"]} == {
+        "x": ("T", False),
+        "dt": ("T", False),
+        "B": ("T", False),
+        "C": ("T", False),
+        "A": ("float32", False),
+        "D": ("float32", False),
+        "dt_bias": ("float32", False),
+        "dt_weight": ("T", True),
+    }
+
+
+def test_a_registry_has_to_list_the_plugin_with_its_fields() -> None:
+    fields = (("directions", "CHAR"), ("softplus", "INT32"))
+    good = check.Creator("SelectiveScan2D", "1", "quartermap", fields)
+    other = check.Creator("SelectiveScan2D", "1", "quartermap", fields[:1])
+    check._compare((other, good), Path("p.so"))
+    with pytest.raises(PluginError, match="registers nothing; expected Creator"):
+        check._compare((), Path("p.so"))
+    with pytest.raises(PluginError, match=r"registers \[Creator"):
+        check._compare((other,), Path("p.so"))
+
+
+def test_the_cpu_librarys_contract_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_library, "sources_hash", lambda: "0123456789" * 6)
+    same: dict[str, Any] = {
+        "library": "quartermap_cpu",
+        "version": cpu_library.INTERFACE,
+        "release": cpu_library.__version__,
+        "sources": "0123456789" * 6,
+        "instruction_sets": ["baseline"],
+    }
+    assert cpu_library._differences(same) == []
+    assert cpu_library._differences({**same, "version": 99}) == [
+        f"version: the library has 99, this package {cpu_library.INTERFACE}"
+    ]
+    assert cpu_library._differences({**same, "sources": "f" * 64}) == [
+        "sources: the library has 'fffffffffffffff…', this package '012345678901234…'"
+    ]
+    assert cpu_library._differences({**same, "instruction_sets": "avx2"}) == [
+        "instruction_sets: the library has none"
+    ]
+
+    def none() -> str:
+        raise PluginError("no sources")
+
+    # Where the sources were taken out of the installation, they cannot be compared.
+    monkeypatch.setattr(cpu_library, "sources_hash", none)
+    assert cpu_library._differences({**same, "sources": "f" * 64}) == []
+    assert cpu_library._short("x" * 37) == repr("x" * 37) and "…" in cpu_library._short("x" * 38)
+
+
+# The CPU library's build ------------------------------------------------------------------------------------------
+
+
+def test_what_compilers_are_told() -> None:
+    here = Compiler(("g++",), "g++ 13", "x86_64-linux-gnu")
+    arm = Compiler(("g++",), "g++ 13", "aarch64-linux-gnu")
+    amd = Compiler(("clang++",), "clang 17", "amd64-unknown-freebsd")
+    assert here.for_x86 and amd.for_x86 and not arm.for_x86
+    assert "-DQUARTERMAP_WITH_AVX" in cpu_build._flags(here, CpuBuildOptions())
+    assert "-DQUARTERMAP_WITH_AVX" not in cpu_build._flags(arm, CpuBuildOptions())
+    portable = cpu_build._flags(here, CpuBuildOptions(portable_vectors=True, flags=("-g",)))
+    assert "-DQUARTERMAP_PORTABLE_VECTORS" in portable and "-DQUARTERMAP_WITH_AVX" not in portable
+    assert portable[-1] == "-g" and "-O3" in portable and "-std=c++17" in portable
+    assert f'-DQUARTERMAP_SOURCES="{cpu_build.sources_hash()}"' in portable
+    assert CpuBuildOptions(compiler="clang++").usual
+    assert not CpuBuildOptions(portable_vectors=True).usual and not CpuBuildOptions(flags=("-g",)).usual
+
+
+def test_what_is_built_in_an_unusual_way_has_a_name_that_is_not_looked_for() -> None:
+    compiler = Compiler(("g++",), "g++ 13", "x86_64-linux-gnu")
+    usual = cpu_build._cache_name(compiler, CpuBuildOptions())
+    prefix = f"{sys.platform}-{platform.machine().lower()}-{cpu_build.sources_hash()[:16]}"
+    assert usual.startswith(f"{prefix}-") and len(usual) == len(prefix) + 17
+    assert cpu_build._cache_name(compiler, CpuBuildOptions(flags=("-g",))).startswith(f"test-{prefix}-")
+    others = (
+        Compiler(("g++",), "g++ 14", "x86_64-linux-gnu"),
+        Compiler(("g++-13",), "g++ 13", "x86_64-linux-gnu"),
+        Compiler(("g++",), "g++ 13", "x86_64-linux-musl"),
+    )
+    assert len({usual, *(cpu_build._cache_name(other, CpuBuildOptions()) for other in others)}) == 4
+
+
+def fake_compiler(path: Path, body: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="compilers here are shell scripts")
+def test_compilers_are_asked_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = 'case "$*" in *-dumpmachine) echo x86_64-linux-gnu;; *) echo "$0 1.0"; echo more;; esac'
+    for name in ("c++", "g++", "mine"):
+        fake_compiler(tmp_path / name, answer)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+
+    def found(named: str | None = None) -> str:
+        compiler = find_compiler(named)
+        assert compiler.version.endswith(" 1.0") and compiler.target == "x86_64-linux-gnu"
+        return " ".join(compiler.command).replace(f"{tmp_path}/", "")
+
+    assert found() == "c++"
+    monkeypatch.setenv("CXX", "mine -m64")
+    assert found() == "mine -m64" and found("g++ -v") == "g++ -v"
+    monkeypatch.setenv("CXX", "  ")
+    assert found() == "c++"
+    (tmp_path / "c++").unlink()
+    assert found() == "g++"
+    with pytest.raises(MissingDependencyError, match="there is no compiler none, which the environment"):
+        find_compiler("none")
+    with pytest.raises(MissingDependencyError, match="is no command"):
+        find_compiler("'g++")
+    fake_compiler(tmp_path / "mine", "echo sorry >&2; exit 3")
+    with pytest.raises(MissingDependencyError, match=r"asked for --version, it says 'sorry'"):
+        find_compiler("mine")
+    fake_compiler(tmp_path / "mine", "exit 0")
+    with pytest.raises(MissingDependencyError, match=r"it says 'nothing'"):
+        find_compiler("mine")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="commands here are shell scripts")
+def test_a_compiler_that_fails_says_why(tmp_path: Path) -> None:
+    assert cpu_build._run(["true"]) is None
+    shown = cpu_build._run([str(fake_compiler(tmp_path / "a", "echo first; echo 'x: error: y' >&2; exit 1"))])
+    assert shown == "  first\n  x: error: y"
+    assert cpu_build._run([str(fake_compiler(tmp_path / "b", "exit 7"))]) == "  it ended with code 7"
+    assert "No such file" in (cpu_build._run([str(tmp_path / "none")]) or "")
+
+
+def test_libraries_in_the_cache_are_listed_the_newest_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUARTERMAP_HOME", str(tmp_path / "home"))
+    assert cpu_build.every_built() == [] == cpu_build.built_libraries()
+    folder = cpu_build.built_folder()
+    folder.mkdir(parents=True, mode=0o700)
+    prefix = cpu_build._prefix()
+    names = {f"{prefix}-a": 100, f"{prefix}-b": 300, "linux-x86_64-other-c": 200, f"test-{prefix}-d": 400}
+    for name, changed in names.items():
+        (folder / name).mkdir(mode=0o700)
+        library = folder / name / cpu_build.CPU_LIBRARY
+        library.touch()
+        os.utime(library, (changed, changed))
+    listed = [(library.path.parent.name, library.fits) for library in cpu_build.every_built()]
+    assert listed == [
+        (f"test-{prefix}-d", False),
+        (f"{prefix}-b", True),
+        ("linux-x86_64-other-c", False),
+        (f"{prefix}-a", True),
+    ]
+    assert [path.parent.name for path in cpu_build.built_libraries()] == [f"{prefix}-b", f"{prefix}-a"]
+    assert cpu_build.every_built()[1].to_dict() == {
+        "path": str(folder / f"{prefix}-b" / cpu_build.CPU_LIBRARY),
+        "fits": True,
+        "built": "1970-01-01T00:05:00+00:00",
+    }
+
+
+# The kernels' structures ------------------------------------------------------------------------------------------
+
+
+def test_a_scan_is_told_to_the_kernels() -> None:
+    scan = make_scan(
+        Sizes(2, 3, 5, 7, 11, 13, 17), ("row", "column_reverse", "column"), False, "bfloat16", threads=4
+    )
+    names = ("batch", "groups", "channels", "height", "width", "d_state", "dt_rank")
+    assert [getattr(scan, name) for name in names] == [2, 3, 5, 7, 11, 13, 17]
+    assert [scan.directions[place] for place in range(scan.direction_count)] == [0, 3, 1]
+    assert (scan.softplus, scan.element_type, scan.threads) == (0, 2, 4)
+    assert make_scan(Sizes(1, 1, 1, 1, 1, 1), ("row",), True, "float32").softplus == 1
+    assert isinstance(scan, ctypes.Structure)
