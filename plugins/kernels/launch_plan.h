@@ -36,14 +36,6 @@ constexpr int kMaxWarps = kMaxThreads / 32;
 // 8.9 and 12.0), 28 KiB are for the stage of the shortest chunk with 16 rows, and 6.1 KiB for weights and carries.
 constexpr std::int64_t kAlwaysResidentBytes = 64 * 1024;
 
-// Which kernels carry a plan out.
-enum Family
-{
-    kGeneral = 0,  // selective_scan_kernel.h: whatever a scan may be
-    kResident = 1, // tensor_core/resident_kernel.h: large batches of the maps in tensor_core/stages.h
-    kSplit = 2     // tensor_core/split_kernels.h: small batches, and maps that no block can hold
-};
-
 struct LaunchPlan
 {
     int channels_per_thread; // 1, 2 or 4
@@ -71,7 +63,7 @@ struct LaunchPlan
     int stage_at;
     int shared_bytes;
     // Of the kernels in tensor_core/; their blocks and threads are those above.
-    int family;
+    int kernels; // QuartermapKernels
     int stage;          // of the resident kernel, in its table
     int parts;          // blocks among which a direction is divided
     int rank_blocks;    // of 8 ranks

@@ -30,7 +30,7 @@ inline std::uint64_t sum_bytes(QuartermapScan const& scan)
 
 inline std::uint64_t workspace_bytes(QuartermapScan const& scan, LaunchPlan const& plan)
 {
-    if (plan.family != kGeneral)
+    if (plan.kernels != QUARTERMAP_GENERAL)
     {
         return static_cast<std::uint64_t>(tensor_core::workspace_of(scan, plan).bytes);
     }

@@ -72,6 +72,7 @@ std::int32_t plan_for(QuartermapScan const& scan, DeviceLimits const& limits, Qu
     plan.chunk = layout.chunk;
     plan.shared_bytes = layout.shared_bytes;
     plan.resident = layout.resident ? 1 : 0;
+    plan.kernels = layout.kernels;
     plan.workspace_bytes = quartermap::workspace_bytes(scan, layout);
     std::memcpy(plan.layout, &layout, sizeof layout);
     return QUARTERMAP_SUCCESS;
@@ -102,13 +103,13 @@ KernelSequence tensor_core_kernels(QuartermapScan const& scan, LaunchPlan const&
     KernelSequence found{};
     found.launches[found.count++]
         = {quartermap::prepare_kernel_of(scan.element_type), layout.prepare_blocks, kSmallThreads, 0};
-    if (layout.family == quartermap::kResident)
+    if (layout.kernels == QUARTERMAP_RESIDENT)
     {
         found.launches[found.count++] = {half ? quartermap::resident_float16(layout) : quartermap::resident_bfloat16(layout),
             layout.blocks, layout.threads(), layout.shared_bytes};
         return found;
     }
-    found.launches[found.count++] = {half ? quartermap::split_float16(layout) : quartermap::split_bfloat16(layout),
+    found.launches[found.count++] = {half ? quartermap::split_float16(scan, layout) : quartermap::split_bfloat16(scan, layout),
         layout.blocks, layout.threads(), layout.shared_bytes};
     std::int64_t const pairs = scan.batch * scan.d_inner * scan.height * ((scan.width + 1) / 2);
     found.launches[found.count++]
@@ -119,7 +120,7 @@ KernelSequence tensor_core_kernels(QuartermapScan const& scan, LaunchPlan const&
 KernelSequence kernels_of(QuartermapScanPlan const& plan)
 {
     LaunchPlan const layout = layout_of(plan);
-    if (layout.family != quartermap::kGeneral)
+    if (layout.kernels != QUARTERMAP_GENERAL)
     {
         return tensor_core_kernels(plan.scan, layout);
     }
@@ -283,7 +284,7 @@ extern "C" std::int32_t quartermap_selective_scan_launch(
     arguments.plan = layout_of(*plan);
     bool const in_place = plan->scan.element_type == QUARTERMAP_FLOAT32;
     arguments.sum = static_cast<float*>(in_place ? tensors->y : tensors->workspace);
-    if (arguments.plan.family != quartermap::kGeneral)
+    if (arguments.plan.kernels != QUARTERMAP_GENERAL)
     {
         arguments.buffers = buffers_in(static_cast<char*>(tensors->workspace), plan->scan, arguments.plan);
     }

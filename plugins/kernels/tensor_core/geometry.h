@@ -28,6 +28,15 @@ constexpr int kZeroAt = 64;    // where that stands
 constexpr int kSegmentBytes = 160; // the maps of a segment, for 16 channels 8 bytes each, and a gap against bank conflicts
 constexpr int kMostSegments = 8;   // of a task
 
+// Where the bias of the time step goes: into two ranks that are left over in the last block of 8; into a factor of its own,
+// which costs nothing beside an odd number of blocks; or into the product as what it is added to, which costs copies.
+enum class Bias
+{
+    kSpareRanks,
+    kOwnFactor,
+    kAddend
+};
+
 constexpr int ceil_to(int value, int multiple)
 {
     return (value + multiple - 1) / multiple * multiple;
@@ -49,7 +58,11 @@ struct ResidentGeometry
     static constexpr int kGroups = kGroups_;
     static constexpr int kBlocks = kBlocks_;
     static constexpr int kTiles = 7;
+    static constexpr bool kOdd = kWidth % 2 != 0;
     static constexpr int kRankBlocks = ceil_to(kRanks, 8) / 8;
+    static constexpr Bias kBias = kRanks + 2 <= 8 * kRankBlocks ? Bias::kSpareRanks
+        : kRankBlocks % 2 == 1                                  ? Bias::kOwnFactor
+                                                                : Bias::kAddend;
 
     static constexpr int width = kWidth;
     static constexpr int height = kHeight;
@@ -62,7 +75,6 @@ struct ResidentGeometry
     static constexpr int chunks = ceil_to(tasks, kWarps) / kWarps;
     // A warp has one block of rows and the lanes of a quad neighbouring columns, which meet different banks.
     static constexpr bool interleaved = row_blocks == kWarps && pitch / 2 % kSlots == 0;
-    static constexpr bool bias_ranks = kRanks + 2 <= 8 * kRankBlocks;
 
     // Channels stand 4 banks apart, so that the lanes of a warp meet different ones.
     static constexpr int map_bytes = ceil_to(kHeight * pitch * 2 - 16, 128) + 16;
@@ -79,11 +91,11 @@ struct ResidentGeometry
     static constexpr int buffers_at = 2 * all_maps_bytes;
     static constexpr int stage_at = buffers_at + kTeams * kGroups * team_bytes;
     static constexpr int ones_at = stage_at + (kPrivate ? 0 : tasks * task_bytes);
-    static constexpr int shared_bytes = ones_at + kRowBytes;
+    static constexpr int shared_bytes = ones_at + kTiles * kRowBytes;
     static constexpr int threads = 32 * all_warps;
 
     static_assert(kHeight % kTiles == 0 && kRanks % 2 == 0);
-    static_assert(kPrivate ? interleaved && pitch == width : kTeams == 1);
+    static_assert(kPrivate ? interleaved && !kOdd : kTeams == 1);
 
     // Where a team has the map of its n-th segment.
     QUARTERMAP_INLINE static constexpr int segment_at(int n, bool column)
@@ -94,9 +106,9 @@ struct ResidentGeometry
     }
 };
 
-// A map of any size whose height is a multiple of kTiles. A block walks one direction of 16 channels of one image, or one
+// A map of any width, even or odd, whose height is a multiple of kTiles. A block walks one direction of 16 channels of one image, or one
 // chunk of it; x is read from global memory, and what the direction adds is written there.
-template <int kRankBlocks_, int kTiles_>
+template <int kRankBlocks_, int kTiles_, bool kOdd_>
 struct SplitGeometry
 {
     static constexpr bool kResident = false;
@@ -104,6 +116,8 @@ struct SplitGeometry
     static constexpr int kTeams = 1;
     static constexpr int kTiles = kTiles_;
     static constexpr int kRankBlocks = kRankBlocks_;
+    static constexpr bool kOdd = kOdd_;
+    static constexpr Bias kBias = Bias::kAddend;
     static constexpr bool interleaved = false;
 
     int width;
@@ -114,30 +128,26 @@ struct SplitGeometry
     int row_blocks;
     int slots;
     int chunks;
-    bool bias_ranks;
     int bc_at;
     int warp_bytes;
     int sums_at;
     int state_at;
-    int ones_at;
     int shared_bytes;
 
     QUARTERMAP_INLINE SplitGeometry(int height_, int width_, int ranks_, int warps_)
         : width(width_)
         , height(height_)
-        , pitch((width_ + 1) / 2 * 2)
+        , pitch(width_ + (kOdd_ ? 1 : 0))
         , ranks(ranks_)
         , warps(warps_)
         , row_blocks(height_ / kTiles)
         , slots(row_blocks * (pitch / 2))
         , chunks((slots + kSlots * warps_ - 1) / (kSlots * warps_))
-        , bias_ranks(ranks_ + 2 <= 8 * kRankBlocks)
         , bc_at(ranks_ * kTiles * kRowBytes)
         , warp_bytes(bc_at + kTiles * kTileBytes)
         , sums_at(warps_ * warp_bytes)
         , state_at(sums_at + warps_ * kMostSegments * kSegmentBytes)
-        , ones_at(state_at + 64)
-        , shared_bytes(ones_at + kRowBytes)
+        , shared_bytes(state_at + 64)
     {
     }
 

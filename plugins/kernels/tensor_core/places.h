@@ -92,8 +92,8 @@ struct GlobalPlaces
     QUARTERMAP_DEVICE void read_x(G const& g, int j, Word (&words)[2]) const
     {
         Pair const pair = Pair::in_map(g, first + j * tile_step<kColumn>(g));
-        words[0] = load_pair(g, x, pair);
-        words[1] = load_pair(g, x + 8ll * g.height * g.width, pair);
+        words[0] = load_pair<G>(x, pair);
+        words[1] = load_pair<G>(x + 8ll * g.height * g.width, pair);
     }
 
     QUARTERMAP_DEVICE void add(G const& g, int j, float const (&states)[4], Word c, bool live) const

@@ -54,7 +54,7 @@ inline Workspace workspace_of(QuartermapScan const& scan, LaunchPlan const& plan
         return here;
     };
     std::int64_t const rows = scan.direction_count * scan.d_inner;
-    bool const split = plan.family == kSplit;
+    bool const split = plan.kernels == QUARTERMAP_SPLIT;
     found.told_count = split && plan.parts > 1 ? rows * scan.batch * plan.parts : 0; // one for each channel
     found.weight = place(rows * 8 * plan.rank_blocks * 2);
     found.bias = place(rows * 4);
@@ -112,7 +112,7 @@ inline bool resident_plan(QuartermapScan const& scan, LaunchPlan& plan)
             && scan.d_inner % stage.channels == 0)
         {
             plan = {};
-            plan.family = kResident;
+            plan.kernels = QUARTERMAP_RESIDENT;
             plan.stage = number;
             plan.resident = true;
             plan.parts = 1;
@@ -144,10 +144,10 @@ inline int split_warps(int row_blocks, int slots)
 
 // A plan of the split kernel, with segments of kTiles positions along columns and each direction divided among as many
 // blocks as it has chunks, or not at all; false where there is none.
-template <int kTiles>
+template <int kTiles, bool kOdd>
 bool split_plan(QuartermapScan const& scan, bool chunks_apart, LaunchPlan& plan)
 {
-    if (!known(scan) || scan.height % kTiles != 0 || part_bytes(scan) > kMostPartBytes)
+    if (!known(scan) || scan.height % kTiles != 0 || (scan.width % 2 != 0) != kOdd || part_bytes(scan) > kMostPartBytes)
     {
         return false;
     }
@@ -160,12 +160,12 @@ bool split_plan(QuartermapScan const& scan, bool chunks_apart, LaunchPlan& plan)
         return false;
     }
     plan = {};
-    plan.family = kSplit;
+    plan.kernels = QUARTERMAP_SPLIT;
     for (int blocks : kSplitRankBlocks)
     {
         plan.rank_blocks = plan.rank_blocks == 0 && ranks <= 8 * blocks ? blocks : plan.rank_blocks;
     }
-    SplitGeometry<1, kTiles> const g(static_cast<int>(scan.height), static_cast<int>(scan.width), ranks, warps);
+    SplitGeometry<1, kTiles, kOdd> const g(static_cast<int>(scan.height), static_cast<int>(scan.width), ranks, warps);
     plan.stage = kTiles;
     plan.warps = warps;
     plan.chunks = g.chunks;
@@ -181,7 +181,7 @@ bool split_plan(QuartermapScan const& scan, bool chunks_apart, LaunchPlan& plan)
 inline double estimate_cost(QuartermapScan const& scan, DeviceLimits const& limits, LaunchPlan const& plan)
 {
     constexpr double kLaunch = 450e3; // two microseconds of a multiprocessor
-    bool const split = plan.family == kSplit;
+    bool const split = plan.kernels == QUARTERMAP_SPLIT;
     double const rank = static_cast<double>(scan.dt_rank);
     double const instructions = split ? 24.0 + 0.15 * rank : 15.0 + 0.25 * rank;
     double const positions = split && plan.parts > 1 ? plan.chunk : static_cast<double>(scan.height * scan.width);
@@ -213,8 +213,9 @@ inline bool make_plan(QuartermapScan const& scan, DeviceLimits const& limits, La
     consider(resident_plan(scan, plan));
     for (bool const chunks_apart : {false, true})
     {
-        consider(split_plan<7>(scan, chunks_apart, plan));
-        consider(split_plan<8>(scan, chunks_apart, plan));
+        consider(split_plan<7, false>(scan, chunks_apart, plan));
+        consider(split_plan<8, false>(scan, chunks_apart, plan));
+        consider(split_plan<7, true>(scan, chunks_apart, plan));
     }
     return found;
 }

@@ -1,7 +1,8 @@
 // Before the other kernels of a launch: their weights, biases and skip weights, from the tensors.
 //
-//   weight   (K x d_inner, 8 x kRankBlocks)   T         for float16 times log2 e; spare ranks are zero, and the last two hold
-//                                                       the bias and what is left of it after rounding, if there are two
+//   weight   (K x d_inner, 8 x rank_blocks)   T         for float16 times log2 e; spare ranks are zero, but for the resident
+//                                                       kernel the last two, if there are two, hold the bias and what is
+//                                                       left of it after rounding
 //   bias     (K x d_inner)                    float32   for float16 times log2 e
 //   skip     (d_inner)                        float32   D, added up over the directions
 //   told     none told yet
@@ -29,7 +30,7 @@ QUARTERMAP_DEVICE T prepared_weight(KernelArguments const& arguments, int row, i
         T const* const weight = static_cast<T const*>(arguments.tensors.dt_weight);
         value = scale * to_float(read_only(weight + static_cast<std::int64_t>(row) * ranks + rank));
     }
-    else if (ranks + 2 <= padded && rank >= padded - 2)
+    else if (arguments.plan.kernels == QUARTERMAP_RESIDENT && ranks + 2 <= padded && rank >= padded - 2)
     {
         value = scale * read_only(arguments.tensors.dt_bias + row);
         if (rank == padded - 1)

@@ -23,10 +23,12 @@ QUARTERMAP_DEVICE void clear_zeros(G const& g, Shared buffers, Shared staged, in
     }
     else
     {
-        for (int i = thread_index(); i < G::tasks * G::kTiles; i += G::threads)
+        static_assert(G::tasks * G::kTiles <= G::threads);
+        int const tile = thread_index();
+        if (tile < G::tasks * G::kTiles)
         {
-            Shared const task = staged + i / G::kTiles * G::task_bytes;
-            write_shared(task + g.bc_at + i % G::kTiles * kTileBytes + kZeroAt, 0.0F, 0.0F);
+            Shared const task = staged + tile / G::kTiles * G::task_bytes;
+            write_shared(task + g.bc_at + tile % G::kTiles * kTileBytes + kZeroAt, 0.0F, 0.0F);
         }
     }
 }
@@ -49,9 +51,10 @@ QUARTERMAP_DEVICE void walk_resident(Resident<T, G> const& block, Chunks chunks)
     constexpr int kDirection = (kColumn ? 1 : 0) + (kReverse ? 2 : 0);
     G const g;
     Lane const lane(block.team.lane);
-    auto const parameters = load_parameters<T>(g, block.arguments, block.channel0, kDirection, lane);
-    walk<kColumn, kReverse>(g, Source<T>(block.arguments, block.image, kDirection), parameters, block.maps, block.team,
-        chunks, Neighbours{nullptr, nullptr});
+    auto const parameters = load_parameters<T, G>(block.arguments, block.channel0, kDirection, lane);
+    Source<T> const source(g, block.arguments.tensors, block.image, 4, kDirection);
+    walk<kColumn, kReverse>(
+        g, source, parameters, block.maps, block.team, chunks, Neighbours{nullptr, nullptr});
 }
 
 // Stages a direction for all groups of the block, and walks it.
@@ -60,7 +63,7 @@ QUARTERMAP_DEVICE void stage_and_walk(Resident<T, G> const& block)
 {
     constexpr int kDirection = (kColumn ? 1 : 0) + (kReverse ? 2 : 0);
     constexpr int kPerTask = G::all_warps / G::tasks > 1 ? G::all_warps / G::tasks : 1; // warps
-    Source<T> const source(block.arguments, block.image, kDirection);
+    Source<T> const source(G(), block.arguments.tensors, block.image, 4, kDirection);
     QUARTERMAP_NO_UNROLL
     for (int task = block.warp / kPerTask; task < G::tasks; task += G::all_warps / kPerTask)
     {
@@ -126,7 +129,7 @@ void resident_kernel(KernelArguments const arguments)
 
     Team const mine{base + G::buffers_at + (group * G::kTeams + team) * G::team_bytes, base + G::stage_at,
         base + G::ones_at, warp % G::warps, lane, 1 + group * G::kTeams + team};
-    if (thread_index() < kRowBytes / 4)
+    if (thread_index() < G::kTiles * kRowBytes / 4)
     {
         write_shared(mine.ones + 4 * thread_index(), one_pair<T>());
     }

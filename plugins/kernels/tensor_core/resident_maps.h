@@ -49,36 +49,24 @@ QUARTERMAP_DEVICE void put_words(Shared to, Word const (&x)[kWords], float skip)
 template <class G>
 constexpr int kLine = G::height * G::width % 8 == 0 ? 4 : 2;
 
+// Rows of 7 in the order of the block's threads, as many at once as a thread has.
+template <class G>
+constexpr int kRowsOfThread = (kChannels * G::kGroups * G::height + G::threads - 1) / G::threads;
+
 template <typename T, class G>
-QUARTERMAP_DEVICE void load_maps(T const* x, float const* skips, Shared base, int warp, int lane)
+QUARTERMAP_DEVICE void load_rows_of_7(T const* x, float const* skips, Shared base)
 {
-    if constexpr (G::pitch != G::width)
+    QUARTERMAP_UNROLL
+    for (int n = 0; n < kRowsOfThread<G>; ++n)
     {
-        static_assert(G::width == 7);
-        for (int row = thread_index(); row < kChannels * G::kGroups * G::height; row += G::threads)
+        int const row = n * G::threads + thread_index();
+        if (row < kChannels * G::kGroups * G::height)
         {
             int const channel = row / G::height;
             Word words[4];
             load_row_of_7(x + row * 7, words);
             Shared const to = base + channel * G::map_bytes + (row - channel * G::height) * 16;
             put_words<T, G>(to, words, read_only(skips + channel));
-        }
-        return;
-    }
-    constexpr int kLines = G::height * G::width / (2 * kLine<G>);
-    QUARTERMAP_NO_UNROLL
-    for (int channel = warp; channel < kChannels * G::kGroups; channel += G::all_warps)
-    {
-        float const skip = read_only(skips + channel);
-        QUARTERMAP_UNROLL
-        for (int n = 0; n < kLines; n += 32)
-        {
-            if (n + 32 <= kLines || n + lane < kLines)
-            {
-                Word words[kLine<G>];
-                load_words(x + channel * (G::height * G::width) + (n + lane) * (2 * kLine<G>), words);
-                put_words<T, G>(base + channel * G::map_bytes + (n + lane) * (4 * kLine<G>), words, skip);
-            }
         }
     }
 }
@@ -87,23 +75,80 @@ QUARTERMAP_DEVICE void load_maps(T const* x, float const* skips, Shared base, in
 template <typename T, class G>
 QUARTERMAP_DEVICE void store_rows_of_7(T* y, Shared base)
 {
-    for (int row = thread_index(); row < kChannels * G::kGroups * G::height; row += G::threads)
+    QUARTERMAP_UNROLL
+    for (int n = 0; n < kRowsOfThread<G>; ++n)
     {
-        int const channel = row / G::height;
-        Word words[4];
-        read_shared(base + G::all_maps_bytes + channel * G::map_bytes + (row - channel * G::height) * 16, words);
-        QUARTERMAP_UNROLL
-        for (int n = 0; n < 7; ++n)
+        int const row = n * G::threads + thread_index();
+        if (row < kChannels * G::kGroups * G::height)
         {
-            write_shared_half(base + row * 14 + 2 * n, (n & 1) != 0 ? words[n / 2] >> 16 : words[n / 2]);
+            int const channel = row / G::height;
+            Word words[4];
+            read_shared(base + G::all_maps_bytes + channel * G::map_bytes + (row - channel * G::height) * 16, words);
+            QUARTERMAP_UNROLL
+            for (int i = 0; i < 7; ++i)
+            {
+                write_shared_half(base + row * 14 + 2 * i, (i & 1) != 0 ? words[i / 2] >> 16 : words[i / 2]);
+            }
         }
     }
     wait_for_block<Barrier::kRowsPacked>();
-    for (int i = thread_index(); i < kChannels * G::kGroups * G::height * G::width / 8; i += G::threads)
+    constexpr int kLines = kChannels * G::kGroups * G::height * G::width / 8;
+    QUARTERMAP_UNROLL
+    for (int n = 0; n < kLines; n += G::threads)
     {
-        Word words[4];
-        read_shared(base + i * 16, words);
-        store_words(y + i * 8, words);
+        int const line = n + thread_index();
+        if (line < kLines)
+        {
+            Word words[4];
+            read_shared(base + line * 16, words);
+            store_words(y + line * 8, words);
+        }
+    }
+}
+
+// Does `each(channel, n)` for all lines of a warp's channels, the n-th of a channel, as many at once as there are registers
+// for.
+template <class G, class Each>
+QUARTERMAP_DEVICE void for_each_line(int warp, int lane, Each const& each)
+{
+    constexpr int kAll = kChannels * G::kGroups;
+    constexpr int kLines = G::height * G::width / (2 * kLine<G>);
+    constexpr int kAtOnce = kAll / G::all_warps < 4 ? (kAll + G::all_warps - 1) / G::all_warps : 4; // channels
+    QUARTERMAP_NO_UNROLL
+    for (int first = warp; first < kAll; first += kAtOnce * G::all_warps)
+    {
+        QUARTERMAP_UNROLL
+        for (int i = 0; i < kAtOnce; ++i)
+        {
+            int const channel = first + i * G::all_warps;
+            QUARTERMAP_UNROLL
+            for (int n = 0; n < kLines; n += 32)
+            {
+                if ((kAll % (kAtOnce * G::all_warps) == 0 || channel < kAll) && (n + 32 <= kLines || n + lane < kLines))
+                {
+                    each(channel, n + lane);
+                }
+            }
+        }
+    }
+}
+
+template <typename T, class G>
+QUARTERMAP_DEVICE void load_maps(T const* x, float const* skips, Shared base, int warp, int lane)
+{
+    if constexpr (G::pitch != G::width)
+    {
+        static_assert(G::width == 7);
+        load_rows_of_7<T, G>(x, skips, base);
+    }
+    else
+    {
+        for_each_line<G>(warp, lane, [&](int channel, int line) {
+            Word words[kLine<G>];
+            load_words(x + channel * (G::height * G::width) + line * (2 * kLine<G>), words);
+            put_words<T, G>(
+                base + channel * G::map_bytes + line * (4 * kLine<G>), words, read_only(skips + channel));
+        });
     }
 }
 
@@ -113,23 +158,14 @@ QUARTERMAP_DEVICE void store_maps(T* y, Shared base, int warp, int lane)
     if constexpr (G::pitch != G::width)
     {
         store_rows_of_7<T, G>(y, base);
-        return;
     }
-    constexpr int kLines = G::height * G::width / (2 * kLine<G>);
-    QUARTERMAP_NO_UNROLL
-    for (int channel = warp; channel < kChannels * G::kGroups; channel += G::all_warps)
+    else
     {
-        Shared const from = base + G::all_maps_bytes + channel * G::map_bytes;
-        QUARTERMAP_UNROLL
-        for (int n = 0; n < kLines; n += 32)
-        {
-            if (n + 32 <= kLines || n + lane < kLines)
-            {
-                Word words[kLine<G>];
-                read_shared(from + (n + lane) * (4 * kLine<G>), words);
-                store_words(y + channel * (G::height * G::width) + (n + lane) * (2 * kLine<G>), words);
-            }
-        }
+        for_each_line<G>(warp, lane, [&](int channel, int line) {
+            Word words[kLine<G>];
+            read_shared(base + G::all_maps_bytes + channel * G::map_bytes + line * (4 * kLine<G>), words);
+            store_words(y + channel * (G::height * G::width) + line * (2 * kLine<G>), words);
+        });
     }
 }
 

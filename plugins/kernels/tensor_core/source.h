@@ -52,15 +52,15 @@ struct Source
     T const* dt;
     T const* b;
     T const* c;
-    int length;
 
-    QUARTERMAP_DEVICE Source(KernelArguments const& arguments, int image, int k)
-        : length(static_cast<int>(arguments.scan.height * arguments.scan.width))
+    // `directions` counts those of the scan, of which this is the k-th.
+    template <class G>
+    QUARTERMAP_DEVICE Source(G const& g, QuartermapScanTensors const& tensors, int image, int directions, int k)
     {
-        std::int64_t const map = static_cast<std::int64_t>(image) * arguments.scan.direction_count + k;
-        dt = static_cast<T const*>(arguments.tensors.dt) + map * arguments.scan.dt_rank * length;
-        b = static_cast<T const*>(arguments.tensors.B) + map * length;
-        c = static_cast<T const*>(arguments.tensors.C) + map * length;
+        std::int64_t const at = static_cast<std::int64_t>(image * directions + k) * (g.height * g.width);
+        dt = static_cast<T const*>(tensors.dt) + at * g.ranks;
+        b = static_cast<T const*>(tensors.B) + at;
+        c = static_cast<T const*>(tensors.C) + at;
     }
 };
 
@@ -73,7 +73,7 @@ struct Pair
     template <class G>
     QUARTERMAP_INLINE static Pair in_map(G const& g, int padded)
     {
-        if (g.pitch == g.width)
+        if constexpr (!G::kOdd)
         {
             return {padded, true};
         }
@@ -84,9 +84,9 @@ struct Pair
 };
 
 template <class G, typename T>
-QUARTERMAP_DEVICE Word load_pair(G const& g, T const* map, Pair pair)
+QUARTERMAP_DEVICE Word load_pair(T const* map, Pair pair)
 {
-    if (g.pitch == g.width)
+    if constexpr (!G::kOdd)
     {
         Word value[1];
         load_words(map + pair.at, value);
@@ -107,13 +107,14 @@ QUARTERMAP_DEVICE void stage_task(G const& g, Source<T> const& source, int task,
     int const q = kColumn ? own % kSlots : own / G::kTiles;
     Slot const slot = slot_of<kColumn>(g, task, q);
     Pair const pair = Pair::in_map(g, slot.first + tile * tile_step<kColumn>(g));
-    T const* const from = source.dt + part * source.length;
+    int const length = g.height * g.width;
+    T const* const from = source.dt + part * length;
     Shared const to = stage + (tile * kSlots + q) * 4 + part * G::kTiles * kRowBytes;
     Word both[4];
     if (part == 0)
     {
-        Word const b = load_pair(g, source.b, pair);
-        Word const c = load_pair(g, source.c, pair);
+        Word const b = load_pair<G>(source.b, pair);
+        Word const c = load_pair<G>(source.c, pair);
         Word const scaled = kIsFloat16<T> ? multiply<T>(b, twice(kHalfLn2)) : b;
         both[0] = scaled & 0xffffu;
         both[1] = c & 0xffffu;
@@ -127,7 +128,7 @@ QUARTERMAP_DEVICE void stage_task(G const& g, Source<T> const& source, int task,
         QUARTERMAP_UNROLL
         for (int r = 0; r < G::ranks / kStep; ++r)
         {
-            values[r] = load_pair(g, from + r * kStep * source.length, pair);
+            values[r] = load_pair<G>(from + r * kStep * length, pair);
         }
         QUARTERMAP_UNROLL
         for (int r = 0; r < G::ranks / kStep; ++r)
@@ -140,8 +141,8 @@ QUARTERMAP_DEVICE void stage_task(G const& g, Source<T> const& source, int task,
         QUARTERMAP_UNROLL_BY_4
         for (int r = 0; r < g.ranks; ++r)
         {
-            T const* const row = from + static_cast<std::int64_t>(r) * source.length;
-            write_shared(to + r * G::kTiles * kRowBytes, load_pair(g, row, pair));
+            T const* const row = from + static_cast<std::int64_t>(r) * length;
+            write_shared(to + r * G::kTiles * kRowBytes, load_pair<G>(row, pair));
         }
     }
     if (part == 0)

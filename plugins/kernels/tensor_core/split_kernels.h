@@ -56,28 +56,23 @@ QUARTERMAP_DEVICE void walk_split(G const& g, KernelArguments const& arguments, 
             arguments.buffers.told + line * g.chunks * kChannels};
     }
     Lane const lane(team.lane);
-    auto const parameters = load_parameters<T>(g, arguments, block.tile * kChannels, block.k, lane);
-    walk<kColumn, kReverse>(
-        g, Source<T>(arguments, block.image, block.k), parameters, GlobalMaps<T>{x, part}, team, chunks, neighbours);
+    auto const parameters = load_parameters<T, G>(arguments, block.tile * kChannels, block.k, lane);
+    Source<T> const source(g, arguments.tensors, block.image, arguments.scan.direction_count, block.k);
+    walk<kColumn, kReverse>(g, source, parameters, GlobalMaps<T>{x, part}, team, chunks, neighbours);
 }
 
-template <typename T, int kRankBlocks, int kTiles>
+template <typename T, int kRankBlocks, int kTiles, bool kOdd>
 QUARTERMAP_KERNEL(32 * kMostSplitWarps, 1)
 void split_kernel(KernelArguments const arguments)
 {
-    SplitGeometry<kRankBlocks, kTiles> const g(static_cast<int>(arguments.scan.height),
+    SplitGeometry<kRankBlocks, kTiles, kOdd> const g(static_cast<int>(arguments.scan.height),
         static_cast<int>(arguments.scan.width), static_cast<int>(arguments.scan.dt_rank), arguments.plan.warps);
     Shared const base = shared_begin();
-    Team const team{base, base, base + g.ones_at, thread_index() >> 5, thread_index() & 31, 1};
-    if (thread_index() < kRowBytes / 4)
-    {
-        write_shared(team.ones + 4 * thread_index(), one_pair<T>());
-    }
+    Team const team{base, base, base, thread_index() >> 5, thread_index() & 31, 1};
     if (team.lane < kTiles)
     {
         write_shared(base + team.warp * g.warp_bytes + g.bc_at + team.lane * kTileBytes + kZeroAt, 0.0F, 0.0F);
     }
-    wait_for_block<Barrier::kMapsRead>();
 
     SplitBlock const block(arguments);
     switch (arguments.scan.directions[block.k])

@@ -27,14 +27,14 @@ struct StageFacts
 template <class G>
 constexpr StageFacts facts_of()
 {
-    return {G::width, G::height, G::ranks, G::kRankBlocks, kChannels * G::kGroups,
+    return {G::width, G::height, G::ranks, G::kRankBlocks + (G::kBias == Bias::kOwnFactor ? 1 : 0), kChannels * G::kGroups,
         G::warps * kSlots * 2 * G::kTiles, G::chunks, G::warps, G::threads, G::shared_bytes, G::kBlocks};
 }
 
 template <class... G>
 struct StageTable
 {
-    static constexpr StageFacts facts[] = {facts_of<G>()...};
+    static constexpr StageFacts facts[sizeof...(G)] = {facts_of<G>()...};
 };
 
 //                     map    R warps teams groups private blocks
@@ -48,9 +48,8 @@ using Stages = StageTable<
     ResidentGeometry<7, 7, 48, 1, 1, 8, false, 2>,
     ResidentGeometry<7, 7, 64, 1, 1, 8, false, 2>>;
 
-// The split kernels: blocks of ranks for which there is one, segments of 7 and of 8 positions along columns.
+// Blocks of ranks for which there is a split kernel.
 constexpr int kSplitRankBlocks[] = {1, 2, 4, 8};
-constexpr int kSplitTiles[] = {7, 8};
 constexpr int kMostSplitWarps = 8;
 
 } // namespace tensor_core

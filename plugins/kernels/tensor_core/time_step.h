@@ -23,96 +23,127 @@ constexpr float kLog2OfE = 1.4426950408889634F;
 // the least largest relative error, 1.6e-3.
 constexpr Word kSeries[4] = {0x3DC5u, 0xB99Fu, 0x35DEu, 0xAEDCu};
 
-// What a lane knows of a direction: of its channels g and g + 8, the weights as left factors, the bias where no spare ranks
-// hold it, and A.
+// What a lane knows of a direction: of its channels g and g + 8, the weights as left factors, the bias, and A.
 template <class G>
 struct Parameters
 {
     Word weight[G::kRankBlocks][2];
+    Word bias_weight[2]; // a left factor whose last two ranks are the two halves of the bias
     float bias[2];
     Word decay[2];
 };
 
+// Blocks of 8 ranks of a prepared weight.
+template <class G>
+constexpr int kPreparedBlocks = G::kRankBlocks + (G::kBias == Bias::kOwnFactor ? 1 : 0);
+
 template <typename T, class G>
-QUARTERMAP_DEVICE Parameters<G> load_parameters(
-    G const& g, KernelArguments const& arguments, int channel0, int k, Lane lane)
+QUARTERMAP_DEVICE Parameters<G> load_parameters(KernelArguments const& arguments, int channel0, int k, Lane lane)
 {
     Parameters<G> found;
     QUARTERMAP_UNROLL
     for (int m = 0; m < 2; ++m)
     {
         int const row = k * static_cast<int>(arguments.scan.d_inner) + channel0 + lane.g + 8 * m;
-        T const* const weight = static_cast<T const*>(arguments.buffers.weight) + row * (8 * G::kRankBlocks);
+        T const* const weight = static_cast<T const*>(arguments.buffers.weight) + row * (8 * kPreparedBlocks<G>);
+        Word value[1];
         QUARTERMAP_UNROLL
         for (int s = 0; s < G::kRankBlocks; ++s)
         {
-            Word value[1];
             load_words(weight + 8 * s + 2 * lane.q, value);
             found.weight[s][m] = value[0];
         }
-        found.bias[m] = g.bias_ranks ? 0.0F : read_only(arguments.buffers.bias + row);
+        if constexpr (G::kBias == Bias::kOwnFactor)
+        {
+            load_words(weight + 8 * G::kRankBlocks + 2 * lane.q, value);
+            found.bias_weight[m] = value[0];
+        }
+        found.bias[m] = G::kBias == Bias::kAddend ? read_only(arguments.buffers.bias + row) : 0.0F;
         float const a = read_only(arguments.tensors.A + row);
         found.decay[m] = pack<Float16>(a, a);
     }
     return found;
 }
 
-// Where the row of a rank stands: spare ranks have the weight zero and read the first, but the last two, whose weights are
-// the two halves of the bias, read ones.
+// Where the row of a rank stands: spare ranks have the weight zero and read the first, but the two that hold the bias read
+// ones.
 template <class G>
 QUARTERMAP_DEVICE Shared rank_row(G const& g, Shared stage, Shared ones, int rank)
 {
-    if (g.bias_ranks && rank >= 8 * G::kRankBlocks - 2)
+    if (G::kBias == Bias::kSpareRanks && rank >= 8 * G::kRankBlocks - 2)
     {
         return ones;
     }
     return stage + (rank < g.ranks ? rank : 0) * (G::kTiles * kRowBytes);
 }
 
-// The ranks of a tile as right factors; for up to 8 ranks those of four tiles are read at once.
-template <class G>
-struct RankReader
+// Multiplies ranks by their weights, tile after tile; for up to 8 ranks those of four tiles are read at once.
+template <typename T, class G>
+class Projector
 {
-    Word ahead[4];
-
-    // Adds weight x ranks of tile `j`, which has to be a constant of the unrolled loop, to `z`.
-    template <typename T>
-    QUARTERMAP_DEVICE void project(G const& g, Parameters<G> const& parameters, Shared stage, Shared ones, int lane,
-        int j, float (&z)[4])
+public:
+    QUARTERMAP_DEVICE Projector(G const& g, Parameters<G> const& parameters, Shared stage, Shared ones, int lane)
+        : parameters_(parameters)
     {
-        int const row = lane & 7;
-        int const part = lane >> 3;
-        float const bias[2] = {parameters.bias[0], parameters.bias[1]};
         if constexpr (G::kRankBlocks == 1)
         {
-            if (j % 4 == 0)
+            part_ = lane >> 3;
+            rows_[0] = rank_row(g, stage, ones, lane & 7);
+        }
+        else
+        {
+            QUARTERMAP_UNROLL
+            for (int s = 0; s < G::kRankBlocks; s += 4)
             {
-                int const tile = j + part < G::kTiles ? j + part : G::kTiles - 1;
-                Shared const at = rank_row(g, stage, ones, row);
-                load_factors(at == ones && g.bias_ranks ? at : at + tile * kRowBytes, ahead);
+                int const part = lane >> 3 < blocks_from(s) ? lane >> 3 : 0;
+                rows_[s / 4] = rank_row(g, stage, ones, 8 * (s + part) + (lane & 7));
             }
-            matrix_product<T>(
-                z, parameters.weight[0][0], parameters.weight[0][1], ahead[j % 4], bias[0], bias[0], bias[1], bias[1]);
+        }
+    }
+
+    // z of tile `j`, which has to be a constant of an unrolled loop and to grow from 0.
+    QUARTERMAP_DEVICE void project(int j, float (&z)[4])
+    {
+        Word const(&weight)[2] = parameters_.weight[0];
+        float const(&bias)[2] = parameters_.bias;
+        if constexpr (G::kRankBlocks > 1)
+        {
+            z[0] = z[1] = bias[0];
+            z[2] = z[3] = bias[1];
+            QUARTERMAP_UNROLL
+            for (int s = 0; s < G::kRankBlocks; s += 4)
+            {
+                add_ranks(j, s, z);
+            }
             return;
         }
-        z[0] = z[1] = bias[0];
-        z[2] = z[3] = bias[1];
-        QUARTERMAP_UNROLL
-        for (int s = 0; s < G::kRankBlocks; s += 4)
+        if (j % 4 == 0)
         {
-            add_ranks<T>(g, parameters, stage, ones, row, part, j, s, z);
+            int const tile = j + part_ < G::kTiles ? j + part_ : G::kTiles - 1;
+            load_factors(rows_[0] + tile * kRowBytes, ahead_);
+        }
+        if constexpr (G::kBias == Bias::kOwnFactor)
+        {
+            z[0] = z[1] = z[2] = z[3] = 0.0F;
+            add_matrix_product<T>(z, weight, parameters_.bias_weight, ahead_[j % 4], one_pair<T>());
+        }
+        else
+        {
+            matrix_product<T>(z, weight[0], weight[1], ahead_[j % 4], bias[0], bias[0], bias[1], bias[1]);
         }
     }
 
 private:
-    // Ranks 8 s to 8 s + 31, as many as there are.
-    template <typename T>
-    QUARTERMAP_DEVICE static void add_ranks(G const& g, Parameters<G> const& parameters, Shared stage, Shared ones,
-        int row, int part, int j, int s, float (&z)[4])
+    // Of the blocks from `s` on, as many as are read at once.
+    QUARTERMAP_DEVICE static constexpr int blocks_from(int s)
     {
-        int const count = G::kRankBlocks - s < 4 ? G::kRankBlocks - s : 4;
-        Shared const at = rank_row(g, stage, ones, 8 * (s + (part < count ? part : 0)) + row);
-        Shared const from = g.bias_ranks && at == ones ? at : at + j * kRowBytes;
+        return G::kRankBlocks - s < 4 ? G::kRankBlocks - s : 4;
+    }
+
+    QUARTERMAP_DEVICE void add_ranks(int j, int s, float (&z)[4])
+    {
+        int const count = blocks_from(s);
+        Shared const from = rows_[s / 4] + j * kRowBytes;
         Word factors[4];
         if (count > 2)
         {
@@ -127,19 +158,28 @@ private:
             load_factors(from, reinterpret_cast<Word(&)[1]>(factors));
         }
         QUARTERMAP_UNROLL
-        for (int t = 0; t < 4; t += 2)
+        for (int t = 0; t < count; t += 2)
         {
+            Word const(&weight)[2] = parameters_.weight[s + t];
             if (t + 1 < count)
             {
-                add_matrix_product<T>(z, parameters.weight[s + t], parameters.weight[s + t + 1], factors[t], factors[t + 1]);
+                add_matrix_product<T>(z, weight, parameters_.weight[s + t + 1], factors[t], factors[t + 1]);
             }
-            else if (t < count)
+            else if (G::kBias == Bias::kOwnFactor)
             {
-                Word const(&weight)[2] = parameters.weight[s + t];
+                add_matrix_product<T>(z, weight, parameters_.bias_weight, factors[t], one_pair<T>());
+            }
+            else
+            {
                 matrix_product<T>(z, weight[0], weight[1], factors[t], z[0], z[1], z[2], z[3]);
             }
         }
     }
+
+    Parameters<G> const& parameters_;
+    Shared rows_[(G::kRankBlocks + 3) / 4];
+    Word ahead_[4];
+    int part_;
 };
 
 // Weights in bfloat16 are left as they are, which rounds them no further; those in float16 hold the factor already.

@@ -17,7 +17,7 @@ struct Team
 {
     Shared buffers; // stages and segments of its warps, and the state between chunks
     Shared staged;  // dt, B and C of the direction, where the block stages them
-    Shared ones;
+    Shared ones;    // a row of ones, where the bias needs one
     int warp;
     int lane;
     int barrier;
@@ -97,7 +97,7 @@ QUARTERMAP_DEVICE void scan_segments(
 template <bool kColumn, class G>
 QUARTERMAP_DEVICE void leave_out_padding(G const& g, Slot slot, int j, float (&z)[4])
 {
-    if (g.pitch == g.width)
+    if constexpr (!G::kOdd)
     {
         return;
     }
@@ -160,12 +160,12 @@ QUARTERMAP_DEVICE void walk(G const& g, Source<T> const& source, Parameters<G> c
         {
             steps.exponent[i] = 0.0F;
         }
-        RankReader<G> ranks;
+        Projector<T, G> projector(g, parameters, stage, team.ones, team.lane);
         QUARTERMAP_UNROLL
         for (int j = 0; j < G::kTiles; ++j)
         {
             float z[4];
-            ranks.template project<T>(g, parameters, stage, team.ones, team.lane, j, z);
+            projector.project(j, z);
             scale_to_powers_of_two<T>(z);
             leave_out_padding<kColumn>(g, slot, j, z);
             Word x[2];

@@ -78,6 +78,14 @@ enum QuartermapStatus
     QUARTERMAP_CUDA_ERROR = 1000
 };
 
+/* Which kernels carry a plan out. */
+enum QuartermapKernels
+{
+    QUARTERMAP_GENERAL = 0,  /* any scan */
+    QUARTERMAP_RESIDENT = 1, /* on tensor cores, x and y in shared memory: large batches of some maps */
+    QUARTERMAP_SPLIT = 2     /* on tensor cores, one direction or a part of it in a block: small batches, large maps */
+};
+
 /* What is computed: sizes, directions and types. Plain data; set it to zero before filling it. */
 typedef struct QuartermapScan
 {
@@ -120,6 +128,7 @@ typedef struct QuartermapScanPlan
     int32_t chunk;           /* positions that a block scans at a time */
     int32_t shared_bytes;    /* of dynamic shared memory per block */
     int32_t resident;        /* 1: x and y of the block's channels lie in shared memory */
+    int32_t kernels;         /* QuartermapKernels */
     int32_t layout[32];      /* of launch_plan.h */
     uint64_t workspace_bytes;
 } QuartermapScanPlan;
