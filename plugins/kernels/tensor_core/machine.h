@@ -24,10 +24,10 @@ using Shared = std::uint32_t;
 // Why threads wait for each other; each names the accesses that it keeps apart.
 enum class Barrier
 {
-    kMapsRead,        // the block: x has been read, before a warp uses it
+    kMapsRead,        // the block: x has been read, before a warp uses it (where nothing is staged for the block)
     kMiddle,          // the block: one sense has summed up the first half of the map, before the other comes there
     kOrientationDone, // the block: the rows have been summed up, before the columns come there
-    kDirectionStaged, // the block: dt, B and C of a direction are staged
+    kDirectionStaged, // the block: dt, B and C of a direction are staged (and x has been read)
     kDirectionDone,   // the block: they have been read, before those of the next direction are staged
     kTaskStaged,      // a warp: its dt, B and C are staged
     kStageRead,       // a warp: it has read its time steps, before the maps of its segments are written over them

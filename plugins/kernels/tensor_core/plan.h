@@ -76,9 +76,10 @@ inline std::int64_t most_workspace(QuartermapScan const& scan)
     LaunchPlan plan{};
     plan.rank_blocks = kMostRanks / 8;
     std::int64_t const parts = part_bytes(scan);
-    // A chunk has at least one task, 14 positions of 4 slots, of which the last may be empty: its 12 bytes for a channel are
-    // less than what the parts of its positions take.
-    return workspace_of(scan, plan).bytes + 2 * (parts < kMostPartBytes ? parts : kMostPartBytes) + 4096;
+    std::int64_t const most = parts < kMostPartBytes ? parts : kMostPartBytes;
+    // A direction of more than one chunk has chunks of at least 56 positions: what they tell each other, 12 bytes for each
+    // and for a channel, is less than a quarter of what the parts of their positions take.
+    return workspace_of(scan, plan).bytes + most + most / 4 + 4096;
 }
 
 inline void finish(QuartermapScan const& scan, LaunchPlan& plan, int channels, int threads, int shared_bytes)

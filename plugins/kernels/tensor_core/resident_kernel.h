@@ -72,7 +72,6 @@ QUARTERMAP_DEVICE void stage_and_walk(Resident<T, G> const& block)
     }
     wait_for_block<Barrier::kDirectionStaged>();
     walk_resident<kColumn, kReverse>(block, Chunks{0, G::chunks, -1});
-    wait_for_block<Barrier::kDirectionDone>();
 }
 
 template <typename T, class G>
@@ -82,6 +81,7 @@ QUARTERMAP_DEVICE void walk_directions(Resident<T, G> const& block, int team)
     {
         // A direction from the front and its reverse from the back: both wait for each other in the middle, so that no two
         // teams add to the same place.
+        wait_for_block<Barrier::kMapsRead>();
         constexpr int kHalf = (G::chunks + 1) / 2;
         Chunks const forwards{0, G::chunks, kHalf};
         Chunks const backwards{0, G::chunks, G::chunks - kHalf};
@@ -106,8 +106,11 @@ QUARTERMAP_DEVICE void walk_directions(Resident<T, G> const& block, int team)
     else
     {
         stage_and_walk<false, false>(block);
+        wait_for_block<Barrier::kDirectionDone>();
         stage_and_walk<false, true>(block);
+        wait_for_block<Barrier::kDirectionDone>();
         stage_and_walk<true, false>(block);
+        wait_for_block<Barrier::kDirectionDone>();
         stage_and_walk<true, true>(block);
     }
 }
@@ -136,7 +139,6 @@ void resident_kernel(KernelArguments const arguments)
     clear_zeros(G(), mine.buffers, mine.staged, mine.warp, lane);
     T const* const x = static_cast<T const*>(arguments.tensors.x) + maps_at;
     load_maps<T, G>(x, arguments.buffers.skip + first_channel, base, warp, lane);
-    wait_for_block<Barrier::kMapsRead>();
 
     ResidentMaps const maps{base + kChannels * group * G::map_bytes, G::all_maps_bytes};
     walk_directions<T, G>({arguments, maps, mine, image, first_channel + kChannels * group, warp}, team);
