@@ -1,7 +1,7 @@
-"""The kernels on tensor cores, run on the CPU as they are: every plan, every barrier, against the definition in float64.
+"""The kernels on tensor cores, run on the CPU as they are: every plan, every barrier, against the float64 definition.
 
-A product of matrices is an exchange between the 32 fibres of a warp; every access of shared memory is watched for races;
-see plugins/emulation/.
+A product of matrices is an exchange between the 32 fibres of a warp; every access of shared memory is watched for
+races; see plugins/emulation/.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quartermap_deploy.native.build import plugin_sources
 from quartermap_deploy.native.errors import PluginError
-from quartermap_deploy.scan.cuda import GENERAL, RESIDENT, SPLIT, Kernels, Plan, make_scan
+from quartermap_deploy.scan.cuda import GENERAL, RESIDENT, SPLIT, Kernels, Plan, Tensors, make_scan
 from quartermap_deploy.scan.definition import DIRECTIONS, selective_scan_2d_definition
 
 TOLERANCES = {"float16": 2e-3, "bfloat16": 1.2e-2}
@@ -33,7 +33,16 @@ ONE_MULTIPROCESSOR = (1, 227 * 1024, 228 * 1024)
 FEW_MULTIPROCESSORS = (4, 99 * 1024, 100 * 1024)
 
 # As many channels as one block has.
-STAGES = [(16, 56, 6), (16, 56, 8), (16, 28, 12), (16, 28, 16), (64, 14, 24), (64, 14, 32), (128, 7, 48), (128, 7, 64)]
+STAGES = [
+    (16, 56, 6),
+    (16, 56, 8),
+    (16, 28, 12),
+    (16, 28, 16),
+    (64, 14, 24),
+    (64, 14, 32),
+    (128, 7, 48),
+    (128, 7, 64),
+]
 
 
 @dataclass(frozen=True)
@@ -280,6 +289,20 @@ def test_tensors_that_begin_anywhere_are_copied(kernels: Kernels) -> None:
         moved.append(space[first:][: tensor.numel()].view(tensor.shape).copy_(tensor))
     assert all(tensor.data_ptr() % 16 for tensor in moved)
     assert torch.equal(kernels.scan_2d(*moved, DIRECTIONS, True), y)
+
+
+def test_a_launch_on_misaligned_tensors_is_refused(kernels: Kernels) -> None:
+    sizes = (1, 16, 7, 7, 6)
+    inputs, plan = make_inputs(sizes, "float16"), make_plan(kernels, sizes, "float16", H100)
+    y = torch.empty_like(inputs[0])
+    workspace = torch.empty(plan.workspace_bytes + 8, dtype=torch.uint8)
+    pointers = [tensor.data_ptr() for tensor in (*inputs, y, workspace)]
+    for moved in (0, 9):
+        given = [pointer + 8 * (i == moved) for i, pointer in enumerate(pointers)]
+        with pytest.raises(PluginError, match="multiple of 16 bytes"):
+            kernels.launch(plan, Tensors(*given, plan.workspace_bytes), None)
+    kernels.launch(plan, Tensors(*pointers, plan.workspace_bytes), None)
+    assert relative(y, inputs) <= TOLERANCES["float16"]
 
 
 # Barriers -------------------------------------------------------------------------------------------------------------

@@ -3,9 +3,9 @@
     python benchmarks/gpu/all.py --json gpu.json [--seconds 480] [--only PART ...] [--library LIB] [--rates PROGRAM]
     python benchmarks/gpu/all.py --dry-run                        # what it would do here, and what is missing; no GPU
 
-Each part runs in a process of its own, within its seconds and what is left of all: one that fails, hangs or crashes ends
-itself alone, and the JSON says so with the last lines of its output. Parts stand in the order of what they are worth. The
-JSON is written anew after each part, so that what was measured is there whatever happens.
+Each part runs in a process of its own, within its seconds and what is left of all: one that fails, hangs or crashes
+ends itself alone, and the JSON says so with the last lines of its output. Parts stand in the order of what they are
+worth. The JSON is written anew after each part, so that what was measured is there whatever happens.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Part:
     missing: Callable[[Path], str | None]
 
 
-# What the parts do: each in a process of its own ------------------------------------------------------------------------
+# What the parts do: each in a process of its own ----------------------------------------------------------------------
 
 
 def build(folder: Path) -> dict[str, Any]:
@@ -127,9 +127,9 @@ def model(name: str) -> Callable[[Path], dict[str, Any]]:
     """Return a part's function that times one whole model."""
 
     def run(folder: Path) -> dict[str, Any]:
-        from models import BATCHES, benchmark, benchmark_others
         from public_path import find_public_scan
 
+        from models import BATCHES, benchmark, benchmark_others
         from quartermap_deploy.scan.cuda import enable_cuda_kernels
 
         enable_cuda_kernels(folder / LIBRARY)
@@ -199,7 +199,7 @@ def portable(folder: Path, name: str) -> Path:
     return path
 
 
-# What a machine lacks ---------------------------------------------------------------------------------------------------
+# What a machine lacks -------------------------------------------------------------------------------------------------
 
 
 def _no_compiler(folder: Path) -> str | None:
@@ -249,22 +249,48 @@ def _no_rtx(folder: Path) -> str | None:
 
 
 PARTS = (
-    Part("build", 120, "builds the kernels for this GPU, and the program that measures rates", build, _no_compiler),
-    Part("check", 90, "compares both kernels in every plan, odd sizes and types with float64", check, _not_built),
+    Part(
+        "build",
+        120,
+        "builds the kernels for this GPU, and the program that measures rates",
+        build,
+        _no_compiler,
+    ),
+    Part(
+        "check",
+        90,
+        "compares both kernels in every plan, odd sizes and types with float64",
+        check,
+        _not_built,
+    ),
     Part("operator", 100, "times each stage of VMamba-T and B against the public path", operator, _not_right),
     Part("rates", 20, "measures F2FP, HMMA, EX2, HFMA2 and FFMA, alone and side by side", rates, _no_rates),
     *(
-        Part(name, 90, f"times {name} in CUDA graphs: k = 3, k = 2, ToMe, public kernels", model(name), _not_right)
+        Part(
+            name,
+            90,
+            f"times {name} in CUDA graphs: k = 3, k = 2, ToMe, public kernels",
+            model(name),
+            _not_right,
+        )
         for name in MODELS
     ),
-    Part("sanitizer", 120, "runs each plan once under compute-sanitizer, three tools", sanitize, _no_sanitizer),
-    Part("onnxruntime", 40, "runs the digits in ONNX Runtime on CUDA against the CPU", onnxruntime, _no_provider),
+    Part(
+        "sanitizer", 120, "runs each plan once under compute-sanitizer, three tools", sanitize, _no_sanitizer
+    ),
+    Part(
+        "onnxruntime",
+        40,
+        "runs the digits in ONNX Runtime on CUDA against the CPU",
+        onnxruntime,
+        _no_provider,
+    ),
     Part("rtx", 60, "builds an engine of the digits by TensorRT for RTX and runs it if it can", rtx, _no_rtx),
 )
 HIDDEN = (Part("check small", 120, "for the sanitizer", check_small, _not_built),)
 
 
-# The run ----------------------------------------------------------------------------------------------------------------
+# The run --------------------------------------------------------------------------------------------------------------
 
 
 def run_part(part: Part, folder: Path, seconds: float) -> dict[str, Any]:
@@ -307,7 +333,9 @@ def run_all(parts: Sequence[Part], folder: Path, seconds: float, output: Path | 
         allowed = min(part.seconds, left)
         print(f"{part.name}: {part.what}", flush=True)
         results[part.name] = (
-            run_part(part, folder, allowed) if allowed > 1 else {"state": "skipped", "why": "no time was left"}
+            run_part(part, folder, allowed)
+            if allowed > 1
+            else {"state": "skipped", "why": "no time was left"}
         )
         print(f"  {describe(results[part.name])}", flush=True)
         if output is not None:
@@ -329,9 +357,13 @@ def describe_plan(parts: Sequence[Part], folder: Path, seconds: int) -> str:
     later = {_not_built, _not_right, _no_rates}
     for part in parts:
         missing = None if part.missing in later else part.missing(folder)
-        lines.append(f"  {part.name:18} {part.seconds:4} s  {part.what}" + (f"; MISSING: {missing}" if missing else ""))
+        lines.append(
+            f"  {part.name:18} {part.seconds:4} s  {part.what}" + (f"; MISSING: {missing}" if missing else "")
+        )
     if importlib.util.find_spec("mamba_ssm") is None:
-        lines.append("mamba-ssm is not installed: public kernels are left out, and the public path is a lower bound")
+        lines.append(
+            "mamba-ssm is not installed: public kernels are left out, and the public path is a lower bound"
+        )
     return "\n".join(lines)
 
 
@@ -342,7 +374,9 @@ def main() -> None:
     )
     names = [part.name for part in PARTS]
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here, after each part")
-    parser.add_argument("--seconds", type=int, default=480, help="for all parts together (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=int, default=480, help="for all parts together (default: %(default)s)"
+    )
     parser.add_argument("--only", nargs="+", choices=names, metavar="PART", help=f"of {', '.join(names)}")
     parser.add_argument("--library", type=Path, metavar="LIB", help="built kernels (default: build them)")
     parser.add_argument("--rates", type=Path, metavar="PROGRAM", help="rates.cu, built (default: build it)")

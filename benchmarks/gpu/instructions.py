@@ -41,7 +41,9 @@ MOST_SPILLED = 16
 """Bytes."""
 USER_ERROR = 2
 
-_RESIDENT = re.compile(r"resident_kernelI(?P<type>6__half|13__nv_bfloat16).*?ResidentGeometryI(?P<numbers>.*?)EEE")
+_RESIDENT = re.compile(
+    r"resident_kernelI(?P<type>6__half|13__nv_bfloat16).*?ResidentGeometryI(?P<numbers>.*?)EEE"
+)
 _SPLIT = re.compile(r"split_kernelI(?P<type>6__half|13__nv_bfloat16)(?P<numbers>.*?)EEE?v")
 _NUMBER = re.compile(r"L[ib](\d+)E")
 
@@ -128,7 +130,14 @@ def find_cuobjdump(named: Path | None) -> str | None:
 def compile_kernels(nvcc: str, source: Path, architecture: str, output: Path) -> dict[str, Compiled]:
     """Compile one source for one architecture, and return what the compiler says, by mangled name."""
     folder = plugin_sources() / "kernels"
-    command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{architecture}", f"-I{folder / 'include'}", f"-I{folder}"]
+    command = [
+        nvcc,
+        "-std=c++17",
+        "-O3",
+        f"-arch=sm_{architecture}",
+        f"-I{folder / 'include'}",
+        f"-I{folder}",
+    ]
     command += ["-Xptxas", "-v", "-cubin", "-o", str(output), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
@@ -277,7 +286,9 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         for element_type in TYPES:
             for architecture in architectures:
                 same = [
-                    row for row in _of(rows, first["kernel"], element_type, architecture) if _title(row) == _title(first)
+                    row
+                    for row in _of(rows, first["kernel"], element_type, architecture)
+                    if _title(row) == _title(first)
                 ]
                 cells.append(_registers(same[0]))
         lines.append(f"| {' | '.join(cells)} |")
@@ -290,7 +301,8 @@ def _of(
     return [
         row
         for row in rows
-        if kernel in (None, row["kernel"]) and (row["type"], row["architecture"]) == (element_type, architecture)
+        if kernel in (None, row["kernel"])
+        and (row["type"], row["architecture"]) == (element_type, architecture)
     ]
 
 
@@ -310,16 +322,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES), metavar="CC", help="such as 90")
+    parser.add_argument(
+        "--architectures", nargs="+", default=list(ARCHITECTURES), metavar="CC", help="such as 90"
+    )
     parser.add_argument("--cuobjdump", type=Path, metavar="FILE", help="the program that prints machine code")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the counts here")
-    parser.add_argument("--write", action="store_true", help=f"also write them to {COUNTS.name} beside this file")
+    parser.add_argument(
+        "--write", action="store_true", help=f"also write them to {COUNTS.name} beside this file"
+    )
     options = parser.parse_args()
     nvcc, cuobjdump = find_nvcc(), find_cuobjdump(options.cuobjdump)
     if nvcc is None:
-        refuse("there is no nvcc; install the CUDA toolkit 12.4 or newer, put it on the PATH or set CUDA_HOME")
+        refuse(
+            "there is no nvcc; install the CUDA toolkit 12.4 or newer, put it on the PATH or set CUDA_HOME"
+        )
     if cuobjdump is None:
-        refuse("there is no cuobjdump; install it with pip install nvidia-cuda-cuobjdump, or name it with --cuobjdump")
+        refuse(
+            "there is no cuobjdump; install it with pip install nvidia-cuda-cuobjdump, or name it with --cuobjdump"
+        )
     rows = count(str(nvcc), str(cuobjdump), options.architectures)
     release = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True).stdout
     version = re.search(r"release ([\d.]+)", release)

@@ -1,7 +1,7 @@
 """Machine code of the kernels: functions, loops, branches, and how often each instruction is issued by a warp.
 
-Counts are static: instructions of each loop, times how often the loop runs, which the caller says. Predicated instructions
-count as issued, as they are.
+Counts are static: instructions of each loop, times how often the loop runs, which the caller says. Predicated
+instructions count as issued, as they are.
 """
 
 from __future__ import annotations
@@ -104,9 +104,7 @@ def body(code: Sequence[Instruction]) -> Loop:
     return _loop(0, last, kept, spans)
 
 
-def _loop(
-    first: int, last: int, code: Sequence[Instruction], spans: Sequence[tuple[int, int]]
-) -> Loop:
+def _loop(first: int, last: int, code: Sequence[Instruction], spans: Sequence[tuple[int, int]]) -> Loop:
     inside, covered = [], first - 1
     for begin, end in spans:
         if begin > covered and (begin, end) != (first, last):

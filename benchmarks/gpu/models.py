@@ -208,7 +208,9 @@ def benchmark_others(name: str, batch: int, rounds: int, public: Scan | None) ->
     ours = make_forms(model, images, public)
     half = with_frozen(qm.prune(model, qm.QuarterMap(every=2)), images)
     merged = with_frozen(merge_tokens(model, PLAN), images)
-    eager = {OTHER_FORMS[3]: ours[FORMS[0]]} | ({OTHER_FORMS[2]: ours[FORMS[2]]} if public is not None else {})
+    eager = {OTHER_FORMS[3]: ours[FORMS[0]]} | (
+        {OTHER_FORMS[2]: ours[FORMS[2]]} if public is not None else {}
+    )
     found: dict[str, float | None] = {}
     failed: dict[str, str] = {}
     for label, call in {OTHER_FORMS[0]: half, OTHER_FORMS[1]: merged}.items():

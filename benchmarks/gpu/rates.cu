@@ -2,9 +2,10 @@
 //
 //     nvcc -std=c++17 -O3 -arch=sm_90 -o rates rates.cu && ./rates
 //
-// One block of 16 warps, four on each scheduler, which is what the kernels have; each warp has eight independent chains, so
-// that the rate is met and not the latency. "alone" is one kind of instruction; "beside" is the time of two kinds together,
-// as they stand in the kernels: as long as the longer of both if they use different units, as long as their sum if not.
+// One block of 16 warps, four on each scheduler, which is what the kernels have; each warp has eight independent
+// chains, so that the rate is met and not the latency. "alone" is one kind of instruction; "beside" is the time of two
+// kinds together, as they stand in the kernels: as long as the longer of both if they use different units, as long as
+// their sum if not.
 #include <cstdint>
 #include <cstdio>
 
@@ -68,7 +69,8 @@ struct Matrix16 // HMMA.16816.F32
     static constexpr char const* kName = "HMMA.16816.F32";
     __device__ static void step(float (&v)[4], std::uint32_t (&w)[4])
     {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%4,%6}, {%0,%1,%2,%3};"
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                     "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%4,%6}, {%0,%1,%2,%3};"
                      : "+f"(v[0]), "+f"(v[1]), "+f"(v[2]), "+f"(v[3])
                      : "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]));
     }

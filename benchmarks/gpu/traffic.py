@@ -30,11 +30,11 @@ H100_BANDWIDTH = 3.35
 H100_INSTRUCTIONS = 29.6
 """10^12 instructions of one lane each second: 132 multiprocessors, 128 lanes, 1.755 GHz."""
 SPECIAL_SHARE = 16 / 128
-"""Lanes of a multiprocessor that compute a special function in one clock, of those for which it issues an instruction."""
+"""Lanes of a multiprocessor that compute a special function in a clock, of those for which it issues an instruction."""
 LOW_RANK, PER_RANK = 95.0, 2.0
-"""Instructions of the general kernel for each position, channel and direction, and for each rank of the time step beside
-that. Counted in the machine code for compute capability 9.0 (nvcc 13.0, float16, four channels a thread) along the path
-of the plans for batch 128, with staging, reading x and writing y; by hand, to about 10 %."""
+"""Instructions of the general kernel for each position, channel and direction, and for each rank of the time step
+beside that. Counted in the machine code for compute capability 9.0 (nvcc 13.0, float16, four channels a thread) along
+the path of the plans for batch 128, with staging, reading x and writing y; by hand, to about 10 %."""
 COUNTS = Path(__file__).with_name("instructions.json")
 """What instructions.py counted of the kernels on tensor cores."""
 
@@ -134,7 +134,11 @@ def counted(stage: Stage, architecture: str = "90") -> tuple[float, float]:
     for row in kernels:
         if (row["kernel"], row["type"], row["architecture"]) == ("resident", "float16", architecture):
             geometry = row["geometry"]
-            if (geometry["height"], geometry["width"], geometry["ranks"]) == (stage.side, stage.side, stage.rank):
+            if (geometry["height"], geometry["width"], geometry["ranks"]) == (
+                stage.side,
+                stage.side,
+                stage.rank,
+            ):
                 return row["counts"]["instructions"], row["counts"]["special functions"]
     raise ValueError(f"{COUNTS.name} has no counts of {stage}")
 

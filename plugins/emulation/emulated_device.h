@@ -1,10 +1,11 @@
 // Thread blocks on the host, for tests: the kernels are compiled as they are, by a C++ compiler alone.
 //
 // Every CUDA thread is a fibre. A fibre runs until it meets a barrier or an exchange of its warp, and goes on when all
-// others have arrived, so that a wrong index, a missing barrier or a barrier that not all threads meet shows as it would on
-// a device, but at every run: shared memory starts as NaN, and the fibres take turns in an order that a test can change
-// (`quartermap_emulation_order`), which changes the result where a barrier is missing. Kernels that reach shared memory by
-// its address are watched beyond that (shared_races.h), and a test can leave out any of their barriers.
+// others have arrived, so that a wrong index, a missing barrier or a barrier that not all threads meet shows as it
+// would on a device, but at every run: shared memory starts as NaN, and the fibres take turns in an order that a test
+// can change (`quartermap_emulation_order`), which changes the result where a barrier is missing. Kernels that reach
+// shared memory by its address are watched beyond that (shared_races.h), and a test can leave out any of their
+// barriers.
 #pragma once
 
 #include <cmath>
@@ -60,8 +61,8 @@ void require(bool so, char const* words);
 // Whether a test has left out the barrier of this number.
 bool left_out(int barrier);
 
-// Runs `blocks` blocks, some at a time; `body` is what each thread does. False, with the reason on stderr, if threads wait
-// for each other for ever, if one does what it may not, or if two race. Only one run at a time.
+// Runs `blocks` blocks, some at a time; `body` is what each thread does. False, with the reason on stderr, if threads
+// wait for each other for ever, if one does what it may not, or if two race. Only one run at a time.
 bool run(std::function<void()> const& body, unsigned blocks, int threads, std::int64_t shared_bytes);
 
 inline Words words_of(float value)

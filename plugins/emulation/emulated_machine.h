@@ -1,5 +1,5 @@
-// tensor_core/machine.h on the host: a product of matrices is an exchange between the fibres of a warp; shared memory is
-// checked for bounds, alignment and races; a barrier can be left out by its name.
+// tensor_core/machine.h on the host: a product of matrices is an exchange between the fibres of a warp; shared memory
+// is checked for bounds, alignment and races; a barrier can be left out by its name.
 #pragma once
 
 #include <array>
@@ -12,7 +12,7 @@ namespace quartermap
 namespace tensor_core
 {
 
-// Pairs ----------------------------------------------------------------------------------------------------------------
+// Pairs ---------------------------------------------------------------------------------------------------------------
 
 template <typename T>
 inline Word half_of(float value)
@@ -59,7 +59,7 @@ inline Word multiply(Word a, Word b)
     return pack<T>(low_of<T>(a) * low_of<T>(b), high_of<T>(a) * high_of<T>(b));
 }
 
-// Products of matrices -------------------------------------------------------------------------------------------------
+// Products of matrices ------------------------------------------------------------------------------------------------
 
 // Adds to `d` what the lanes of the warp hold: of the left factor words `a` and `a + 1`, of the right one word `b`.
 template <typename T>
@@ -100,7 +100,8 @@ inline void add_matrix_product(float (&d)[4], Word const (&a)[2], Word const (&a
 
 inline void add_matrix_product_16(Word (&sum)[2], Word a0, Word a1, Word b)
 {
-    double whole[4] = {low_of<Float16>(sum[0]), high_of<Float16>(sum[0]), low_of<Float16>(sum[1]), high_of<Float16>(sum[1])};
+    double whole[4]
+        = {low_of<Float16>(sum[0]), high_of<Float16>(sum[0]), low_of<Float16>(sum[1]), high_of<Float16>(sum[1])};
     add_products<Float16>(emulation::exchange({{a0, a1, b}}), 0, 2, whole);
     for (int m = 0; m < 2; ++m)
     {
@@ -108,7 +109,7 @@ inline void add_matrix_product_16(Word (&sum)[2], Word a0, Word a1, Word b)
     }
 }
 
-// Shared memory --------------------------------------------------------------------------------------------------------
+// Shared memory -------------------------------------------------------------------------------------------------------
 
 inline Shared shared_begin()
 {
@@ -203,7 +204,7 @@ inline void load_factors(Shared row, Word (&factors)[kCount])
     }
 }
 
-// Global memory --------------------------------------------------------------------------------------------------------
+// Global memory -------------------------------------------------------------------------------------------------------
 
 template <typename T>
 inline Word load_half(T const* from)
@@ -241,7 +242,7 @@ inline float load_told(float const* from)
     return *from;
 }
 
-// Barriers -------------------------------------------------------------------------------------------------------------
+// Barriers ------------------------------------------------------------------------------------------------------------
 
 template <Barrier kName>
 inline void wait_until_told(std::uint32_t* flag)

@@ -2,8 +2,8 @@
 // whatever order the threads take turns, so that one run shows what a device would show one time in a thousand.
 //
 // What a barrier orders is kept for warps: an access of warp v has happened before what warp w does now if w has met,
-// directly or through others, a barrier that v met after it. Within a warp the same holds with barriers of the warp too.
-// Exchanges between the lanes of a warp (products, shuffles) order no memory, and are no barriers here.
+// directly or through others, a barrier that v met after it. Within a warp the same holds with barriers of the warp
+// too. Exchanges between the lanes of a warp (products, shuffles) order no memory, and are no barriers here.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +25,8 @@ public:
     // The lanes of a warp meet.
     void meet(int warp);
 
-    // Of `size` bytes, two or more, by one thread. The value decides whether two lanes of a warp that write to one place do
-    // any harm; CUDA lets one of them win.
+    // Of `size` bytes, two or more, by one thread. The value decides whether two lanes of a warp that write to one
+    // place do any harm; CUDA lets one of them win.
     void read(int thread, std::uint32_t at, std::uint32_t size);
     void write(int thread, std::uint32_t at, std::uint32_t size, unsigned char const* values);
 

@@ -103,14 +103,15 @@ KernelSequence tensor_core_kernels(QuartermapScan const& scan, LaunchPlan const&
     KernelSequence found{};
     found.launches[found.count++]
         = {quartermap::prepare_kernel_of(scan.element_type), layout.prepare_blocks, kSmallThreads, 0};
-    if (layout.kernels == QUARTERMAP_RESIDENT)
+    bool const resident = layout.kernels == QUARTERMAP_RESIDENT;
+    quartermap::Kernel const kernel = resident
+        ? (half ? quartermap::resident_float16(layout) : quartermap::resident_bfloat16(layout))
+        : (half ? quartermap::split_float16(scan, layout) : quartermap::split_bfloat16(scan, layout));
+    found.launches[found.count++] = {kernel, layout.blocks, layout.threads(), layout.shared_bytes};
+    if (resident)
     {
-        found.launches[found.count++] = {half ? quartermap::resident_float16(layout) : quartermap::resident_bfloat16(layout),
-            layout.blocks, layout.threads(), layout.shared_bytes};
         return found;
     }
-    found.launches[found.count++] = {half ? quartermap::split_float16(scan, layout) : quartermap::split_bfloat16(scan, layout),
-        layout.blocks, layout.threads(), layout.shared_bytes};
     std::int64_t const pairs = scan.batch * scan.d_inner * scan.height * ((scan.width + 1) / 2);
     found.launches[found.count++]
         = {quartermap::sum_kernel_of(scan.element_type), quartermap::ceil_div(pairs, kSmallThreads), kSmallThreads, 0};

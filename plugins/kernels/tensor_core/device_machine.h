@@ -6,7 +6,7 @@ namespace quartermap
 namespace tensor_core
 {
 
-// Pairs ----------------------------------------------------------------------------------------------------------------
+// Pairs ---------------------------------------------------------------------------------------------------------------
 
 template <typename T>
 QUARTERMAP_DEVICE Word pack(float low, float high);
@@ -92,10 +92,11 @@ QUARTERMAP_DEVICE float high_of<BFloat16>(Word pair)
     return __uint_as_float(pair & 0xffff0000u);
 }
 
-// Products of matrices -------------------------------------------------------------------------------------------------
+// Products of matrices ------------------------------------------------------------------------------------------------
 //
-// Thread (g = lane / 4, q = lane % 4) holds of the result d its rows g and g + 8 at the columns 2q and 2q + 1, of the left
-// factor its rows g and g + 8 at the columns 2q and 2q + 1, and of the right factor its rows 2q and 2q + 1 at the column g.
+// Thread (g = lane / 4, q = lane % 4) holds of the result d its rows g and g + 8 at the columns 2q and 2q + 1, of the
+// left factor its rows g and g + 8 at the columns 2q and 2q + 1, and of the right factor its rows 2q and 2q + 1 at the
+// column g.
 
 // d = a b + (c0, c0', c1, c1'), over 8.
 template <typename T>
@@ -121,7 +122,8 @@ QUARTERMAP_DEVICE void matrix_product<BFloat16>(
 
 // d += a b, over 16: a and b are two factors each of the kind above.
 template <typename T>
-QUARTERMAP_DEVICE void add_matrix_product(float (&d)[4], Word const (&a)[2], Word const (&a_next)[2], Word b, Word b_next);
+QUARTERMAP_DEVICE void add_matrix_product(
+    float (&d)[4], Word const (&a)[2], Word const (&a_next)[2], Word b, Word b_next);
 
 template <>
 QUARTERMAP_DEVICE void add_matrix_product<Float16>(
@@ -169,7 +171,7 @@ QUARTERMAP_DEVICE void load_factors(Shared row, Word (&factors)[4])
                  : "r"(row));
 }
 
-// Shared memory --------------------------------------------------------------------------------------------------------
+// Shared memory -------------------------------------------------------------------------------------------------------
 
 QUARTERMAP_DEVICE Shared shared_begin()
 {
@@ -240,7 +242,7 @@ QUARTERMAP_DEVICE void write_shared(Shared at, Word const (&values)[4])
                  : "memory");
 }
 
-// Global memory --------------------------------------------------------------------------------------------------------
+// Global memory -------------------------------------------------------------------------------------------------------
 
 // Memory that no thread of the launch writes; one value, in the lower half.
 template <typename T>
@@ -319,7 +321,7 @@ QUARTERMAP_DEVICE float load_told(float const* from)
     return __ldcg(from);
 }
 
-// Barriers -------------------------------------------------------------------------------------------------------------
+// Barriers ------------------------------------------------------------------------------------------------------------
 
 template <Barrier kName>
 QUARTERMAP_DEVICE void wait_for_warp()

@@ -2,12 +2,12 @@
 //
 //   tile      8 positions of 16 channels: what one product of matrices makes. Which positions these are is free.
 //   segment   positions that a lane walks one after the other: along rows 2 x kTiles neighbours in a row (two of each
-//             tile), along columns kTiles neighbours in each of two columns that lie side by side (two segments). In both, a
-//             lane has two neighbours of a row in every tile, so that one word of 32 bits serves two positions, and x and y
-//             stay as the tensors have them: no direction needs a transposed copy.
+//             tile), along columns kTiles neighbours in each of two columns that lie side by side (two segments). A lane
+//             has two neighbours of a row in every tile, whatever the direction, so that one word of 32 bits serves two
+//             positions, and x and y stay as the tensors have them: nothing needs a transposed copy.
 //   slot      the 2 x kTiles positions of a lane: a segment of a row, or two of columns
-//   task      what a warp does at a time: 16 channels at the four slots of its quads (lanes with the same lane / 4 hold the
-//             same two channels)
+//   task      what a warp does at a time: 16 channels at the four slots of its quads (lanes with the same lane / 4 hold
+//             the same two channels)
 //   chunk     the tasks that the warps of a team do together, in the order of a direction
 //
 // Maps of odd width have a column more, in which nothing happens (its decay is 1, its drive 0).
@@ -25,11 +25,12 @@ constexpr int kSlots = 4;     // of a task
 constexpr int kRowBytes = 16; // of a tile, for one rank
 constexpr int kTileBytes = 80; // B and C of a tile: for each position both, in the half that its column has; and a zero
 constexpr int kZeroAt = 64;    // where that stands
-constexpr int kSegmentBytes = 160; // the maps of a segment, for 16 channels 8 bytes each, and a gap against bank conflicts
+constexpr int kSegmentBytes = 160; // the maps of a segment, 8 bytes for each channel, and a gap against bank conflicts
 constexpr int kMostSegments = 8;   // of a task
 
-// Where the bias of the time step goes: into two ranks that are left over in the last block of 8; into a factor of its own,
-// which costs nothing beside an odd number of blocks; or into the product as what it is added to, which costs copies.
+// Where the bias of the time step goes: into two ranks that are left over in the last block of 8; into a factor of its
+// own, which costs nothing beside an odd number of blocks; or into the product as what it is added to, which costs
+// copies.
 enum class Bias
 {
     kSpareRanks,
@@ -42,8 +43,8 @@ constexpr int ceil_to(int value, int multiple)
     return (value + multiple - 1) / multiple * multiple;
 }
 
-// A map whose sizes the compiler knows. x and the sum over the directions lie in shared memory, 16 x kGroups channels of
-// one image in a block, which walks the four directions.
+// A map whose sizes the compiler knows. x and the sum over the directions lie in shared memory, 16 x kGroups channels
+// of one image in a block, which walks the four directions.
 //
 //   kWarps     in a team
 //   kTeams     2: a direction and its reverse at the same time, from the two ends; 1: one direction after the other
@@ -106,8 +107,8 @@ struct ResidentGeometry
     }
 };
 
-// A map of any width, even or odd, whose height is a multiple of kTiles. A block walks one direction of 16 channels of one image, or one
-// chunk of it; x is read from global memory, and what the direction adds is written there.
+// A map of any width, even or odd, whose height is a multiple of kTiles. A block walks one direction of 16 channels of
+// one image, or one chunk of it; x is read from global memory, and what the direction adds is written there.
 template <int kRankBlocks_, int kTiles_, bool kOdd_>
 struct SplitGeometry
 {
@@ -157,8 +158,12 @@ struct SplitGeometry
     }
 };
 
-// The slot of a lane, and the first of its two positions in the first tile. Slots past the last repeat the first; what is
-// computed there is left out.
+// Blocks of 8 ranks of a prepared weight.
+template <class G>
+constexpr int kPreparedBlocks = G::kRankBlocks + (G::kBias == Bias::kOwnFactor ? 1 : 0);
+
+// The slot of a lane, and the first of its two positions in the first tile. Slots past the last repeat the first; what
+// is computed there is left out.
 struct Slot
 {
     int first;

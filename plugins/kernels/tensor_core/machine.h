@@ -2,7 +2,8 @@
 // pairs of 16-bit values, shared memory by its address, and barriers that have names.
 //
 // On a device these are single instructions (device_machine.h). For tests they are emulation/emulated_machine.h, which
-// also reports two accesses of shared memory between which no barrier stands, and leaves a barrier out when told its name.
+// also reports two accesses of shared memory between which no barrier stands, and leaves a barrier out when told its
+// name.
 #pragma once
 
 #include <cstdint>

@@ -67,7 +67,8 @@ struct ResidentPlaces
     }
 };
 
-// x of the block's channels in global memory, and the place for what one direction gives, whose rows have the map's pitch.
+// x of the block's channels in global memory, and the place for what one direction gives, whose rows have the map's
+// pitch.
 template <typename T>
 struct GlobalMaps
 {

@@ -77,8 +77,8 @@ inline std::int64_t most_workspace(QuartermapScan const& scan)
     plan.rank_blocks = kMostRanks / 8;
     std::int64_t const parts = part_bytes(scan);
     std::int64_t const most = parts < kMostPartBytes ? parts : kMostPartBytes;
-    // A direction of more than one chunk has chunks of at least 56 positions: what they tell each other, 12 bytes for each
-    // and for a channel, is less than a quarter of what the parts of their positions take.
+    // A direction of more than one chunk has chunks of at least 56 positions: what they tell each other, 12 bytes for
+    // each and for a channel, is less than a quarter of what the parts of their positions take.
     return workspace_of(scan, plan).bytes + most + most / 4 + 4096;
 }
 
@@ -90,7 +90,8 @@ inline void finish(QuartermapScan const& scan, LaunchPlan& plan, int channels, i
     plan.shared_bytes = shared_bytes;
     plan.tiles = static_cast<int>(scan.d_inner / channels);
     std::int64_t const weights = scan.direction_count * scan.d_inner * 8 * plan.rank_blocks;
-    plan.prepare_blocks = static_cast<int>(std::min<std::int64_t>(ceil_div(weights, kSmallThreads), kMostPrepareBlocks));
+    plan.prepare_blocks
+        = static_cast<int>(std::min<std::int64_t>(ceil_div(weights, kSmallThreads), kMostPrepareBlocks));
 }
 
 inline bool in_order(QuartermapScan const& scan)
@@ -130,8 +131,8 @@ inline bool resident_plan(QuartermapScan const& scan, LaunchPlan& plan)
     return false;
 }
 
-// Warps of a team of the split kernel: so many that a chunk begins where a pair of columns begins, and no more than have
-// something to do; 0 if there are none.
+// Warps of a team of the split kernel: so many that a chunk begins where a pair of columns begins, and no more than
+// have something to do; 0 if there are none.
 inline int split_warps(int row_blocks, int slots)
 {
     int best = 0;
@@ -188,7 +189,8 @@ inline double estimate_cost(QuartermapScan const& scan, DeviceLimits const& limi
     double const positions = split && plan.parts > 1 ? plan.chunk : static_cast<double>(scan.height * scan.width);
     double const block = instructions * plan.channels() * positions * (split ? 1.0 : scan.direction_count);
     std::int64_t const by_memory = limits.shared_per_multiprocessor / (plan.shared_bytes + 1024);
-    std::int64_t const by_registers = split ? 256 / plan.threads() : Stages::facts[plan.stage].blocks;
+    int const threads = plan.rank_blocks <= 2 ? 512 : 256; // of split kernels, for which there are registers
+    std::int64_t const by_registers = split ? threads / plan.threads() : Stages::facts[plan.stage].blocks;
     std::int64_t const most = std::max<std::int64_t>(1, std::min(by_memory, by_registers));
     std::int64_t const wanted = ceil_div(plan.blocks, limits.multiprocessors);
     double const together = static_cast<double>(wanted) * block

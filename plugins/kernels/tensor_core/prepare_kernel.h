@@ -1,14 +1,14 @@
 // Before the other kernels of a launch: their weights, biases and skip weights, from the tensors.
 //
-//   weight   (K x d_inner, 8 x rank_blocks)   T         for float16 times log2 e; spare ranks are zero, but for the resident
-//                                                       kernel the last two, if there are two, hold the bias and what is
-//                                                       left of it after rounding
+//   weight   (K x d_inner, 8 x rank_blocks)   T         for float16 times log2 e; spare ranks are zero, but for the
+//                                                       resident kernel the last two, if there are two, hold the bias
+//                                                       and what is left of it after rounding
 //   bias     (K x d_inner)                    float32   for float16 times log2 e
 //   skip     (d_inner)                        float32   D, added up over the directions
 //   told     none told yet
 //
-// The weights are tensors of the graph like any other: TensorRT tells no moment at which they are fixed (an engine can be
-// refitted in place), and PyTorch none at which they have changed. So this is done in every launch.
+// The weights are tensors of the graph like any other: TensorRT tells no moment at which they are fixed (an engine can
+// be refitted in place), and PyTorch none at which they have changed. So this is done in every launch.
 #pragma once
 
 #include "plan.h"

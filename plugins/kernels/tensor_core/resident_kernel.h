@@ -1,5 +1,5 @@
-// The kernel for large batches: a block has x and y of its channels in shared memory, reads the one and writes the other
-// once, and walks all four directions.
+// The kernel for large batches: a block has x and y of its channels in shared memory, reads the one and writes the
+// other once, and walks all four directions.
 #pragma once
 
 #include "resident_maps.h"
@@ -79,8 +79,8 @@ QUARTERMAP_DEVICE void walk_directions(Resident<T, G> const& block, int team)
 {
     if constexpr (G::kTeams == 2)
     {
-        // A direction from the front and its reverse from the back: both wait for each other in the middle, so that no two
-        // teams add to the same place.
+        // A direction from the front and its reverse from the back: both wait for each other in the middle, so that no
+        // two teams add to the same place.
         wait_for_block<Barrier::kMapsRead>();
         constexpr int kHalf = (G::chunks + 1) / 2;
         Chunks const forwards{0, G::chunks, kHalf};

@@ -106,8 +106,8 @@ QUARTERMAP_DEVICE void store_rows_of_7(T* y, Shared base)
     }
 }
 
-// Does `each(channel, n)` for all lines of a warp's channels, the n-th of a channel, as many at once as there are registers
-// for.
+// Does `each(channel, n)` for all lines of a warp's channels, the n-th of a channel, as many at once as there are
+// registers for.
 template <class G, class Each>
 QUARTERMAP_DEVICE void for_each_line(int warp, int lane, Each const& each)
 {

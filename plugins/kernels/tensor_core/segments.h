@@ -1,5 +1,5 @@
-// The scan over the segments of a chunk: each lane composes the maps h -> a h + b of its segments, 16 lanes of one warp walk
-// them all, a channel each, and each lane takes the states before its own.
+// The scan over the segments of a chunk: each lane composes the maps h -> a h + b of its segments, 16 lanes of one warp
+// walk them all, a channel each, and each lane takes the states before its own.
 #pragma once
 
 #include "time_step.h"
@@ -111,8 +111,8 @@ struct ChunkMap
     float state;
 };
 
-// Walks kCount segments, from the n0-th of `count` in the order of the sense. kTell: leaves the state before each in its
-// place. Reads them before the first is needed.
+// Walks kCount segments, from the n0-th of `count` in the order of the sense. kTell: leaves the state before each in
+// its place. Reads them before the first is needed.
 template <bool kColumn, bool kReverse, bool kTell, int kCount, class G>
 QUARTERMAP_DEVICE void walk_some(G const& g, Shared from, int n0, int count, ChunkMap& map)
 {

@@ -96,8 +96,8 @@ QUARTERMAP_DEVICE Word load_pair(T const* map, Pair pair)
     return pair.second ? first | load_half(map + pair.at + 1) << 16 : first;
 }
 
-// Stages one task: time steps as ranks x positions, B (times ln 2 where the type has the digits for it) and C. A lane takes
-// one pair, and of its ranks each `kStep`-th from `part` on; B and C go with part 0.
+// Stages one task: time steps as ranks x positions, B (times ln 2 where the type has the digits for it) and C. A lane
+// takes one pair, and of its ranks each `kStep`-th from `part` on; B and C go with part 0.
 template <bool kColumn, int kStep, typename T, class G>
 QUARTERMAP_DEVICE void stage_task(G const& g, Source<T> const& source, int task, int part, int lane, Shared stage)
 {

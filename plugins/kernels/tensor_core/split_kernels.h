@@ -1,5 +1,5 @@
-// The kernels for small batches, and for maps that no block can hold: a block has one direction of 16 channels of one image,
-// or one chunk of it, and writes what that gives; another launch adds up the directions.
+// The kernels for small batches, and for maps that no block can hold: a block has one direction of 16 channels of one
+// image, or one chunk of it, and writes what that gives; another launch adds up the directions.
 #pragma once
 
 #include "plan.h"
@@ -10,8 +10,8 @@ namespace quartermap
 namespace tensor_core
 {
 
-// Of the block's number: first the direction, then the channels, then the image; the chunks of one direction follow each
-// other, so that a block waits for no later one.
+// Of the block's number: first the direction, then the channels, then the image; the chunks of one direction follow
+// each other, so that a block waits for no later one.
 struct SplitBlock
 {
     int chunk; // 0 where a block has all chunks
@@ -36,7 +36,8 @@ struct SplitBlock
 };
 
 template <bool kColumn, bool kReverse, typename T, class G>
-QUARTERMAP_DEVICE void walk_split(G const& g, KernelArguments const& arguments, SplitBlock const& block, Team const& team)
+QUARTERMAP_DEVICE void walk_split(
+    G const& g, KernelArguments const& arguments, SplitBlock const& block, Team const& team)
 {
     std::int64_t const channels = arguments.scan.d_inner;
     std::int64_t const channel = block.image * channels + block.tile * kChannels;
@@ -49,9 +50,8 @@ QUARTERMAP_DEVICE void walk_split(G const& g, KernelArguments const& arguments, 
     if (arguments.plan.parts > 1)
     {
         chunks = {block.chunk, block.chunk + 1, -1};
-        std::int64_t const line
-            = (static_cast<std::int64_t>(block.image) * arguments.plan.tiles + block.tile) * arguments.scan.direction_count
-            + block.k;
+        std::int64_t const tile = static_cast<std::int64_t>(block.image) * arguments.plan.tiles + block.tile;
+        std::int64_t const line = tile * arguments.scan.direction_count + block.k;
         neighbours = {arguments.buffers.maps + line * g.chunks * (kChannels * 2),
             arguments.buffers.told + line * g.chunks * kChannels};
     }
@@ -61,8 +61,12 @@ QUARTERMAP_DEVICE void walk_split(G const& g, KernelArguments const& arguments, 
     walk<kColumn, kReverse>(g, source, parameters, GlobalMaps<T>{x, part}, team, chunks, neighbours);
 }
 
+// Blocks on a multiprocessor: few ranks come with large maps, and so with as many warps as there can be.
+template <int kRankBlocks>
+constexpr int kSplitBlocks = kRankBlocks <= 2 ? 2 : 1;
+
 template <typename T, int kRankBlocks, int kTiles, bool kOdd>
-QUARTERMAP_KERNEL(32 * kMostSplitWarps, 1)
+QUARTERMAP_KERNEL(32 * kMostSplitWarps, kSplitBlocks<kRankBlocks>)
 void split_kernel(KernelArguments const arguments)
 {
     SplitGeometry<kRankBlocks, kTiles, kOdd> const g(static_cast<int>(arguments.scan.height),

@@ -1,5 +1,5 @@
-// The maps for which there is a resident kernel: those of the four stages of VMamba-T and -S (ranks 6 to 48) and VMamba-B
-// (ranks 8 to 64), for images of 224 x 224.
+// The maps for which there is a resident kernel: those of the four stages of VMamba-T and -S (ranks 6 to 48) and
+// VMamba-B (ranks 8 to 64), for images of 224 x 224.
 #pragma once
 
 #include "geometry.h"
@@ -27,8 +27,9 @@ struct StageFacts
 template <class G>
 constexpr StageFacts facts_of()
 {
-    return {G::width, G::height, G::ranks, G::kRankBlocks + (G::kBias == Bias::kOwnFactor ? 1 : 0), kChannels * G::kGroups,
-        G::warps * kSlots * 2 * G::kTiles, G::chunks, G::warps, G::threads, G::shared_bytes, G::kBlocks};
+    int const chunk = G::warps * kSlots * 2 * G::kTiles;
+    return {G::width, G::height, G::ranks, kPreparedBlocks<G>, kChannels * G::kGroups, chunk, G::chunks, G::warps,
+        G::threads, G::shared_bytes, G::kBlocks};
 }
 
 template <class... G>

@@ -1,13 +1,13 @@
-// From the ranks of a tile to its decays and drives: tensor cores project the time step, turn packed halves into float32
-// and multiply by a position's factor; what is left to the other units is two powers of two for each position and channel
-// and a polynomial on pairs.
+// From the ranks of a tile to its decays and drives: tensor cores project the time step, turn packed halves into
+// float32 and multiply by a position's factor; what is left to the other units is two powers of two for each position
+// and channel and a polynomial on pairs.
 //
 // Everything about the time step is in powers of two. With z = log2(e) (dt_weight dt + dt_bias) and t = 2^-|z|,
 //
 //     s = softplus / ln 2 = log2(1 + t) + max(z, 0),      exp(softplus A) = 2^(s A),      softplus B x = s (B ln 2) x
 //
-// so that no factor is left over but the ln 2 of the drive, which B takes. The steps and the exponents are float16 for both
-// element types: relative roundings of an exponent, never of a decay.
+// so that no factor is left over but the ln 2 of the drive, which B takes. The steps and the exponents are float16 for
+// both element types: relative roundings of an exponent, never of a decay.
 #pragma once
 
 #include "source.h"
@@ -19,8 +19,8 @@ namespace tensor_core
 
 constexpr float kLog2OfE = 1.4426950408889634F;
 
-// log2(1 + t) / t on [0, 1] as c0 + t (c1 + t (c2 + t c3)), each step rounded to float16: the coefficients in float16 with
-// the least largest relative error, 1.6e-3.
+// log2(1 + t) / t on [0, 1] as c0 + t (c1 + t (c2 + t c3)), each step rounded to float16: the coefficients in float16
+// with the least largest relative error, 1.6e-3.
 constexpr Word kSeries[4] = {0x3DC5u, 0xB99Fu, 0x35DEu, 0xAEDCu};
 
 // What a lane knows of a direction: of its channels g and g + 8, the weights as left factors, the bias, and A.
@@ -32,10 +32,6 @@ struct Parameters
     float bias[2];
     Word decay[2];
 };
-
-// Blocks of 8 ranks of a prepared weight.
-template <class G>
-constexpr int kPreparedBlocks = G::kRankBlocks + (G::kBias == Bias::kOwnFactor ? 1 : 0);
 
 template <typename T, class G>
 QUARTERMAP_DEVICE Parameters<G> load_parameters(KernelArguments const& arguments, int channel0, int k, Lane lane)
@@ -65,8 +61,8 @@ QUARTERMAP_DEVICE Parameters<G> load_parameters(KernelArguments const& arguments
     return found;
 }
 
-// Where the row of a rank stands: spare ranks have the weight zero and read the first, but the two that hold the bias read
-// ones.
+// Where the row of a rank stands: spare ranks have the weight zero and read the first, but the two that hold the bias
+// read ones.
 template <class G>
 QUARTERMAP_DEVICE Shared rank_row(G const& g, Shared stage, Shared ones, int rank)
 {

@@ -1,6 +1,7 @@
 // One direction of 16 channels, chunk after chunk, by a team of warps:
 //
-//   1. each warp stages dt, B and C of its task, unless the block has staged them, and makes decays and drives in registers;
+//   1. each warp stages dt, B and C of its task, unless the block has staged them, and makes decays and drives in
+//      registers;
 //   2. it composes them over each segment; when all warps have, one walks the segments from the state that was kept;
 //   3. each warp walks its positions again, from the right states, and adds C h to the output.
 #pragma once
@@ -55,7 +56,8 @@ QUARTERMAP_DEVICE float look_back(Neighbours const& neighbours, int chunk, int c
     return state;
 }
 
-// Puts the states before all segments of a chunk in their places; `carry` is where one lane of one warp keeps the state.
+// Puts the states before all segments of a chunk in their places; `carry` is where one lane of one warp keeps the
+// state.
 template <bool kColumn, bool kReverse, class G>
 QUARTERMAP_DEVICE void scan_segments(
     G const& g, Team const& team, Neighbours const& neighbours, int chunk, bool first, float& carry)

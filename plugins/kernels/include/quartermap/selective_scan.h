@@ -17,9 +17,8 @@
  *     D, dt_bias  (K * d_inner)                                            float32
  *     dt_weight   (K * d_inner, R)                                         T
  *
- * T is float32, float16 or bfloat16. States and decays are float32 always; the 16-bit types round steps, drives and sums to
- * 16 bits where tensor cores compute a scan (docs/adr/0019), and nothing in between elsewhere. Neither torch nor TensorRT is
- * needed.
+ * T is float32, float16 or bfloat16. States and decays are float32 always; where tensor cores compute a scan, steps, drives
+ * and sums are rounded to 16 bits (docs/adr/0019), elsewhere nothing but y. Neither torch nor TensorRT is needed.
  *
  * A scan is planned once for each shape, its plan prepared once on each device, and then launched any number of times.
  * Every function may be called from any thread. None ends the process, and a launch neither allocates memory nor waits
@@ -158,7 +157,8 @@ QUARTERMAP_API int32_t quartermap_selective_scan_plan_for(QuartermapScan const* 
  * device, so call it outside the capture of a CUDA graph. Calling it again, or from several threads, does no harm. */
 QUARTERMAP_API int32_t quartermap_selective_scan_prepare(QuartermapScanPlan const* plan);
 
-/* Puts the plan's kernels, one to three, on the stream (a cudaStream_t) of the current device, on which it has been prepared. */
+/* Puts the plan's kernels, one to three, on the stream (a cudaStream_t) of the current device, on which the plan has been
+ * prepared. */
 QUARTERMAP_API int32_t quartermap_selective_scan_launch(
     QuartermapScanPlan const* plan, QuartermapScanTensors const* tensors, void* stream);
 
