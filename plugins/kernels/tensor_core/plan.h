@@ -189,8 +189,10 @@ inline double estimate_cost(QuartermapScan const& scan, DeviceLimits const& limi
     double const positions = split && plan.parts > 1 ? plan.chunk : static_cast<double>(scan.height * scan.width);
     double const block = instructions * plan.channels() * positions * (split ? 1.0 : scan.direction_count);
     std::int64_t const by_memory = limits.shared_per_multiprocessor / (plan.shared_bytes + 1024);
-    int const threads = plan.rank_blocks <= 2 ? 512 : 256; // of split kernels, for which there are registers
-    std::int64_t const by_registers = split ? threads / plan.threads() : Stages::facts[plan.stage].blocks;
+    bool const float16 = scan.element_type == QUARTERMAP_FLOAT16;
+    int const full = split ? split_blocks(float16, plan.rank_blocks, plan.stage, scan.width % 2 != 0) : 0;
+    std::int64_t const by_registers
+        = split ? full * 32 * kMostSplitWarps / plan.threads() : Stages::facts[plan.stage].blocks;
     std::int64_t const most = std::max<std::int64_t>(1, std::min(by_memory, by_registers));
     std::int64_t const wanted = ceil_div(plan.blocks, limits.multiprocessors);
     double const together = static_cast<double>(wanted) * block

@@ -61,12 +61,8 @@ QUARTERMAP_DEVICE void walk_split(
     walk<kColumn, kReverse>(g, source, parameters, GlobalMaps<T>{x, part}, team, chunks, neighbours);
 }
 
-// Blocks on a multiprocessor: few ranks come with large maps, and so with as many warps as there can be.
-template <int kRankBlocks>
-constexpr int kSplitBlocks = kRankBlocks <= 2 ? 2 : 1;
-
 template <typename T, int kRankBlocks, int kTiles, bool kOdd>
-QUARTERMAP_KERNEL(32 * kMostSplitWarps, kSplitBlocks<kRankBlocks>)
+QUARTERMAP_KERNEL(32 * kMostSplitWarps, split_blocks(kIsFloat16<T>, kRankBlocks, kTiles, kOdd))
 void split_kernel(KernelArguments const arguments)
 {
     SplitGeometry<kRankBlocks, kTiles, kOdd> const g(static_cast<int>(arguments.scan.height),

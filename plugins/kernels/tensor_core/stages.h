@@ -53,5 +53,12 @@ using Stages = StageTable<
 constexpr int kSplitRankBlocks[] = {1, 2, 4, 8};
 constexpr int kMostSplitWarps = 8;
 
+// Blocks of as many warps for which a multiprocessor has registers: two where that makes no kernel keep more than 16 bytes
+// in memory for want of them (instructions.py), which are those of the largest maps.
+QUARTERMAP_INLINE constexpr int split_blocks(bool float16, int rank_blocks, int tiles, bool odd)
+{
+    return tiles == 7 && !odd && rank_blocks <= (float16 ? 2 : 1) ? 2 : 1;
+}
+
 } // namespace tensor_core
 } // namespace quartermap
