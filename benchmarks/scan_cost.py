@@ -4,7 +4,8 @@
 
 For each model, on real photographs, all of these run in turns in one process, after their outputs were checked:
 
-    native          the portable model, its scans by the native operator
+    native          the portable model, its scans by the native operator, its layer normalisations of maps likewise
+    norms apart     the same, with the layer normalisations as they stand in the file
     portable        the same file, its scans by the body in it
     native k=3      pruned, every third block, hoisted and sunk; likewise portable k=3
     canonical k=3   the same in the paper's form, Slice before and Resize after the scan; with the native operator
@@ -68,6 +69,7 @@ def benchmark(name: str, batch: int, threads: int, repeats: int, step_by_step: b
     pruned = lower(run_passes(traced, selection, OPTIMIZED)[0])
     graphs = {
         "native": (plain, True),
+        "norms apart": (plain, True),
         "portable": (plain, False),
         "native k=3": (pruned, True),
         "portable k=3": (pruned, False),
@@ -76,8 +78,9 @@ def benchmark(name: str, batch: int, threads: int, repeats: int, step_by_step: b
     }
     sessions, loading = {}, {}
     for label, (graph, native) in graphs.items():
+        data = graph.SerializeToString()
         start = time.perf_counter()
-        sessions[label] = OnnxRuntimeSession(graph.SerializeToString(), threads=threads, native=native)
+        sessions[label] = OnnxRuntimeSession(data, threads=threads, native=native, fuse=label != "norms apart")
         loading[label] = time.perf_counter() - start
     model.freeze()
     tensor = torch.from_numpy(images)
@@ -120,6 +123,7 @@ def _require_parity(model: Any, images: torch.Tensor, sessions: dict[str, OnnxRu
 def _ratios(timings: dict[str, Timing]) -> dict[str, float]:
     pairs = {
         "native / floor": ("native", "floor"),
+        "norms apart / floor": ("norms apart", "floor"),
         "portable / floor": ("portable", "floor"),
         "torch steps / native": ("torch steps", "native"),
         "torch / torch floor": ("torch", "torch floor"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import cpu_builds
 import pytest
@@ -43,6 +45,17 @@ def _shared_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tell `helpers` of a folder that all processes of this test run share; pytest removes it by and by."""
     own = tmp_path_factory.getbasetemp()
     os.environ["QUARTERMAP_TEST_FOLDER"] = str(own.parent if "PYTEST_XDIST_WORKER" in os.environ else own)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _traced_once(_shared_folder: None) -> Iterator[None]:
+    """Let torch export each model of `architectures` once in a test run; tests of the exporter call it themselves."""
+    from traced_once import traced_once
+
+    from quartermap_deploy.sources import architectures
+
+    with mock.patch.object(architectures, "trace", traced_once):
+        yield
 
 
 @pytest.fixture(scope="session")

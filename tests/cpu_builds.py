@@ -18,7 +18,7 @@ from quartermap_deploy.native.cpu_build import CPU_LIBRARY, CpuBuildOptions, bui
 from quartermap_deploy.native.cpu_library import find_cpu_library
 
 KERNELS = plugin_sources() / "kernels"
-SHARED = ("contract", "cpu_scan", "division", "instruction_sets", "scratch", "threads")
+SHARED = ("contract", "cpu_norm", "cpu_scan", "division", "instruction_sets", "scratch", "threads")
 AVX = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl")
 NATIVE_TESTS = Path(__file__).parent / "native"

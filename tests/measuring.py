@@ -11,7 +11,6 @@ from unittest import mock
 import command_line
 import pytest
 from command_line import Outcome
-from helpers import traced_digits
 
 from quartermap_deploy.evaluation import resumable
 from quartermap_deploy.sources.architectures import ArchitectureSource, card_source
@@ -32,13 +31,6 @@ def refused(*arguments: object) -> str:
     assert outcome.out == ""
     assert len(outcome.messages) == 1 and outcome.messages[0].startswith("quartermap: error: "), outcome.err
     return outcome.messages[0]
-
-
-def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the digits model be traced once for all tests of a run; what tracing gives is the same."""
-    from quartermap_deploy.sources import architectures
-
-    monkeypatch.setattr(architectures, "trace", lambda model, shape, **settings: traced_digits())
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from made_once import made_once
 from measuring import MODEL, call
 
 FEW = ("--limit", "20", "--repeats", "1", "--target", "torch")
@@ -19,13 +20,18 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 }
 
 
-def quick_results(folder: Path) -> dict[str, Path]:
-    """Run compare, ablate and tune, and return their results by command."""
-    found = {}
-    for name, command in COMMANDS.items():
-        out = () if name != "tune" else ("-o", folder / "tuned.toml")
-        outcome = call(*command, *out, "--json", "--quiet")
-        assert outcome.code == 0, outcome.err
-        found[name] = folder / f"quick_{name}.json"
-        found[name].write_text(outcome.out, encoding="utf-8")
-    return found
+def quick_results() -> dict[str, Path]:
+    """Return results of compare, ablate and tune, by command; they are measured once in a test run."""
+
+    def measure(folder: Path) -> None:
+        draft = folder.with_suffix(".draft")
+        draft.mkdir()
+        for name, command in COMMANDS.items():
+            out = () if name != "tune" else ("-o", draft / "tuned.toml")
+            outcome = call(*command, *out, "--json", "--quiet")
+            assert outcome.code == 0, outcome.err
+            (draft / f"quick_{name}.json").write_text(outcome.out, encoding="utf-8")
+        draft.rename(folder)
+
+    folder = made_once("quick_results", measure)
+    return {name: folder / f"quick_{name}.json" for name in COMMANDS}

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 from evaluation_data import digit_folders
-from measuring import MODEL, Outcome, call, full_disk, refused, traced_once
+from measuring import MODEL, Outcome, call, full_disk, refused
 from PIL import Image
 
 from quartermap_deploy.errors import InputError, UnknownNameError
@@ -31,9 +31,7 @@ TORCH = ("ablate", MODEL, "--target", "torch", *QUICK)
 def ablated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
     """All groups in ONNX Runtime, and what the command printed; tests must not change the files."""
     path = tmp_path_factory.mktemp("ablated") / "digits.json"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        traced_once(monkeypatch)
-        outcome = call("ablate", MODEL, *QUICK, "--json", "-o", path)
+    outcome = call("ablate", MODEL, *QUICK, "--json", "-o", path)
     assert outcome.code == 0, outcome.err
     return path, outcome
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from evaluation_data import digit_folders
 from helpers import digits, traced_digits
-from measuring import MODEL, Outcome, call, digits_source, full_disk, refused, traced_once
+from measuring import MODEL, Outcome, call, digits_source, full_disk, refused
 
 from quartermap_deploy.architectures import load_card
 from quartermap_deploy.complexity import measure
@@ -39,9 +39,7 @@ TORCH = ("compare", MODEL, "--target", "torch", *QUICK[:6], "--limit", 10)
 def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
     """Results of the command line in ONNX Runtime, and what it printed; tests must not change them."""
     path = tmp_path_factory.mktemp("compared") / "results.json"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        traced_once(monkeypatch)
-        outcome = call("compare", MODEL, *QUICK, "--canonical", "--json", "-o", path)
+    outcome = call("compare", MODEL, *QUICK, "--canonical", "--json", "-o", path)
     assert outcome.code == 0, outcome.err
     return path, outcome
 

@@ -53,7 +53,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_what_is_built_describes_itself(cpu_library: Path) -> None:
     found = load_cpu_library(cpu_library)
     assert found.contract["release"] == __version__ and found.contract["sources"] == sources_hash()
-    assert found.contract["operators"] == ["SelectiveScan2D", "SelectiveScan"]
+    assert found.contract["operators"] == ["SelectiveScan2D", "SelectiveScan", "LayerNormalization2D"]
     assert found.instruction_set in SETS and found.instruction_set in found.contract["instruction_sets"]
     if platform.machine() == "x86_64":
         assert found.contract["instruction_sets"] == ["avx512", "avx2", "baseline"]
@@ -188,7 +188,7 @@ def test_the_search_goes_on_behind_what_does_not_fit(
 ) -> None:
     kept = put_into_cache(cpu_library, home)
     for named, reason in (
-        ("lib/relative.so", "expected 0, or the path"),
+        ("lib/relative.so", "expected 0, 1, or the path"),
         (str(home / "none.so"), "there is no CPU"),
     ):
         monkeypatch.setenv("QUARTERMAP_NATIVE", named)
@@ -196,6 +196,15 @@ def test_the_search_goes_on_behind_what_does_not_fit(
         assert found.library is not None and found.library.path == kept
         [(place, why)] = found.refused
         assert reason in why and place in (named, "QUARTERMAP_NATIVE")
+
+
+def test_the_environment_may_say_that_a_library_is_wanted(
+    cpu_library: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = put_into_cache(cpu_library, home)
+    monkeypatch.setenv("QUARTERMAP_NATIVE", "1")
+    found = find_cpu_library()
+    assert found.library is not None and found.library.path == kept and not found.refused
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")

@@ -51,10 +51,9 @@ def text(script: types.ModuleType) -> types.ModuleType:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def measured() -> dict[str, Any]:
     """Results of short measurements."""
-    folder = tmp_path_factory.mktemp("results")
-    found = {name: json.loads(path.read_text()) for name, path in quick_results(folder).items()}
+    found = {name: json.loads(path.read_text()) for name, path in quick_results().items()}
     names = {entry["name"]: entry for entry in found["compare"]["variants"]}
     found["accuracy"] = [
         evaluation(found["compare"], names[name]) for name in ("unpruned", "QuarterMap k = 3")

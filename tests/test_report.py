@@ -88,7 +88,7 @@ def results(bundles: list[Path], tmp_path_factory: pytest.TempPathFactory) -> li
         assert code == 0, err
         paths.append(folder / f"{name}.json")
         paths[-1].write_text(out, encoding="utf-8")
-    return [*paths, *quick_results(folder).values()]
+    return [*paths, *quick_results().values()]
 
 
 @pytest.fixture(scope="session")

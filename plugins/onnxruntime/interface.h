@@ -74,8 +74,10 @@ struct Api
     Status*(QUARTERMAP_ORT_CALL* GetDimensions)(TypeAndShape const* info, std::int64_t* sizes, std::size_t rank);
     void* gap_63_64[2];
     Status*(QUARTERMAP_ORT_CALL* GetTensorTypeAndShape)(Value const* value, TypeAndShape** info); // 65
-    void* gap_66_85[20];
-    Status*(QUARTERMAP_ORT_CALL* KernelInfoGetAttribute_int64)( // 86
+    void* gap_66_84[19];
+    Status*(QUARTERMAP_ORT_CALL* KernelInfoGetAttribute_float)( // 85
+        KernelInfo const* info, char const* name, float* value);
+    Status*(QUARTERMAP_ORT_CALL* KernelInfoGetAttribute_int64)(
         KernelInfo const* info, char const* name, std::int64_t* value);
     Status*(QUARTERMAP_ORT_CALL* KernelInfoGetAttribute_string)(
         KernelInfo const* info, char const* name, char* text, std::size_t* size);

@@ -5,7 +5,8 @@
 #include <mutex>
 #include <string>
 
-#include "operators.h"
+#include "norm_operator.h"
+#include "scan_operator.h"
 #include "quartermap/cpu_scan.h"
 #include "status.h"
 
@@ -26,7 +27,8 @@ struct Registered
     Api const* api;
     std::int32_t threads;
     Domain* domain;
-    std::list<ScanOperator> operators;
+    std::list<ScanOperator> scans;
+    NormOperator norm;
 };
 
 std::int32_t threads_wanted(Api const& api, Options const* options)
@@ -63,18 +65,19 @@ Registered const& registered(Api const& api, std::int32_t threads, bool infers)
         }
     }
     std::list<Registered> made;
-    Registered& found = made.emplace_back(Registered{&api, threads, nullptr, {}});
+    Registered& found = made.emplace_back(Registered{&api, threads, nullptr, {}, norm_operator(api, threads)});
     for (int const type : ELEMENT_TYPES)
     {
-        found.operators.push_back(scan_operator(api, true, type, threads, infers));
-        found.operators.push_back(scan_operator(api, false, type, threads, infers));
+        found.scans.push_back(scan_operator(api, true, type, threads, infers));
+        found.scans.push_back(scan_operator(api, false, type, threads, infers));
     }
     check(api.CreateCustomOpDomain(DOMAIN, &found.domain));
     std::unique_ptr<Domain, void (*)(Domain*)> owner(found.domain, api.ReleaseCustomOpDomain);
-    for (ScanOperator const& op : found.operators)
+    for (ScanOperator const& op : found.scans)
     {
         check(api.CustomOpDomain_Add(found.domain, &op));
     }
+    check(api.CustomOpDomain_Add(found.domain, &found.norm));
     all->splice(all->end(), made); // moves no operator
     static_cast<void>(owner.release());
     return all->back();

@@ -143,4 +143,16 @@ QuartermapCpuScan sequence_sizes(std::vector<Input> const& inputs)
     return scan;
 }
 
+QuartermapCpuNorm norm_sizes(Input const& x, Input const& scale, Input const& bias)
+{
+    require_rank(x, "X", 4, "(batch, channels, height, width)");
+    require(scale, "Scale", {x.sizes[1]}, "(channels)");
+    require(bias, "B", {x.sizes[1]}, "(channels)");
+    QuartermapCpuNorm norm{};
+    norm.batch = x.sizes[0];
+    norm.channels = x.sizes[1];
+    norm.positions = x.sizes[2] * x.sizes[3];
+    return norm;
+}
+
 } // namespace quartermap::onnxruntime

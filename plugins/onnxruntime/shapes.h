@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "quartermap/cpu_norm.h"
 #include "quartermap/cpu_scan.h"
 
 namespace quartermap::onnxruntime
@@ -24,6 +25,9 @@ QuartermapCpuScan map_sizes(std::vector<Input> const& inputs, std::int64_t direc
 
 // The same of a SelectiveScan, whose inputs are u, delta, A, B, C and, where they are there, D and delta_bias.
 QuartermapCpuScan sequence_sizes(std::vector<Input> const& inputs);
+
+// The sizes of a LayerNormalization2D.
+QuartermapCpuNorm norm_sizes(Input const& x, Input const& scale, Input const& bias);
 
 // Sizes as people write them, such as (1, 96, 56, 56).
 std::string words(std::vector<std::int64_t> const& sizes);

@@ -66,7 +66,8 @@ class CommandParser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
-            name = "/".join(action.option_strings) or action.dest
+            # The name that the help shows: of an option, or else in capitals, as COMMAND.
+            name = "/".join(action.option_strings) or str(action.metavar or action.dest).lower()
             near = difflib.get_close_matches(str(value), choices, n=1)
             hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(choices)}"
             raise argparse.ArgumentError(None, f"unknown {name} {str(value)!r}; {hint}")

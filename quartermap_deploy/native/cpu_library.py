@@ -23,7 +23,7 @@ from quartermap_deploy.native.library import CPU, describe, load
 from quartermap_deploy.plain_text import printable
 
 NATIVE_VARIABLE = "QUARTERMAP_NATIVE"
-"""0 turns the library off; a path from / on names one."""
+"""0 turns the library off, 1 says what holds without it; a path from / on names one."""
 INSTRUCTION_SET_VARIABLE = "QUARTERMAP_INSTRUCTION_SET"
 """Names the instruction set that the library uses; it reads this as it is loaded."""
 INTERFACE = 1
@@ -156,12 +156,13 @@ def _short(value: object) -> str:
 
 def _places(refused: list[tuple[str, str]]) -> Iterator[tuple[Origin, Path]]:
     """Yield the files that are there, in the order in which they are tried."""
-    if named := os.environ.get(NATIVE_VARIABLE):
+    named = os.environ.get(NATIVE_VARIABLE, "")
+    if named not in ("", "1"):
         if os.path.isabs(named):
             yield "QUARTERMAP_NATIVE", Path(named)
         else:
             reason = (
-                f"{NATIVE_VARIABLE} is {printable(named)!r}; expected 0, or the path of a library from / on"
+                f"{NATIVE_VARIABLE} is {printable(named)!r}; expected 0, 1, or the path of a library from / on"
             )
             refused.append((NATIVE_VARIABLE, reason))
     carried = Path(__file__).resolve().parents[1] / "_native" / CPU_LIBRARY

@@ -1,7 +1,8 @@
 """The target `onnxruntime`: the portable model as it is, on a CPU.
 
 Its scans run by the native operator of the CPU library where that is found and takes the model (`native.cpu_library`),
-and by the standard operators in the file everywhere else. Both are the same file.
+and by the standard operators in the file everywhere else. Both are the same file. With the library, the session's copy
+of the graph also has its layer normalisations of maps as one operator each (`fused_norms`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from quartermap_deploy.native.cpu_library import find_cpu_library
 from quartermap_deploy.onnx_bounds import check_model
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.size_rules import SizeRules
+from quartermap_deploy.targets.fused_norms import fused_model
 from quartermap_deploy.targets.scan_form import ScanForm
 from quartermap_deploy.targets.session import Session, check_feeds
 from quartermap_deploy.tensor_info import TensorInfo
@@ -54,6 +56,7 @@ class OnnxRuntimeSession(Session):
         rules: Sequence[str] = (),
         *,
         native: bool | None = None,
+        fuse: bool = True,
     ) -> None:
         """Load a model.
 
@@ -63,11 +66,12 @@ class OnnxRuntimeSession(Session):
                 cores.
             rules: what the sizes of its inputs must fulfil; see `size_rules`.
             native: whether the native operator computes its scans; None where it is there and takes the model.
+            fuse: with the native operator, also normalise maps by one operator each; see `fused_norms`.
 
         Raises:
             BundleError: as `open_session` raises it.
         """
-        self._session, self.scans = open_session(model, threads, native=native)
+        self._session, self.scans = open_session(model, threads, native=native, fuse=fuse)
         self.inputs = tuple(_info(value) for value in self._session.get_inputs())
         self.outputs = tuple(_info(value) for value in self._session.get_outputs())
         self._rules = SizeRules(rules)
@@ -115,6 +119,7 @@ def open_session(
     *,
     native: bool | None = None,
     profile: Path | None = None,
+    fuse: bool = True,
 ) -> tuple[Any, ScanForm]:
     """An `onnxruntime.InferenceSession` on the CPU, for a file or serialised bytes, and what computes its scans.
 
@@ -125,6 +130,7 @@ def open_session(
         native: whether the native operator computes its scans. None takes it where it is there and takes the model;
             False keeps to the portable body; True refuses a session without it.
         profile: record the time of every node; `end_profiling` writes it into a file whose name starts so.
+        fuse: with the native operator, also normalise maps by one operator each; see `fused_norms`.
 
     Raises:
         BundleError: if the model holds what this package does not write (see `onnx_bounds`), ONNX Runtime refuses it,
@@ -139,7 +145,8 @@ def open_session(
             refused = found.summary
         else:
             try:
-                session = _session(model, _options(threads, profile, found.library))
+                form = fused_model(model) if fuse else model
+                session = _session(form, _options(threads, profile, found.library))
             except Exception as error:  # the model's own fault shows again below
                 refused = " ".join(str(error).split())[:400]
             else:

@@ -28,6 +28,7 @@ IN_TABLE(GetTensorMutableData);
 IN_TABLE(GetDimensionsCount);
 IN_TABLE(GetDimensions);
 IN_TABLE(GetTensorTypeAndShape);
+IN_TABLE(KernelInfoGetAttribute_float);
 IN_TABLE(KernelInfoGetAttribute_int64);
 IN_TABLE(KernelInfoGetAttribute_string);
 IN_TABLE(KernelContext_GetInputCount);

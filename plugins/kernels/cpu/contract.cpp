@@ -35,5 +35,5 @@ char const* quartermap_cpu_contract(void)
         "\", \"compiler\": \"" QUARTERMAP_COMPILER "\", \"processor\": \"" QUARTERMAP_PROCESSOR
         "\", \"instruction_sets\": " QUARTERMAP_BUILT_SETS
         ", \"element_types\": [\"float32\", \"float16\", \"bfloat16\", \"float64\"]"
-        ", \"operators\": [\"SelectiveScan2D\", \"SelectiveScan\"]}";
+        ", \"operators\": [\"SelectiveScan2D\", \"SelectiveScan\", \"LayerNormalization2D\"]}";
 }

@@ -1,13 +1,12 @@
 #include "quartermap/cpu_scan.h"
 
 #include <algorithm>
-#include <atomic>
 #include <initializer_list>
 #include <limits>
 
-#include "denormals.h"
 #include "division.h"
 #include "instruction_sets.h"
+#include "runner.h"
 #include "scratch.h"
 #include "threads.h"
 
@@ -163,59 +162,6 @@ Job part_of(Job const& whole, std::size_t first, std::size_t images)
     job.C = static_cast<char const*>(whole.C) + narrow;
     return job;
 }
-
-// Runs the tasks of one scan on the threads that there are for it.
-class Runner
-{
-public:
-    Runner(QuartermapCpuParallel parallel, void* pool, std::size_t threads)
-        : mParallel(parallel)
-        , mPool(pool)
-        , mThreads(threads)
-    {
-    }
-
-    // Calls function(i) for every i < count; a function says whether it had the memory that it needs.
-    template <typename Function>
-    std::int32_t each(std::size_t count, Function const& function) const
-    {
-        struct Call
-        {
-            Function const& function;
-            std::atomic<bool> failed{false};
-        } call{function};
-        QuartermapCpuTask const task = [](void* argument, std::size_t index)
-        {
-            DenormalsAreZero const guard;
-            Call& all = *static_cast<Call*>(argument);
-            if (!all.function(index))
-            {
-                all.failed = true;
-            }
-        };
-        if (mThreads == 1 || count == 1)
-        {
-            for (std::size_t i = 0; i < count; ++i)
-            {
-                task(&call, i);
-            }
-        }
-        else if (mParallel == nullptr)
-        {
-            run_tasks(mThreads, task, &call, count);
-        }
-        else if (mParallel(mPool, task, &call, count) != 0)
-        {
-            return QUARTERMAP_CPU_NOT_RUN;
-        }
-        return call.failed ? QUARTERMAP_CPU_OUT_OF_MEMORY : QUARTERMAP_CPU_SUCCESS;
-    }
-
-private:
-    QuartermapCpuParallel mParallel;
-    void* mPool;
-    std::size_t mThreads;
-};
 
 std::int32_t pack_maps(InstructionSet const& set, Job const& job, Runner const& runner)
 {

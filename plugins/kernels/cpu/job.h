@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "norm_job.h"
+
 namespace quartermap::cpu
 {
 
@@ -75,6 +77,9 @@ struct InstructionSet
     void (*scan_segment)(Job const& job, std::size_t tile, std::size_t direction, std::size_t segment, bool last_pass,
         float* scratch);
     void (*merge_tile)(Job const& job, std::size_t tile, std::size_t begin, std::size_t end);
+
+    // Normalises positions [begin, end) of an image over its channels.
+    void (*normalize)(NormJob const& job, std::size_t image, std::size_t begin, std::size_t end);
 };
 
 } // namespace quartermap::cpu

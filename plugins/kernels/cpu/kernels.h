@@ -15,6 +15,7 @@
 
 #include <cfloat>
 
+#include "channel_norm.h"
 #include "element_rows.h"
 #include "functions.h"
 #include "job.h"
@@ -649,5 +650,5 @@ void merge_tile(Job const& job, std::size_t index, std::size_t begin, std::size_
 #define QUARTERMAP_INSTRUCTION_SET(label)                                                                              \
     quartermap::cpu::InstructionSet                                                                                    \
     {                                                                                                                  \
-        label, LANES, pack, tile_floats, scan_tile, load_tile, segment_floats, scan_segment, merge_tile                \
+        label, LANES, pack, tile_floats, scan_tile, load_tile, segment_floats, scan_segment, merge_tile, normalize     \
     }

@@ -1,12 +1,13 @@
-#include "operators.h"
+#include "scan_operator.h"
 
 #include <algorithm>
-#include <limits>
 #include <map>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "kernel_context.h"
+#include "operator_defaults.h"
 #include "quartermap/cpu_scan.h"
 #include "shapes.h"
 #include "status.h"
@@ -125,36 +126,12 @@ struct Kernel
     bool softplus;
 };
 
-// A text that ONNX Runtime gives in two calls, the first of which asks for its size; `missing` if there is none.
-template <typename Read>
-std::string read_text(Api const& api, Read const& read, std::string const& missing)
-{
-    std::size_t size = 0;
-    if (Status* const status = read(static_cast<char*>(nullptr), &size))
-    {
-        api.ReleaseStatus(status);
-        if (size == 0)
-        {
-            return missing;
-        }
-    }
-    std::string text(size, '\0');
-    if (Status* const status = read(text.data(), &size))
-    {
-        api.ReleaseStatus(status);
-        return missing;
-    }
-    text.resize(text.find('\0') < size ? text.find('\0') : size);
-    return text;
-}
-
 std::unique_ptr<Kernel> make_kernel(ScanOperator const& op, KernelInfo const* info)
 {
     Api const& api = *op.api;
     auto kernel = std::make_unique<Kernel>();
     kernel->op = &op;
-    kernel->node = read_text(
-        api, [&](char* text, std::size_t* size) { return api.KernelInfo_GetNodeName(info, text, size); }, "");
+    kernel->node = node_name(api, info);
     std::int64_t softplus = op.of_maps ? 1 : 0;
     char const* const attribute = op.of_maps ? "softplus" : "delta_softplus";
     if (Status* const status = api.KernelInfoGetAttribute_int64(info, attribute, &softplus))
@@ -181,44 +158,6 @@ std::unique_ptr<Kernel> make_kernel(ScanOperator const& op, KernelInfo const* in
         kernel->directions = parse_order(order);
     }
     return kernel;
-}
-
-Input read_input(Api const& api, KernelContext* context, std::size_t index)
-{
-    Input input;
-    Value const* value = nullptr;
-    check(api.KernelContext_GetInput(context, index, &value));
-    if (value == nullptr)
-    {
-        return input;
-    }
-    TypeAndShape* info = nullptr;
-    check(api.GetTensorTypeAndShape(value, &info));
-    std::unique_ptr<TypeAndShape, void (*)(TypeAndShape*)> const owner(info, api.ReleaseTensorTypeAndShapeInfo);
-    std::size_t rank = 0;
-    check(api.GetDimensionsCount(info, &rank));
-    input.sizes.resize(rank);
-    check(api.GetDimensions(info, input.sizes.data(), rank));
-    void* data = nullptr;
-    check(api.GetTensorMutableData(const_cast<Value*>(value), &data));
-    input.present = true;
-    input.data = data;
-    return input;
-}
-
-// The pool of the session that runs a kernel.
-struct Pool
-{
-    Api const* api;
-    KernelContext* context;
-    Status* status; // of what went wrong
-};
-
-std::int32_t run_in_pool(void* given, QuartermapCpuTask task, void* argument, std::size_t count)
-{
-    Pool& pool = *static_cast<Pool*>(given);
-    pool.status = pool.api->KernelContext_ParallelFor(pool.context, task, count, 0, argument);
-    return pool.status != nullptr ? 1 : 0;
 }
 
 QuartermapCpuTensors tensors_of(ScanOperator const& op, std::vector<Input> const& inputs, void* y)
@@ -251,18 +190,9 @@ void compute(Kernel const& kernel, KernelContext* context)
     scan.element_type = kernel_type(op.element_type);
     scan.threads = op.threads;
 
-    Value* output = nullptr;
-    check(api.KernelContext_GetOutput(context, 0, inputs[0].sizes.data(), inputs[0].sizes.size(), &output));
-    void* y = nullptr;
-    check(api.GetTensorMutableData(output, &y));
-    QuartermapCpuTensors const tensors = tensors_of(op, inputs, y);
+    QuartermapCpuTensors const tensors = tensors_of(op, inputs, make_output(api, context, inputs[0].sizes));
     Pool pool{&api, context, nullptr};
-    std::int32_t const status = quartermap_cpu_scan(&scan, &tensors, run_in_pool, &pool);
-    check(pool.status);
-    if (status != QUARTERMAP_CPU_SUCCESS)
-    {
-        throw Refusal{RUNTIME_EXCEPTION, quartermap_cpu_message(status)};
-    }
+    check_call(pool, quartermap_cpu_scan(&scan, &tensors, run_in_pool, &pool));
 }
 
 Status* QUARTERMAP_ORT_CALL create_kernel(Operator const* given, Api const* api, KernelInfo const* info, void** kernel)
@@ -274,19 +204,8 @@ Status* QUARTERMAP_ORT_CALL create_kernel(Operator const* given, Api const* api,
 Status* QUARTERMAP_ORT_CALL run_kernel(void* given, KernelContext* context)
 {
     Kernel const& kernel = *static_cast<Kernel const*>(given);
-    return guarded(*kernel.op->api,
-        [&]
-        {
-            try
-            {
-                compute(kernel, context);
-            }
-            catch (Refusal const& error)
-            {
-                std::string const name = std::string("quartermap.") + name_of(*kernel.op);
-                throw Refusal{error.code, name + " node '" + kernel.node + "': " + error.message};
-            }
-        });
+    return guarded(
+        *kernel.op->api, [&] { named(name_of(*kernel.op), kernel.node, [&] { compute(kernel, context); }); });
 }
 
 void QUARTERMAP_ORT_CALL destroy_kernel(void* kernel)
@@ -360,9 +279,7 @@ Status* QUARTERMAP_ORT_CALL infer_shape(Operator const* given, ShapeContext* con
             {
                 note_order(api, context);
             }
-            TypeAndShape* info = nullptr;
-            check(api.ShapeInferContext_GetInputTypeShape(context, 0, &info));
-            check(api.ShapeInferContext_SetOutputTypeShape(context, 0, info));
+            keep_shape(api, context);
         });
 }
 
@@ -376,14 +293,13 @@ void forget_orders()
 ScanOperator scan_operator(Api const& api, bool of_maps, int element_type, std::int32_t threads, bool infers)
 {
     ScanOperator op{};
+    set_defaults(op);
     op.api = &api;
     op.of_maps = of_maps;
     op.element_type = element_type;
     op.threads = threads;
     op.infers = infers;
-    op.version = API_VERSION;
     op.GetName = [](Operator const* self) { return name_of(*static_cast<ScanOperator const*>(self)); };
-    op.GetExecutionProviderType = [](Operator const*) -> char const* { return nullptr; };
     op.GetInputType = [](Operator const* self, std::size_t index)
     {
         ScanOperator const& own = *static_cast<ScanOperator const*>(self);
@@ -393,21 +309,12 @@ ScanOperator scan_operator(Api const& api, bool of_maps, int element_type, std::
     { return static_cast<ScanOperator const*>(self)->of_maps ? MAP_INPUTS : SEQUENCE_INPUTS; };
     op.GetOutputType = [](Operator const* self, std::size_t)
     { return static_cast<ScanOperator const*>(self)->element_type; };
-    op.GetOutputTypeCount = [](Operator const*) -> std::size_t { return 1; };
     op.KernelDestroy = destroy_kernel;
     op.GetInputCharacteristic = [](Operator const* self, std::size_t index) -> int
     { return index >= (static_cast<ScanOperator const*>(self)->of_maps ? 7 : 5) ? OPTIONAL : REQUIRED; };
-    op.GetOutputCharacteristic = [](Operator const*, std::size_t) -> int { return REQUIRED; };
-    op.GetInputMemoryType = [](Operator const*, std::size_t) { return 0; };
-    op.GetVariadicInputMinArity = [](Operator const*) { return 1; };
-    op.GetVariadicInputHomogeneity = [](Operator const*) { return 1; };
-    op.GetVariadicOutputMinArity = [](Operator const*) { return 1; };
-    op.GetVariadicOutputHomogeneity = [](Operator const*) { return 1; };
     op.CreateKernelV2 = create_kernel;
     op.KernelComputeV2 = run_kernel;
     op.InferOutputShapeFn = infers ? infer_shape : nullptr;
-    op.GetStartVersion = [](Operator const*) { return 1; };
-    op.GetEndVersion = [](Operator const*) { return std::numeric_limits<int>::max(); };
     return op;
 }
 
