@@ -80,7 +80,9 @@ def benchmark(name: str, batch: int, threads: int, repeats: int, step_by_step: b
     for label, (graph, native) in graphs.items():
         data = graph.SerializeToString()
         start = time.perf_counter()
-        sessions[label] = OnnxRuntimeSession(data, threads=threads, native=native, fuse=label != "norms apart")
+        sessions[label] = OnnxRuntimeSession(
+            data, threads=threads, native=native, fuse=label != "norms apart"
+        )
         loading[label] = time.perf_counter() - start
     model.freeze()
     tensor = torch.from_numpy(images)

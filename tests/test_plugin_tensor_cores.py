@@ -255,6 +255,7 @@ def test_plans_of_real_stages(kernels: Kernels, batch: int, expected: dict[Devic
         ((1, 16, 63, 28, 1, 12), DIRECTIONS, True, "float16"),
         ((1, 16, 32, 27, 1, 12), DIRECTIONS, True, "float16"),
         ((64, 96, 112, 112, 1, 6), DIRECTIONS, True, "float16"),
+        ((1, 1 << 21, 7, 7, 1, 48), DIRECTIONS, True, "float16"),
     ],
     ids=str,
 )
@@ -291,18 +292,36 @@ def test_tensors_that_begin_anywhere_are_copied(kernels: Kernels) -> None:
     assert torch.equal(kernels.scan_2d(*moved, DIRECTIONS, True), y)
 
 
+def launch(kernels: Kernels, plan: Plan, inputs: Sequence[Tensor], workspace: Tensor) -> Tensor:
+    """Launch a plan with a workspace of the caller's."""
+    y = torch.empty_like(inputs[0])
+    pointers = [tensor.data_ptr() for tensor in (*inputs, y, workspace)]
+    kernels.launch(plan, Tensors(*pointers, workspace.numel()), None)
+    return y
+
+
 def test_a_launch_on_misaligned_tensors_is_refused(kernels: Kernels) -> None:
     sizes = (1, 16, 7, 7, 6)
     inputs, plan = make_inputs(sizes, "float16"), make_plan(kernels, sizes, "float16", H100)
-    y = torch.empty_like(inputs[0])
     workspace = torch.empty(plan.workspace_bytes + 8, dtype=torch.uint8)
-    pointers = [tensor.data_ptr() for tensor in (*inputs, y, workspace)]
-    for moved in (0, 9):
-        given = [pointer + 8 * (i == moved) for i, pointer in enumerate(pointers)]
-        with pytest.raises(PluginError, match="multiple of 16 bytes"):
-            kernels.launch(plan, Tensors(*given, plan.workspace_bytes), None)
-    kernels.launch(plan, Tensors(*pointers, plan.workspace_bytes), None)
-    assert relative(y, inputs) <= TOLERANCES["float16"]
+    with pytest.raises(PluginError, match="multiple of 16 bytes"):
+        launch(kernels, plan, inputs, workspace[8:])
+    x = torch.empty(inputs[0].numel() + 4, dtype=torch.float16)[4:].view_as(inputs[0])
+    with pytest.raises(PluginError, match="multiple of 16 bytes"):
+        launch(kernels, plan, [x, *inputs[1:]], workspace)
+    assert relative(launch(kernels, plan, inputs, workspace), inputs) <= TOLERANCES["float16"]
+
+
+def test_nothing_is_taken_from_the_workspace(kernels: Kernels) -> None:
+    """Whatever stands in it: another launch has told its maps there, for one."""
+    sizes = (1, 16, 28, 28, 12)
+    inputs, plan = make_inputs(sizes, "float16"), make_plan(kernels, sizes, "float16", H100)
+    assert plan.blocks == 8, "directions are divided"
+    kernels._library.quartermap_emulation_order(1)
+    kernels._library.quartermap_emulation_blocks(8)
+    for value in (0, 1, 255):
+        workspace = torch.full((plan.workspace_bytes,), value, dtype=torch.uint8)
+        assert relative(launch(kernels, plan, inputs, workspace), inputs) <= TOLERANCES["float16"]
 
 
 # Barriers -------------------------------------------------------------------------------------------------------------

@@ -161,9 +161,7 @@ def _places(refused: list[tuple[str, str]]) -> Iterator[tuple[Origin, Path]]:
         if os.path.isabs(named):
             yield "QUARTERMAP_NATIVE", Path(named)
         else:
-            reason = (
-                f"{NATIVE_VARIABLE} is {printable(named)!r}; expected 0, 1, or the path of a library from / on"
-            )
+            reason = f"{NATIVE_VARIABLE} is {printable(named)!r}; expected 0, 1, or the path of a library from / on"
             refused.append((NATIVE_VARIABLE, reason))
     carried = Path(__file__).resolve().parents[1] / "_native" / CPU_LIBRARY
     if carried.is_file():

@@ -16,6 +16,8 @@ constexpr std::int64_t kMostPartBytes = 64 * 1024 * 1024;
 constexpr int kSmallThreads = 256; // of the kernels before and after
 constexpr int kMostPrepareBlocks = 256;
 constexpr int kMostRanks = 64;
+// The prepared weights of so many channels are counted in 32 bits.
+constexpr std::int64_t kMostInner = std::int64_t{1} << 20;
 
 // Offsets into the workspace, in bytes.
 struct Workspace
@@ -34,7 +36,7 @@ struct Workspace
 inline bool known(QuartermapScan const& scan)
 {
     return scan.element_type != QUARTERMAP_FLOAT32 && scan.d_state == 1 && scan.softplus != 0 && scan.dt_rank > 0
-        && scan.dt_rank <= kMostRanks && scan.d_inner % kChannels == 0;
+        && scan.dt_rank <= kMostRanks && scan.d_inner % kChannels == 0 && scan.d_inner <= kMostInner;
 }
 
 inline std::int64_t part_bytes(QuartermapScan const& scan)
