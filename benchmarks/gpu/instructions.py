@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -187,8 +187,8 @@ def runs_of(geometry: Geometry, loop: Loop) -> float:
 
 def count_resident(geometry: Geometry, function: Loop) -> dict[str, float]:
     """Count instructions for each element, in all and by part, and those of two units."""
-    parts: Counter[str] = Counter()
-    kinds: Counter[str] = Counter()
+    parts: defaultdict[str, float] = defaultdict(float)
+    kinds: defaultdict[str, float] = defaultdict(float)
     for loop, times in walk(function, lambda each: runs_of(geometry, each)):
         outside = loop is function
         part = "parameters and the rest" if outside else kind_of(loop)
