@@ -7,6 +7,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -201,7 +203,7 @@ def test_the_tables_in_the_documents_are_those_of_the_script() -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["models", "selective_scan"])
+@pytest.mark.parametrize("name", ["models", "selective_scan", "all"])
 def test_without_a_gpu_they_say_so(name: str) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -211,6 +213,108 @@ def test_without_a_gpu_they_say_so(name: str) -> None:
     assert done.stderr.startswith("error: this benchmark needs an NVIDIA GPU")
     usage = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=100)
     assert usage.returncode == 0 and "--json" in usage.stdout
+
+
+def test_a_dry_run_says_what_would_be_done_and_what_is_missing() -> None:
+    command = [sys.executable, str(FOLDER / "all.py"), "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and done.stderr == ""
+    lines = done.stdout.splitlines()
+    parts = [part.name for part in script("all").PARTS]
+    assert lines[0].startswith(f"{len(parts)} parts, at most 480 s together")
+    assert [line.strip().split(" ")[0] for line in lines[1 : len(parts) + 1]] == parts
+    if not torch.cuda.is_available():
+        assert any("onnxruntime" in line and "MISSING: " in line for line in lines)
+
+
+def test_a_part_that_fails_or_hangs_ends_alone(tmp_path: Path) -> None:
+    """One lacks its program, one needs a GPU that is not there or more time than it gets, one is not possible here."""
+    everything = script("all")
+    by_name = {part.name: part for part in everything.PARTS}
+    parts = [
+        replace(by_name["rates"], missing=lambda folder: None),
+        replace(by_name["build"], seconds=1.5, missing=lambda folder: None),
+        by_name["operator"],
+        replace(by_name["rtx"], missing=lambda folder: "nothing here"),
+    ]
+    output = tmp_path / "all.json"
+    results = everything.run_all(parts, tmp_path, 60.0, output)
+    assert results["rates"]["state"] == "failed" and "rates" in results["rates"]["output"]
+    assert results["build"]["state"] == "out of time"
+    assert results["operator"] == {"state": "skipped", "why": "the kernels were not built"}
+    assert results["rtx"] == {"state": "skipped", "why": "nothing here"}
+    assert json.loads(output.read_text()) == {"parts": results}
+    late = everything.run_all(parts[:1], tmp_path, 0.5, None)
+    assert late["rates"] == {"state": "skipped", "why": "no time was left"}
+
+
+def test_no_time_is_reported_of_wrong_kernels(tmp_path: Path) -> None:
+    everything = script("all")
+    operator = next(part for part in everything.PARTS if part.name == "operator")
+    (tmp_path / everything.LIBRARY).touch()
+    assert "were not checked" in operator.missing(tmp_path)
+    (tmp_path / everything.CHECKED).write_text("[true, false]")
+    assert "wrong results" in operator.missing(tmp_path)
+    (tmp_path / everything.CHECKED).write_text("[true, true]")
+    assert operator.missing(tmp_path) is None
+
+
+SASS = """
+		Function : _Z6kernelPf
+        /*0000*/                   LDC R1, c[0x0][0x28] ;     /* 0x00000a00ff017b82 */
+                                                              /* 0x000fe20000000800 */
+        /*0010*/                   S2R R0, SR_TID.X ;         /* 0x0000000000007919 */
+        /*0020*/                   MUFU.EX2 R2, R0 ;          /* 0x0000000000007919 */
+        /*0030*/              @P1  BRA 0x60 ;                 /* 0x0000000000007919 */
+        /*0040*/                   LDS R3, [R0] ;             /* 0x0000000000007919 */
+        /*0050*/                   FFMA R3, R3, R2, R3 ;      /* 0x0000000000007919 */
+        /*0060*/                   LDG.E R4, [R2.64] ;        /* 0x0000000000007919 */
+        /*0070*/              @!P0 BRA 0x60 ;                 /* 0x0000000000007919 */
+        /*0080*/              @P0  BRA 0x20 ;                 /* 0x0000000000007919 */
+        /*0090*/                   EXIT ;                     /* 0x0000000000007919 */
+        /*00a0*/                   BRA 0xa0;                  /* 0x0000000000007919 */
+        /*00b0*/                   NOP;                       /* 0x0000000000007919 */
+"""
+
+
+def test_loops_and_branches_of_machine_code() -> None:
+    code = script("machine_code")
+    found = code.functions(SASS)
+    assert list(found) == ["_Z6kernelPf"] and len(found["_Z6kernelPf"]) == 12
+    function = code.body(found["_Z6kernelPf"])
+    (outer,) = function.inside
+    (inner,) = outer.inside
+    assert [instruction.kind for instruction in function.own] == ["LDC", "S2R", "EXIT", "BRA"]
+    assert [instruction.name for instruction in outer.own] == ["MUFU.EX2", "BRA", "LDS", "FFMA", "BRA"]
+    assert [instruction.kind for instruction in inner.own] == ["LDG", "BRA"]
+    assert outer.side_branch() == 2 and inner.side_branch() == 0
+    times = [(loop.first, each) for loop, each in code.walk(function, lambda loop: 3 if loop is outer else 5)]
+    assert times == [(0, 1.0), (0x20, 3.0), (0x60, 15.0)]
+
+
+def test_the_goals_are_met_by_what_was_counted() -> None:
+    instructions = script("instructions")
+    counted = json.loads(instructions.COUNTS.read_text(encoding="utf-8"))
+    rows = counted["kernels"]
+    assert counted["measured"] is False
+    assert instructions.missed(rows) == []
+    resident = [row for row in rows if row["kernel"] == "resident" and row["architecture"] == "90"]
+    assert len(resident) == 2 * 8
+    assert all(row["counts"]["instructions"] > 10 for row in resident)
+    spilling = {**resident[0], "spilled": 20}
+    assert "20 bytes are spilled" in instructions.missed([spilling])[0]
+    slow = {**resident[0], "type": "float16", "counts": {"instructions": float("nan")}}
+    assert "at most" in instructions.missed([slow])[0]
+
+
+def test_the_counts_in_the_documents_are_those_that_were_written() -> None:
+    instructions = script("instructions")
+    printed = instructions.markdown(json.loads(instructions.COUNTS.read_text(encoding="utf-8"))["kernels"])
+    text = (REPOSITORY / "docs" / "performance.md").read_text(encoding="utf-8")
+    for table in printed.split("\n\n"):
+        assert table in text, (
+            "run python benchmarks/gpu/instructions.py --write and put its tables into docs/performance.md"
+        )
 
 
 def test_models_are_checked_before_anything_is_done(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from quartermap_deploy.native.contract import differences
 from quartermap_deploy.native.errors import PluginError
-from quartermap_deploy.scan.cuda import Kernels, enable_cuda_kernels, make_scan
+from quartermap_deploy.scan.cuda import GENERAL, Kernels, enable_cuda_kernels, make_scan
 from quartermap_deploy.scan.definition import DIRECTIONS, selective_scan_2d_definition
 from quartermap_deploy.scan.vectorized import selective_scan_2d_vectorized
 
@@ -197,10 +197,10 @@ VMAMBA_BASE = [(256, 56, 8), (512, 28, 16), (1024, 14, 32), (2048, 7, 64)]
 def test_plans_of_real_stages(
     kernels: Kernels, batch: int, d_inner: int, side: int, rank: int, device: tuple[int, int, int]
 ) -> None:
-    """Every map is read once on both devices, and no workspace is needed."""
-    scan = make_scan((batch, d_inner, side, side, 1, rank), DIRECTIONS, True, "float16")
+    """In float32 every map is read once on both devices, and no workspace is needed."""
+    scan = make_scan((batch, d_inner, side, side, 1, rank), DIRECTIONS, True, "float32")
     plan = kernels.plan_for(scan, *device)
-    assert plan.resident == 1
+    assert (plan.resident, plan.kernels) == (1, GENERAL)
     assert plan.workspace_bytes == 0
     assert plan.blocks == batch * -(-d_inner // plan.channels)
     assert plan.threads % 32 == 0 and plan.threads <= 256
@@ -214,15 +214,14 @@ def test_the_workspace_suffices_on_the_smallest_device(kernels: Kernels, element
     strips = [(1000, 8), (8, 1000), (1023, 8), (1360, 6), (2040, 4), (5461, 2), (5450, 2)]
     for height, width in (*squares, *strips):
         for states, rank in ((1, 0), (1, 64), (16, 3), (256, 1024)):
-            scan = make_scan((2, 8, height, width, states, rank), DIRECTIONS, True, element_type)
-            plan = kernels.plan_for(scan, *ADA)
-            if (width, rank) == (
-                2,
-                64,
-            ):  # as it lies in the tensor it would fit the 64 KiB that every device has
-                assert element_type == "float32" or plan.workspace_bytes > 0
-            asked = kernels._library.quartermap_selective_scan_workspace(scan)
-            assert asked >= plan.workspace_bytes, (height, width, states, rank, plan.shared_bytes)
+            for d_inner in (8, 16):
+                scan = make_scan((2, d_inner, height, width, states, rank), DIRECTIONS, True, element_type)
+                plan = kernels.plan_for(scan, *ADA)
+                # As it lies in the tensor it would fit the 64 KiB that every device has.
+                if (width, rank) == (2, 64):
+                    assert element_type == "float32" or plan.workspace_bytes > 0
+                asked = kernels._library.quartermap_selective_scan_workspace(scan)
+                assert asked >= plan.workspace_bytes, (height, width, states, rank, plan.shared_bytes)
 
 
 @pytest.mark.parametrize(

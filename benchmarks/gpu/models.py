@@ -28,12 +28,13 @@ from typing import Any
 
 import torch
 from public_path import Scan, find_public_scan, with_public_scan
-from timing import find_library, machine, refuse, require_gpu, times
+from timing import eager_milliseconds, find_library, machine, refuse, require_gpu, times
 from torch import Tensor
 
 import quartermap_deploy as qm
 from quartermap_deploy.architectures.base import VisualStateSpaceModel
 from quartermap_deploy.errors import QuartermapError
+from quartermap_deploy.evaluation.tome import merge_tokens
 from quartermap_deploy.scan.cuda import enable_cuda_kernels
 from quartermap_deploy.validation.tolerances import tolerance_for
 
@@ -48,6 +49,8 @@ RATIOS = {
     f"ours / ours k={EVERY}": ("ours", f"ours k={EVERY}"),
 }
 CHECKED_IMAGES = 2
+OTHER_FORMS = ("ours k=2", f"ours ToMe k={EVERY}", "public eager", "ours eager")
+"""What `benchmark_others` times: the paper's other variants, and both kernels without CUDA graphs."""
 
 
 def make_model(name: str, device: str, dtype: torch.dtype) -> VisualStateSpaceModel:
@@ -83,22 +86,10 @@ def make_forms(
         images: (batch, 3, H, W), of the same type and device.
         public: mamba-ssm's scan, or None.
     """
-    model.freeze()
-    pruned = qm.prune(model, PLAN)
-    pruned.freeze()
-
-    def call(which: VisualStateSpaceModel) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            with torch.no_grad():
-                logits: Tensor = which(images)
-                return logits
-
-        return run
-
-    calls = {FORMS[0]: call(model), FORMS[1]: call(pruned)}
+    calls = {FORMS[0]: with_frozen(model, images), FORMS[1]: with_frozen(qm.prune(model, PLAN), images)}
     if public is not None:
-        calls[FORMS[2]] = with_public_scan(call(model), public)
-        calls[FORMS[3]] = with_public_scan(call(pruned), public)
+        calls[FORMS[2]] = with_public_scan(calls[FORMS[0]], public)
+        calls[FORMS[3]] = with_public_scan(calls[FORMS[1]], public)
     return calls
 
 
@@ -196,6 +187,53 @@ def benchmark(name: str, batches: Sequence[int], rounds: int, public: Scan | Non
         rows.append(make_row(name, batch, times(make_forms(model, images(batch), public), rounds)))
         torch.cuda.empty_cache()
     return {"model": name, "errors": found, "timings": rows}
+
+
+def benchmark_others(name: str, batch: int, rounds: int, public: Scan | None) -> dict[str, Any]:
+    """Time the forms of `OTHER_FORMS` of one model, in turns with the model itself.
+
+    Args:
+        name: of the model.
+        batch: images.
+        rounds: how often.
+        public: mamba-ssm's scan, or None, which leaves out its form.
+
+    Returns:
+        The milliseconds of each, None for what did not fit the memory; and why forms failed.
+    """
+    side = qm.load_card(name).preprocessing.crop
+    model = make_model(name, "cuda", torch.float16)
+    generator = torch.Generator("cuda").manual_seed(0)
+    images = torch.randn(batch, 3, *side, generator=generator, device="cuda").half()
+    ours = make_forms(model, images, public)
+    half = with_frozen(qm.prune(model, qm.QuarterMap(every=2)), images)
+    merged = with_frozen(merge_tokens(model, PLAN), images)
+    eager = {OTHER_FORMS[3]: ours[FORMS[0]]} | (
+        {OTHER_FORMS[2]: ours[FORMS[2]]} if public is not None else {}
+    )
+    found: dict[str, float | None] = {}
+    failed: dict[str, str] = {}
+    for label, call in {OTHER_FORMS[0]: half, OTHER_FORMS[1]: merged}.items():
+        try:
+            timed = times({FORMS[0]: ours[FORMS[0]], label: call}, rounds)
+            found |= {each: None if time is None else time / 1e3 for each, time in timed.items()}
+        except RuntimeError as error:  # what a CUDA graph cannot hold
+            failed[label] = str(error)[:300]
+    for label, call in eager.items():
+        found[label] = eager_milliseconds(call, rounds)
+    return {"model": name, "batch": batch, "milliseconds": found, "failed": failed}
+
+
+def with_frozen(model: VisualStateSpaceModel, images: Tensor) -> Callable[[], Tensor]:
+    """Return a call of a model whose constants are computed once."""
+    model.freeze()
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = model(images)
+            return logits
+
+    return run
 
 
 def positive(text: str) -> int:

@@ -31,8 +31,9 @@ from torch import Tensor
 from traffic import BATCHES, STAGES, fused_bytes
 
 from quartermap_deploy.errors import QuartermapError
-from quartermap_deploy.scan.cuda import Kernels
+from quartermap_deploy.scan.cuda import Kernels, make_scan
 from quartermap_deploy.scan.definition import DIRECTIONS, selective_scan_2d_definition
+from quartermap_deploy.scan.vectorized import selective_scan_2d_vectorized
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 ODD = [
@@ -91,6 +92,62 @@ def check(kernels: Kernels) -> list[dict[str, Any]]:
                     f"FAILED: {sizes} {dtype}: error {error:.2e}, tolerance {tolerance:.0e}; nothing was timed"
                 )
     print(f"{len(rows)} cases agree with the float64 definition")
+    return rows
+
+
+PLANS = [(1, 227 * 1024, 228 * 1024), (4, 99 * 1024, 100 * 1024), (132, 24 * 1024, 48 * 1024)]
+"""Multiprocessors and shared memory of devices for which plans are checked, beside the device itself."""
+
+
+def check_plans(kernels: Kernels, small: bool) -> list[dict[str, Any]]:
+    """Compare the plans for several devices with the definition, as far as they run on this one; ends at no case.
+
+    Args:
+        kernels: of both kinds.
+        small: one tile of channels and one image, and half of the types, for slow tools.
+
+    Returns:
+        A row for each case, with its kernels, blocks and error, and whether it is right.
+    """
+    found = torch.cuda.get_device_properties(0)
+    # Not told by every release of torch; what it does not tell leaves the plans that fit every card.
+    shared = getattr(found, "shared_memory_per_block_optin", 99 * 1024)
+    own = (found.multi_processor_count, shared, shared + 1024)
+    stages = [stage for stages in STAGES.values() for stage in stages]
+    cases = [] if small else list(ODD)
+    for stage in stages:
+        # A tile of channels, all, and so many that only the general kernel takes them.
+        for channels in (128,) if small else (128, stage.d_inner, stage.d_inner - 8):
+            cases.append((1 if small else 2, channels, stage.side, stage.side, 1, stage.rank))
+    cases += [(1, 16, 64, 64, 1, 6), (1, 32, 21, 35, 1, 33)]
+    rows = []
+    for sizes in cases:
+        for dtype in (torch.float16,) if small else TOLERANCES:
+            inputs: Any = make_inputs(*sizes, dtype)
+            # The definition goes step by step, which takes a GPU too long for so many cases.
+            expected = selective_scan_2d_vectorized(
+                *(None if tensor is None else tensor.double() for tensor in inputs), DIRECTIONS, True
+            )
+            scan = make_scan(sizes, DIRECTIONS, True, str(dtype).removeprefix("torch."))
+            seen = set()
+            for device in (own, *PLANS):
+                plan = kernels.plan_for(scan, *device)
+                if plan.shared_bytes > shared or bytes(plan) in seen:
+                    continue
+                seen.add(bytes(plan))
+                kernels.prepare(plan)
+                y = kernels.scan_2d(*inputs, DIRECTIONS, True, plan)
+                error = float((y.double() - expected).abs().max() / expected.abs().max())
+                rows.append(
+                    {
+                        "sizes": sizes,
+                        "type": str(dtype),
+                        "kernels": plan.kernels,
+                        "blocks": plan.blocks,
+                        "error": error,
+                        "right": error <= TOLERANCES[dtype],
+                    }
+                )
     return rows
 
 

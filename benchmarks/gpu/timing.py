@@ -97,6 +97,23 @@ def times(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, 
     return {name: statistics.median(microseconds[name]) if name in fitting else None for name in functions}
 
 
+def eager_milliseconds(function: Callable[[], Any], rounds: int) -> float | None:
+    """Time a call as it is, launching on the host included; None for one that the GPU's memory does not hold."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    found = []
+    try:
+        for _ in range(rounds + 3):
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+            found.append(start.elapsed_time(end))
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return None
+    return statistics.median(found[3:])
+
+
 def _captured_if_it_fits(function: Callable[[], Any]) -> torch.cuda.CUDAGraph | None:
     try:
         # Once outside of a capture, where running out of memory leaves nothing half done.

@@ -7,9 +7,9 @@ step. The public path has four: cross-scan, which unrolls the map into four sequ
 the selective scan of these sequences; cross-merge, which adds them up. The projection of x to dt, B and C is left out
 of both; the public code reads the four sequences there, ours the map.
 
-The second table is what two limits of a GPU would leave of that at batch 128: its memory bandwidth, and how many
-instructions it issues, by counting so many for each position, channel and direction. `full` is our kernel on the full
-time-step map, after a projection that only its bytes limit. Nothing here is measured.
+The second table is what three limits of a GPU would leave of that at batch 128: its memory bandwidth, how many
+instructions it issues, and how many special functions its units compute, by the counts of instructions.py for each
+position, channel and direction. Nothing here is measured.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ H100_BANDWIDTH = 3.35
 """TB/s, of the SXM card with HBM3."""
 H100_INSTRUCTIONS = 29.6
 """10^12 instructions of one lane each second: 132 multiprocessors, 128 lanes, 1.755 GHz."""
-LOW_RANK, PER_RANK, FULL = 95.0, 2.0, 80.0
-"""Instructions of the kernel for each position, channel and direction: with the low-rank time step, for each of its
-ranks beside that, and with the full one. Counted in the machine code for compute capability 9.0 (nvcc 13.0, float16,
-four channels a thread) along the path of the plans for batch 128, with staging, reading x and writing y; by hand, to
-about 10 %."""
-GOAL = 0.5
-"""Share of the bandwidth that the kernel is to reach."""
+SPECIAL_SHARE = 16 / 128
+"""Lanes of a multiprocessor that compute a special function in a clock, of those for which it issues an instruction."""
+LOW_RANK, PER_RANK = 95.0, 2.0
+"""Instructions of the general kernel for each position, channel and direction, and for each rank of the time step
+beside that. Counted in the machine code for compute capability 9.0 (nvcc 13.0, float16, four channels a thread) along
+the path of the plans for batch 128, with staging, reading x and writing y; by hand, to about 10 %."""
+COUNTS = Path(__file__).with_name("instructions.json")
+"""What instructions.py counted of the kernels on tensor cores."""
 
 
 @dataclass(frozen=True)
@@ -79,15 +80,6 @@ def fused_bytes(stage: Stage, batch: int) -> int:
     return batch * stage.positions * maps * HALF + stage.parameters
 
 
-def full_bytes(stage: Stage, batch: int) -> tuple[int, int]:
-    """Return the bytes of a projection of the time step, and those of our kernel on the full map that it makes."""
-    wide = DIRECTIONS * stage.d_inner
-    projection = public_steps(stage, batch)["projection"]
-    maps = 2 * stage.d_inner + wide + DIRECTIONS * 2 * stage.states
-    kernel = batch * stage.positions * maps * HALF + stage.parameters - wide * stage.rank * HALF
-    return projection, kernel
-
-
 def public_steps(stage: Stage, batch: int) -> dict[str, int]:
     """Return the bytes of each step of the public path."""
     wide = DIRECTIONS * stage.d_inner
@@ -111,31 +103,48 @@ def public_bytes(stage: Stage, batch: int) -> int:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a GPU's two limits leave of one launch.
+    """What a GPU's three limits leave of one launch.
 
     Attributes:
         by_bytes: microseconds, if only the bytes counted.
         by_instructions: microseconds, if only the instructions did.
-        full: microseconds of the projection by its bytes, and of the kernel on the full map by the greater limit.
+        by_special_functions: microseconds, if only the special functions did.
         public_by_bytes: microseconds of the public path, if only its bytes counted.
-        share: of the bandwidth, that is left when both count.
-        ratio: time of the public path, by its bytes alone, over the shorter of our two.
-        affordable: instructions for each position, channel and direction with which the share would be `GOAL`.
-        needed: those that the kernel takes.
+        share: of the bandwidth, that is left when all count.
+        ratio: time of the public path, by its bytes alone, over ours.
+        instructions: of our kernel for each position, channel and direction.
+        special_functions: of these.
+        general: instructions of the general kernel.
     """
 
     by_bytes: float
     by_instructions: float
-    full: float
+    by_special_functions: float
     public_by_bytes: float
     share: float
     ratio: float
-    affordable: float
-    needed: float
+    instructions: float
+    special_functions: float
+    general: float
+
+
+def counted(stage: Stage, architecture: str = "90") -> tuple[float, float]:
+    """Return instructions and special functions of the resident kernel of a stage, in float16, for each element."""
+    kernels: list[dict[str, Any]] = json.loads(COUNTS.read_text(encoding="utf-8"))["kernels"]
+    for row in kernels:
+        if (row["kernel"], row["type"], row["architecture"]) == ("resident", "float16", architecture):
+            geometry = row["geometry"]
+            if (geometry["height"], geometry["width"], geometry["ranks"]) == (
+                stage.side,
+                stage.side,
+                stage.rank,
+            ):
+                return row["counts"]["instructions"], row["counts"]["special functions"]
+    raise ValueError(f"{COUNTS.name} has no counts of {stage}")
 
 
 def limits(stage: Stage, batch: int, bandwidth: float, instructions: float) -> Limits:
-    """Compare the two limits.
+    """Compare the limits.
 
     Args:
         stage: the scan.
@@ -144,21 +153,20 @@ def limits(stage: Stage, batch: int, bandwidth: float, instructions: float) -> L
         instructions: of one lane each second, in 10^12.
     """
     work = batch * stage.positions * stage.d_inner * DIRECTIONS / instructions * 1e-6
-    needed = LOW_RANK + PER_RANK * stage.rank
+    needed, special = counted(stage)
     by_bytes = fused_bytes(stage, batch) / bandwidth * 1e-6
-    projected, kernel = full_bytes(stage, batch)
-    full = projected / bandwidth * 1e-6 + max(kernel / bandwidth * 1e-6, work * FULL)
     public = public_bytes(stage, batch) / bandwidth * 1e-6
-    longest = max(by_bytes, work * needed)
+    longest = max(by_bytes, work * needed, work * special / SPECIAL_SHARE)
     return Limits(
         by_bytes=by_bytes,
         by_instructions=work * needed,
-        full=full,
+        by_special_functions=work * special / SPECIAL_SHARE,
         public_by_bytes=public,
         share=by_bytes / longest,
-        ratio=public / min(longest, full),
-        affordable=by_bytes / GOAL / work,
-        needed=needed,
+        ratio=public / longest,
+        instructions=needed,
+        special_functions=special,
+        general=LOW_RANK + PER_RANK * stage.rank,
     )
 
 
@@ -197,21 +205,23 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         lines.append(_line([*_names(row), *sizes, ratios]))
     heads = [
         "stage",
+        "instructions",
+        "general kernel",
         f"µs by bytes, batch {largest}",
         "by instructions",
+        "by special functions",
         "share of bandwidth",
-        "instructions",
-        f"for {GOAL:.0%}",
-        "full, µs",
         "public by bytes, µs",
         "public / ours",
     ]
     lines += ["", _line(heads), _line(["---"] * len(heads))]
     for row in rows:
         found = row["limits"]
-        numbers = ("by_bytes", "by_instructions", "share", "needed", "affordable", "full", "public_by_bytes")
-        cells = [f"{found[name]:.0%}" if name == "share" else f"{found[name]:.0f}" for name in numbers]
-        lines.append(_line([_names(row)[0], *cells, f"{found['ratio']:.1f}"]))
+        times = [f"{found[name]:.0f}" for name in ("by_bytes", "by_instructions", "by_special_functions")]
+        cells = [f"{found['instructions']:.1f}", f"{found['general']:.0f}", *times, f"{found['share']:.0%}"]
+        lines.append(
+            _line([_names(row)[0], *cells, f"{found['public_by_bytes']:.0f}", f"{found['ratio']:.1f}"])
+        )
     return "\n".join(lines)
 
 

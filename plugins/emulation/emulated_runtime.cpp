@@ -46,20 +46,19 @@ std::int32_t prepare(Kernel kernel)
     return QUARTERMAP_SUCCESS;
 }
 
-std::int32_t launch(Kernel kernel, KernelArguments const& arguments, void* /*stream*/)
+std::int32_t launch(KernelLaunch const& launch, KernelArguments const& arguments, void* /*stream*/)
 {
-    LaunchPlan const& plan = arguments.plan;
     std::lock_guard<std::mutex> const lock(device);
-    if (plan.blocks < 1 || plan.threads() < 1)
+    if (launch.blocks < 1 || launch.threads < 1)
     {
         return failed(kInvalidConfiguration);
     }
-    if (plan.shared_bytes > kLimits.shared_per_block || prepared.count(kernel) == 0)
+    if (launch.shared_bytes > kLimits.shared_per_block || prepared.count(launch.kernel) == 0)
     {
         return failed(kInvalidValue);
     }
-    auto const body = [&] { kernel(arguments); };
-    bool const fine = emulation::run(body, static_cast<unsigned>(plan.blocks), plan.threads(), plan.shared_bytes);
+    auto const body = [&] { launch.kernel(arguments); };
+    bool const fine = emulation::run(body, static_cast<unsigned>(launch.blocks), launch.threads, launch.shared_bytes);
     return fine ? QUARTERMAP_SUCCESS : failed(kLaunchFailure);
 }
 

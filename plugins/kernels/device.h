@@ -3,14 +3,16 @@
 // same kernel, every barrier and exchange included, with one fibre for each thread.
 #pragma once
 
+#include "host_device.h"
+
 #if defined(__CUDACC__)
 
 #include <cuda_runtime.h>
 
-#define QUARTERMAP_INLINE __host__ __device__ __forceinline__
 #define QUARTERMAP_DEVICE __device__ __forceinline__
 #define QUARTERMAP_KERNEL(threads, blocks) __global__ __launch_bounds__(threads, blocks)
 #define QUARTERMAP_UNROLL _Pragma("unroll")
+#define QUARTERMAP_UNROLL_BY_4 _Pragma("unroll 4")
 #define QUARTERMAP_NO_UNROLL _Pragma("unroll 1")
 
 namespace quartermap

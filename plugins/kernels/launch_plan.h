@@ -62,6 +62,12 @@ struct LaunchPlan
     int x_at;
     int stage_at;
     int shared_bytes;
+    // Of the kernels in tensor_core/; their blocks and threads are those above.
+    int kernels; // QuartermapKernels
+    int stage;          // of the resident kernel, in its table
+    int parts;          // blocks among which a direction is divided
+    int rank_blocks;    // of 8 ranks
+    int prepare_blocks; // of the kernel before
 
     int channels() const
     {

@@ -64,13 +64,12 @@ std::int32_t prepare(Kernel kernel)
     return consumed(error);
 }
 
-std::int32_t launch(Kernel kernel, KernelArguments const& arguments, void* stream)
+std::int32_t launch(KernelLaunch const& launch, KernelArguments const& arguments, void* stream)
 {
-    LaunchPlan const& plan = arguments.plan;
     void* values[] = {const_cast<KernelArguments*>(&arguments)};
-    cudaError_t error = cudaLaunchKernel(reinterpret_cast<void const*>(kernel),
-        dim3(static_cast<unsigned>(plan.blocks)), dim3(static_cast<unsigned>(plan.threads())), values,
-        static_cast<std::size_t>(plan.shared_bytes), static_cast<cudaStream_t>(stream));
+    cudaError_t error = cudaLaunchKernel(reinterpret_cast<void const*>(launch.kernel),
+        dim3(static_cast<unsigned>(launch.blocks)), dim3(static_cast<unsigned>(launch.threads)), values,
+        static_cast<std::size_t>(launch.shared_bytes), static_cast<cudaStream_t>(stream));
     error = error == cudaSuccess ? cudaPeekAtLastError() : error;
     return consumed(error);
 }

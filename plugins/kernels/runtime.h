@@ -10,7 +10,7 @@ namespace quartermap
 // Each returns a QuartermapStatus, to which the runtime's own code is added.
 std::int32_t device_limits(DeviceLimits& limits);
 std::int32_t prepare(Kernel kernel);
-std::int32_t launch(Kernel kernel, KernelArguments const& arguments, void* stream);
+std::int32_t launch(KernelLaunch const& launch, KernelArguments const& arguments, void* stream);
 
 // Words for a code of the runtime; never NULL.
 char const* runtime_message(std::int32_t code);

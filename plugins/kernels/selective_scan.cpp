@@ -4,12 +4,15 @@
 #include <cstring>
 #include <limits>
 
+#include "plan_choice.h"
 #include "runtime.h"
 
 namespace
 {
 
 using quartermap::DeviceLimits;
+using quartermap::KernelArguments;
+using quartermap::KernelSequence;
 using quartermap::LaunchPlan;
 
 static_assert(sizeof(LaunchPlan) <= sizeof(QuartermapScanPlan::layout), "the layout has to fit the public structure");
@@ -54,16 +57,10 @@ std::int32_t check(QuartermapScan const* scan)
     return fits ? QUARTERMAP_SUCCESS : QUARTERMAP_TOO_LARGE;
 }
 
-std::uint64_t map_bytes(QuartermapScan const& scan)
-{
-    return static_cast<std::uint64_t>(scan.batch) * static_cast<std::uint64_t>(scan.d_inner)
-        * static_cast<std::uint64_t>(scan.height * scan.width) * sizeof(float);
-}
-
 std::int32_t plan_for(QuartermapScan const& scan, DeviceLimits const& limits, QuartermapScanPlan& plan)
 {
     LaunchPlan layout{};
-    if (!quartermap::make_plan(scan, limits, layout))
+    if (!quartermap::choose_plan(scan, limits, layout))
     {
         return QUARTERMAP_SHARED_MEMORY_TOO_SMALL;
     }
@@ -75,9 +72,8 @@ std::int32_t plan_for(QuartermapScan const& scan, DeviceLimits const& limits, Qu
     plan.chunk = layout.chunk;
     plan.shared_bytes = layout.shared_bytes;
     plan.resident = layout.resident ? 1 : 0;
-    // float32 maps are summed up in y itself.
-    bool const none = layout.resident || scan.element_type == QUARTERMAP_FLOAT32;
-    plan.workspace_bytes = none ? 0 : map_bytes(scan);
+    plan.kernels = layout.kernels;
+    plan.workspace_bytes = quartermap::workspace_bytes(scan, layout);
     std::memcpy(plan.layout, &layout, sizeof layout);
     return QUARTERMAP_SUCCESS;
 }
@@ -89,17 +85,85 @@ LaunchPlan layout_of(QuartermapScanPlan const& plan)
     return layout;
 }
 
-// NULL for an unknown element type.
-quartermap::Kernel kernel_of(QuartermapScanPlan const& plan)
+quartermap::Kernel general_kernel(QuartermapScan const& scan, LaunchPlan const& layout)
+{
+    switch (scan.element_type)
+    {
+    case QUARTERMAP_FLOAT32: return quartermap::kernel_float32(scan, layout);
+    case QUARTERMAP_FLOAT16: return quartermap::kernel_float16(scan, layout);
+    default: return quartermap::kernel_bfloat16(scan, layout);
+    }
+}
+
+// Those of tensor_core/: one that prepares the weights, the scan, and one that sums up what was scanned apart.
+KernelSequence tensor_core_kernels(QuartermapScan const& scan, LaunchPlan const& layout)
+{
+    using quartermap::tensor_core::kSmallThreads;
+    bool const half = scan.element_type == QUARTERMAP_FLOAT16;
+    KernelSequence found{};
+    found.launches[found.count++]
+        = {quartermap::prepare_kernel_of(scan.element_type), layout.prepare_blocks, kSmallThreads, 0};
+    bool const resident = layout.kernels == QUARTERMAP_RESIDENT;
+    quartermap::Kernel const kernel = resident
+        ? (half ? quartermap::resident_float16(layout) : quartermap::resident_bfloat16(layout))
+        : (half ? quartermap::split_float16(scan, layout) : quartermap::split_bfloat16(scan, layout));
+    found.launches[found.count++] = {kernel, layout.blocks, layout.threads(), layout.shared_bytes};
+    if (resident)
+    {
+        return found;
+    }
+    std::int64_t const pairs = scan.batch * scan.d_inner * scan.height * ((scan.width + 1) / 2);
+    found.launches[found.count++]
+        = {quartermap::sum_kernel_of(scan.element_type), quartermap::ceil_div(pairs, kSmallThreads), kSmallThreads, 0};
+    return found;
+}
+
+KernelSequence kernels_of(QuartermapScanPlan const& plan)
 {
     LaunchPlan const layout = layout_of(plan);
-    switch (plan.scan.element_type)
+    if (layout.kernels != QUARTERMAP_GENERAL)
     {
-    case QUARTERMAP_FLOAT32: return quartermap::kernel_float32(plan.scan, layout);
-    case QUARTERMAP_FLOAT16: return quartermap::kernel_float16(plan.scan, layout);
-    case QUARTERMAP_BFLOAT16: return quartermap::kernel_bfloat16(plan.scan, layout);
-    default: return nullptr;
+        return tensor_core_kernels(plan.scan, layout);
     }
+    KernelSequence found{};
+    found.launches[found.count++]
+        = {general_kernel(plan.scan, layout), layout.blocks, layout.threads(), layout.shared_bytes};
+    return found;
+}
+
+bool known_element_type(QuartermapScan const& scan)
+{
+    return scan.element_type >= QUARTERMAP_FLOAT32 && scan.element_type <= QUARTERMAP_BFLOAT16;
+}
+
+// Whether all tensors begin where the widest accesses may.
+bool aligned(QuartermapScanTensors const& tensors)
+{
+    void const* const all[] = {tensors.x, tensors.dt, tensors.B, tensors.C, tensors.A, tensors.D, tensors.dt_bias,
+        tensors.dt_weight, tensors.y, tensors.workspace};
+    for (void const* const each : all)
+    {
+        if (reinterpret_cast<std::uintptr_t>(each) % 16 != 0)
+        {
+            return false;
+        }
+    }
+    return true;
+}
+
+// Places of the buffers in the workspace.
+quartermap::TensorCoreBuffers buffers_in(char* memory, QuartermapScan const& scan, LaunchPlan const& layout)
+{
+    quartermap::tensor_core::Workspace const at = quartermap::tensor_core::workspace_of(scan, layout);
+    quartermap::TensorCoreBuffers found{};
+    found.weight = memory + at.weight;
+    found.bias = reinterpret_cast<float*>(memory + at.bias);
+    found.skip = reinterpret_cast<float*>(memory + at.skip);
+    found.told = reinterpret_cast<std::uint32_t*>(memory + at.told);
+    found.told_count = static_cast<std::uint32_t>(at.told_count);
+    found.maps = reinterpret_cast<float*>(memory + at.maps);
+    found.parts = memory + at.parts;
+    return found;
 }
 
 } // namespace
@@ -123,6 +187,7 @@ extern "C" char const* quartermap_selective_scan_message(std::int32_t status)
     case QUARTERMAP_NULL_POINTER: return "a tensor is missing (a null pointer)";
     case QUARTERMAP_WORKSPACE_TOO_SMALL: return "the workspace is missing or smaller than the plan asks for";
     case QUARTERMAP_SHARED_MEMORY_TOO_SMALL: return "the device has too little shared memory for this scan";
+    case QUARTERMAP_MISALIGNED: return "a tensor or the workspace does not begin at a multiple of 16 bytes";
     case QUARTERMAP_NO_KERNEL_IMAGE:
         return "the library holds no code for this GPU; build it for the GPU's compute capability, which has to be 8.0 or "
                "newer, such as: quartermap plugin build --cuda-architectures 86";
@@ -139,9 +204,7 @@ extern "C" std::int32_t quartermap_selective_scan_validate(QuartermapScan const*
 
 extern "C" std::uint64_t quartermap_selective_scan_workspace(QuartermapScan const* scan)
 {
-    bool const none = check(scan) != QUARTERMAP_SUCCESS || scan->element_type == QUARTERMAP_FLOAT32
-        || !quartermap::may_need_workspace(*scan);
-    return none ? 0 : map_bytes(*scan);
+    return check(scan) == QUARTERMAP_SUCCESS ? quartermap::most_workspace(*scan) : 0;
 }
 
 extern "C" std::int32_t quartermap_selective_scan_plan(QuartermapScan const* scan, QuartermapScanPlan* plan)
@@ -180,8 +243,17 @@ extern "C" std::int32_t quartermap_selective_scan_prepare(QuartermapScanPlan con
     {
         return QUARTERMAP_NULL_POINTER;
     }
-    quartermap::Kernel const kernel = kernel_of(*plan);
-    return kernel == nullptr ? QUARTERMAP_BAD_ELEMENT_TYPE : quartermap::prepare(kernel);
+    if (!known_element_type(plan->scan))
+    {
+        return QUARTERMAP_BAD_ELEMENT_TYPE;
+    }
+    KernelSequence const kernels = kernels_of(*plan);
+    std::int32_t status = QUARTERMAP_SUCCESS;
+    for (int i = 0; i < kernels.count && status == QUARTERMAP_SUCCESS; ++i)
+    {
+        status = quartermap::prepare(kernels.launches[i].kernel);
+    }
+    return status;
 }
 
 extern "C" std::int32_t quartermap_selective_scan_launch(
@@ -199,16 +271,29 @@ extern "C" std::int32_t quartermap_selective_scan_launch(
     {
         return QUARTERMAP_WORKSPACE_TOO_SMALL;
     }
-    quartermap::Kernel const kernel = kernel_of(*plan);
-    if (kernel == nullptr)
+    if (!known_element_type(plan->scan))
     {
         return QUARTERMAP_BAD_ELEMENT_TYPE;
     }
-    quartermap::KernelArguments arguments{};
+    if (!aligned(*tensors))
+    {
+        return QUARTERMAP_MISALIGNED;
+    }
+    KernelArguments arguments{};
     arguments.scan = plan->scan;
     arguments.tensors = *tensors;
     arguments.plan = layout_of(*plan);
     bool const in_place = plan->scan.element_type == QUARTERMAP_FLOAT32;
     arguments.sum = static_cast<float*>(in_place ? tensors->y : tensors->workspace);
-    return quartermap::launch(kernel, arguments, stream);
+    if (arguments.plan.kernels != QUARTERMAP_GENERAL)
+    {
+        arguments.buffers = buffers_in(static_cast<char*>(tensors->workspace), plan->scan, arguments.plan);
+    }
+    KernelSequence const kernels = kernels_of(*plan);
+    std::int32_t status = QUARTERMAP_SUCCESS;
+    for (int i = 0; i < kernels.count && status == QUARTERMAP_SUCCESS; ++i)
+    {
+        status = quartermap::launch(kernels.launches[i], arguments, stream);
+    }
+    return status;
 }

@@ -364,7 +364,9 @@ void check_workspace(IPluginCreatorV3One& creator)
         DynamicPluginTensorDesc const out = descs[0];
         return plugin.build->getWorkspaceSize(descs.data(), static_cast<std::int32_t>(descs.size()), &out, 1);
     };
-    check(workspace({8, 96, 56, 56, 1, 6, 4}, DataType::kHALF) == 0, "maps of 56 x 56 need no workspace");
+    check(workspace({8, 95, 56, 56, 1, 6, 4}, DataType::kHALF) == 0, "maps of 56 x 56 need no workspace");
+    check(workspace({8, 96, 56, 56, 1, 6, 4}, DataType::kHALF) >= std::size_t{4} * 8 * 96 * 56 * 56 * 2,
+        "the kernels on tensor cores have room for what each direction gives");
     check(workspace({8, 96, 200, 200, 1, 6, 4}, DataType::kFLOAT) == 0, "float32 never needs a workspace");
     check(workspace({8, 96, 200, 200, 1, 6, 4}, DataType::kHALF) == std::size_t{8} * 96 * 200 * 200 * 4,
         "large maps have a float32 workspace, for the largest batch");

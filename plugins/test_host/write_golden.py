@@ -65,6 +65,7 @@ SMALL = (
     Sizes(1, 4, 13, 5, d_state=5),
     Sizes(1, 3, 31, 29),
     Sizes(1, 2, 56, 56, dt_rank=8),
+    Sizes(1, 32, 14, 14, dt_rank=24),
     Sizes(1, 1, 3, 400, dt_rank=1),
     Sizes(1, 1, 400, 3, dt_rank=1),
     Sizes(1, 3, 9, 11, dt_rank=2, directions=("column_reverse", "row"), softplus=False),

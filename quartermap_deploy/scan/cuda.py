@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOST_DIRECTIONS = 8
+ALIGNMENT = 16
+"""Bytes; the kernels read and write as much at once."""
+
+GENERAL, RESIDENT, SPLIT = range(3)
+"""`QuartermapKernels` of selective_scan.h: which kernels carry a plan out."""
 
 
 class Scan(ctypes.Structure):
@@ -45,7 +50,10 @@ class Plan(ctypes.Structure):
     _fields_ = (
         ("scan", Scan),
         ("blocks", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("threads", "channels", "chunk", "shared_bytes", "resident")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("threads", "channels", "chunk", "shared_bytes", "resident", "kernels")
+        ),
         ("layout", ctypes.c_int32 * 32),
         ("workspace_bytes", ctypes.c_uint64),
     )
@@ -177,7 +185,7 @@ class Kernels:
         self.check(self._library.quartermap_selective_scan_prepare(plan))
 
     def launch(self, plan: Plan, tensors: Tensors, stream: int | None) -> None:
-        """Put the kernel of a prepared plan on a stream.
+        """Put the kernels of a prepared plan on a stream.
 
         Raises:
             PluginError: if it could not be launched.
@@ -226,9 +234,9 @@ class Kernels:
             raise PluginError(
                 f"selective scan: the kernels take {', '.join(ELEMENT_TYPES)}, not {element_type}"
             )
-        maps = [tensor.to(x.dtype).contiguous() for tensor in (x, dt, B, C)]
-        parameters = [tensor.to(torch.float32).contiguous() for tensor in (A, D, dt_bias)]
-        weight = None if dt_weight is None else dt_weight.to(x.dtype).contiguous()
+        maps = [_placed(tensor, x.dtype) for tensor in (x, dt, B, C)]
+        parameters = [_placed(tensor, torch.float32) for tensor in (A, D, dt_bias)]
+        weight = None if dt_weight is None else _placed(dt_weight, x.dtype)
         tensors = [*maps, *parameters, *([] if weight is None else [weight])]
         if any(tensor.device != x.device for tensor in tensors):
             raise PluginError(f"selective scan: all tensors have to lie on {x.device}, where x lies")
@@ -247,6 +255,12 @@ class Kernels:
             stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
             self.launch(plan, Tensors(*pointers, plan.workspace_bytes), stream)
         return y
+
+
+def _placed(tensor: Tensor, dtype: Any) -> Tensor:
+    """Return a tensor of this type, contiguous, from a multiple of 16 bytes on: a copy where it is not."""
+    found = tensor.to(dtype).contiguous()
+    return found if found.data_ptr() % ALIGNMENT == 0 else found.clone()
 
 
 def make_scan(sizes: Sequence[int], directions: Sequence[str], softplus: bool, element_type: str) -> Scan:

@@ -17,7 +17,8 @@
  *     D, dt_bias  (K * d_inner)                                            float32
  *     dt_weight   (K * d_inner, R)                                         T
  *
- * T is float32, float16 or bfloat16; everything is computed in float32. Neither torch nor TensorRT is needed.
+ * T is float32, float16 or bfloat16. States and decays are float32 always; where tensor cores compute a scan, steps, drives
+ * and sums are rounded to 16 bits (docs/adr/0019), elsewhere nothing but y. Neither torch nor TensorRT is needed.
  *
  * A scan is planned once for each shape, its plan prepared once on each device, and then launched any number of times.
  * Every function may be called from any thread. None ends the process, and a launch neither allocates memory nor waits
@@ -41,7 +42,7 @@ extern "C"
 
 /* Changes whenever a structure or the meaning of a function changes, and when the kernels do, so that what was measured
  * of them no longer holds. */
-#define QUARTERMAP_SELECTIVE_SCAN_VERSION 2
+#define QUARTERMAP_SELECTIVE_SCAN_VERSION 3
 
 #define QUARTERMAP_MAX_DIRECTIONS 8
 
@@ -71,8 +72,17 @@ enum QuartermapStatus
     QUARTERMAP_WORKSPACE_TOO_SMALL = 6,
     QUARTERMAP_SHARED_MEMORY_TOO_SMALL = 7,
     QUARTERMAP_NO_KERNEL_IMAGE = 8,
+    QUARTERMAP_MISALIGNED = 9,
     /* A code of the CUDA runtime is added to this one. */
     QUARTERMAP_CUDA_ERROR = 1000
+};
+
+/* Which kernels carry a plan out. */
+enum QuartermapKernels
+{
+    QUARTERMAP_GENERAL = 0,  /* any scan */
+    QUARTERMAP_RESIDENT = 1, /* on tensor cores, x and y in shared memory: large batches of some maps */
+    QUARTERMAP_SPLIT = 2     /* on tensor cores, one direction or a part of it in a block: small batches, large maps */
 };
 
 /* What is computed: sizes, directions and types. Plain data; set it to zero before filling it. */
@@ -90,7 +100,7 @@ typedef struct QuartermapScan
     int32_t element_type;   /* of x, dt, B, C, dt_weight and y */
 } QuartermapScan;
 
-/* Where the tensors lie, all on the current device. */
+/* Where the tensors lie, all on the current device, each and the workspace from a multiple of 16 bytes on. */
 typedef struct QuartermapScanTensors
 {
     void const* x;
@@ -117,6 +127,7 @@ typedef struct QuartermapScanPlan
     int32_t chunk;           /* positions that a block scans at a time */
     int32_t shared_bytes;    /* of dynamic shared memory per block */
     int32_t resident;        /* 1: x and y of the block's channels lie in shared memory */
+    int32_t kernels;         /* QuartermapKernels */
     int32_t layout[32];      /* of launch_plan.h */
     uint64_t workspace_bytes;
 } QuartermapScanPlan;
@@ -141,12 +152,13 @@ QUARTERMAP_API int32_t quartermap_selective_scan_plan(QuartermapScan const* scan
 QUARTERMAP_API int32_t quartermap_selective_scan_plan_for(QuartermapScan const* scan, int32_t multiprocessors,
     int64_t shared_per_block, int64_t shared_per_multiprocessor, QuartermapScanPlan* plan);
 
-/* Makes the current device ready for the launches of a plan: loads the kernel's code, which CUDA would otherwise do at the
- * first launch, and lets the kernel use all shared memory that a block can have. May allocate memory and wait for the
+/* Makes the current device ready for the launches of a plan: loads its kernels' code, which CUDA would otherwise do at the
+ * first launch, and lets them use all shared memory that a block can have. May allocate memory and wait for the
  * device, so call it outside the capture of a CUDA graph. Calling it again, or from several threads, does no harm. */
 QUARTERMAP_API int32_t quartermap_selective_scan_prepare(QuartermapScanPlan const* plan);
 
-/* Puts one kernel on the stream (a cudaStream_t) of the current device, on which the plan has been prepared. */
+/* Puts the plan's kernels, one to three, on the stream (a cudaStream_t) of the current device, on which the plan has been
+ * prepared. */
 QUARTERMAP_API int32_t quartermap_selective_scan_launch(
     QuartermapScanPlan const* plan, QuartermapScanTensors const* tensors, void* stream);
 

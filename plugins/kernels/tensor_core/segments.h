@@ -1,0 +1,168 @@
+// The scan over the segments of a chunk: each lane composes the maps h -> a h + b of its segments, 16 lanes of one warp
+// walk them all, a channel each, and each lane takes the states before its own.
+#pragma once
+
+#include "time_step.h"
+
+namespace quartermap
+{
+namespace tensor_core
+{
+
+// Segments of a lane: along rows one for each of its two channels; along columns one for each channel and column.
+template <bool kColumn>
+constexpr int kChains = kColumn ? 4 : 2;
+
+// Puts the states of a lane after its positions of a tile into `states`, and the last of each segment into `h`.
+template <bool kColumn, bool kReverse, class G>
+QUARTERMAP_DEVICE void advance(Steps<G> const& steps, int j, float (&h)[kChains<kColumn>], float (&states)[4])
+{
+    if constexpr (kColumn)
+    {
+        QUARTERMAP_UNROLL
+        for (int i = 0; i < 4; ++i)
+        {
+            states[i] = h[i] = steps.decay[j][i] * h[i] + steps.drive[j][i];
+        }
+    }
+    else
+    {
+        QUARTERMAP_UNROLL
+        for (int m = 0; m < 2; ++m)
+        {
+            int const first = 2 * m + (kReverse ? 1 : 0);
+            int const second = 2 * m + (kReverse ? 0 : 1);
+            states[first] = steps.decay[j][first] * h[m] + steps.drive[j][first];
+            states[second] = h[m] = steps.decay[j][second] * states[first] + steps.drive[j][second];
+        }
+    }
+}
+
+// The states at the ends of a lane's segments, from zero.
+template <bool kColumn, bool kReverse, class G>
+QUARTERMAP_DEVICE void compose_segments(Steps<G> const& steps, float (&h)[kChains<kColumn>])
+{
+    constexpr int kFirst = kReverse ? G::kTiles - 1 : 0;
+    if constexpr (kColumn)
+    {
+        QUARTERMAP_UNROLL
+        for (int i = 0; i < 4; ++i)
+        {
+            h[i] = steps.drive[kFirst][i];
+        }
+    }
+    else
+    {
+        QUARTERMAP_UNROLL
+        for (int m = 0; m < 2; ++m)
+        {
+            int const first = 2 * m + (kReverse ? 1 : 0);
+            int const second = 2 * m + (kReverse ? 0 : 1);
+            h[m] = steps.decay[kFirst][second] * steps.drive[kFirst][first] + steps.drive[kFirst][second];
+        }
+    }
+    QUARTERMAP_UNROLL
+    for (int n = 1; n < G::kTiles; ++n)
+    {
+        float unused[4];
+        advance<kColumn, kReverse>(steps, kReverse ? G::kTiles - 1 - n : n, h, unused);
+    }
+}
+
+// Where a lane's segments stand: channel g of its column e; channel g + 8 stands 64 bytes behind.
+template <bool kColumn, class G>
+QUARTERMAP_DEVICE Shared own_segment(G const& g, Shared buffers, int warp, Lane lane, int e)
+{
+    return buffers + g.segment_at(segment_of<kColumn>(g, warp, lane.q, e), kColumn) + lane.g * 8;
+}
+
+// Tells the maps of a lane's segments; those of slots that are not there change nothing.
+template <bool kColumn, class G>
+QUARTERMAP_DEVICE void tell_segments(G const& g, Steps<G> const& steps, float const (&h)[kChains<kColumn>],
+    Shared buffers, int warp, Lane lane, bool live)
+{
+    QUARTERMAP_UNROLL
+    for (int i = 0; i < kChains<kColumn>; ++i)
+    {
+        int const m = kColumn ? i >> 1 : i;
+        int const e = kColumn ? i & 1 : 0;
+        float const power = power_of_two(steps.exponent[kColumn ? i : 2 * i]);
+        write_shared(own_segment<kColumn>(g, buffers, warp, lane, e) + m * 64, live ? power : 1.0F, live ? h[i] : 0.0F);
+    }
+}
+
+// The states before a lane's segments.
+template <bool kColumn, class G>
+QUARTERMAP_DEVICE void take_states(G const& g, Shared buffers, int warp, Lane lane, float (&h)[kChains<kColumn>])
+{
+    QUARTERMAP_UNROLL
+    for (int i = 0; i < kChains<kColumn>; ++i)
+    {
+        int const m = kColumn ? i >> 1 : i;
+        int const e = kColumn ? i & 1 : 0;
+        h[i] = read_shared_float(own_segment<kColumn>(g, buffers, warp, lane, e) + m * 64);
+    }
+}
+
+// The map of a chunk for one channel.
+struct ChunkMap
+{
+    float power;
+    float state;
+};
+
+// Walks kCount segments, from the n0-th of `count` in the order of the sense. kTell: leaves the state before each in
+// its place. Reads them before the first is needed.
+template <bool kColumn, bool kReverse, bool kTell, int kCount, class G>
+QUARTERMAP_DEVICE void walk_some(G const& g, Shared from, int n0, int count, ChunkMap& map)
+{
+    float power[kCount];
+    float drive[kCount];
+    QUARTERMAP_UNROLL
+    for (int i = 0; i < kCount; ++i)
+    {
+        int const n = kReverse ? count - 1 - (n0 + i) : n0 + i;
+        read_shared(from + g.segment_at(n, kColumn), power[i], drive[i]);
+    }
+    QUARTERMAP_UNROLL
+    for (int i = 0; i < kCount; ++i)
+    {
+        int const n = kReverse ? count - 1 - (n0 + i) : n0 + i;
+        if constexpr (kTell)
+        {
+            write_shared(from + g.segment_at(n, kColumn), map.state);
+        }
+        else
+        {
+            map.power *= power[i];
+        }
+        map.state = power[i] * map.state + drive[i];
+    }
+}
+
+// The segments of a chunk, one after the other; `from` is the place of the channel in the first.
+template <bool kColumn, bool kReverse, bool kTell, class G>
+QUARTERMAP_DEVICE void walk_segments(G const& g, Shared from, ChunkMap& map)
+{
+    int const count = (kColumn ? kMostSegments : kSlots) * g.warps;
+    if constexpr (G::kResident)
+    {
+        constexpr int kAtOnce = (kColumn ? kMostSegments : kSlots) * G::warps % 8 == 0 ? 8 : 4;
+        QUARTERMAP_UNROLL
+        for (int n0 = 0; n0 < count; n0 += kAtOnce)
+        {
+            walk_some<kColumn, kReverse, kTell, kAtOnce>(g, from, n0, count, map);
+        }
+    }
+    else
+    {
+        QUARTERMAP_NO_UNROLL
+        for (int n0 = 0; n0 < count; n0 += 4)
+        {
+            walk_some<kColumn, kReverse, kTell, 4>(g, from, n0, count, map);
+        }
+    }
+}
+
+} // namespace tensor_core
+} // namespace quartermap
