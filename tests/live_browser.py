@@ -101,7 +101,8 @@ class Page:
 @asynccontextmanager
 async def open_page(browser: str, address: str) -> AsyncIterator[Page]:
     """Open an address in a browser of its own, with an empty profile."""
-    with tempfile.TemporaryDirectory() as profile:
+    # Its processes write on for a moment after the first has ended.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0"]
         command += ["--no-first-run", "--disable-dev-shm-usage", f"--user-data-dir={profile}", "about:blank"]
         # Its own services want a message bus, and complain where there is none.

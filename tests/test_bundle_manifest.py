@@ -32,6 +32,7 @@ from quartermap_deploy.bundle import (
 from quartermap_deploy.errors import BundleError, InputError
 from quartermap_deploy.progress import SILENT, Silent
 from quartermap_deploy.sources.factories import UserModule
+from quartermap_deploy.targets.execution import ON_CPU, Execution
 from quartermap_deploy.targets.tensorrt.options import EngineOptions, Profile
 from quartermap_deploy.tensor_info import TensorInfo
 from quartermap_deploy.validation.tolerances import tolerance_for
@@ -264,18 +265,24 @@ def test_predicting_is_told_what_was_said(tmp_path: Path, keep: Any) -> None:  #
     own, progress = Bundle(tmp_path, {}, {}), Silent()
     assert own.predict("a.png") == "predictions"  # type: ignore[comparison-overlap]
     usual = {"top": 5, "batch": None, "target": None, "preprocessing": None, "labels": None}
-    assert told == {"bundle": own, "files": "a.png", **usual, "progress": SILENT}
-    said = {"top": 2, "batch": 3, "target": "tensorrt", "preprocessing": {"mean": [0.5]}, "labels": ["a"]}
+    assert told == {"bundle": own, "files": "a.png", **usual, "progress": SILENT, "execution": ON_CPU}
+    said = {
+        "top": 2,
+        "batch": 3,
+        "target": "tensorrt",
+        "preprocessing": {"mean": [0.5]},
+        "labels": ["a"],
+        "execution": Execution.of_device("cuda"),
+    }
     own.predict(["b.png"], **said, progress=progress)  # type: ignore[arg-type]
     assert told == {"bundle": own, "files": ["b.png"], **said, "progress": progress}
 
 
 def test_sessions_are_opened_as_they_were_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Kind:
-        def open(self, path: Path, entry: Any, **how: Any) -> Any:
-            return path, entry, how
+    def opened(name: str, path: Path, entry: Any, **how: Any) -> Any:
+        return name, path, entry, how
 
-    monkeypatch.setattr(bundles, "load_target", {"tensorrt": Kind(), "onnxruntime": Kind()}.__getitem__)
+    monkeypatch.setattr(bundles, "open_session", opened)
     targets = {"tensorrt": {"file": "an engine"}, "onnxruntime": {"file": "model.onnx"}}
     own = Bundle(tmp_path, {"targets": targets, "size_rules": ["rule"], "files": {"a": str(tmp_path)}}, {})
     for name, how in (
@@ -283,10 +290,12 @@ def test_sessions_are_opened_as_they_were_asked_for(tmp_path: Path, monkeypatch:
         ("tensorrt", {"plugin": None, "native": None}),
         ("onnxruntime", {"plugin": None, "native": True}),
         ("onnxruntime", {"plugin": None, "native": False}),
+        ("onnxruntime", {"plugin": None, "native": None, "execution": Execution.of_device("cuda")}),
         (None, {"plugin": None, "native": None}),
     ):
         found = own.session(name, **how)  # type: ignore[arg-type]
-        assert found == (tmp_path, {**targets[name or "onnxruntime"], "size_rules": ["rule"]}, how)
+        target, used = name or "onnxruntime", {"execution": ON_CPU, **how}
+        assert found == (target, tmp_path, {**targets[target], "size_rules": ["rule"]}, used)  # type: ignore[comparison-overlap]
         assert own.session(name, **how) is found  # type: ignore[arg-type]
     for native in (True, False):
         with pytest.raises(InputError, match="an engine of tensorrt has no native operator for CPUs"):

@@ -29,6 +29,7 @@ from quartermap_deploy.passes import infer_shapes, lower
 from quartermap_deploy.progress import SILENT, Silent
 from quartermap_deploy.sources import architectures, modules, user_modules
 from quartermap_deploy.sources.factories import UserModule
+from quartermap_deploy.targets.execution import ON_CPU
 from quartermap_deploy.targets.tensorrt import builder
 from quartermap_deploy.targets.tensorrt.options import EngineOptions, Profile
 from quartermap_deploy.tensor_info import TensorInfo
@@ -470,6 +471,7 @@ def test_golden_files_are_written_when_parity_holds(tmp_path: Path, keep: Keep) 
         "traced": "traced",
         "progress": PROGRESS,
         "native": False,
+        "execution": ON_CPU,
     }
     reference = written.pop("reference")
     assert (reference.plan, reference.traced) == (PLAN, "traced")
@@ -687,6 +689,7 @@ def test_everything_that_was_found_is_in_the_bundle(
     assert json.loads((out / REPORT).read_text()) == {
         "worst": 3,
         "native": "native entry" if default else None,
+        "execution": None,
         "given_reference": "given entry",
     }
     assert json.loads((out / MANIFEST).read_text()) == {"manifest": 1}

@@ -17,7 +17,9 @@ from polygraphy.common import TensorMetadata
 
 from quartermap_deploy.errors import BundleError, ParityError
 from quartermap_deploy.progress import SILENT
-from quartermap_deploy.targets import onnxruntime_cpu
+from quartermap_deploy.targets.execution import ON_CPU, Execution
+from quartermap_deploy.targets.onnxruntime import opening
+from quartermap_deploy.targets.onnxruntime import session as sessions
 from quartermap_deploy.targets.scan_form import ScanForm
 from quartermap_deploy.tensor_info import TensorInfo
 from quartermap_deploy.validation import engines, forms, runners
@@ -185,27 +187,25 @@ def test_an_output_that_has_a_blocks_name_already_is_one_output() -> None:
 def test_the_target_is_the_portable_form_or_the_native_one(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
 
-    def open_session(data: bytes, **how: Any) -> tuple[str, str]:
+    def open_session(data: bytes, **how: Any) -> Any:
         told.append((data, how))
-        return "native session", "form"
-
-    def inference_session(data: bytes, **how: Any) -> str:
-        told.append((data, how))
-        return "portable session"
+        return SimpleNamespace(session="a session")
 
     monkeypatch.setattr(runners, "open_session", open_session)
-    monkeypatch.setattr(runners, "inference_session", inference_session)
     model = blocks()
     data = with_block_outputs(model).SerializeToString()
-    for how, name, session in (
-        ({}, "onnxruntime", "portable session"),
-        ({"native": False}, "onnxruntime", "portable session"),
-        ({"native": True}, NATIVE, "native session"),
+    gpu = Execution.of_device("cuda")
+    for how, name, opened in (
+        ({}, "onnxruntime", {"native": False, "execution": ON_CPU}),
+        ({"native": False}, "onnxruntime", {"native": False, "execution": ON_CPU}),
+        ({"native": True}, NATIVE, {"native": True, "execution": ON_CPU}),
+        ({"native": None, "execution": gpu}, f"onnxruntime by {gpu}", {"native": None, "execution": gpu}),
     ):
         runner = onnxruntime_runner(model, **how)  # type: ignore[arg-type]
         with runner:
-            assert (runner.name, runner.sess) == (name, session)
-    assert told == [(data, {}), (data, {}), (data, {"native": True})]
+            assert (runner.name, runner.sess) == (name, "a session")
+        assert told.pop() == (data, opened)
+    assert not told
 
 
 # The rounded form -------------------------------------------------------------------------------------------------
@@ -430,7 +430,7 @@ def session(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """What a bundle's model is opened as."""
     found = SimpleNamespace(scans=ScanForm("native", "avx2"), opened=[])
     monkeypatch.setattr(
-        onnxruntime_cpu, "OnnxRuntimeSession", lambda path, **how: found.opened.append((path, how)) or found
+        sessions, "OnnxRuntimeSession", lambda path, **how: found.opened.append((path, how)) or found
     )
     yield found
 
@@ -454,7 +454,7 @@ def test_a_bundle_is_proved_with_the_native_operator(
 
 
 def test_the_form_of_a_model_is_that_of_its_session(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setattr(onnxruntime_cpu, "open_session", lambda path: ("session", f"form of {path}"))
+    monkeypatch.setattr(opening, "open_session", lambda path: ("session", f"form of {path}"))
     assert forms.native_form(tmp_path) == f"form of {tmp_path}"  # type: ignore[comparison-overlap]
 
 
