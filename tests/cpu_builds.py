@@ -44,6 +44,16 @@ def on_x86() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64")
 
 
+BUILT_SETS = ["avx512", "avx2", "baseline"] if on_x86() else ["neon"]
+FORMS = [*BUILT_SETS, "portable", "sixteen"]
+"""Instruction sets, and two builds that a processor of any kind runs."""
+
+
+def library_of(form: str) -> Path:
+    """Return the library that has a form; which instruction set it uses is then to be chosen."""
+    return library("all" if form in BUILT_SETS else form)
+
+
 def compile_objects(
     folder: Path, cxx: str, kernels: Sequence[tuple[Path, Sequence[str]]], flags: Sequence[str] = ()
 ) -> list[Path]:

@@ -17,6 +17,7 @@ from typing import Any
 import cpu_builds
 import pytest
 import torch
+from cpu_builds import BUILT_SETS, FORMS
 from cpu_scans import addresses, scan_case_of, scan_map, scan_sequence
 from helpers import ScanCase, error, scan_case
 from hypothesis import example, given
@@ -34,10 +35,6 @@ from quartermap_deploy.scan.definition import (
 TOLERANCE = 1e-6
 """Of the largest output."""
 
-BUILT_SETS = ["avx512", "avx2", "baseline"] if cpu_builds.on_x86() else ["neon"]
-FORMS = [*BUILT_SETS, "portable", "sixteen"]
-"""Instruction sets, and two builds that a processor of any kind runs."""
-
 KEPT_BYTES = 64 << 20
 """What the library keeps between scans, at most."""
 
@@ -45,7 +42,7 @@ KEPT_BYTES = 64 << 20
 @functools.cache
 def kernels_of(form: str) -> CpuKernels:
     """Return the kernels with one instruction set; skip where the processor lacks it."""
-    kernels = CpuKernels.load(cpu_builds.library(form if form in ("portable", "sixteen") else "all"))
+    kernels = CpuKernels.load(cpu_builds.library_of(form))
     if form in BUILT_SETS and not kernels.choose(form):
         pytest.skip(f"this processor has no {form}")
     return kernels

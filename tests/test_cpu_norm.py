@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from cpu_builds import BUILT_SETS, FORMS
 from helpers import Array, traced_digits
 from onnx import TensorProto, helper, numpy_helper
 
@@ -24,7 +25,6 @@ from quartermap_deploy.targets.onnxruntime.opening import open_session
 
 TOLERANCE = 1e-6
 """Of the largest output."""
-FORMS = [*(["avx512", "avx2", "baseline"] if cpu_builds.on_x86() else ["neon"]), "portable", "sixteen"]
 BAD_SIZE, TOO_LARGE, NULL_POINTER = 1, 4, 5
 
 
@@ -41,15 +41,14 @@ class Norm(ctypes.Structure):
 
 @functools.cache
 def library_of(form: str) -> tuple[ctypes.CDLL, CpuKernels]:
-    path = cpu_builds.library(form if form in ("portable", "sixteen") else "all")
-    library = ctypes.CDLL(str(path))
+    library = ctypes.CDLL(str(cpu_builds.library_of(form)))
     return library, CpuKernels(library)
 
 
 @pytest.fixture(params=FORMS)
 def library(request: pytest.FixtureRequest) -> ctypes.CDLL:
     found, kernels = library_of(request.param)
-    if request.param not in ("portable", "sixteen") and not kernels.choose(request.param):
+    if request.param in BUILT_SETS and not kernels.choose(request.param):
         pytest.skip(f"this processor has no {request.param}")
     return found
 

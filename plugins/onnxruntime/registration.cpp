@@ -1,11 +1,11 @@
 // What ONNX Runtime looks for in a library of custom operators.
 #include <cstdlib>
 #include <list>
-#include <memory>
 #include <mutex>
 #include <string>
 
 #include "cpu_runner.h"
+#include "domain.h"
 #include "norm_operator.h"
 #include "scan_operator.h"
 #include "quartermap/cpu_scan.h"
@@ -17,7 +17,6 @@ namespace quartermap::onnxruntime
 namespace
 {
 
-constexpr char const* DOMAIN = "quartermap";
 // How many threads a session has, which nothing in ONNX Runtime's interface tells; see docs/native.md.
 constexpr char const* THREADS_KEY = "quartermap.threads";
 constexpr int ELEMENT_TYPES[] = {FLOAT32, FLOAT16, BFLOAT16, FLOAT64};
@@ -65,13 +64,9 @@ Registered const& registered(Api const& api, std::int32_t threads, bool infers)
         found.scans.push_back(scan_operator(api, true, type, threads, infers, cpu_provider()));
         found.scans.push_back(scan_operator(api, false, type, threads, infers, cpu_provider()));
     }
-    check(api.CreateCustomOpDomain(DOMAIN, &found.domain));
-    std::unique_ptr<Domain, void (*)(Domain*)> owner(found.domain, api.ReleaseCustomOpDomain);
-    for (ScanOperator const& op : found.scans)
-    {
-        check(api.CustomOpDomain_Add(found.domain, &op));
-    }
-    check(api.CustomOpDomain_Add(found.domain, &found.norm));
+    DomainOwner owner = make_domain(api, found.scans);
+    check(api.CustomOpDomain_Add(owner.get(), &found.norm));
+    found.domain = owner.get();
     all->splice(all->end(), made); // moves no operator
     static_cast<void>(owner.release());
     return all->back();

@@ -1,10 +1,10 @@
 // What ONNX Runtime looks for in a library of custom operators: here SelectiveScan2D for its CUDA provider.
 #include <list>
-#include <memory>
 #include <mutex>
 #include <string>
 
 #include "cuda_runner.h"
+#include "domain.h"
 #include "quartermap/selective_scan.h"
 #include "release.h"
 #include "scan_operator.h"
@@ -15,7 +15,6 @@ namespace quartermap::onnxruntime
 namespace
 {
 
-constexpr char const* DOMAIN = "quartermap";
 constexpr int ELEMENT_TYPES[] = {FLOAT32, FLOAT16, BFLOAT16};
 
 // The operators for one ONNX Runtime. Sessions keep their addresses, and nobody says when the last of them is gone, so
@@ -45,12 +44,8 @@ Domain* registered(Api const& api, bool infers)
     {
         found.scans.push_back(scan_operator(api, true, type, 0, infers, cuda_provider()));
     }
-    check(api.CreateCustomOpDomain(DOMAIN, &found.domain));
-    std::unique_ptr<Domain, void (*)(Domain*)> owner(found.domain, api.ReleaseCustomOpDomain);
-    for (ScanOperator const& op : found.scans)
-    {
-        check(api.CustomOpDomain_Add(found.domain, &op));
-    }
+    DomainOwner owner = make_domain(api, found.scans);
+    found.domain = owner.get();
     all->splice(all->end(), made); // moves no operator
     static_cast<void>(owner.release());
     return all->back().domain;

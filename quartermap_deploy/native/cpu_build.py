@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -168,8 +168,18 @@ def sources_hash() -> str:
     Raises:
         PluginError: if this installation brings none.
     """
-    digest = hashlib.sha256(json.dumps([FLAGS, VECTORS, SCHEDULED, STATIC, EXPORTED]).encode())
-    for name, path in cpu_sources().items():
+    return hash_of_files(cpu_sources(), json.dumps([FLAGS, VECTORS, SCHEDULED, STATIC, EXPORTED]).encode())
+
+
+def hash_of_files(files: Mapping[str, Path], before: bytes = b"") -> str:
+    """Return the SHA-256 of files with their names, in their order, in hexadecimal.
+
+    Args:
+        files: by name.
+        before: what is hashed before them.
+    """
+    digest = hashlib.sha256(before)
+    for name, path in files.items():
         data = path.read_bytes()
         digest.update(f"{name} {len(data)}\n".encode() + data)
     return digest.hexdigest()

@@ -8,7 +8,6 @@ it: that takes minutes, and nvcc.
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import platform
 import sys
@@ -26,6 +25,7 @@ from quartermap_deploy.native.build import (
     plugin_sources,
 )
 from quartermap_deploy.native.contract import differences
+from quartermap_deploy.native.cpu_build import hash_of_files
 from quartermap_deploy.native.errors import PluginError
 from quartermap_deploy.native.library import LibraryKind, describe, load
 from quartermap_deploy.plain_text import printable
@@ -185,9 +185,4 @@ def sources_hash() -> str:
         if path.is_file()
     ]
     named = {path.relative_to(root).as_posix(): path for path in files}
-    digest = hashlib.sha256()
-    for name in sorted(named):
-        if not name.startswith(_OTHERS):
-            data = named[name].read_bytes()
-            digest.update(f"{name} {len(data)}\n".encode() + data)
-    return digest.hexdigest()
+    return hash_of_files({name: named[name] for name in sorted(named) if not name.startswith(_OTHERS)})
