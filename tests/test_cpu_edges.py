@@ -79,7 +79,7 @@ def test_images_that_do_not_fit_together_are_taken_in_turns(
     widest: CpuKernels, side: int, rank: int | None, dtype: torch.dtype
 ) -> None:
     """B and C of 256 states are packed for one or two of these images at a time; each gives what it gives alone."""
-    case = scan_case(3, 2, side, side, d_state=256, rank=rank)
+    case = scan_case(3, 3, side, side, d_state=256, rank=rank)
     *maps, A, D, bias = [tensor.to(dtype) for tensor in case.tensors[:4]] + [
         t.float() for t in case.tensors[4:7]
     ]
