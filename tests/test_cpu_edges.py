@@ -158,14 +158,22 @@ def test_segments_hand_on_states_that_hardly_decay(kernels: CpuKernels, steps: t
 
 
 @pytest.mark.parametrize("d_state", [1, 5])
-def test_negative_steps_grow(kernels: CpuKernels, d_state: int) -> None:
-    """Without softplus a time step may be negative, and a state grows with it."""
+@pytest.mark.parametrize(("largest", "softplus"), [(-1.0, False), (0.9, True), (0.05, True)])
+def test_states_that_grow(kernels: CpuKernels, d_state: int, largest: float, softplus: bool) -> None:
+    """Without softplus a time step may be negative; with it a state grows where A is positive, of one state alone."""
     generator = torch.Generator().manual_seed(d_state)
-    u, B, C = (torch.randn(*shape, generator=generator) for shape in [(1, 9, 12), *[(1, 1, d_state, 12)] * 2])
-    tensors = (u, -2 * torch.rand(1, 9, 12, generator=generator), -torch.ones(9, d_state), B, C, None, None)
-    doubles = [None if tensor is None else tensor.double() for tensor in tensors]
-    y = scan_sequence(kernels, tensors)
-    assert error(y, selective_scan_definition(*doubles)) <= TOLERANCE  # type: ignore[arg-type]
+
+    def random(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    u, B, C = random(1, 9, 5) - 0.5, random(1, 1, d_state, 5) - 0.5, random(1, 1, d_state, 5) - 0.5
+    delta = random(1, 9, 5) if softplus else -2 * random(1, 9, 5)
+    A = -torch.ones(9, d_state)
+    A[:, -1] = largest
+    tensors = (u, delta, A, B, C)
+    y = scan_sequence(kernels, (*tensors, None, None), softplus)
+    expected = selective_scan_definition(*(tensor.double() for tensor in tensors), None, None, softplus)
+    assert error(y, expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("softplus", [True, False])
