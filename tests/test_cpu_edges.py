@@ -176,6 +176,16 @@ def test_states_that_grow(kernels: CpuKernels, d_state: int, largest: float, sof
     assert error(y, expected) <= TOLERANCE
 
 
+def test_an_infinite_x_without_a_skip_is_infinite(kernels: CpuKernels) -> None:
+    """0 times infinity is not 0: without a D, y is C h alone."""
+    u, ones = torch.ones(1, 9, 3000), torch.ones(1, 1, 1, 3000)
+    u[..., 700] = torch.inf
+    for threads in (1, 64):
+        tensors = (u, torch.full_like(u, 0.5), -torch.ones(9, 1), ones, ones, None, None)
+        y = scan_sequence(kernels, tensors, threads=threads)
+        assert y[..., :700].isfinite().all() and (y[..., 700] == torch.inf).all()
+
+
 @pytest.mark.parametrize("softplus", [True, False])
 @pytest.mark.parametrize("d_state", [1, 4])
 def test_a_state_that_outgrows_floats_does_not_come_back(
