@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
+import cpu_builds
+import pytest
 import torch
+from cpu_builds import BUILT_SETS
 from helpers import ScanCase
 from torch import Tensor
 
@@ -13,6 +17,24 @@ from quartermap_deploy.scan.definition import DIRECTIONS
 
 Pool = Callable[[Callable[[int], None], int], int]
 """Runs a function for every number below a count, and returns 0 if it could."""
+
+
+@functools.cache
+def kernels_of(form: str) -> CpuKernels:
+    """Return the kernels with one instruction set; skip where the processor lacks it."""
+    kernels = CpuKernels.load(cpu_builds.library_of(form))
+    if form in BUILT_SETS and not kernels.choose(form):
+        pytest.skip(f"this processor has no {form}")
+    return kernels
+
+
+def chosen_kernels(form: str) -> CpuKernels:
+    """Return the kernels, which use this instruction set from now on: one library holds all of them."""
+    found = kernels_of(form)
+    if form in BUILT_SETS:
+        assert found.choose(form)
+        assert found.instruction_set == form
+    return found
 
 
 def type_name(dtype: torch.dtype) -> str:

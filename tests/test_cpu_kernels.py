@@ -18,7 +18,7 @@ import cpu_builds
 import pytest
 import torch
 from cpu_builds import BUILT_SETS, FORMS
-from cpu_scans import addresses, scan_case_of, scan_map, scan_sequence
+from cpu_scans import addresses, chosen_kernels, scan_case_of, scan_map, scan_sequence
 from helpers import ScanCase, error, scan_case
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -39,23 +39,9 @@ KEPT_BYTES = 64 << 20
 """What the library keeps between scans, at most."""
 
 
-@functools.cache
-def kernels_of(form: str) -> CpuKernels:
-    """Return the kernels with one instruction set; skip where the processor lacks it."""
-    kernels = CpuKernels.load(cpu_builds.library_of(form))
-    if form in BUILT_SETS and not kernels.choose(form):
-        pytest.skip(f"this processor has no {form}")
-    return kernels
-
-
 @pytest.fixture(params=FORMS)
 def kernels(request: pytest.FixtureRequest) -> CpuKernels:
-    found = kernels_of(request.param)
-    if request.param in BUILT_SETS:
-        # One library holds all of them, so the choice is made for each test.
-        assert found.choose(request.param)
-        assert found.instruction_set == request.param
-    return found
+    return chosen_kernels(request.param)
 
 
 @pytest.fixture
@@ -278,8 +264,7 @@ def test_without_skip_nothing_of_x_is_added(kernels: CpuKernels) -> None:
     steps=STEPS[0], seed=0,
 )  # fmt: skip
 def test_any_scan(form: str, batch: int, threads: int, **options: Any) -> None:
-    kernels = kernels_of(form)
-    assert form not in BUILT_SETS or kernels.choose(form)
+    kernels = chosen_kernels(form)
     case = scan_case(batch, **options)
     y = scan_case_of(kernels, case, threads=threads)
     if batch == 0:

@@ -25,6 +25,8 @@ from quartermap_deploy.targets.onnxruntime.opening import open_session
 
 TOLERANCE = 1e-6
 """Of the largest output."""
+BESIDE = 256
+"""Numbers before and behind a result that have to stay as they are."""
 BAD_SIZE, TOO_LARGE, NULL_POINTER = 1, 4, 5
 
 
@@ -58,11 +60,16 @@ def status_of(library: ctypes.CDLL, norm: Norm | None) -> int:
     return int(library.quartermap_cpu_norm(pointer, Parallel(), None))
 
 
-def normalized(library: ctypes.CDLL, x: Array, scale: Array, bias: Array, threads: int = 1) -> Array:
-    """Normalise maps (batch, channels, positions) by the kernel."""
-    y = np.full_like(x, np.nan)
-    norm = Norm(*x.shape, 1e-5, threads, x.ctypes.data, scale.ctypes.data, bias.ctypes.data, y.ctypes.data)
+def normalized(
+    library: ctypes.CDLL, x: Array, scale: Array, bias: Array, threads: int = 1, epsilon: float = 1e-5
+) -> Array:
+    """Normalise maps (batch, channels, positions) by the kernel, which writes nothing beside the result."""
+    memory = np.full(x.size + 2 * BESIDE, np.nan, np.float32)
+    memory[:BESIDE] = memory[-BESIDE:] = 7.0
+    y = memory[BESIDE:-BESIDE].reshape(x.shape)
+    norm = Norm(*x.shape, epsilon, threads, x.ctypes.data, scale.ctypes.data, bias.ctypes.data, y.ctypes.data)
     assert status_of(library, norm) == 0
+    assert (memory[:BESIDE] == 7).all() and (memory[-BESIDE:] == 7).all()
     return y
 
 
@@ -106,6 +113,16 @@ def test_many_channels_are_added_up_without_loss(library: ctypes.CDLL) -> None:
     x, scale, bias = made((1, 50_000, 9))
     error = difference(normalized(library, x, scale, bias), expected(x, scale, bias))
     assert error <= TOLERANCE
+
+
+@pytest.mark.parametrize("positions", [1, 7, 16, 183, 300])
+def test_epsilon_counts_at_every_position(library: ctypes.CDLL, positions: int) -> None:
+    """Where channels hardly differ most of what they are divided by is epsilon, and where they do not, all of it."""
+    x, scale, bias = made((2, 5, positions))
+    for spread, epsilon in ((0.0, 1e-5), (0.001, 1e-5), (0.1, 0.3)):
+        maps = (spread * (x - 2)).astype(np.float32)
+        found = normalized(library, maps, scale, bias, epsilon=epsilon)
+        assert difference(found, expected(maps, scale, bias, np.float32(epsilon))) <= 2 * TOLERANCE
 
 
 def test_what_is_no_number_stays_at_its_position(library: ctypes.CDLL) -> None:

@@ -145,6 +145,16 @@ def test_tests_that_call_the_function_come_first_and_cheap_ones_before_them() ->
     assert len(everywhere) == 4
 
 
+def test_what_builds_something_of_its_own_is_late() -> None:
+    area = Area("a", 1.0, (), (), late=("portable", "sixteen"))
+    assert [area.is_late(guard(name, 1.0)) for name in ("f[avx2]", "f[portable-1]", "sixteen")] == [
+        False,
+        True,
+        True,
+    ]
+    assert not Area("a", 1.0, (), ()).is_late(guard("portable", 1.0))
+
+
 def test_every_test_of_the_area_runs_on_a_fault_of_native_code() -> None:
     fault = replace(faults_of("a.py", b"x = 1\n")[0], file="a.cpp")
     guards = [guard("slow", 90.0), guard("quick", 0.2), guard("other", 100.0, file="tests/test_b.py")]

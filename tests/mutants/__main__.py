@@ -271,12 +271,13 @@ class Trial:
         if any(guards is None for guards in measured):
             return self._guessed(area, fault, deadline)
         guards = [guard for each in measured for guard in each or ()]
-        tests = self._ordered(fault, chosen(fault, guards, self._budget))
+        tests = self._ordered(area, fault, chosen(fault, guards, self._budget))
         if not tests:
             return self._results.add(fault, Result(fault.key, "not covered"), area.tests)
-        self._check(area, tests)
         # The file whose tests are cheapest alone, as it catches most and the others need not be imported then.
-        first = [guard for guard in tests if guard.file == tests[0].file]
+        late = area.is_late(tests[0])
+        first = [guard for guard in tests if guard.file == tests[0].file and area.is_late(guard) == late]
+        self._check(area, first)
         began = time.monotonic()
         for part in (first, [guard for guard in tests if guard not in first]):
             if part:
@@ -312,10 +313,11 @@ class Trial:
         limit = GRACE + SLACK * max(self._budget, expected_seconds(tests))
         return self._run(fault, files, [guard.name for guard in tests], limit, deadline)
 
-    def _ordered(self, fault: Fault, tests: list[Guard]) -> list[Guard]:
-        """Put first the test that caught the fault the last time."""
+    def _ordered(self, area: Area, fault: Fault, tests: list[Guard]) -> list[Guard]:
+        """Put first the test that caught the fault the last time, and last those that build something of their own."""
         earlier = self._results.earlier(fault)
-        return sorted(tests, key=lambda guard: earlier is None or guard.name != earlier.test)
+        caught = "" if earlier is None else earlier.test
+        return sorted(tests, key=lambda guard: (guard.name != caught, area.is_late(guard)))
 
     def _guessed(self, area: Area, fault: Fault, deadline: float | None) -> Result | None:
         """Run, whole, the test files that name the module; nothing is kept, as only a part of the tests is asked."""

@@ -47,17 +47,23 @@ class Area:
         least: the share of its faults that must be caught.
         sources: patterns of its files, from the repository.
         tests: test files that may guard them.
+        late: parts of the names of tests that run after all others, as they build something of their own first.
     """
 
     name: str
     least: float
     sources: tuple[str, ...]
     tests: tuple[str, ...]
+    late: tuple[str, ...] = ()
 
     def files(self, repository: Path) -> list[str]:
         """Return the area's files, by name."""
         found = {path for pattern in self.sources for path in repository.glob(pattern) if path.is_file()}
         return sorted(path.relative_to(repository).as_posix() for path in found)
+
+    def is_late(self, guard: Guard) -> bool:
+        """Whether a test runs after all others."""
+        return any(part in guard.name for part in self.late)
 
 
 def read_areas(path: Path) -> list[Area]:
@@ -70,6 +76,7 @@ def read_areas(path: Path) -> list[Area]:
             each["least"],
             tuple(each["sources"]),
             tuple(f"tests/{name}" for name in each["tests"]),
+            tuple(each.get("late", ())),
         )
         for each in found
     ]
