@@ -28,6 +28,8 @@ DEEPEST = 4
 MOST_NUMBERS = 1 << 28
 """Numbers of a tensor whose shape stands in the file: 1 GiB of float32."""
 
+LOOP = "Scan"
+"""What scans are that are written out in the main graph."""
 _STANDARD = ("", "ai.onnx")
 _REFUSED = {
     "Loop": "may have no end",
@@ -456,7 +458,7 @@ def check_model(model: Path | bytes) -> frozenset[str]:
         model: its file, or its serialised bytes.
 
     Returns:
-        The operators of this package's domain that its graph calls.
+        The operators of this package's domain that its graph calls, and "Scan" if it has such a loop itself.
 
     Raises:
         BundleError: if it is otherwise, or no ONNX model.
@@ -467,7 +469,7 @@ def check_model(model: Path | bytes) -> frozenset[str]:
         if len(graphs) != 1:
             raise _Malformed(f"it has {len(graphs)} graphs")
         _Walk(functions).graph(graphs[0], {}, 0)
-        return frozenset(node.kind for node in graphs[0].nodes if node.domain == DOMAIN)
+        return frozenset(node.kind for node in graphs[0].nodes if node.domain == DOMAIN or node.kind == LOOP)
     except FileNotFoundError:
         raise BundleError(f"there is no model {name}") from None
     except (OSError, ValueError, struct.error) as error:
