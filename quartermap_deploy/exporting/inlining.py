@@ -28,9 +28,9 @@ def inline(model: onnx.ModelProto) -> onnx.ModelProto:
 
     from quartermap_deploy.lowering.versions import stamp_ir_version
     from quartermap_deploy.passes.inline_scans import inline_scans
-    from quartermap_deploy.passes.shapes import infer_shapes
+    from quartermap_deploy.passes.settle_shapes import settle_shapes
 
-    flat = infer_shapes(inline_scans(model))
+    flat = settle_shapes(inline_scans(model))
     stamp_ir_version(flat)
     onnx.checker.check_model(flat, full_check=True)
     return flat

@@ -26,8 +26,6 @@ from quartermap_deploy.frontend.node_names import names_scan
 from quartermap_deploy.lowering.operator import DOMAIN, SCANS
 
 NAME = "inline_scans"
-_LAST = "CastLike"
-"""What every body ends with: its result gets the type of what was scanned."""
 
 
 def inline_scans(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -67,7 +65,7 @@ def makes_scan(node: onnx.NodeProto) -> bool:
     """Whether a node returns what a scan does: the scan itself, or the last node of one that is written out."""
     if node.domain == DOMAIN:
         return node.op_type in SCANS
-    return node.op_type == _LAST and names_scan(node.name)
+    return not node.domain and names_scan(node.name)
 
 
 def _body(node: onnx.NodeProto, function: onnx.FunctionProto) -> list[onnx.NodeProto]:
