@@ -87,7 +87,7 @@ def _states_before_lines(write: Writer, own: Value, total_decay: Value, zero: Va
     before = body("Identity", "carry")
     _, starts = write.multiple(
         "Scan",
-        [write("ReduceMin", zero, ints(2), keepdims=0), own, total_decay],
+        [write("Gather", zero, np.array(0), axis=2), own, total_decay],
         2,
         body=body.subgraph("across", ["carry", "own", "decay"], [following, before]),
         num_scan_inputs=2,

@@ -3,6 +3,7 @@
     Shape(x)                             →  Constant, where the sizes asked for are known
     Concat, Squeeze, … of constants      →  Constant
     Reshape(x, Concat(Shape(x), …))      →  Reshape(x, Constant), where at most one size is open, which is -1
+    Flatten(x)                           →  Reshape(x, Constant), likewise
     Cast(x) to the type that x has       →  x
     CastLike(x, y)                       →  Cast(x), or x
 
@@ -110,12 +111,13 @@ def _fold(graph: onnx.GraphProto, opset: int) -> int:
             known[node.output[0]] = value
             node = _constant(node.output[0], value, node.name)
             found += 1
-        elif node.op_type == "Reshape" and node.input[1] not in known:
+        elif node.op_type == "Flatten" or (node.op_type == "Reshape" and node.input[1] not in known):
             sides = shapes.get(node.output[0])
             if sides is not None and sum(side < 1 for side in sides) <= 1:
                 shape = np.array([side if side > 0 else -1 for side in sides], np.int64)
                 nodes.append(_constant(f"{node.output[0]}/sizes", shape))
-                node.input[1] = nodes[-1].output[0]
+                inputs = [node.input[0], nodes[-1].output[0]]
+                node = helper.make_node("Reshape", inputs, node.output, node.name)
                 found += 1
         nodes.append(node)
     _keep(graph, nodes)
