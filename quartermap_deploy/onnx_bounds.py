@@ -481,6 +481,19 @@ def check_model(model: Path | bytes) -> frozenset[str]:
         ) from None
 
 
+def versions_of(model: Path) -> tuple[int, int]:
+    """The opset of the standard operators in a file that `check_model` took, and its IR version."""
+    opset = ir_version = 0
+    for number, value in _fields(_contents(model)):
+        if number == 1:
+            ir_version = _whole(value)
+        elif number == 8:
+            entry = _message(value)
+            if _named(entry, 1) in _STANDARD:
+                opset = max((_whole(found) for field_, found in _fields(entry) if field_ == 2), default=0)
+    return opset, ir_version
+
+
 def _parts(data: memoryview) -> tuple[list[_Graph], dict[Key, _Graph]]:
     """The graphs and the functions of a ModelProto."""
     graphs: list[_Graph] = []

@@ -95,12 +95,16 @@ def pre_process(model: Path, out: Path) -> None:
 
 
 def surgeon(model: Path, out: Path) -> None:
-    from polygraphy.tools import run
+    import subprocess
 
-    command = ["surgeon", "sanitize", str(model), "--fold-constants", "-o", str(out.with_suffix(".onnx"))]
-    sys.argv = ["polygraphy", *command]
-    if code := run():
-        raise RuntimeError(f"polygraphy {' '.join(command[:2])} ended with {code}")
+    written = str(out.with_suffix(".onnx"))
+    command = ["surgeon", "sanitize", str(model), "--fold-constants", "-o", written]
+    program = "import sys; from polygraphy.tools import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-500:])
 
 
 TOOLS: dict[str, Run] = {

@@ -111,7 +111,7 @@ def _fold(graph: onnx.GraphProto, opset: int) -> int:
             known[node.output[0]] = value
             node = _constant(node.output[0], value, node.name)
             found += 1
-        elif node.op_type == "Flatten" or (node.op_type == "Reshape" and node.input[1] not in known):
+        elif node.op_type == "Flatten" or (node.op_type == "Reshape" and _asks(node, known)):
             sides = shapes.get(node.output[0])
             if sides is not None and sum(side < 1 for side in sides) <= 1:
                 shape = np.array([side if side > 0 else -1 for side in sides], np.int64)
@@ -122,6 +122,15 @@ def _fold(graph: onnx.GraphProto, opset: int) -> int:
         nodes.append(node)
     _keep(graph, nodes)
     return found
+
+
+def _asks(reshape: onnx.NodeProto, known: dict[str, NDArray[np.int64]]) -> bool:
+    """Whether a Reshape takes sizes that are computed, or are those of its input, which is what 0 means.
+
+    Tools that make one Reshape of two (onnxoptimizer 0.4, onnxsim 0.4) read the 0 as a size of what comes before both.
+    """
+    shape = known.get(reshape.input[1])
+    return shape is None or 0 in shape
 
 
 def _constants(graph: onnx.GraphProto) -> dict[str, NDArray[np.int64]]:
