@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 import toy_bundles
 import toy_modules
-import torch
 from helpers import (
     digits,
     images_for,

@@ -85,16 +85,17 @@ def _states_before_lines(write: Writer, own: Value, total_decay: Value, zero: Va
     body = Writer("across_")
     following = body("Add", body("Mul", "carry", "decay"), "own")
     before = body("Identity", "carry")
+    # Lines first, as a Scan along another axis does it by itself. ONNX Runtime's symbolic shape inference finds the
+    # axis by its size, and takes the directions for the lines where there are as many.
+    lines_first = [write("Transpose", value, perm=[2, 0, 1, 3]) for value in (own, total_decay)]
     _, starts = write.multiple(
         "Scan",
-        [write("Gather", zero, np.array(0), axis=2), own, total_decay],
+        [write("Gather", zero, np.array(0), axis=2), *lines_first],
         2,
         body=body.subgraph("across", ["carry", "own", "decay"], [following, before]),
         num_scan_inputs=2,
-        scan_input_axes=[2, 2],
-        scan_output_axes=[2],
     )
-    return starts
+    return write("Transpose", starts, perm=[1, 2, 0, 3])
 
 
 def _in_one_piece(write: Writer, A: Value, dt: Value, B: Value, C: Value, x: Value) -> Value:
