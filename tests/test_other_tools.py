@@ -1,8 +1,8 @@
 """Our files in the tools of others: each row of docs/other-tools.md, against the real tool.
 
 Tools that are no part of the development set lie in build/compat, a folder for each file of tests/tool_releases; `make
-test-compat` fetches them. A tool runs in a process of its own (tool_runs.py), and its numbers, or those of the file that
-it wrote, are compared with PyTorch's.
+test-compat` fetches them. A tool runs in a process of its own (tool_runs.py), and its numbers, or those of the file
+that it wrote, are compared with PyTorch's.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def test_who_takes_files_with_functions(release: str, models: Path, tmp_path: Pa
     check(tool, outcome(tool, path, models / "functions", tmp_path / "out"), refused)
 
 
-OPSETS = {"1.17.3": 20, "1.18.1": 21, "1.19.2": 21, "1.20.1": 22, "1.21.1": 22, "1.22.1": 23, "1.23.2": 23}
+OPSETS = {"1.17.3": 20, "1.18.1": 21, "1.19.2": 21, "1.20.1": 21, "1.21.1": 22, "1.22.1": 22, "1.23.2": 23}
 
 
 @pytest.mark.parametrize("version", OPSETS)

@@ -12,9 +12,9 @@ from quartermap_deploy.errors import DeployError
 
 Version = tuple[int, int]
 
-_OPSETS: dict[int, Version] = {21: (1, 18), 22: (1, 20), 23: (1, 22)}
+_OPSETS: dict[int, Version] = {21: (1, 18), 22: (1, 21), 23: (1, 23)}
 """The first ONNX Runtime that runs our files in an opset; those below come with every version that was tried."""
-_IR_VERSIONS: dict[int, Version] = {10: (1, 18), 11: (1, 22)}
+_IR_VERSIONS: dict[int, Version] = {10: (1, 18), 11: (1, 23)}
 """The first ONNX Runtime that reads an IR version."""
 OLDEST: Version = (1, 17)
 """The oldest ONNX Runtime that was tried."""

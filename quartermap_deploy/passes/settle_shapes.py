@@ -186,7 +186,7 @@ def _drop_unread(graph: onnx.GraphProto) -> None:
 def _inputs(graph: onnx.GraphProto) -> Iterator[list[str]]:
     """The inputs of every node, and of the nodes in its graphs."""
     for node in graph.node:
-        yield node.input  # type: ignore[misc]
+        yield node.input
         for attribute in node.attribute:
             if attribute.HasField("g"):
                 yield from _inputs(attribute.g)
