@@ -31,7 +31,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 QUARTER
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PHONY: help demo test native tensorrt lint typecheck pytest mutants mutants-touched test-server test-providers fuzz format bench evidence \
-	train-demo-model clean
+	test-compat train-demo-model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,6 +77,17 @@ test-providers: native ## providers of another package of ONNX Runtime: make tes
 	@$(RUN) -c 'import site; print(site.getsitepackages()[0])' > build/providers/other.pth
 	@mv build/providers/other.pth "$$(build/providers/bin/python -c 'import site; print(site.getsitepackages()[0])')"
 	@$(ONE_THREAD) PYTHONPATH="$(CURDIR)" build/providers/bin/python -m pytest -q $(PYTEST_FLAGS) $(PROVIDER_TESTS)
+
+# Tools of others, each with a folder of its own, as versions of one tool exclude each other; 500 MB.
+COMPAT := $(patsubst tests/tool_releases/%.txt,build/compat/%/.installed,$(wildcard tests/tool_releases/*.txt))
+
+build/compat/%/.installed: tests/tool_releases/%.txt $(STAMP)
+	@rm -rf $(@D)
+	@$(RUN) -m pip install --disable-pip-version-check -q --no-deps --only-binary :all: --target $(@D) -r $< && touch $@ || \
+		echo "$* is not to be had here: tests with it will skip" >&2
+
+test-compat: native $(COMPAT) ## our files in other tools, docs/other-tools.md: OpenVINO, older ONNX Runtimes, optimisers
+	@$(ONE_THREAD) $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_FLAGS) tests/test_other_tools.py
 
 fuzz: $(STAMP) ## damage what strangers may send in many more ways, for an hour or so: make fuzz FUZZ_EXAMPLES=20000
 	@$(ONE_THREAD) QUARTERMAP_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(RUN) -m pytest -q --durations=0 -n $(WORKERS) --dist loadfile \

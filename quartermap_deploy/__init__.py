@@ -21,6 +21,7 @@ _PUBLIC = {
     "compile_module": "compiler",
     "create_model": "architectures",
     "export_onnx": "exporting.export",
+    "inline": "exporting.inlining",
     "list_models": "architectures",
     "load_bundle": "bundle",
     "load_card": "architectures",
@@ -41,6 +42,7 @@ __all__ = [
     "compile_module",
     "create_model",
     "export_onnx",
+    "inline",
     "list_models",
     "load_bundle",
     "load_card",
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from quartermap_deploy.data.preprocessing import Preprocessing
     from quartermap_deploy.errors import QuartermapError
     from quartermap_deploy.exporting.export import export_onnx
+    from quartermap_deploy.exporting.inlining import inline
     from quartermap_deploy.pruning.plan import QuarterMap
     from quartermap_deploy.pruning.reference import prune
     from quartermap_deploy.recipe import Recipe

@@ -112,6 +112,8 @@ def compile_module(
     images: str | os.PathLike[str] | None = None,
     engine: EngineOptions | None = None,
     optimize: bool = True,
+    inline: bool = False,
+    opset: int | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> Bundle:
@@ -141,6 +143,8 @@ def compile_module(
         images: folder of images to validate with; None takes those that come with scikit-learn.
         engine: how engines are built, for the targets that have some.
         optimize: run the passes that make pruned blocks cheaper without changing a number.
+        inline: write the scans out in standard operators, without functions; no native operator takes their place then.
+        opset: of the standard operators, 17 to 23; None takes 20, or 22 in bfloat16.
         force: replace a bundle.
         progress: told about the steps.
 
@@ -169,6 +173,8 @@ def compile_module(
         images=None if images is None else Path(images),
         engine=engine or EngineOptions(),
         optimize=optimize,
+        inline=inline,
+        opset=opset,
     )
     built = load_targets(recipe)
     check_destination(out, force)
@@ -288,6 +294,12 @@ def check_target(recipe: Recipe, name: str, target: Target) -> None:
     target.check(recipe)
     if name in ENGINES and recipe.io == "same":
         raise RecipeError(f'the target {name} takes io = "float32" only; leave io out')
+    if name in ENGINES and (recipe.inline or recipe.opset is not None):
+        setting = "inline" if recipe.inline else "opset"
+        raise RecipeError(
+            f"the target {name} writes its own form of the scans, in an opset of its own; leave {setting} out, or "
+            "compile a bundle for the engine and another one for other tools"
+        )
 
 
 def check_settings(recipe: Recipe, source: SourceModel, cases: Cases) -> None:
@@ -412,6 +424,8 @@ def export_model(
             blocks_float32=recipe.blocks_float32,
             calibration=calibration,
             optimize=recipe.optimize,
+            inline=recipe.inline,
+            opset=recipe.opset,
             traced=traced,
         )
 

@@ -28,6 +28,8 @@ DEEPEST = 4
 MOST_NUMBERS = 1 << 28
 """Numbers of a tensor whose shape stands in the file: 1 GiB of float32."""
 
+LOOP = "Scan"
+"""What scans are that are written out in the main graph."""
 _STANDARD = ("", "ai.onnx")
 _REFUSED = {
     "Loop": "may have no end",
@@ -456,7 +458,7 @@ def check_model(model: Path | bytes) -> frozenset[str]:
         model: its file, or its serialised bytes.
 
     Returns:
-        The operators of this package's domain that its graph calls.
+        The operators of this package's domain that its graph calls, and "Scan" if it has such a loop itself.
 
     Raises:
         BundleError: if it is otherwise, or no ONNX model.
@@ -467,7 +469,7 @@ def check_model(model: Path | bytes) -> frozenset[str]:
         if len(graphs) != 1:
             raise _Malformed(f"it has {len(graphs)} graphs")
         _Walk(functions).graph(graphs[0], {}, 0)
-        return frozenset(node.kind for node in graphs[0].nodes if node.domain == DOMAIN)
+        return frozenset(node.kind for node in graphs[0].nodes if node.domain == DOMAIN or node.kind == LOOP)
     except FileNotFoundError:
         raise BundleError(f"there is no model {name}") from None
     except (OSError, ValueError, struct.error) as error:
@@ -477,6 +479,19 @@ def check_model(model: Path | bytes) -> frozenset[str]:
             f"{name} is refused: {error}. This package writes no such file, and a runtime could hang or fill the "
             "memory; compile the bundle again"
         ) from None
+
+
+def versions_of(model: Path) -> tuple[int, int]:
+    """The opset of the standard operators in a file that `check_model` took, and its IR version."""
+    opset = ir_version = 0
+    for number, value in _fields(_contents(model)):
+        if number == 1:
+            ir_version = _whole(value)
+        elif number == 8:
+            entry = _message(value)
+            if _named(entry, 1) in _STANDARD:
+                opset = max((_whole(found) for field_, found in _fields(entry) if field_ == 2), default=0)
+    return opset, ir_version
 
 
 def _parts(data: memoryview) -> tuple[list[_Graph], dict[Key, _Graph]]:

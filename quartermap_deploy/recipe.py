@@ -25,6 +25,8 @@ dynamic_size = false
 [export]
 precision = "float32"   # or "float16", "bfloat16"
 optimize = true
+inline = false          # write the scans out, for tools that know no functions; no native operator takes their place
+opset = 20              # 17 to 23; leave out for 20, or 22 in bfloat16
 io = "float32"          # with 16 bits: the type of input and output, "float32" or "same"
 blocks_float32 = [2]    # with 16 bits: blocks that stay float32 all the same; `validate --localise` tells which
 keep_float32 = []       # with 16 bits: operators and values that do, by name
@@ -57,6 +59,7 @@ from typing import Any, Literal
 from quartermap_deploy.data.labels import label_sets
 from quartermap_deploy.data.preprocessing import check_keys
 from quartermap_deploy.errors import InputError, PlanError, RecipeError, UnknownNameError
+from quartermap_deploy.lowering.operator import OPSETS
 from quartermap_deploy.pruning.plan import QuarterMap
 from quartermap_deploy.reading import ReadingError, read_toml
 from quartermap_deploy.sources.factories import UserModule
@@ -72,11 +75,16 @@ _TABLES: dict[str, dict[str, str]] = {
         },
     },
     "input": {"size": "input_size", "dynamic_batch": "dynamic_batch", "dynamic_size": "dynamic_size"},
-    "export": {name: name for name in ("precision", "optimize", "io", "keep_float32", "blocks_float32")},
+    "export": {
+        name: name
+        for name in ("precision", "optimize", "inline", "opset", "io", "keep_float32", "blocks_float32")
+    },
     "targets": {"names": "targets", "providers": "execution"},
     "validation": {"images": "images", "reference": "reference"},
 }
 """Tables of the file: key → field of the recipe. The others, in `_VALUES`, are values by themselves."""
+SIXTEEN_BIT_OPSETS = {"bfloat16": 22}
+"""The first opset in which every operator takes the type, where that is not every opset that can be asked for."""
 _VALUES = ("quartermap", "engine", "module", "preprocessing")
 
 
@@ -105,6 +113,8 @@ class Recipe:
         blocks_float32: with 16 bits, blocks that stay float32 all the same, from 1.
         keep_float32: with 16 bits, operators and values that stay float32 all the same, by name.
         optimize: run the passes that make pruned blocks cheaper without changing a number.
+        inline: write the scans out in standard operators, without functions; no native operator takes their place then.
+        opset: of the standard operators, 17 to 23; None takes 20, or 22 in bfloat16.
         targets: what to build and validate.
         execution: the providers by which `onnxruntime` runs the bundle, too, to prove it; the CPU's always do.
         engine: how engines are built, for the targets that have some.
@@ -129,6 +139,8 @@ class Recipe:
     quartermap: QuarterMap | None = None
     precision: str = "float32"
     optimize: bool = True
+    inline: bool = False
+    opset: int | None = None
     io: Literal["float32", "same"] = "float32"
     blocks_float32: tuple[int, ...] = ()
     keep_float32: tuple[str, ...] = ()
@@ -158,11 +170,12 @@ class Recipe:
             "dynamic_size",
             "precision",
             "optimize",
+            "inline",
             "io",
             "seed",
         ):
             _checked(name, getattr(self, name), Path())
-        for name in ("num_classes", "in_chans", "task"):
+        for name in ("num_classes", "in_chans", "task", "opset"):
             if getattr(self, name) is not None:
                 _checked(name, getattr(self, name), Path())
         if self.labels is not None:
@@ -180,6 +193,12 @@ class Recipe:
             if idle:
                 raise RecipeError(
                     f"{', '.join(idle)} would change nothing in float32; set a precision of 16 bits too"
+                )
+        if self.opset is not None and self.precision in SIXTEEN_BIT_OPSETS:
+            least = SIXTEEN_BIT_OPSETS[self.precision]
+            if self.opset < least:
+                raise RecipeError(
+                    f"opset = {self.opset}, but operators take {self.precision} from opset {least} on; leave opset out"
                 )
 
     def _check_module(self) -> None:
@@ -380,6 +399,8 @@ _TYPES: dict[str, type] = {
     "dynamic_size": bool,
     "precision": str,
     "optimize": bool,
+    "inline": bool,
+    "opset": int,
     "io": str,
     "seed": int,
 }
@@ -423,6 +444,8 @@ def _checked(name: str, value: Any, folder: Path) -> Any:
     expected = _TYPES[name]
     if type(value) is not expected:
         raise RecipeError(f"{name} = {value!r} is not of type {expected.__name__}")
+    if name == "opset" and value not in OPSETS:
+        raise RecipeError(f"opset = {value}; expected {OPSETS[0]} to {OPSETS[-1]}")
     return value
 
 

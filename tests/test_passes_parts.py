@@ -609,8 +609,12 @@ def test_bodies_written_out_compute_the_same_and_are_named_after_their_scans() -
     model.graph.node[0].name = "block_1/scan"
     with pytest.raises(PassError, match="the scan block_1/scan has no function body; run lower first"):
         inline_scans(model)
-    with pytest.raises(PassError, match="the body of block_1/scan has a subgraph"):
-        inline_scans(lower(model, "scan"))
+    handed_on = lower(model, "scan")
+    handed_on.functions[0].node[0].attribute.append(
+        onnx.AttributeProto(name="to", ref_attr_name="softplus", type=onnx.AttributeProto.INT)
+    )
+    with pytest.raises(PassError, match="takes its to from the call of its function"):
+        inline_scans(handed_on)
     model.graph.node.append(helper.make_node("Relu", ["0/y"], ["end"], "last"))
     other = helper.make_function("other", "Twice", ["a"], ["b"], [], [helper.make_opsetid("", 20)])
     lowered = lower(model, "tree", [{name: array.shape for name, array in scan_feeds(case).items()}])
@@ -619,7 +623,8 @@ def test_bodies_written_out_compute_the_same_and_are_named_after_their_scans() -
     assert [function.name for function in flat.functions] == ["Twice"]
     assert {entry.domain for entry in flat.opset_import} == {""}
     assert flat.graph.node[-1].name == "last"
-    assert all(node.name.startswith("block_1/scan/") and not node.domain for node in flat.graph.node[:-1])
+    assert all(node.name.startswith("block_1/scan/") and not node.domain for node in flat.graph.node[:-2])
+    assert flat.graph.node[-2].name == "block_1/scan" and list(flat.graph.node[-2].output) == ["0/y"]
     names = [name for node in flat.graph.node for name in node.output]
     assert len(set(names)) == len(names) and "0/y" in names
     del lowered.functions[-1], flat.functions[:]

@@ -138,7 +138,7 @@ g (float[1, 2, 3, 4] x) => (float[1, 2, 3, 4] y, float[1, 2, 3, 4] last) <float[
     [block_2_scan] s2 = quartermap.SelectiveScan (block_1)
     block_2 = Add (s2, s2)
     [block_9_scan] none = quartermap.Other (block_2)
-    [block_8_scan] plain = SelectiveScan2D (none)
+    [block_8_scan] plain = Identity (none)
     y = Neg (plain)
     [block_3_scan] last = quartermap.SelectiveScan2D (y)
 }
@@ -164,12 +164,13 @@ def test_scans_and_blocks_become_outputs_before_the_models_own() -> None:
         ("SelectiveScan", ["block_1"], ["block_2/scan"]),
         ("Add", ["block_2/scan", "block_2/scan"], ["block_2"]),
         ("Other", ["block_2"], ["none"]),
-        ("SelectiveScan2D", ["none"], ["plain"]),
-        ("Neg", ["plain"], ["y"]),
+        # The last node of a scan that is written out.
+        ("Identity", ["none"], ["block_8/scan"]),
+        ("Neg", ["block_8/scan"], ["y"]),
         ("SelectiveScan2D", ["y"], ["last"]),
         ("Identity", ["last"], ["block_3/scan"]),
     ]
-    names = ["block_1/scan", "block_1", "block_2/scan", "block_2", "block_3/scan"]
+    names = ["block_1/scan", "block_1", "block_2/scan", "block_2", "block_8/scan", "block_3/scan"]
     assert [item.name for item in marked.graph.output] == [*names, "y", "last"]
     assert {item.type.tensor_type.elem_type for item in marked.graph.output} == {TensorProto.FLOAT}
     assert [item.name for item in marked.graph.value_info] == ["a"], (

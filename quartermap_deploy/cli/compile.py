@@ -39,6 +39,7 @@ from quartermap_deploy.cli.rebuild import engine_facts, engine_warnings, engines
 from quartermap_deploy.data.labels import label_sets
 from quartermap_deploy.errors import PlanError, RecipeError
 from quartermap_deploy.exporting.export import IO_TYPES, PRECISIONS
+from quartermap_deploy.lowering.operator import OPSETS
 from quartermap_deploy.pruning.plan import UPSAMPLE_MODES, QuarterMap
 from quartermap_deploy.recipe import Recipe
 from quartermap_deploy.tables.bundle import bundle_facts
@@ -273,6 +274,21 @@ def _add_graph_options(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="keep the paper's canonical form of pruned blocks, Slice and Resize around the scan (default: run the "
         "passes that make them cheaper at the same output)",
+    )
+    group.add_argument(
+        "--inline",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="write the scans out in standard operators, without functions and a domain of ours, for tools that know "
+        "neither, such as OpenVINO; the native operator is then not used (default: one operator for each scan)",
+    )
+    group.add_argument(
+        "--opset",
+        type=int,
+        choices=OPSETS,
+        metavar=f"{OPSETS[0]}-{OPSETS[-1]}",
+        default=argparse.SUPPRESS,
+        help="of ONNX's standard operators (default: 20, and 22 in bfloat16)",
     )
     group.add_argument(
         "--precision",

@@ -90,6 +90,12 @@ def _add_triton(subparsers: Subparsers) -> None:
         help="where the repository will lie on the machine that serves it, as in a container (default: where it is "
         "written)",
     )
+    parser.add_argument(
+        "--triton-version",
+        metavar="YY.MM",
+        help="release of Triton that will serve it, so that one that is too old for the model is refused (default: the "
+        "notes say which one it needs)",
+    )
     add_output_options(parser)
 
 
@@ -138,8 +144,8 @@ def _add_kserve(subparsers: Subparsers) -> None:
     service.add_argument(
         "--runtime-version",
         metavar="TAG",
-        help="tag of the runtime's image; engines need one whose TensorRT is theirs (default: 26.01-py3 for "
-        "onnxruntime, with ONNX Runtime 1.23)",
+        help="tag of the runtime's image; engines need one whose TensorRT is theirs, and one whose ONNX Runtime is too "
+        "old for the model is refused (default: 26.01-py3 for onnxruntime, with ONNX Runtime 1.23)",
     )
     service.add_argument(
         "--container",
@@ -279,7 +285,11 @@ def run_triton(options: argparse.Namespace) -> None:
     from quartermap_deploy.deploy.triton import deploy_triton
 
     chosen = _triton_options(
-        options, threads=options.threads, images=not options.no_images, mounted_at=options.mount
+        options,
+        threads=options.threads,
+        images=not options.no_images,
+        mounted_at=options.mount,
+        release=options.triton_version,
     )
     with results_only():
         made = deploy_triton(

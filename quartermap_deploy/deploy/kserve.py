@@ -33,7 +33,7 @@ from quartermap_deploy.progress import SILENT, Progress
 API_VERSION = "serving.kserve.io/v1beta1"
 RUNTIME = "kserve-tritonserver"
 RUNTIME_VERSION = "26.01-py3"
-"""The newest tag of Triton's image with ONNX Runtime 1.23, the oldest version that bundles are tested with."""
+"""A tag of Triton's image whose ONNX Runtime, 1.23, runs every bundle in every opset."""
 MOUNT = "/mnt/models"
 """Where KServe puts what is in the storage."""
 STORAGE_SCHEMES = (
@@ -217,6 +217,12 @@ def deploy_kserve(
             mounted_at=MOUNT,
         )
         plan = plan_triton(bundle, folder, triton)
+        for what, named in (
+            ("--runtime-version", options.runtime_version),
+            ("--container", options.container),
+        ):
+            if named is not None:
+                plan.check_release(named, what)
         values = inference_service(plan, options)
     text = HEADER + to_yaml(values)
     with (

@@ -26,6 +26,13 @@ from numpy.typing import NDArray
 from quartermap_deploy.bundle import Bundle, describe_file, load_bundle, write_json
 from quartermap_deploy.classes import activation_of, class_labels
 from quartermap_deploy.data import pixels
+from quartermap_deploy.deploy.runtime_versions import (
+    Version,
+    check_triton,
+    onnxruntime_for,
+    triton_for,
+    written,
+)
 from quartermap_deploy.deploy.textproto import textproto
 from quartermap_deploy.deploy.triton_config import (
     LABELS_FILE,
@@ -47,6 +54,7 @@ from quartermap_deploy.image_interface import (
     image_model_tensors,
     no_image_model,
 )
+from quartermap_deploy.onnx_bounds import versions_of
 from quartermap_deploy.plain_text import command
 from quartermap_deploy.progress import SILENT, Progress
 
@@ -83,6 +91,7 @@ class TritonOptions:
         engines_from: more bundles of the same model, whose engines are for other GPUs.
         signed_by: PEM files of public keys by all of which the bundles must be signed; see `load_bundle`.
         mounted_at: where the repository will lie on the machine that serves it; None for where it is written.
+        release: of Triton that will serve it, such as "24.03", so that one that is too old is refused; None for any.
     """
 
     backend: str | None = None
@@ -101,6 +110,7 @@ class TritonOptions:
     engines_from: tuple[Path, ...] = ()
     signed_by: tuple[Path, ...] = ()
     mounted_at: str | None = None
+    release: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -119,6 +129,8 @@ class TritonOptions:
                 raise DeployError(
                     f"{name} = {value!r}; expected a whole number of at least {least}, and below 2^31"
                 )
+        if self.release is not None and not re.fullmatch(r"\d\d\.\d\d(-[\w.-]+)?", self.release):
+            raise DeployError(f"release = {self.release!r}; expected one of Triton, such as 24.03")
         if self.device not in (None, *DEVICES):
             raise DeployError(f"unknown device {self.device!r}; expected {' or '.join(DEVICES)}")
         if self.name is not None and not re.fullmatch(NAME, self.name):
@@ -185,11 +197,28 @@ class TritonPlan:
             found.append("--backend-config=tensorrt,version-compatible=true")
         return found
 
+    @property
+    def onnxruntime(self) -> Version:
+        """The oldest ONNX Runtime that runs the portable model."""
+        return onnxruntime_for(*versions_of(self.bundle.model_path))
+
+    def check_release(self, named: str, what: str) -> None:
+        """Refuse a release of Triton, or an image or tag of one, that is too old for the model.
+
+        Raises:
+            DeployError: if it is.
+        """
+        if self.source.backend == "onnxruntime":
+            check_triton(named, what, self.onnxruntime)
+
     def notes(self) -> list[str]:
         """What the one who starts Triton has to know."""
         found = []
         if self.source.backend == "onnxruntime":
-            found.append("needs ONNX Runtime 1.23 or newer: Triton 25.08 or newer")
+            needed = self.onnxruntime
+            found.append(
+                f"needs ONNX Runtime {written(needed)} or newer: Triton {written(triton_for(needed), 2)} or newer"
+            )
         else:
             capabilities = ", ".join(self.source.capability_files)
             gpus = f"GPUs of compute capability {capabilities}" if capabilities else "any GPU from Ampere on"
@@ -326,7 +355,10 @@ def plan_triton(bundle: str | os.PathLike[str], out: Path, options: TritonOption
         raise DeployError(f"the bundle {loaded.path} has no golden inputs to warm up with; compile it again")
     case = golden.get("images") or next(iter(golden.values()))
     labels = class_labels(loaded, options.labels) or tuple(map(str, range(loaded.num_classes or 0)))
-    return TritonPlan(loaded, source, interface, options, gpu, labels, case, no_images, place)
+    plan = TritonPlan(loaded, source, interface, options, gpu, labels, case, no_images, place)
+    if options.release is not None:
+        plan.check_release(options.release, "the release")
+    return plan
 
 
 def _images(bundle: Bundle, options: TritonOptions) -> tuple[ImageInterface | None, str]:

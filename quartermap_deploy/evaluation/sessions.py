@@ -263,7 +263,7 @@ def _recipe_runner(
     else:
         identity |= {
             name: getattr(recipe, name)
-            for name in ("precision", "optimize", "io", "keep_float32", "blocks_float32")
+            for name in ("precision", "optimize", "inline", "opset", "io", "keep_float32", "blocks_float32")
         }
         recipe = dataclasses.replace(recipe, targets=(target,), execution=execution)
         session, sizes = _built_session(recipe, source, progress)

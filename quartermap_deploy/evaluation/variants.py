@@ -171,11 +171,16 @@ def check_comparable(recipe: Recipe) -> None:
     """Refuse a recipe whose variants would not be compared in the form that it asks for.
 
     Raises:
-        RecipeError: if it asks for another precision than float32, or for open sizes.
+        RecipeError: if it asks for another precision than float32, for open sizes, or for a file for other tools.
     """
-    if recipe.precision == "float32" and not recipe.dynamic_size:
-        return
-    found = f"precision {recipe.precision}" if recipe.precision != "float32" else "open height and width"
-    raise RecipeError(
-        f"the recipe asks for {found}; variants are compared in float32 and at one size, so leave that out"
-    )
+    asked = {
+        f"precision {recipe.precision}": recipe.precision != "float32",
+        "open height and width": recipe.dynamic_size,
+        "scans that are written out": recipe.inline,
+        f"opset {recipe.opset}": recipe.opset is not None,
+    }
+    if found := [what for what, is_asked in asked.items() if is_asked]:
+        raise RecipeError(
+            f"the recipe asks for {found[0]}; variants are compared in float32, at one size and in the usual form of "
+            "their scans, so leave that out"
+        )

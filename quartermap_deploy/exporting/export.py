@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from quartermap_deploy.errors import ExportError
+from quartermap_deploy.exporting import inlining
 from quartermap_deploy.pruning.plan import QuarterMap
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ class Export:
     """An exported model and how it came about.
 
     Attributes:
-        model: the portable model: opset 20 (22 in bfloat16), scans as `quartermap.SelectiveScan2D` with their body.
+        model: the portable model: opset 20 (22 in bfloat16) or the one asked for, scans as `quartermap.SelectiveScan2D`
+            with their body, or written out.
         traced: the same model before any pass, without bodies.
         float32: the model after the passes that prune, in float32 and without bodies: what other precisions and other
             bodies are made from.
@@ -66,8 +68,10 @@ def export_onnx(
     dynamic_batch: bool = True,
     dynamic_size: bool = False,
     optimize: bool = True,
+    inline: bool = False,
+    opset: int | None = None,
 ) -> onnx.ModelProto:
-    """Export a model to ONNX: opset 20, valid for `onnx.checker`, runs in plain ONNX Runtime.
+    """Export a model to ONNX, valid for `onnx.checker`, runs in plain ONNX Runtime.
 
     Args:
         model: a model of `create_model`, not pruned by `prune`: the plan is carried out in the graph.
@@ -83,6 +87,8 @@ def export_onnx(
         dynamic_size: leave height and width open.
         optimize: subsample before the convolution and restore after the projection where that changes no number;
             False keeps the paper's canonical form, a Slice before and a Resize after the scan.
+        inline: write the scans out in standard operators, without functions; see `inline`.
+        opset: of the standard operators, 17 to 23; None takes 20, or 22 in bfloat16.
 
     Returns:
         The model, with input `images` (batch, channels, height, width) and outputs as the model's `output_names` says:
@@ -92,7 +98,7 @@ def export_onnx(
         InputError: if the model cannot take the size.
         PlanError: if the plan does not fit the model.
         ExportError: if the model cannot be exported.
-        PassError: if a pass does not find what the plan names.
+        PassError: if a pass does not find what the plan names, or an operator cannot be written in the opset.
     """
     from quartermap_deploy.sources.architectures import architecture_source
 
@@ -106,6 +112,8 @@ def export_onnx(
         blocks_float32=blocks_float32,
         calibration=None if calibration is None else {source.inputs[0].name: calibration},
         optimize=optimize,
+        inline=inline,
+        opset=opset,
     ).model
 
 
@@ -119,6 +127,8 @@ def export(
     blocks_float32: Iterable[int] = (),
     calibration: Mapping[str, NDArray[Any]] | None = None,
     optimize: bool = True,
+    inline: bool = False,
+    opset: int | None = None,
     traced: Traced | None = None,
 ) -> Export:
     """Export any source model; the arguments that `export_onnx` has too mean the same.
@@ -135,11 +145,21 @@ def export(
         blocks_float32: blocks that stay float32.
         calibration: for the range scan in float16, a batch for each input, by name.
         optimize: whether passes that change no number run.
+        inline: whether the scans are written out.
+        opset: of the standard operators.
         traced: what `source.trace()` returned.
     """
     import onnx
 
-    from quartermap_deploy.passes import CANONICAL, OPTIMIZED, Selection, infer_shapes, lower, run_passes
+    from quartermap_deploy.passes import (
+        CANONICAL,
+        OPTIMIZED,
+        Selection,
+        at_opset,
+        infer_shapes,
+        lower,
+        run_passes,
+    )
 
     if precision not in PRECISIONS:
         raise ExportError(
@@ -170,5 +190,9 @@ def export(
         )
         reports.append(report)
     lowered = lower(typed)
+    if inline:
+        lowered = inlining.inline(lowered)
+    if opset is not None:
+        lowered = at_opset(lowered, opset)
     onnx.checker.check_model(lowered, full_check=True)
     return Export(lowered, traced, shaped, pruned, (*traced.reports, *reports), ranges)

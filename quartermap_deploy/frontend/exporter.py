@@ -35,6 +35,7 @@ from quartermap_deploy.lowering.operator import (
     SELECTIVE_SCAN_2D,
     VERSION,
 )
+from quartermap_deploy.lowering.versions import stamp_ir_version
 
 if TYPE_CHECKING:
     import onnx
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from quartermap_deploy.architectures.base import VisualStateSpaceModel
 
 OPSET = 20
-IR_VERSION = 10
 INPUT, OUTPUT = "images", "logits"
 _MARK = "BlockOutput"
 _SITE = "site"
@@ -196,8 +196,8 @@ def to_onnx(
     for node in exported.graph:
         if node.domain == DOMAIN:
             node.attributes.pop(_SITE, None)
-    exported.ir_version = IR_VERSION
     model: onnx.ModelProto = onnx_ir.to_proto(exported)
+    stamp_ir_version(model)
     return model
 
 
@@ -519,9 +519,9 @@ def _tidy(
     model.graph.metadata_props.clear()
     model.producer_name, model.producer_version, model.doc_string = "quartermap-deploy", "", ""
     model.graph.name = "quartermap"
-    model.ir_version = IR_VERSION
     _name_axes(model, open_axes)
     exported: onnx.ModelProto = onnx_ir.to_proto(model)
+    stamp_ir_version(exported)
     return exported
 
 

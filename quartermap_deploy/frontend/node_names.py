@@ -78,6 +78,12 @@ def read_name(name: str) -> BlockName | None:
     return BlockName(int(match["block"]), int(match["call"] or 1), match["scan"] is not None)
 
 
+def names_scan(name: str) -> bool:
+    """Whether a name is that of a scan, as its node has it, or the last of its nodes where it is written out."""
+    own = read_name(name)
+    return own is not None and own.scan
+
+
 def read_scopes(text: str | None) -> tuple[str, ...]:
     """The paths of the modules that a node is in, outermost first, as "layers.0.blocks.1"; empty if none is told."""
     scopes = ast.literal_eval(text) if text else []

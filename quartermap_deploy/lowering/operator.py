@@ -33,6 +33,9 @@ DIRECTIONS = ("row", "column", "row_reverse", "column_reverse")
 
 ORIENTATIONS = ("row", "column")
 
+OPSETS = range(17, 24)
+"""The opsets of the standard operators in which a model can be written. 17 is the first with LayerNormalization."""
+
 
 @dataclass(frozen=True)
 class Direction:

@@ -42,8 +42,7 @@ def write_recurrence(
 
 
 def _in_lines(write: Writer, A: Value, dt: Value, B: Value, C: Value, x: Value) -> Value:
-    # (G, d, 1) → (G, 1, 1, d).
-    exponent = write("Mul", dt, write("Reshape", A, ints(0, 1, 1, -1)))
+    exponent = write("Mul", dt, _states_first(write, A))
     decay = write("Exp", exponent)
     # B first: were x multiplied by B, both unrolled, ONNX Runtime could move the unrolling behind the product.
     drive = write("Mul", write("Mul", dt, B), x)
@@ -86,21 +85,22 @@ def _states_before_lines(write: Writer, own: Value, total_decay: Value, zero: Va
     body = Writer("across_")
     following = body("Add", body("Mul", "carry", "decay"), "own")
     before = body("Identity", "carry")
+    # Lines first, as a Scan along another axis does it by itself. ONNX Runtime's symbolic shape inference finds the
+    # axis by its size, and takes the directions for the lines where there are as many.
+    lines_first = [write("Transpose", value, perm=[2, 0, 1, 3]) for value in (own, total_decay)]
     _, starts = write.multiple(
         "Scan",
-        [write("ReduceMin", zero, ints(2), keepdims=0), own, total_decay],
+        [write("Gather", zero, np.array(0), axis=2), *lines_first],
         2,
         body=body.subgraph("across", ["carry", "own", "decay"], [following, before]),
         num_scan_inputs=2,
-        scan_input_axes=[2, 2],
-        scan_output_axes=[2],
     )
-    return starts
+    return write("Transpose", starts, perm=[1, 2, 0, 3])
 
 
 def _in_one_piece(write: Writer, A: Value, dt: Value, B: Value, C: Value, x: Value) -> Value:
     # The state is (G, batch, N, d).
-    A = write("Unsqueeze", write("Transpose", A, perm=[0, 2, 1]), ints(1))
+    A = _states_first(write, A)
     # The axis of the one line becomes the axis of the states; B turns its states into a column.
     column = write("Transpose", B, perm=[0, 1, 2, 4, 3])
     first = write("Gather", dt, np.array(0), axis=0)
@@ -118,3 +118,12 @@ def _in_one_piece(write: Writer, A: Value, dt: Value, B: Value, C: Value, x: Val
         num_scan_inputs=4,
     )
     return y
+
+
+def _states_first(write: Writer, A: Value) -> Value:
+    """(G, d, N) → (G, 1, N, d).
+
+    Not by a Reshape that keeps sizes by a 0: tools that make one Reshape of two (onnxoptimizer 0.4, onnxsim 0.4) read
+    the 0 as a size of what comes before both.
+    """
+    return write("Unsqueeze", write("Transpose", A, perm=[0, 2, 1]), ints(1))

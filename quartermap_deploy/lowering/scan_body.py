@@ -93,7 +93,17 @@ class _BodyWriter:
         grid = write("Shape", raster_x, start=0, end=3)
         positions = write("Shape", x, start=0, end=1)
         raster = write("Reshape", self._count_up(positions), grid)
-        sequences = [self._sequence(raster, direction) for direction in self.directions]
+        # Once for each orientation: of two Flattens of one value onnxscript 0.7's optimiser loses the shape of one.
+        forward = {
+            orientation: self._sequence(raster, orientation)
+            for orientation in dict.fromkeys(direction.orientation for direction in self.directions)
+        }
+        sequences = [
+            self._reversed(forward[direction.orientation])
+            if direction.reverse
+            else forward[direction.orientation]
+            for direction in self.directions
+        ]
         stacked = write("Concat", *sequences, axis=0)
         height = write("Shape", raster_x, start=1, end=2)
         lines = height if self.single else ints(1)
@@ -112,16 +122,15 @@ class _BodyWriter:
         ]
         return unroll, write("Concat", *found, axis=3)
 
-    def _sequence(self, raster: Value, direction: Direction) -> Value:
-        """The raster indices (batch, H, W) in the order of a direction, (1, batch, H·W)."""
+    def _sequence(self, raster: Value, orientation: str) -> Value:
+        """The raster indices (batch, H, W) along rows or columns, (1, batch, H·W)."""
         write = self.write
-        if direction.orientation == "column":
+        if orientation == "column":
             raster = write("Transpose", raster, perm=[0, 2, 1])
-        sequence = write("Unsqueeze", write("Flatten", raster, axis=1), ints(0))
-        return self._reversed(sequence) if direction.reverse else sequence
+        return write("Unsqueeze", write("Flatten", raster, axis=1), ints(0))
 
     def _in_raster(self, sequence: Value, direction: Direction, height: Value, width: Value) -> Value:
-        """The inverse of `_sequence`: (1, batch, H·W) in the order of a direction → (batch, H, W, 1)."""
+        """The inverse of such a sequence: (1, batch, H·W) in the order of a direction → (batch, H, W, 1)."""
         write = self.write
         if direction.reverse:
             sequence = self._reversed(sequence)

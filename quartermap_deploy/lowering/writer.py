@@ -74,7 +74,8 @@ def scan_function(
     function = helper.make_function(
         DOMAIN, name, list(inputs), [result], write.nodes, [opset], list(attributes)
     )
-    function.overload = overload
+    if overload:
+        function.overload = overload
     return function
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import onnx
 
+from quartermap_deploy.passes.at_opset import at_opset
 from quartermap_deploy.passes.base import GraphPass, PassReport, Selection
 from quartermap_deploy.passes.hoist_slice import hoist_slice
 from quartermap_deploy.passes.insert_quartermap import insert_quartermap
@@ -27,6 +28,7 @@ __all__ = [
     "GraphPass",
     "PassReport",
     "Selection",
+    "at_opset",
     "hoist_slice",
     "infer_shapes",
     "insert_quartermap",

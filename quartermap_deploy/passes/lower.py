@@ -40,6 +40,7 @@ from quartermap_deploy.lowering.sequence_body import sequence_body
 from quartermap_deploy.lowering.sequence_tree_body import SequenceTreeVariant, sequence_tree_body
 from quartermap_deploy.lowering.tree_body import TreeVariant, tree_body
 from quartermap_deploy.lowering.tree_scan import OPEN_LENGTH
+from quartermap_deploy.lowering.versions import stamp_ir_version
 from quartermap_deploy.passes.shapes import infer_shapes_at
 
 Body = Callable[[Any, str], onnx.FunctionProto]
@@ -60,6 +61,8 @@ _VARIANTS: dict[str, tuple[Sequence[str], Callable[..., Any]]] = {
 
 def lower(model: onnx.ModelProto, body: str = "scan", at: Sequence[InputShapes] = ()) -> onnx.ModelProto:
     """Return the model with a function for each variant of its scans; functions that are there are replaced.
+
+    Its IR version is the lowest that is valid: 9 in opset 20, and 10 where functions have overloads.
 
     Args:
         model: a model with SelectiveScan2D or SelectiveScan nodes; not changed.
@@ -99,7 +102,11 @@ def lower(model: onnx.ModelProto, body: str = "scan", at: Sequence[InputShapes] 
             variant = sizes.tree_variant(variant, node.input[0])
         # Runtimes match a plugin by name alone, so the plain name goes to the first, and mostly only, variant.
         own = overloads[node.op_type]
-        node.overload = own.setdefault(variant, "" if not own else f"variant_{len(own)}")
+        overload = own.setdefault(variant, "" if not own else f"variant_{len(own)}")
+        # Files of IR versions before 10 have no such field, not even an empty one.
+        node.ClearField("overload")
+        if overload:
+            node.overload = overload
     for name, variants in overloads.items():
         result.functions.extend(
             BODIES[body][name](variant, overload) for variant, overload in variants.items()
@@ -107,6 +114,7 @@ def lower(model: onnx.ModelProto, body: str = "scan", at: Sequence[InputShapes] 
     _match_opset(result)
     if any(overloads.values()) and DOMAIN not in {item.domain for item in result.opset_import}:
         result.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
+    stamp_ir_version(result)
     return result
 
 

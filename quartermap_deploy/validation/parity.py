@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quartermap_deploy.frontend.node_names import read_name
+from quartermap_deploy.frontend.node_names import names_scan
 from quartermap_deploy.validation.comparison import OutputComparison, block_of, relative_to_largest
 from quartermap_deploy.validation.tolerances import Tolerance
 
@@ -91,8 +91,8 @@ class ParityReport:
             where = f"{output.name} departs" + (", though no block does by itself" if judged else "")
         else:
             # A scan that departs takes its block's output along, so it tells more.
-            case, output = next(((c, o) for c, o in own if _is_scan(o.name)), own[0])
-            place = "in or before its scan" if _is_scan(output.name) else "behind its scan"
+            case, output = next(((c, o) for c, o in own if names_scan(o.name)), own[0])
+            place = "in or before its scan" if names_scan(output.name) else "behind its scan"
             path = f" ({self.paths[block]})" if self.paths.get(block) else ""
             where = f"block {block}{path} is the first that departs, {place}"
         count = sum(len(outputs) for outputs in self.cases.values())
@@ -142,11 +142,6 @@ def check_parity(
         cases={name: list(result.values()) for name, result in zip(cases, iterations, strict=True)},
         paths=paths or {},
     )
-
-
-def _is_scan(output: str) -> bool:
-    name = read_name(output)
-    return name is not None and name.scan
 
 
 @contextlib.contextmanager

@@ -20,8 +20,8 @@ import onnx
 from onnx import helper, numpy_helper
 
 from quartermap_deploy.lowering.element_types import BY_NUMBER, FLOAT, ElementType, types_of_values
-from quartermap_deploy.lowering.operator import DOMAIN
 from quartermap_deploy.passes.cast_precision import MOVEMENT
+from quartermap_deploy.passes.inline_scans import makes_scan
 from quartermap_deploy.passes.shapes import infer_shapes
 
 _PREFIX = "rounded"
@@ -78,7 +78,7 @@ def rounded_in_float32(model: onnx.ModelProto) -> onnx.ModelProto:
             if kind is None or exact:
                 continue
             own.output[position] = f"{name}/unrounded"
-            if node.domain == DOMAIN and node.name and name not in ends:
+            if makes_scan(node) and node.name and name not in ends:
                 own.name = f"{node.name}/unrounded"
                 rename[name] = node.name
             round_value(own.output[position], rename.get(name, name), kind)

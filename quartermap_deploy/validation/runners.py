@@ -17,8 +17,8 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
 
-from quartermap_deploy.frontend.node_names import read_name
-from quartermap_deploy.lowering.operator import DOMAIN, SCANS
+from quartermap_deploy.frontend.node_names import names_scan, read_name
+from quartermap_deploy.passes.inline_scans import makes_scan
 from quartermap_deploy.targets import Session
 from quartermap_deploy.targets.execution import ON_CPU, Execution
 from quartermap_deploy.targets.onnxruntime.opening import open_session
@@ -86,8 +86,7 @@ def _is_judged(name: str, followed: Mapping[str, Any]) -> bool:
 
     Every scan has. A block's output is compared where the graph has it as a value; a recovered scan may have taken it.
     """
-    own = read_name(name)
-    return own is None or own.scan or name in followed
+    return read_name(name) is None or names_scan(name) or name in followed
 
 
 class SessionRunner(BaseRunner):  # type: ignore[misc]
@@ -139,7 +138,8 @@ def onnxruntime_runner(
 def with_block_outputs(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return the model with the outputs of every scan and every block as graph outputs, before its own outputs.
 
-    What the scan named `block_<i>/scan` makes is named like it. One that is gone is not marked, and the comparison then
+    What the scan named `block_<i>/scan` makes is named like it, also where the scan is written out and only the last of
+    its nodes has that name. One that is gone is not marked, and the comparison then
     finds that it is missing.
     """
     import onnx
@@ -147,11 +147,7 @@ def with_block_outputs(model: onnx.ModelProto) -> onnx.ModelProto:
     marked = onnx.ModelProto()
     marked.CopyFrom(model)
     own = {value.name for value in marked.graph.output}
-    named = {
-        node.output[0]: node.name
-        for node in marked.graph.node
-        if node.domain == DOMAIN and node.op_type in SCANS
-    }
+    named = {node.output[0]: node.name for node in marked.graph.node if makes_scan(node)}
     scans = {output: name for output, name in named.items() if output not in own}
     # What the model itself returns keeps its name, and is there under the scan's name too.
     marked.graph.node.extend(

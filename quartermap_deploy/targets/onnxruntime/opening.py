@@ -18,7 +18,7 @@ from quartermap_deploy.lowering.operator import SCANS, SELECTIVE_SCAN_2D
 from quartermap_deploy.machine import usable_cores
 from quartermap_deploy.native.cpu_library import find_cpu_library
 from quartermap_deploy.native.cuda_library import find_cuda_library
-from quartermap_deploy.onnx_bounds import check_model
+from quartermap_deploy.onnx_bounds import LOOP, check_model
 from quartermap_deploy.targets.execution import CPU, CUDA, ON_CPU, Execution, Provider, short_names
 from quartermap_deploy.targets.fused_norms import fused_model
 from quartermap_deploy.targets.onnxruntime.packages import (
@@ -36,6 +36,7 @@ THREADS_ENTRY = "quartermap.threads"
 """The entry of a session's configuration by which the native operator learns how many threads there are."""
 PLACEMENT_ENTRY = "session.record_ep_graph_assignment_info"
 """The entry by which ONNX Runtime, from 1.24 on, keeps which provider has which node."""
+INLINED = "the scans are written out in the file (inline), so there is no operator whose place it could take"
 FATAL = 4
 """Severity of what a log of ONNX Runtime still takes."""
 LARGEST_FOLDED = str(64 << 20)
@@ -95,7 +96,10 @@ def open_session(
             provider cannot start, or the model has scans for which the native operator is wanted and cannot be had.
         MissingDependencyError: if a provider is not in the package of ONNX Runtime that is installed.
     """
-    scans = check_model(model).intersection(SCANS)
+    kinds = check_model(model)
+    scans = kinds.intersection(SCANS)
+    if native and not scans and LOOP in kinds:
+        raise BundleError(f"the native operator cannot run the scans of {_name(model)}: {INLINED}")
     found = started(execution)
     preload(tuple(provider.name for provider in found.providers))
     threads = threads if threads is not None else threads_wanted()
@@ -104,7 +108,8 @@ def open_session(
         return _session(source, _options(threads, profile, library, found.providers), found.providers)
 
     if not scans:
-        opened, form = _or_refused(model, lambda: session(model, None)), ScanForm("none")
+        form = ScanForm("portable", reason=INLINED) if LOOP in kinds else ScanForm("none")
+        opened = _or_refused(model, lambda: session(model, None))
     elif all(provider.in_host_memory for provider in found.providers):
         fuse = fuse and found.providers[0].name == CPU
         opened, form = _in_host_memory(model, session, native, fuse)
