@@ -71,10 +71,11 @@ QUARTERMAP_DEVICE void load_rows_of_7(T const* x, float const* skips, Shared bas
     }
 }
 
-// Rows of 7 are packed where x was, and leave as whole lines.
+// Rows of 7 are packed where x was, and leave as whole lines. Returns whether all that this thread stores is finite.
 template <typename T, class G>
-QUARTERMAP_DEVICE void store_rows_of_7(T* y, Shared base)
+QUARTERMAP_DEVICE bool store_rows_of_7(T* y, Shared base)
 {
+    Word seen = 0u;
     QUARTERMAP_UNROLL
     for (int n = 0; n < kRowsOfThread<G>; ++n)
     {
@@ -102,8 +103,10 @@ QUARTERMAP_DEVICE void store_rows_of_7(T* y, Shared base)
             Word words[4];
             read_shared(base + line * 16, words);
             store_words(y + line * 8, words);
+            seen = watch_all<T>(seen, words);
         }
     }
+    return all_finite(seen);
 }
 
 // Does `each(channel, n)` for all lines of a warp's channels, the n-th of a channel, as many at once as there are
@@ -152,20 +155,24 @@ QUARTERMAP_DEVICE void load_maps(T const* x, float const* skips, Shared base, in
     }
 }
 
+// Returns whether all that this thread stores is finite.
 template <typename T, class G>
-QUARTERMAP_DEVICE void store_maps(T* y, Shared base, int warp, int lane)
+QUARTERMAP_DEVICE bool store_maps(T* y, Shared base, int warp, int lane)
 {
     if constexpr (G::pitch != G::width)
     {
-        store_rows_of_7<T, G>(y, base);
+        return store_rows_of_7<T, G>(y, base);
     }
     else
     {
+        Word seen = 0u;
         for_each_line<G>(warp, lane, [&](int channel, int line) {
             Word words[kLine<G>];
             read_shared(base + G::all_maps_bytes + channel * G::map_bytes + line * (4 * kLine<G>), words);
             store_words(y + channel * (G::height * G::width) + line * (2 * kLine<G>), words);
+            seen = watch_all<T>(seen, words);
         });
+        return all_finite(seen);
     }
 }
 
