@@ -18,7 +18,8 @@
  *     dt_weight   (K * d_inner, R)                                         T
  *
  * T is float32, float16 or bfloat16. States and decays are float32 always; where tensor cores compute a scan, steps, drives
- * and sums are rounded to 16 bits (docs/adr/0019), elsewhere nothing but y. Neither torch nor TensorRT is needed.
+ * and sums are rounded to 16 bits, and computed again in float32 where one leaves their range (docs/adr/0019), elsewhere
+ * nothing but y. Neither torch nor TensorRT is needed.
  *
  * A scan is planned once for each shape, its plan prepared once on each device, and then launched any number of times.
  * Every function may be called from any thread. None ends the process, and a launch neither allocates memory nor waits
