@@ -290,7 +290,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
                     for row in _of(rows, first["kernel"], element_type, architecture)
                     if _title(row) == _title(first)
                 ]
-                cells.append(_registers(same[0]))
+                cells.append(_registers(same[0]) if same else "–")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
