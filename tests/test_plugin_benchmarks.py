@@ -298,8 +298,13 @@ def test_the_goals_are_met_by_what_was_counted() -> None:
     rows = counted["kernels"]
     assert counted["measured"] is False
     assert instructions.missed(rows) == []
-    resident = [row for row in rows if row["kernel"] == "resident" and row["architecture"] == "90"]
-    assert len(resident) == 2 * 8
+    # The goals are those of float16; what else was counted changes with the time that there was for compiling.
+    resident = [
+        row
+        for row in rows
+        if (row["kernel"], row["architecture"], row["type"]) == ("resident", "90", "float16")
+    ]
+    assert len(resident) == 8
     assert all(row["counts"]["instructions"] > 10 for row in resident)
     spilling = {**resident[0], "spilled": 20}
     assert "20 bytes are spilled" in instructions.missed([spilling])[0]

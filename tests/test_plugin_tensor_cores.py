@@ -7,7 +7,7 @@ races; see plugins/emulation/.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import plugin_builds
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quartermap_deploy.native.build import plugin_sources
 from quartermap_deploy.native.errors import PluginError
-from quartermap_deploy.scan.cuda import GENERAL, RESIDENT, SPLIT, Kernels, Plan, Tensors, make_scan
+from quartermap_deploy.scan.cuda import GENERAL, RESIDENT, SPLIT, STREAMED, Kernels, Plan, Tensors, make_scan
 from quartermap_deploy.scan.definition import DIRECTIONS, selective_scan_2d_definition
 
 TOLERANCES = {"float16": 2e-3, "bfloat16": 1.2e-2}
@@ -70,9 +70,14 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     return Kernels(plugin_builds.emulated_kernels(tmp_path_factory))
 
 
+KINDS = {GENERAL: "general", RESIDENT: "resident", SPLIT: "split", STREAMED: "streamed"}
+"""Values of the environment variable `QUARTERMAP_KERNELS`."""
+
+
 @pytest.fixture
-def kernels(library: Kernels) -> Iterator[Kernels]:
+def kernels(library: Kernels, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
     """The library, emulated in the usual way again afterwards."""
+    monkeypatch.delenv("QUARTERMAP_KERNELS", raising=False)
     yield library
     library._library.quartermap_emulation_order(0)
     library._library.quartermap_emulation_blocks(1)
@@ -106,11 +111,20 @@ def make_inputs(sizes: Sizes, element_type: str, count: int = 4, regime: Regime 
 
 
 def make_plan(
-    kernels: Kernels, sizes: Sizes, element_type: str, device: Device, directions: Sequence[str] = DIRECTIONS
+    kernels: Kernels,
+    sizes: Sizes,
+    element_type: str,
+    device: Device,
+    directions: Sequence[str] = DIRECTIONS,
+    which: int | None = None,
 ) -> Plan:
+    """Return the plan for a device, by the kernels that are named."""
     batch, d_inner, height, width, rank = sizes
     scan = make_scan((batch, d_inner, height, width, 1, rank), directions, True, element_type)
-    plan = kernels.plan_for(scan, *device)
+    with pytest.MonkeyPatch.context() as patch:
+        if which is not None:
+            patch.setenv("QUARTERMAP_KERNELS", KINDS[which])
+        plan = kernels.plan_for(scan, *device)
     assert plan.shared_bytes <= device[1]
     kernels.prepare(plan)
     return plan
@@ -133,8 +147,8 @@ def check(
     directions: Sequence[str] = DIRECTIONS,
     regime: Regime = TRAINED,
 ) -> Plan:
-    """Run a scan by the plan for a device, which has to be one of these kernels, against the definition."""
-    plan = make_plan(kernels, sizes, element_type, device, directions)
+    """Run a scan by the plan for a device and of these kernels against the definition."""
+    plan = make_plan(kernels, sizes, element_type, device, directions, which)
     assert plan.kernels == which
     inputs = make_inputs(sizes, element_type, len(directions), regime)
     y = kernels.scan_2d(*inputs, directions, True, plan)
@@ -216,10 +230,34 @@ def test_other_lists_of_directions(kernels: Kernels, directions: Sequence[str]) 
     check(kernels, (1, 16, 28, 28, 12), "float16", ONE_MULTIPROCESSOR, SPLIT, directions=directions)
 
 
+STREAMS: list[tuple[Sizes, str]] = [
+    ((2, 16, 56, 56, 6), "float16"),
+    ((1, 32, 28, 28, 12), "bfloat16"),
+    ((1, 16, 14, 14, 24), "float16"),
+    ((1, 16, 16, 24, 40), "float16"),
+    # Blocks of rows that do not divide a warp's four slots; positions that 8 does not divide; odd ranks.
+    ((2, 32, 21, 30, 7), "bfloat16"),
+    ((1, 16, 7, 2, 1), "float16"),
+]
+
+
+@pytest.mark.parametrize(("sizes", "element_type"), STREAMS, ids=str)
+def test_maps_that_stay_in_global_memory(kernels: Kernels, sizes: Sizes, element_type: str) -> None:
+    plan = check(kernels, sizes, element_type, ADA, STREAMED)
+    assert plan.blocks == sizes[0] * sizes[1] // 16 and plan.workspace_bytes < 1e5
+
+
+@pytest.mark.parametrize(
+    "directions", [("row_reverse",), ("column", "row", "column_reverse", *DIRECTIONS)], ids=",".join
+)
+def test_other_lists_of_directions_that_are_streamed(kernels: Kernels, directions: Sequence[str]) -> None:
+    check(kernels, (1, 16, 14, 20, 12), "float16", ADA, STREAMED, directions=directions)
+
+
 def test_a_direction_in_one_block(kernels: Kernels) -> None:
     """Where the multiprocessors are busy anyway, the chunks of a direction stay in one block, in turn."""
     plan = make_plan(kernels, (2, 16, 56, 56, 6), "float16", FEW_MULTIPROCESSORS)
-    assert plan.blocks == 8
+    assert plan.blocks == 8 and plan.kernels == SPLIT
     check(kernels, (2, 16, 56, 56, 6), "float16", FEW_MULTIPROCESSORS, SPLIT)
 
 
@@ -227,7 +265,7 @@ def test_a_direction_in_one_block(kernels: Kernels) -> None:
     ("batch", "expected"),
     [
         (1, {H100: "SSSSSSSS", A100: "SSSSSSSS", ADA: "SSSSSSSS"}),
-        (128, {H100: "RRRRRRRR", A100: "GRRRGRRR", ADA: "GRRRGRRR"}),
+        (128, {H100: "RRRRRRRR", A100: "TRRRTRRR", ADA: "TRRRTRRR"}),
     ],
 )
 def test_plans_of_real_stages(kernels: Kernels, batch: int, expected: dict[Device, str]) -> None:
@@ -238,7 +276,7 @@ def test_plans_of_real_stages(kernels: Kernels, batch: int, expected: dict[Devic
         found = ""
         for d_inner, side, rank in tiny + base:
             scan = make_scan((batch, d_inner, side, side, 1, rank), DIRECTIONS, True, "float16")
-            found += "GRS"[kernels.plan_for(scan, *device).kernels]
+            found += "GRST"[kernels.plan_for(scan, *device).kernels]
         assert found == letters, device
 
 
@@ -254,7 +292,7 @@ def test_plans_of_real_stages(kernels: Kernels, batch: int, expected: dict[Devic
         ((1, 16, 30, 28, 1, 12), DIRECTIONS, True, "float16"),
         ((1, 16, 63, 28, 1, 12), DIRECTIONS, True, "float16"),
         ((1, 16, 32, 27, 1, 12), DIRECTIONS, True, "float16"),
-        ((64, 96, 112, 112, 1, 6), DIRECTIONS, True, "float16"),
+        ((64, 96, 112, 63, 1, 6), DIRECTIONS, True, "float16"),
         ((1, 1 << 21, 7, 7, 1, 48), DIRECTIONS, True, "float16"),
     ],
     ids=str,
@@ -290,6 +328,113 @@ def test_tensors_that_begin_anywhere_are_copied(kernels: Kernels) -> None:
         moved.append(space[first:][: tensor.numel()].view(tensor.shape).copy_(tensor))
     assert all(tensor.data_ptr() % 16 for tensor in moved)
     assert torch.equal(kernels.scan_2d(*moved, DIRECTIONS, True), y)
+
+
+# Values that leave float16 -------------------------------------------------------------------------------------------
+
+
+def large_drive(inputs: list[Tensor]) -> None:
+    """One step times x of 4e5, far above 65504, and B so small that y stays within it; elsewhere x is zero."""
+    x, _, B, _, _, D, bias, _ = inputs
+    x.zero_()
+    x[0, 3, 3, 1] = 6e4
+    bias.add_(8)
+    B.mul_(1e-4)
+    D.mul_(1e-3)
+
+
+def large_state(inputs: list[Tensor]) -> None:
+    """Small decays and much drive: states of millions; C is small."""
+    x, _, B, C, A, D, bias, _ = inputs
+    x.abs_().mul_(3e4).clamp_(max=6e4)
+    B.abs_()
+    C.mul_(1e-5)
+    A.mul_(0.1)
+    D.mul_(1e-3)
+    bias.zero_()
+
+
+def large_weight(inputs: list[Tensor]) -> None:
+    """A weight that is none in powers of two, and a rank so small that their product is moderate."""
+    inputs[1].abs_().clamp_(max=1).mul_(2e-5)
+    inputs[7][5] = -6e4
+
+
+def large_sum(inputs: list[Tensor]) -> None:
+    """Three directions give 4e4 each, and the fourth takes it away; states are forgotten at once."""
+    x, dt, B, C, A, D, bias, _ = inputs
+    x.sign_().mul_(2e4)
+    dt.zero_()
+    B.fill_(1.5)
+    C.fill_(1)
+    C[:, 3] = -3
+    A.fill_(-30)
+    D.fill_(0.1)
+    bias.fill_(1)
+
+
+LARGE: list[tuple[Sizes, int]] = [
+    ((1, 128, 7, 7, 48), RESIDENT),
+    ((1, 64, 14, 14, 24), RESIDENT),
+    ((1, 16, 14, 14, 12), SPLIT),
+    # Maps that end within the blocks that add them up.
+    ((2, 16, 7, 9, 5), SPLIT),
+    ((1, 16, 14, 10, 12), STREAMED),
+    ((2, 32, 7, 2, 9), STREAMED),
+]
+
+
+@pytest.mark.parametrize("change", [large_drive, large_state, large_weight, large_sum])
+@pytest.mark.parametrize(("sizes", "which"), LARGE, ids=str)
+def test_what_leaves_float16_is_computed_in_float32(
+    kernels: Kernels, sizes: Sizes, which: int, change: Callable[[list[Tensor]], None]
+) -> None:
+    inputs = make_inputs(sizes, "float16")
+    change(inputs)
+    plan = make_plan(kernels, sizes, "float16", H100, which=which)
+    assert plan.kernels == which
+    y = kernels.scan_2d(*inputs, DIRECTIONS, True, plan)
+    assert relative(y, inputs) <= TOLERANCES["float16"]
+
+
+def test_the_steps_of_bfloat16_are_float16_too(kernels: Kernels) -> None:
+    sizes = (1, 128, 7, 7, 48)
+    inputs = make_inputs(sizes, "bfloat16")
+    inputs[6].add_(1e5)
+    inputs[2].mul_(1e-5)
+    plan = make_plan(kernels, sizes, "bfloat16", H100, which=RESIDENT)
+    y = kernels.scan_2d(*inputs, DIRECTIONS, True, plan)
+    assert plan.kernels == RESIDENT and relative(y, inputs) <= TOLERANCES["bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "which"), [((1, 128, 7, 7, 48), RESIDENT), ((1, 16, 14, 10, 12), STREAMED)], ids=str
+)
+def test_infinity_reaches_what_comes_after_it(kernels: Kernels, sizes: Sizes, which: int) -> None:
+    """As by the general kernel: no other channel, though eight positions of 16 channels are computed together."""
+    inputs = make_inputs(sizes, "float16")
+    inputs[0][0, 5, 3, 1] = float("inf")
+    plans = [make_plan(kernels, sizes, "float16", H100, which=kind) for kind in (which, GENERAL)]
+    y, general = (kernels.scan_2d(*inputs, DIRECTIONS, True, plan) for plan in plans)
+    assert plans[0].kernels == which and plans[1].kernels == GENERAL
+    assert torch.equal(y.isfinite(), general.isfinite()) and not y[0, 5].isfinite().all()
+    assert y[0, :5].isfinite().all() and y[0, 6:].isfinite().all()
+
+
+def test_kernels_are_chosen_by_name(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they suit the scan; an unknown name is refused."""
+    scan = make_scan((128, 96, 56, 56, 1, 6), DIRECTIONS, True, "float16")
+    for kind, name in KINDS.items():
+        if kind != SPLIT:  # which would need too much memory
+            monkeypatch.setenv("QUARTERMAP_KERNELS", name)
+            assert kernels.plan_for(scan, *H100).kernels == kind
+    odd = make_scan((1, 5, 9, 11, 1, 6), DIRECTIONS, True, "float16")
+    assert kernels.plan_for(odd, *H100).kernels == GENERAL
+    monkeypatch.setenv("QUARTERMAP_KERNELS", "fast")
+    with pytest.raises(
+        PluginError, match="QUARTERMAP_KERNELS has to be general, resident, split or streamed"
+    ):
+        kernels.plan_for(scan, *H100)
 
 
 def launch(kernels: Kernels, plan: Plan, inputs: Sequence[Tensor], workspace: Tensor) -> Tensor:
@@ -335,13 +480,15 @@ ORDERED: list[tuple[Sizes, Device]] = [
     ((1, 16, 28, 28, 12), H100),
     ((2, 16, 28, 28, 16), FEW_MULTIPROCESSORS),
     ((1, 16, 21, 35, 9), H100),
+    ((1, 16, 14, 10, 12), ADA),
 ]
 
 
 @pytest.mark.parametrize(("sizes", "device"), ORDERED, ids=str)
 def test_the_order_of_threads_changes_nothing(kernels: Kernels, sizes: Sizes, device: Device) -> None:
     """Forwards, backwards, and permuted; the blocks of a direction at the same time, the last before the first."""
-    plan, inputs = make_plan(kernels, sizes, "float16", device), make_inputs(sizes, "float16")
+    which = STREAMED if device == ADA else None
+    plan, inputs = make_plan(kernels, sizes, "float16", device, which=which), make_inputs(sizes, "float16")
     y = kernels.scan_2d(*inputs, DIRECTIONS, True, plan)
     for order in (1, 2):
         kernels._library.quartermap_emulation_order(order)
@@ -375,6 +522,10 @@ GUARDS: list[tuple[str, Sizes, Device]] = [
     ("TaskDone", (2, 16, 56, 56, 6), FEW_MULTIPROCESSORS),
     ("SumDone", (1, 16, 56, 56, 6), ONE_MULTIPROCESSOR),
     ("RowsPacked", (1, 128, 7, 7, 48), ONE_MULTIPROCESSOR),
+    ("DirectionAdded", (1, 16, 14, 10, 12), ADA),
+    ("AllFinite", (1, 128, 7, 7, 48), ONE_MULTIPROCESSOR),
+    ("AllFinite", (1, 16, 14, 10, 12), ADA),
+    ("SumsKept", (1, 16, 14, 10, 12), ADA),
     ("Predecessors", (1, 16, 28, 28, 12), H100),
 ]
 
@@ -382,7 +533,10 @@ GUARDS: list[tuple[str, Sizes, Device]] = [
 @pytest.mark.parametrize(("name", "sizes", "device"), GUARDS, ids=str)
 def test_no_barrier_can_be_left_out(kernels: Kernels, name: str, sizes: Sizes, device: Device) -> None:
     """Each keeps accesses apart that race without it, whatever order the threads take."""
-    plan, inputs = make_plan(kernels, sizes, "float16", device), make_inputs(sizes, "float16")
+    which = STREAMED if device == ADA else None
+    plan, inputs = make_plan(kernels, sizes, "float16", device, which=which), make_inputs(sizes, "float16")
+    if name in ("AllFinite", "SumsKept"):
+        large_drive(inputs)  # else nothing is computed in float32
     kernels._library.quartermap_emulation_leave_out(barriers().index(name))
     kernels._library.quartermap_emulation_blocks(8)
     kernels._library.quartermap_emulation_order(1)

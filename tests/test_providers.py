@@ -7,6 +7,7 @@ what is said of a provider that is there and cannot start.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -294,6 +295,27 @@ def test_cuda_that_cannot_start_says_why(bundle: Bundle, broken_cuda: probing.Pr
     assert session.placement.left_out == {CUDA: broken_cuda.reason}
     inputs, outputs = golden(bundle)
     assert worst(session.infer(inputs), outputs) <= BELOW_TOLERANCE
+
+
+@needs_cuda_package
+def test_a_wrong_library_is_named_by_cuda_itself(
+    bundle: Bundle, broken_cuda: probing.Probe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of CUDA's libraries is found, and is none: what the loader says of it is inside our message."""
+    missing = re.search(r"(lib\w+\.so\.\d+): cannot open shared object file", str(broken_cuda.reason))
+    if missing is None:
+        pytest.skip(f"CUDA lacks something else than a library: {broken_cuda.reason}")
+    (tmp_path / missing[1]).write_text("of another release")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    probing.probe.cache_clear()
+    try:
+        with pytest.raises(BundleError) as caught:
+            bundle.session(execution=Execution.of("cuda"))
+    finally:
+        probing.probe.cache_clear()
+    said = str(caught.value)
+    assert f"{tmp_path / missing[1]}: file too short" in said or f"{missing[1]}: invalid ELF header" in said
+    assert "cannot start" in said and "cuDNN 9" in said
 
 
 @needs_cuda_package

@@ -2,6 +2,8 @@
 
     python benchmarks/gpu/all.py --json gpu.json [--seconds 480] [--only PART ...] [--library LIB] [--rates PROGRAM]
     python benchmarks/gpu/all.py --dry-run                        # what it would do here, and what is missing; no GPU
+    python benchmarks/gpu/all.py --export FOLDER                  # on another machine before: the ONNX files alone
+    python benchmarks/gpu/all.py --models FOLDER ...              # which are then not made here
 
 Each part runs in a process of its own, within its seconds and what is left of all: one that fails, hangs or crashes
 ends itself alone, and the JSON says so with the last lines of its output. Parts stand in the order of what they are
@@ -29,6 +31,7 @@ from quartermap_deploy.native.build import find_nvcc
 HERE = Path(__file__).resolve()
 LIBRARY, RATES, CHECKED = "libquartermap_kernels.so", "rates", "check.json"
 MODELS = ("vmamba_tiny_s1l8", "vmamba_base_s2l15")
+DIGITS = "vmamba_digits"
 USER_ERROR = 2
 TAIL = 3000
 """Characters of a part's output that are kept."""
@@ -140,49 +143,65 @@ def model(name: str) -> Callable[[Path], dict[str, Any]]:
     return run
 
 
-def onnxruntime(folder: Path) -> dict[str, Any]:
-    """Run the digits model in ONNX Runtime on CUDA, with the scan's `tree` body, against the CPU."""
-    import numpy
-    import onnxruntime as ort
+def onnxruntime(name: str) -> Callable[[Path], dict[str, Any]]:
+    """Return a part's function that runs a model in ONNX Runtime on CUDA, with `tree` bodies, against the CPU."""
 
-    session = portable(folder, "vmamba_digits")
-    images = numpy.random.default_rng(0).normal(size=(8, 3, 64, 64)).astype("float32")
-    found: dict[str, Any] = {"version": ort.__version__}
-    outputs = {}
-    for provider in ("CPUExecutionProvider", "CUDAExecutionProvider"):
-        runner = ort.InferenceSession(str(session), providers=[provider])
-        found.setdefault("providers", {})[provider] = runner.get_providers()
-        feed = {runner.get_inputs()[0].name: images}
-        outputs[provider] = runner.run(None, feed)[0]
+    def run(folder: Path) -> dict[str, Any]:
+        import onnxruntime as ort
+
+        session, images = portable(folder, name), some_images(name)
+        found: dict[str, Any] = {"version": ort.__version__}
+        outputs = {}
+        for provider, times in (("CPUExecutionProvider", 1), ("CUDAExecutionProvider", 20)):
+            # As targets/execution.py has it: no TF32, whose errors are 1e-3.
+            options = {"use_tf32": "0"} if provider.startswith("CUDA") else {}
+            runner = ort.InferenceSession(str(session), providers=[(provider, options)])
+            found.setdefault("providers", {})[provider] = runner.get_providers()
+            feed = {runner.get_inputs()[0].name: images}
+            outputs[provider] = runner.run(None, feed)[0]
+            begun = time.perf_counter()
+            for _ in range(times):
+                runner.run(None, feed)
+            found.setdefault("milliseconds", {})[provider] = (time.perf_counter() - begun) / times * 1e3
+        wanted, given = outputs.values()
+        found["error"] = float(abs(given - wanted).max() / abs(wanted).max())
+        return found
+
+    return run
+
+
+def rtx(name: str) -> Callable[[Path], dict[str, Any]]:
+    """Return a part's function that builds an engine by TensorRT for RTX, and runs it where it supports the GPU."""
+
+    def run(folder: Path) -> dict[str, Any]:
+        from quartermap_deploy.targets.tensorrt import rtx as target
+        from quartermap_deploy.targets.tensorrt.options import EngineOptions, Profile
+
         begun = time.perf_counter()
-        for _ in range(20):
-            runner.run(None, feed)
-        found.setdefault("milliseconds", {})[provider] = (time.perf_counter() - begun) / 20 * 1e3
-    wanted, given = outputs.values()
-    found["error"] = float(abs(given - wanted).max() / abs(wanted).max())
-    return found
+        entry = target.build(portable(folder, name), folder, EngineOptions(profiles=(Profile((1, 8, 8)),)))
+        found = {"entry": entry, "build, s": time.perf_counter() - begun}
+        if reason := target.cannot_run(entry):
+            return {**found, "not run": reason}
+        session = target.open(folder, entry, built_here=True)
+        begun = time.perf_counter()
+        session.run(some_images(name))
+        return {**found, "first run, ms": (time.perf_counter() - begun) * 1e3}
+
+    return run
 
 
-def rtx(folder: Path) -> dict[str, Any]:
-    """Build and run an engine of the digits by TensorRT for RTX, where it supports the GPU."""
+def some_images(name: str) -> Any:
+    """Return eight random images of a model's size."""
     import numpy
 
-    from quartermap_deploy.targets.tensorrt import rtx as target
-    from quartermap_deploy.targets.tensorrt.options import EngineOptions, Profile
+    import quartermap_deploy as qm
 
-    path = portable(folder, "vmamba_digits")
-    entry = target.build(path, folder, EngineOptions(profiles=(Profile((1, 8, 8)),)))
-    if reason := target.cannot_run(entry):
-        return {"entry": entry, "not run": reason}
-    session = target.open(folder, entry, built_here=True)
-    images = numpy.random.default_rng(0).normal(size=(8, 3, 64, 64)).astype("float32")
-    begun = time.perf_counter()
-    session.run(images)
-    return {"entry": entry, "first run, ms": (time.perf_counter() - begun) * 1e3}
+    shape = (8, 3, *qm.load_card(name).preprocessing.crop)
+    return numpy.random.default_rng(0).normal(size=shape).astype("float32")
 
 
 def portable(folder: Path, name: str) -> Path:
-    """Export a model once, with the scan's `tree` body in its graph."""
+    """Export a model once, with the scan's `tree` body in its graph; its weights are random."""
     path = folder / f"{name}.onnx"
     if not path.exists():
         import onnx
@@ -282,10 +301,30 @@ PARTS = (
         "onnxruntime",
         40,
         "runs the digits in ONNX Runtime on CUDA against the CPU",
-        onnxruntime,
+        onnxruntime(DIGITS),
         _no_provider,
     ),
-    Part("rtx", 60, "builds an engine of the digits by TensorRT for RTX and runs it if it can", rtx, _no_rtx),
+    Part(
+        "rtx",
+        60,
+        "builds an engine of the digits by TensorRT for RTX and runs it if it can",
+        rtx(DIGITS),
+        _no_rtx,
+    ),
+    *(
+        Part(
+            f"onnxruntime-{name}",
+            60,
+            f"runs {name} in ONNX Runtime on CUDA against the CPU",
+            onnxruntime(name),
+            _no_provider,
+        )
+        for name in MODELS
+    ),
+    *(
+        Part(f"rtx-{name}", 90, f"builds an engine of {name} and runs it if it can", rtx(name), _no_rtx)
+        for name in MODELS
+    ),
 )
 HIDDEN = (Part("check small", 120, "for the sanitizer", check_small, _not_built),)
 
@@ -358,7 +397,7 @@ def describe_plan(parts: Sequence[Part], folder: Path, seconds: int) -> str:
     for part in parts:
         missing = None if part.missing in later else part.missing(folder)
         lines.append(
-            f"  {part.name:18} {part.seconds:4} s  {part.what}" + (f"; MISSING: {missing}" if missing else "")
+            f"  {part.name:29} {part.seconds:4} s  {part.what}" + (f"; MISSING: {missing}" if missing else "")
         )
     if importlib.util.find_spec("mamba_ssm") is None:
         lines.append(
@@ -380,6 +419,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=names, metavar="PART", help=f"of {', '.join(names)}")
     parser.add_argument("--library", type=Path, metavar="LIB", help="built kernels (default: build them)")
     parser.add_argument("--rates", type=Path, metavar="PROGRAM", help="rates.cu, built (default: build it)")
+    parser.add_argument("--models", type=Path, metavar="FOLDER", help="ONNX files that --export wrote")
+    parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the models' ONNX files, and end")
     parser.add_argument("--dry-run", action="store_true", help="say what would be run, and what is missing")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # run by this program itself
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -390,6 +431,11 @@ def main() -> None:
         if options.json is not None:
             options.json.write_text(json.dumps(result))
         return
+    if options.export is not None:
+        options.export.mkdir(parents=True, exist_ok=True)
+        for name in (DIGITS, *MODELS):
+            print(portable(options.export, name))
+        return
     parts = [part for part in PARTS if options.only is None or part.name in options.only]
     with tempfile.TemporaryDirectory(prefix="quartermap-gpu-") as temporary:
         folder = Path(temporary)
@@ -398,6 +444,11 @@ def main() -> None:
                 if not given.is_file():
                     parser.error(f"there is no file {given}")
                 shutil.copy(given, folder / name)
+        if options.models is not None:
+            if not (files := list(options.models.glob("*.onnx"))):
+                parser.error(f"there are no ONNX files in {options.models}; --export writes them")
+            for file in files:
+                shutil.copy(file, folder / file.name)
         if options.dry_run:
             print(describe_plan(parts, folder, options.seconds))
             return

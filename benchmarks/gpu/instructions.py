@@ -6,7 +6,7 @@ An element is a position of a channel in a direction. The kernels are compiled, 
 `quartermap plugin build` does, and cuobjdump, which prints machine code, comes with the CUDA toolkit or from pip
 (`nvidia-cuda-cuobjdump`). What is counted is what a warp issues over a whole launch, idle lanes and padding paid for:
 reading x and writing y, staging, parameters, and the walk; each loop by how often it runs. A branch that one warp of a
-team takes is divided among its warps.
+team takes is divided among its warps. What a block does where y is not finite is left out.
 
 `--write` also puts the counts into instructions.json beside this file, of which traffic.py and docs/performance.md are
 made. Nothing here is a time.
@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from machine_code import Loop, body, functions, walk
+from machine_code import Loop, body, functions, walk, without_repair
 
 from quartermap_deploy.native.build import find_nvcc, plugin_sources
 
@@ -222,7 +222,7 @@ def count(nvcc: str, cuobjdump: str, architectures: Sequence[str]) -> list[dict[
                     compiled = compile_kernels(nvcc, source, architecture, cubin)
                     code = functions(disassemble(cuobjdump, cubin))
                     rows += [
-                        _row(architecture, element_type, each, body(code[name]))
+                        _row(architecture, element_type, each, body(without_repair(code[name])))
                         for name, each in sorted(compiled.items())
                     ]
     return rows
@@ -290,7 +290,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
                     for row in _of(rows, first["kernel"], element_type, architecture)
                     if _title(row) == _title(first)
                 ]
-                cells.append(_registers(same[0]))
+                cells.append(_registers(same[0]) if same else "–")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

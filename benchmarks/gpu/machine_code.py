@@ -90,6 +90,13 @@ def functions(disassembly: str) -> dict[str, list[Instruction]]:
     return found
 
 
+def without_repair(code: Sequence[Instruction]) -> list[Instruction]:
+    """Return the instructions up to where a thread ends if all of y is finite: what stands behind repairs it."""
+    vote = next((i for i, each in enumerate(code) if each.name.startswith("BAR.RED")), len(code))
+    ends = (i for i in range(vote, len(code)) if code[i].kind == "EXIT")
+    return list(code[: next(ends, len(code)) + 1])
+
+
 def body(code: Sequence[Instruction]) -> Loop:
     """Return a function as a loop that runs once, with its loops inside. NOPs, which only fill, are left out."""
     kept = [instruction for instruction in code if instruction.kind != "NOP"]

@@ -17,7 +17,9 @@ Every call is captured in a CUDA graph, so that what launching costs on the host
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -97,6 +99,9 @@ def check(kernels: Kernels) -> list[dict[str, Any]]:
 
 PLANS = [(1, 227 * 1024, 228 * 1024), (4, 99 * 1024, 100 * 1024), (132, 24 * 1024, 48 * 1024)]
 """Multiprocessors and shared memory of devices for which plans are checked, beside the device itself."""
+LARGE = [(1, 128, 7, 7, 1, 48), (1, 16, 28, 28, 1, 12), (1, 16, 56, 56, 1, 6)]
+KINDS = ("general", "resident", "split", "streamed")
+"""Kernels that are asked for by name, beside what estimates choose."""
 
 
 def check_plans(kernels: Kernels, small: bool) -> list[dict[str, Any]]:
@@ -121,17 +126,26 @@ def check_plans(kernels: Kernels, small: bool) -> list[dict[str, Any]]:
             cases.append((1 if small else 2, channels, stage.side, stage.side, 1, stage.rank))
     cases += [(1, 16, 64, 64, 1, 6), (1, 32, 21, 35, 1, 33)]
     rows = []
-    for sizes in cases:
-        for dtype in (torch.float16,) if small else TOLERANCES:
+    # Time steps times x beyond float16 last, which the kernels on tensor cores compute again in float32.
+    every = [(sizes, False) for sizes in cases] + [(sizes, True) for sizes in LARGE]
+    for sizes, large in every:
+        for dtype in (torch.float16,) if small or large else TOLERANCES:
             inputs: Any = make_inputs(*sizes, dtype)
+            if large:
+                inputs[0].mul_(2e4).clamp_(-6e4, 6e4)
+                inputs[2].mul_(1e-5)
+                inputs[5].mul_(1e-3)
+                inputs[6].add_(12)
             # The definition goes step by step, which takes a GPU too long for so many cases.
             expected = selective_scan_2d_vectorized(
                 *(None if tensor is None else tensor.double() for tensor in inputs), DIRECTIONS, True
             )
             scan = make_scan(sizes, DIRECTIONS, True, str(dtype).removeprefix("torch."))
             seen = set()
-            for device in (own, *PLANS):
+            for device, kind in itertools.product((own, *PLANS), ("", *KINDS)):
+                os.environ["QUARTERMAP_KERNELS"] = kind
                 plan = kernels.plan_for(scan, *device)
+                os.environ["QUARTERMAP_KERNELS"] = ""
                 if plan.shared_bytes > shared or bytes(plan) in seen:
                     continue
                 seen.add(bytes(plan))
@@ -141,6 +155,7 @@ def check_plans(kernels: Kernels, small: bool) -> list[dict[str, Any]]:
                 rows.append(
                     {
                         "sizes": sizes,
+                        "large": large,
                         "type": str(dtype),
                         "kernels": plan.kernels,
                         "blocks": plan.blocks,

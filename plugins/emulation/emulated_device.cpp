@@ -46,6 +46,7 @@ struct Fibre
     int team = 0;
     int team_threads = 0;
     int exchanges = 0;
+    std::size_t votes = 0;
 };
 
 struct Warp
@@ -72,6 +73,7 @@ public:
 
     void wait(Waits what);
     void wait_for_team(int number, int threads);
+    bool vote(bool so, bool wait_for_all);
     void pause();
     Words const* exchange(Words const& words);
     bool may_access(std::uint32_t at, std::uint32_t size);
@@ -93,6 +95,7 @@ private:
     std::vector<std::uint64_t> memory_; // and 16 bytes past the end that nothing may write
     std::unique_ptr<SharedRaces> races_;
     std::string complaint_;
+    std::vector<bool> votes_; // how each ended
     ucontext_t scheduler_{};
     unsigned number_ = 0;
 };
@@ -127,6 +130,7 @@ void Block::begin(unsigned number)
     number_ = number;
     std::memset(memory_.data(), 0xff, memory_.size() * 8);
     races_.reset();
+    votes_.clear();
     for (Fibre& fibre : fibres_)
     {
         getcontext(&fibre.context);
@@ -135,6 +139,7 @@ void Block::begin(unsigned number)
         fibre.context.uc_link = nullptr;
         fibre.waits = Waits::kNot;
         fibre.exchanges = 0;
+        fibre.votes = 0;
         makecontext(&fibre.context, &Block::enter, 0);
     }
 }
@@ -158,6 +163,18 @@ void Block::wait_for_team(int number, int threads)
     fibre.team = number;
     fibre.team_threads = threads;
     wait(Waits::kForTeam);
+}
+
+bool Block::vote(bool so, bool wait_for_all)
+{
+    std::size_t const number = fibres_[static_cast<std::size_t>(current.thread)].votes++;
+    votes_.resize(std::max(votes_.size(), number + 1));
+    votes_[number] = votes_[number] || so;
+    if (wait_for_all)
+    {
+        wait(Waits::kForBlock);
+    }
+    return votes_[number];
 }
 
 void Block::pause()
@@ -377,6 +394,11 @@ void wait_for_warp()
 void wait_for_team(int number, int threads)
 {
     block->wait_for_team(number, threads);
+}
+
+bool vote(bool so, bool wait)
+{
+    return block->vote(so, wait);
 }
 
 void pause()

@@ -45,6 +45,8 @@ void wait_for_block();
 void wait_for_warp();
 // For `threads` threads, whole warps, that name the same number.
 void wait_for_team(int number, int threads);
+// Waits for the block; whether any of its threads said so. Without waiting, what was said so far.
+bool vote(bool so, bool wait);
 // Lets the others go on, in a loop that waits for another block.
 void pause();
 // Gives every lane of a warp what all 32 lanes hand over. Orders no memory.

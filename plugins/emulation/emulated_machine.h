@@ -40,9 +40,10 @@ inline float high_of(Word pair)
     return to_float(T{static_cast<std::uint16_t>(pair >> 16)});
 }
 
+// NaN stays NaN, as on a device.
 inline Word pack_positive(float low, float high)
 {
-    return pack<Float16>(low > 0.0F ? low : 0.0F, high > 0.0F ? high : 0.0F);
+    return pack<Float16>(low < 0.0F ? 0.0F : low, high < 0.0F ? 0.0F : high);
 }
 
 // Rounded once: a product of two 16-bit values, and what is added, fit a double.
@@ -57,6 +58,13 @@ template <typename T>
 inline Word multiply(Word a, Word b)
 {
     return pack<T>(low_of<T>(a) * low_of<T>(b), high_of<T>(a) * high_of<T>(b));
+}
+
+template <typename T>
+inline Word watch(Word seen, Word values)
+{
+    return pack<T>(
+        low_of<T>(values) * 0.0F + low_of<T>(seen), high_of<T>(values) * 0.0F + high_of<T>(seen));
 }
 
 // Products of matrices ------------------------------------------------------------------------------------------------
@@ -220,6 +228,20 @@ inline void load_words(T const* from, Word (&values)[kCount])
 }
 
 template <typename T>
+inline Word load_own(T const* from)
+{
+    Word value[1];
+    load_words(from, value);
+    return value[0];
+}
+
+template <typename T>
+inline void load_own(T const* from, Word (&values)[4])
+{
+    load_words(from, values);
+}
+
+template <typename T>
 inline void store_half(T* to, Word value)
 {
     to->bits = static_cast<std::uint16_t>(value);
@@ -278,6 +300,12 @@ inline void wait_for_block()
     {
         emulation::wait_for_block();
     }
+}
+
+template <Barrier kName>
+inline bool any_of_block(bool so)
+{
+    return emulation::vote(so, !emulation::left_out(static_cast<int>(kName)));
 }
 
 } // namespace tensor_core

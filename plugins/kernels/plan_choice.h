@@ -7,13 +7,15 @@
 namespace quartermap
 {
 
-// By the estimates; false if the scan does not fit the device at all.
-inline bool choose_plan(QuartermapScan const& scan, DeviceLimits const& limits, LaunchPlan& best)
+// By the estimates, or a plan of one kind (QuartermapKernels) where there is one; false if the scan does not fit the
+// device at all.
+inline bool choose_plan(QuartermapScan const& scan, DeviceLimits const& limits, int kind, LaunchPlan& best)
 {
     LaunchPlan other{};
     bool const found = make_plan(scan, limits, best);
-    if (tensor_core::make_plan(scan, limits, other)
-        && (!found || tensor_core::estimate_cost(scan, limits, other) < estimate(scan, limits, best)))
+    if (kind != QUARTERMAP_GENERAL && tensor_core::make_plan(scan, limits, kind, other)
+        && (!found || kind != tensor_core::kAnyKind
+            || tensor_core::estimate_cost(scan, limits, other) < estimate(scan, limits, best)))
     {
         best = other;
         return true;

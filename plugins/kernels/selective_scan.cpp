@@ -1,6 +1,7 @@
 // The C interface: checks what it is given, makes plans, and hands them to the kernel of the element type.
 #include "quartermap/selective_scan.h"
 
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 
@@ -57,10 +58,32 @@ std::int32_t check(QuartermapScan const* scan)
     return fits ? QUARTERMAP_SUCCESS : QUARTERMAP_TOO_LARGE;
 }
 
+// The kind of kernels that the environment asks for; false if it asks for one that there is not.
+bool wanted_kind(int& kind)
+{
+    kind = quartermap::tensor_core::kAnyKind;
+    char const* const wanted = std::getenv("QUARTERMAP_KERNELS");
+    if (wanted == nullptr || *wanted == '\0')
+    {
+        return true;
+    }
+    char const* const names[] = {"general", "resident", "split", "streamed"}; // QuartermapKernels
+    for (int i = 0; i < 4; ++i)
+    {
+        kind = std::strcmp(wanted, names[i]) == 0 ? i : kind;
+    }
+    return kind != quartermap::tensor_core::kAnyKind;
+}
+
 std::int32_t plan_for(QuartermapScan const& scan, DeviceLimits const& limits, QuartermapScanPlan& plan)
 {
     LaunchPlan layout{};
-    if (!quartermap::choose_plan(scan, limits, layout))
+    int kind = 0;
+    if (!wanted_kind(kind))
+    {
+        return QUARTERMAP_BAD_KIND;
+    }
+    if (!quartermap::choose_plan(scan, limits, kind, layout))
     {
         return QUARTERMAP_SHARED_MEMORY_TOO_SMALL;
     }
@@ -99,6 +122,7 @@ quartermap::Kernel general_kernel(QuartermapScan const& scan, LaunchPlan const& 
 KernelSequence tensor_core_kernels(QuartermapScan const& scan, LaunchPlan const& layout)
 {
     using quartermap::tensor_core::kSmallThreads;
+    using quartermap::tensor_core::kSumBytes;
     bool const half = scan.element_type == QUARTERMAP_FLOAT16;
     KernelSequence found{};
     found.launches[found.count++]
@@ -108,13 +132,14 @@ KernelSequence tensor_core_kernels(QuartermapScan const& scan, LaunchPlan const&
         ? (half ? quartermap::resident_float16(layout) : quartermap::resident_bfloat16(layout))
         : (half ? quartermap::split_float16(scan, layout) : quartermap::split_bfloat16(scan, layout));
     found.launches[found.count++] = {kernel, layout.blocks, layout.threads(), layout.shared_bytes};
-    if (resident)
+    if (layout.kernels != QUARTERMAP_SPLIT)
     {
         return found;
     }
     std::int64_t const pairs = scan.batch * scan.d_inner * scan.height * ((scan.width + 1) / 2);
     found.launches[found.count++]
-        = {quartermap::sum_kernel_of(scan.element_type), quartermap::ceil_div(pairs, kSmallThreads), kSmallThreads, 0};
+        = {quartermap::sum_kernel_of(scan.element_type), quartermap::ceil_div(pairs, kSmallThreads), kSmallThreads,
+            kSumBytes};
     return found;
 }
 
@@ -188,6 +213,8 @@ extern "C" char const* quartermap_selective_scan_message(std::int32_t status)
     case QUARTERMAP_WORKSPACE_TOO_SMALL: return "the workspace is missing or smaller than the plan asks for";
     case QUARTERMAP_SHARED_MEMORY_TOO_SMALL: return "the device has too little shared memory for this scan";
     case QUARTERMAP_MISALIGNED: return "a tensor or the workspace does not begin at a multiple of 16 bytes";
+    case QUARTERMAP_BAD_KIND:
+        return "the environment variable QUARTERMAP_KERNELS has to be general, resident, split or streamed, or unset";
     case QUARTERMAP_NO_KERNEL_IMAGE:
         return "the library holds no code for this GPU; build it for the GPU's compute capability, which has to be 8.0 or "
                "newer, such as: quartermap plugin build --cuda-architectures 86";

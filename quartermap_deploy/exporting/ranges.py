@@ -77,7 +77,8 @@ def scan_ranges(
     """Run a float32 model over images and note the largest absolute value of every value of its main graph.
 
     What happens inside the scans is not looked at; it is float32 in every precision, but for the CUDA kernels on tensor
-    cores, where the time step times x and the states are rounded to the 16-bit type (docs/adr/0019).
+    cores, where the time step times x and the states are rounded to the 16-bit type, and computed again in float32
+    where they leave it (docs/adr/0019).
 
     Args:
         model: float32, with the bodies of its scans and the types of its values.

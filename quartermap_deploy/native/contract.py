@@ -24,7 +24,7 @@ from quartermap_deploy.lowering.operator import (
     VERSION,
 )
 
-KERNELS = 3
+KERNELS = 4
 """QUARTERMAP_SELECTIVE_SCAN_VERSION of `quartermap/selective_scan.h`: of its functions and structures."""
 
 ELEMENT_TYPES = ("float32", "float16", "bfloat16")

@@ -28,7 +28,7 @@ MOST_DIRECTIONS = 8
 ALIGNMENT = 16
 """Bytes; the kernels read and write as much at once."""
 
-GENERAL, RESIDENT, SPLIT = range(3)
+GENERAL, RESIDENT, SPLIT, STREAMED = range(4)
 """`QuartermapKernels` of selective_scan.h: which kernels carry a plan out."""
 
 

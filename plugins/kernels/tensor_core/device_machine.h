@@ -62,6 +62,24 @@ QUARTERMAP_DEVICE Word multiply<BFloat16>(Word a, Word b)
     return result;
 }
 
+// `seen`, with NaN in the place of each value that is not finite.
+template <typename T>
+QUARTERMAP_DEVICE Word watch(Word seen, Word values);
+
+template <>
+QUARTERMAP_DEVICE Word watch<Float16>(Word seen, Word values)
+{
+    return multiply_add(values, 0u, seen);
+}
+
+template <>
+QUARTERMAP_DEVICE Word watch<BFloat16>(Word seen, Word values)
+{
+    Word result;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(values), "r"(0u), "r"(seen));
+    return result;
+}
+
 template <typename T>
 QUARTERMAP_DEVICE float low_of(Word pair);
 
@@ -275,6 +293,24 @@ QUARTERMAP_DEVICE void load_words(T const* from, Word (&values)[4])
     values[3] = found.w;
 }
 
+// What this block has written.
+template <typename T>
+QUARTERMAP_DEVICE Word load_own(T const* from)
+{
+    Word value;
+    asm volatile("ld.global.b32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+    return value;
+}
+
+template <typename T>
+QUARTERMAP_DEVICE void load_own(T const* from, Word (&values)[4])
+{
+    asm volatile("ld.global.v4.b32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(values[0]), "=r"(values[1]), "=r"(values[2]), "=r"(values[3])
+                 : "l"(from)
+                 : "memory");
+}
+
 template <typename T>
 QUARTERMAP_DEVICE void store_half(T* to, Word value)
 {
@@ -340,6 +376,13 @@ template <Barrier kName>
 QUARTERMAP_DEVICE void wait_for_block()
 {
     __syncthreads();
+}
+
+// Waits for the block, and says whether it is so for any of its threads.
+template <Barrier kName>
+QUARTERMAP_DEVICE bool any_of_block(bool so)
+{
+    return __syncthreads_or(so ? 1 : 0) != 0;
 }
 
 } // namespace tensor_core

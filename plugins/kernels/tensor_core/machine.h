@@ -37,6 +37,9 @@ enum class Barrier
     kTaskDone,        // a warp: it has read its states and C, before it stages again
     kSumDone,         // the block: y is complete
     kRowsPacked,      // the block: its rows stand without padding
+    kDirectionAdded,  // the block: it has taken the states of a direction, before segments of the next are told
+    kAllFinite,       // the block: each thread says whether what it stored of y is finite
+    kSumsKept,        // a warp: its sums in float32 are there, before the next are added, or they are stored
     kPredecessors,    // a lane: the blocks before this one have told their maps
     kCount
 };

@@ -68,12 +68,13 @@ struct ResidentPlaces
 };
 
 // x of the block's channels in global memory, and the place for what one direction gives, whose rows have the map's
-// pitch.
+// pitch; or y, to which it is added.
 template <typename T>
 struct GlobalMaps
 {
     T const* x;
     T* part;
+    bool adds;
 };
 
 template <bool kColumn, typename T, class G>
@@ -82,11 +83,13 @@ struct GlobalPlaces
     T const* x;
     T* part;
     int first;
+    bool adds;
 
     QUARTERMAP_DEVICE GlobalPlaces(G const& g, GlobalMaps<T> const& maps, Lane lane, Slot slot)
         : x(maps.x + static_cast<std::int64_t>(lane.g) * g.height * g.width)
         , part(maps.part + static_cast<std::int64_t>(lane.g) * g.height * g.pitch)
         , first(slot.first)
+        , adds(maps.adds)
     {
     }
 
@@ -99,11 +102,16 @@ struct GlobalPlaces
 
     QUARTERMAP_DEVICE void add(G const& g, int j, float const (&states)[4], Word c, bool live) const
     {
+        T* const to = part + first + j * tile_step<kColumn>(g);
         Word sum[2] = {0u, 0u};
+        if (!G::kOdd && adds)
+        {
+            sum[0] = load_own(to);
+            sum[1] = load_own(to + 8ll * g.height * g.pitch);
+        }
         add_output<T>(sum, states, c);
         if (live)
         {
-            T* const to = part + first + j * tile_step<kColumn>(g);
             Word const low[1] = {sum[0]};
             Word const high[1] = {sum[1]};
             store_words(to, low);

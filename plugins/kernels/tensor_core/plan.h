@@ -14,7 +14,9 @@ namespace tensor_core
 // Of the workspace, the most that parts of the directions may take: a plan that needs more is none.
 constexpr std::int64_t kMostPartBytes = 64 * 1024 * 1024;
 constexpr int kSmallThreads = 256; // of the kernels before and after
+constexpr int kSumBytes = 8 * kSmallThreads; // of shared memory: a float for each position that its block has
 constexpr int kMostPrepareBlocks = 256;
+constexpr int kAnyKind = -1;
 constexpr int kMostRanks = 64;
 // The prepared weights of so many channels are counted in 32 bits.
 constexpr std::int64_t kMostInner = std::int64_t{1} << 20;
@@ -146,12 +148,21 @@ inline int split_warps(int row_blocks, int slots)
     return best;
 }
 
-// A plan of the split kernel, with segments of kTiles positions along columns and each direction divided among as many
-// blocks as it has chunks, or not at all; false where there is none.
-template <int kTiles, bool kOdd>
-bool split_plan(QuartermapScan const& scan, bool chunks_apart, LaunchPlan& plan)
+// How the work on 16 channels is divided among blocks of the split kernel.
+enum class Blocks
 {
-    if (!known(scan) || scan.height % kTiles != 0 || (scan.width % 2 != 0) != kOdd || part_bytes(scan) > kMostPartBytes)
+    kOfAllDirections, // none is apart: y is added to in global memory
+    kOfDirections,
+    kOfChunks
+};
+
+// A plan of the split kernel, with segments of kTiles positions along columns; false where there is none.
+template <int kTiles, bool kOdd>
+bool split_plan(QuartermapScan const& scan, Blocks blocks, LaunchPlan& plan)
+{
+    bool const streamed = blocks == Blocks::kOfAllDirections;
+    if (!known(scan) || scan.height % kTiles != 0 || (scan.width % 2 != 0) != kOdd
+        || (streamed ? kOdd : part_bytes(scan) > kMostPartBytes))
     {
         return false;
     }
@@ -164,37 +175,39 @@ bool split_plan(QuartermapScan const& scan, bool chunks_apart, LaunchPlan& plan)
         return false;
     }
     plan = {};
-    plan.kernels = QUARTERMAP_SPLIT;
-    for (int blocks : kSplitRankBlocks)
+    plan.kernels = streamed ? QUARTERMAP_STREAMED : QUARTERMAP_SPLIT;
+    for (int count : kSplitRankBlocks)
     {
-        plan.rank_blocks = plan.rank_blocks == 0 && ranks <= 8 * blocks ? blocks : plan.rank_blocks;
+        plan.rank_blocks = plan.rank_blocks == 0 && ranks <= 8 * count ? count : plan.rank_blocks;
     }
     SplitGeometry<1, kTiles, kOdd> const g(static_cast<int>(scan.height), static_cast<int>(scan.width), ranks, warps);
     plan.stage = kTiles;
     plan.warps = warps;
     plan.chunks = g.chunks;
     plan.chunk = warps * kSlots * 2 * kTiles;
-    plan.parts = chunks_apart ? g.chunks : 1;
+    plan.parts = blocks == Blocks::kOfChunks ? g.chunks : 1;
     finish(scan, plan, kChannels, 32 * warps, g.shared_bytes);
-    plan.blocks = scan.batch * plan.tiles * scan.direction_count * plan.parts;
+    plan.blocks = scan.batch * plan.tiles * (streamed ? 1 : scan.direction_count * plan.parts);
     return true;
 }
 
 // As `estimate` of the general kernel, in the same units. Counted in the machine code for compute capability 9.0
-// (benchmarks/gpu/instructions.py); not measured on a GPU.
+// (benchmarks/gpu/instructions.py); not measured on a GPU. Streamed y, which moves between the cache and the block for each
+// direction, is taken as ten instructions more.
 inline double estimate_cost(QuartermapScan const& scan, DeviceLimits const& limits, LaunchPlan const& plan)
 {
     constexpr double kLaunch = 450e3; // two microseconds of a multiprocessor
+    bool const resident = plan.kernels == QUARTERMAP_RESIDENT;
     bool const split = plan.kernels == QUARTERMAP_SPLIT;
     double const rank = static_cast<double>(scan.dt_rank);
-    double const instructions = split ? 24.0 + 0.15 * rank : 15.0 + 0.25 * rank;
+    double const instructions = resident ? 15.0 + 0.25 * rank : (split ? 24.0 : 36.0) + 0.15 * rank;
     double const positions = split && plan.parts > 1 ? plan.chunk : static_cast<double>(scan.height * scan.width);
     double const block = instructions * plan.channels() * positions * (split ? 1.0 : scan.direction_count);
     std::int64_t const by_memory = limits.shared_per_multiprocessor / (plan.shared_bytes + 1024);
     bool const float16 = scan.element_type == QUARTERMAP_FLOAT16;
-    int const full = split ? split_blocks(float16, plan.rank_blocks, plan.stage, scan.width % 2 != 0) : 0;
+    int const full = resident ? 0 : split_blocks(float16, plan.rank_blocks, plan.stage, scan.width % 2 != 0);
     std::int64_t const by_registers
-        = split ? full * 32 * kMostSplitWarps / plan.threads() : Stages::facts[plan.stage].blocks;
+        = resident ? Stages::facts[plan.stage].blocks : full * 32 * kMostSplitWarps / plan.threads();
     std::int64_t const most = std::max<std::int64_t>(1, std::min(by_memory, by_registers));
     std::int64_t const wanted = ceil_div(plan.blocks, limits.multiprocessors);
     double const together = static_cast<double>(wanted) * block
@@ -204,13 +217,14 @@ inline double estimate_cost(QuartermapScan const& scan, DeviceLimits const& limi
     return together + kLaunch + (split ? kLaunch + 2.0 * maps : 0.0);
 }
 
-// The best plan of these kernels; false where none suits the scan and the device.
-inline bool make_plan(QuartermapScan const& scan, DeviceLimits const& limits, LaunchPlan& best)
+// The best plan of these kernels, or of one kind (QuartermapKernels) of them; false where none suits the scan and the
+// device.
+inline bool make_plan(QuartermapScan const& scan, DeviceLimits const& limits, int kind, LaunchPlan& best)
 {
     bool found = false;
     LaunchPlan plan{};
     auto const consider = [&](bool possible) {
-        if (possible && plan.shared_bytes <= limits.shared_per_block
+        if (possible && (kind == kAnyKind || plan.kernels == kind) && plan.shared_bytes <= limits.shared_per_block
             && (!found || estimate_cost(scan, limits, plan) < estimate_cost(scan, limits, best)))
         {
             best = plan;
@@ -218,11 +232,11 @@ inline bool make_plan(QuartermapScan const& scan, DeviceLimits const& limits, La
         }
     };
     consider(resident_plan(scan, plan));
-    for (bool const chunks_apart : {false, true})
+    for (Blocks const blocks : {Blocks::kOfAllDirections, Blocks::kOfDirections, Blocks::kOfChunks})
     {
-        consider(split_plan<7, false>(scan, chunks_apart, plan));
-        consider(split_plan<8, false>(scan, chunks_apart, plan));
-        consider(split_plan<7, true>(scan, chunks_apart, plan));
+        consider(split_plan<7, false>(scan, blocks, plan));
+        consider(split_plan<8, false>(scan, blocks, plan));
+        consider(split_plan<7, true>(scan, blocks, plan));
     }
     return found;
 }

@@ -40,8 +40,11 @@ QUARTERMAP_DEVICE T prepared_weight(KernelArguments const& arguments, int row, i
             value -= to_float(rounded);
         }
     }
+    // A weight that is too large in powers of two spoils the result, which is then computed in float32 from the tensors:
+    // an infinity might meet a rank so small that softplus makes a zero of their product.
     T result;
     store(value, result);
+    store(to_float(result) + 0.0F * to_float(result), result);
     return result;
 }
 

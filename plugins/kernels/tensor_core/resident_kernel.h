@@ -2,6 +2,7 @@
 // other once, and walks all four directions.
 #pragma once
 
+#include "float32_scan.h"
 #include "resident_maps.h"
 #include "walk.h"
 
@@ -143,7 +144,17 @@ void resident_kernel(KernelArguments const arguments)
     ResidentMaps const maps{base + kChannels * group * G::map_bytes, G::all_maps_bytes};
     walk_directions<T, G>({arguments, maps, mine, image, first_channel + kChannels * group, warp}, team);
     wait_for_block<Barrier::kSumDone>();
-    store_maps<T, G>(static_cast<T*>(arguments.tensors.y) + maps_at, base, warp, lane);
+    bool const finite = store_maps<T, G>(static_cast<T*>(arguments.tensors.y) + maps_at, base, warp, lane);
+    if (any_of_block<Barrier::kAllFinite>(!finite))
+    {
+        static_assert(4 * G::height * G::width <= 2 * G::map_bytes);
+        QUARTERMAP_NO_UNROLL
+        for (int channel = warp; channel < kChannels * G::kGroups; channel += G::all_warps)
+        {
+            Stretch const whole{image, first_channel + channel, 0, G::height * G::width};
+            compute_in_float32<T>(arguments, whole, base + channel * 2 * G::map_bytes, lane);
+        }
+    }
 }
 
 } // namespace tensor_core

@@ -71,10 +71,11 @@ QUARTERMAP_DEVICE void load_rows_of_7(T const* x, float const* skips, Shared bas
     }
 }
 
-// Rows of 7 are packed where x was, and leave as whole lines.
+// Rows of 7 are packed where x was, and leave as whole lines. Returns whether all that this thread stores is finite.
 template <typename T, class G>
-QUARTERMAP_DEVICE void store_rows_of_7(T* y, Shared base)
+QUARTERMAP_DEVICE bool store_rows_of_7(T* y, Shared base)
 {
+    Word seen = 0u;
     QUARTERMAP_UNROLL
     for (int n = 0; n < kRowsOfThread<G>; ++n)
     {
@@ -102,13 +103,15 @@ QUARTERMAP_DEVICE void store_rows_of_7(T* y, Shared base)
             Word words[4];
             read_shared(base + line * 16, words);
             store_words(y + line * 8, words);
+            seen = watch_all<T>(seen, words);
         }
     }
+    return all_finite(seen);
 }
 
 // Does `each(channel, n)` for all lines of a warp's channels, the n-th of a channel, as many at once as there are
-// registers for.
-template <class G, class Each>
+// registers for. kAllLanes: lanes that are left without a line repeat the last, so that the warp stays together.
+template <class G, bool kAllLanes, class Each>
 QUARTERMAP_DEVICE void for_each_line(int warp, int lane, Each const& each)
 {
     constexpr int kAll = kChannels * G::kGroups;
@@ -124,9 +127,10 @@ QUARTERMAP_DEVICE void for_each_line(int warp, int lane, Each const& each)
             QUARTERMAP_UNROLL
             for (int n = 0; n < kLines; n += 32)
             {
-                if ((kAll % (kAtOnce * G::all_warps) == 0 || channel < kAll) && (n + 32 <= kLines || n + lane < kLines))
+                bool const there = n + 32 <= kLines || n + lane < kLines;
+                if ((kAll % (kAtOnce * G::all_warps) == 0 || channel < kAll) && (kAllLanes || there))
                 {
-                    each(channel, n + lane);
+                    each(channel, there ? n + lane : kLines - 1);
                 }
             }
         }
@@ -143,7 +147,7 @@ QUARTERMAP_DEVICE void load_maps(T const* x, float const* skips, Shared base, in
     }
     else
     {
-        for_each_line<G>(warp, lane, [&](int channel, int line) {
+        for_each_line<G, false>(warp, lane, [&](int channel, int line) {
             Word words[kLine<G>];
             load_words(x + channel * (G::height * G::width) + line * (2 * kLine<G>), words);
             put_words<T, G>(
@@ -152,20 +156,29 @@ QUARTERMAP_DEVICE void load_maps(T const* x, float const* skips, Shared base, in
     }
 }
 
+// Returns whether all that this thread, or others of its warp, store is finite.
 template <typename T, class G>
-QUARTERMAP_DEVICE void store_maps(T* y, Shared base, int warp, int lane)
+QUARTERMAP_DEVICE bool store_maps(T* y, Shared base, int warp, int lane)
 {
     if constexpr (G::pitch != G::width)
     {
-        store_rows_of_7<T, G>(y, base);
+        return store_rows_of_7<T, G>(y, base);
     }
     else
     {
-        for_each_line<G>(warp, lane, [&](int channel, int line) {
+        // A product with zeros sees two words at once.
+        float seen[4] = {0.0F, 0.0F, 0.0F, 0.0F};
+        for_each_line<G, true>(warp, lane, [&](int channel, int line) {
             Word words[kLine<G>];
             read_shared(base + G::all_maps_bytes + channel * G::map_bytes + line * (4 * kLine<G>), words);
             store_words(y + channel * (G::height * G::width) + line * (2 * kLine<G>), words);
+            QUARTERMAP_UNROLL
+            for (int n = 0; n < kLine<G>; n += 2)
+            {
+                matrix_product<T>(seen, words[n], words[n + 1], 0u, seen[0], seen[1], seen[2], seen[3]);
+            }
         });
+        return seen[0] + seen[1] + seen[2] + seen[3] == 0.0F;
     }
 }
 

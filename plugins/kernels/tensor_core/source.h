@@ -24,6 +24,23 @@ QUARTERMAP_DEVICE Word one_pair()
     return kIsFloat16<T> ? twice(kOne) : twice(0x3F80u);
 }
 
+template <typename T, int kWords>
+QUARTERMAP_DEVICE Word watch_all(Word seen, Word const (&words)[kWords])
+{
+    QUARTERMAP_UNROLL
+    for (int n = 0; n < kWords; ++n)
+    {
+        seen = watch<T>(seen, words[n]);
+    }
+    return seen;
+}
+
+// Whether `watch` saw none but finite values.
+QUARTERMAP_INLINE bool all_finite(Word seen)
+{
+    return (seen & 0x7fff7fffu) == 0u;
+}
+
 // A thread's place in its warp: its channels are g and g + 8, its columns 2q and 2q + 1.
 struct Lane
 {

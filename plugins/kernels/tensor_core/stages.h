@@ -57,7 +57,7 @@ constexpr int kMostSplitWarps = 8;
 // in memory for want of them (instructions.py), which are those of the largest maps.
 QUARTERMAP_INLINE constexpr int split_blocks(bool float16, int rank_blocks, int tiles, bool odd)
 {
-    return tiles == 7 && !odd && rank_blocks <= (float16 ? 2 : 1) ? 2 : 1;
+    return float16 && tiles == 7 && !odd && rank_blocks <= 2 ? 2 : 1;
 }
 
 } // namespace tensor_core

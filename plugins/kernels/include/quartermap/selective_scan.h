@@ -18,7 +18,8 @@
  *     dt_weight   (K * d_inner, R)                                         T
  *
  * T is float32, float16 or bfloat16. States and decays are float32 always; where tensor cores compute a scan, steps, drives
- * and sums are rounded to 16 bits (docs/adr/0019), elsewhere nothing but y. Neither torch nor TensorRT is needed.
+ * and sums are rounded to 16 bits, and computed again in float32 where one leaves their range (docs/adr/0019), elsewhere
+ * nothing but y. Neither torch nor TensorRT is needed.
  *
  * A scan is planned once for each shape, its plan prepared once on each device, and then launched any number of times.
  * Every function may be called from any thread. None ends the process, and a launch neither allocates memory nor waits
@@ -42,7 +43,7 @@ extern "C"
 
 /* Changes whenever a structure or the meaning of a function changes, and when the kernels do, so that what was measured
  * of them no longer holds. */
-#define QUARTERMAP_SELECTIVE_SCAN_VERSION 3
+#define QUARTERMAP_SELECTIVE_SCAN_VERSION 4
 
 #define QUARTERMAP_MAX_DIRECTIONS 8
 
@@ -73,6 +74,7 @@ enum QuartermapStatus
     QUARTERMAP_SHARED_MEMORY_TOO_SMALL = 7,
     QUARTERMAP_NO_KERNEL_IMAGE = 8,
     QUARTERMAP_MISALIGNED = 9,
+    QUARTERMAP_BAD_KIND = 10,
     /* A code of the CUDA runtime is added to this one. */
     QUARTERMAP_CUDA_ERROR = 1000
 };
@@ -82,7 +84,8 @@ enum QuartermapKernels
 {
     QUARTERMAP_GENERAL = 0,  /* any scan */
     QUARTERMAP_RESIDENT = 1, /* on tensor cores, x and y in shared memory: large batches of some maps */
-    QUARTERMAP_SPLIT = 2     /* on tensor cores, one direction or a part of it in a block: small batches, large maps */
+    QUARTERMAP_SPLIT = 2,    /* on tensor cores, one direction or a part of it in a block: small batches, large maps */
+    QUARTERMAP_STREAMED = 3  /* on tensor cores, x and y in global memory: large batches of other maps */
 };
 
 /* What is computed: sizes, directions and types. Plain data; set it to zero before filling it. */
@@ -144,7 +147,8 @@ QUARTERMAP_API int32_t quartermap_selective_scan_validate(QuartermapScan const* 
 /* Bytes of workspace that a launch may need on any device; 0 for an invalid scan. Grows with batch, height and width. */
 QUARTERMAP_API uint64_t quartermap_selective_scan_workspace(QuartermapScan const* scan);
 
-/* Divides a scan for the current device. */
+/* Divides a scan for the current device: by the kernels that estimates find the quickest, or by those that the
+ * environment variable QUARTERMAP_KERNELS names (general, resident, split, streamed) where they suit the scan. */
 QUARTERMAP_API int32_t quartermap_selective_scan_plan(QuartermapScan const* scan, QuartermapScanPlan* plan);
 
 /* Divides a scan for a device with this many multiprocessors and this much shared memory, in bytes: for one block, as
