@@ -63,11 +63,15 @@ def _shared_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _traced_once(_shared_folder: None) -> Iterator[None]:
     """Let torch export each model of `architectures` once in a test run; tests of the exporter call it themselves."""
-    from traced_once import traced_once
+    from traced_once import merging_once, traced_once
 
+    from quartermap_deploy.exporting import merging
     from quartermap_deploy.sources import architectures
 
-    with mock.patch.object(architectures, "trace", traced_once):
+    with (
+        mock.patch.object(architectures, "trace", traced_once),
+        mock.patch.object(merging, "to_onnx", merging_once),
+    ):
         yield
 
 
