@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from made_once import made_once
@@ -122,6 +124,17 @@ def library(name: str) -> Path:
         built.rename(path)
 
     return made_once(f"cpu_library_{name}.so", make)
+
+
+@contextlib.contextmanager
+def native_where_it_can_be() -> Iterator[None]:
+    """Let ONNX Runtime have the native operators, if there is a library or a compiler; else it goes without."""
+    try:
+        named = str(library("all"))
+    except pytest.skip.Exception:
+        named = "0"
+    with mock.patch.dict(os.environ, QUARTERMAP_NATIVE=named):
+        yield
 
 
 def put_into_cache(library: Path, home: Path) -> Path:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import cpu_builds
 import pytest
 from evaluation_data import digit_folders
 from measuring import MODEL, Outcome, call, full_disk, refused
@@ -25,6 +27,13 @@ from quartermap_deploy.recipe import Recipe
 DEPTHS = (2, 2, 4, 2)
 QUICK = ("--repeats", 1, "--threads", 1, "--limit", 20)
 TORCH = ("ablate", MODEL, "--target", "torch", *QUICK)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _native() -> Iterator[None]:
+    """Scans run by the native operator where there is one: the time that is left is that of everything else."""
+    with cpu_builds.native_where_it_can_be():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -216,8 +216,16 @@ def test_a_stop_says_what_is_kept(
     assert found["per_class"] == call(*command[:-2]).json["per_class"]
 
 
-# Enough images to be still at it when the state is written for the first time, after five seconds.
-MANY = ("--split", "training", "--limit", "900", "--batch", "1", "--json")
+# Enough images to be still at it for seconds when the state is written for the first time, after SAVE_AFTER seconds.
+MANY = ("--split", "training", "--limit", "160", "--batch", "1", "--json")
+SAVE_AFTER = 0.3
+IMPATIENT = f"""
+import sys
+from quartermap_deploy import cli
+from quartermap_deploy.evaluation import accuracy
+accuracy.SAVE_AFTER = {SAVE_AFTER}
+sys.exit(cli.main(sys.argv[1:]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +242,7 @@ def test_what_was_stopped_goes_on(
     """A process of its own is stopped in the middle; the next one gives what one alone would have given."""
     command = [*MODEL, *MANY, "--resume", "state.json"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "quartermap_deploy.cli", *command],
+        [sys.executable, "-c", IMPATIENT, *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -250,8 +258,8 @@ def test_what_was_stopped_goes_on(
     out, err = process.communicate(timeout=60)
     assert process.returncode == code and out == "" and "Traceback" not in err, err
     assert "kept in state.json; the same command goes on" in err
-    assert 0 < json.loads(state.read_text())["position"] < 900
+    assert 0 < json.loads(state.read_text())["position"] < 160
     found = call(*command).json
     times = {"seconds", "compute_seconds", "images_per_second"}
     assert {**found, **dict.fromkeys(times)} == {**alone, **dict.fromkeys(times)}
-    assert found["images"] == 900 and all(found[name] > 0 for name in times)
+    assert found["images"] == 160 and all(found[name] > 0 for name in times)

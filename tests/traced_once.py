@@ -1,5 +1,7 @@
 """Models of `architectures`, exported by torch once in a test run: the same model again gets the same graph.
 
+So are models that merge tokens, which are exported as any module is.
+
 Torch takes seconds for each export, and many tests compile the same few models. A model is the same if its modules have
 the same classes, code, settings and weights; what cannot be told, such as a function as a setting, is exported anew.
 """
@@ -8,16 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import CodeType
 from typing import Any
 
 import onnx
+import torch
 from made_once import made_once
 
 from quartermap_deploy.architectures.base import VisualStateSpaceModel
-from quartermap_deploy.frontend.exporter import trace
+from quartermap_deploy.evaluation import tome
+from quartermap_deploy.frontend.exporter import to_onnx, trace
 from quartermap_deploy.scan import operators
 
 
@@ -25,14 +29,30 @@ def traced_once(
     model: VisualStateSpaceModel, input_shape: Sequence[int], **settings: bool
 ) -> onnx.ModelProto:
     """Export a model as `trace` does, or return what it was exported to before."""
+    asked = (tuple(input_shape), sorted(settings.items()))
+    return _once(model, asked, lambda: trace(model, input_shape, **settings))
+
+
+def merging_once(
+    model: VisualStateSpaceModel, arguments: tuple[torch.Tensor, ...], **settings: Any
+) -> onnx.ModelProto:
+    """Export a model of `merge_tokens` as `to_onnx` does, or return what it was exported to before."""
+    # The code of merging is in functions, which no module holds.
+    asked = (Path(tome.__file__).read_bytes(), [item.shape for item in arguments], sorted(settings.items()))
+    return _once(model, asked, lambda: to_onnx(model, arguments, **settings))
+
+
+def _once(
+    model: VisualStateSpaceModel, asked: object, export: Callable[[], onnx.ModelProto]
+) -> onnx.ModelProto:
     key = hashlib.sha256()
-    for part in _parts(model, (tuple(input_shape), sorted(settings.items()))):
+    for part in _parts(model, asked):
         key.update(part)
         key.update(b"\0")
 
     def make(path: Path) -> None:
         draft = path.with_suffix(".draft")
-        draft.write_bytes(trace(model, input_shape, **settings).SerializeToString())
+        draft.write_bytes(export().SerializeToString())
         draft.rename(path)
 
     return onnx.load(made_once(f"traced_{key.hexdigest()[:32]}.onnx", make))
@@ -41,7 +61,7 @@ def traced_once(
 def _parts(model: VisualStateSpaceModel, settings: object) -> Iterator[bytes]:
     """What the graph of a model depends on."""
     yield repr(settings).encode()
-    yield _code(trace) + _code(operators.selective_scan_2d) + _code(operators.selective_scan)
+    yield _code(trace) + _code(to_onnx) + _code(operators.selective_scan_2d) + _code(operators.selective_scan)
     for name, module in model.named_modules():
         kind = type(module)
         yield f"{name} {kind.__module__}.{kind.__qualname__}".encode()
