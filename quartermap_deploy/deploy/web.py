@@ -39,11 +39,14 @@ FORMAT = 1
 MARKER = "quartermap-site.json"
 SITE = FolderKind("site that quartermap wrote", MARKER, DeployError)
 MODEL, RUNTIME, GOLDEN = "model.onnx", "onnxruntime.wasm", "golden.bin"
-PACKED = (
-    *(GOLDEN, RUNTIME, MODEL, "facts.json", "onnxruntime.mjs"),
-    *("resize.js", "prepare.js", "png.js", "decode.js", "answer.js", "worker.js", "pad.js", "page.js"),
-)
-"""Every file that the page and its worker load, each after those that it names."""
+PARTS = {
+    "worker": (
+        *(GOLDEN, RUNTIME, MODEL, "facts.json", "onnxruntime.mjs"),
+        *("resize.js", "prepare.js", "png.js", "decode.js", "answer.js", "worker.js"),
+    ),
+    "page": ("facts.json", "pad.js", "page.js"),
+}
+"""Every file that the worker and the page load, each after those that it names."""
 PIECE = 3 << 18
 """Bytes of a piece of what is packed; base64 makes a third more of them."""
 POLICY = (
@@ -212,8 +215,8 @@ def _write(
         "threads": not options.from_file,
     }
     write_json(folder / "facts.json", values)
-    for name in (*PACKED, "page.css"):
-        if not (folder / name).exists():
+    for name in ("page.css", "start.js", *PARTS["worker"], *PARTS["page"]):
+        if (_SOURCES / name).is_file():
             shutil.copyfile(_SOURCES / name, folder / name)
     _write_page(folder, options.from_file)
     write_licences(folder / "licences", runtime, facts.bundle)
@@ -260,12 +263,16 @@ def _pack(folder: Path) -> None:
     """Put what the page would fetch into one script, and add the script that takes it out again."""
     with (folder / "packed.js").open("w", encoding="ascii") as file:
         file.write("const PACKED = {\n")
-        for name in PACKED:
-            file.write(f"{json.dumps(name)}: [\n")
-            file.writelines(f'"{piece}",\n' for piece in _pieces((folder / name).read_bytes()))
-            file.write("],\n")
-            (folder / name).unlink()
+        for reader, names in PARTS.items():
+            file.write(f"{reader}: {{\n")
+            for name in names:
+                file.write(f"{json.dumps(name)}: [\n")
+                file.writelines(f'"{piece}",\n' for piece in _pieces((folder / name).read_bytes()))
+                file.write("],\n")
+            file.write("},\n")
         file.write("};\n")
+    for name in {"start.js", *PARTS["worker"], *PARTS["page"]}:
+        (folder / name).unlink()
     shutil.copyfile(_SOURCES / "unpack.js", folder / "unpack.js")
 
 

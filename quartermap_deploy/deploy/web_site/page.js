@@ -88,9 +88,12 @@ class Page {
     this.worker = worker;
     this.waiting = new Map();
     this.given = 0;
+    // What is sent to a worker whose modules are still being loaded is lost.
+    this.listening = new Promise(resolve => {
+      this.loaded = resolve;
+    });
     worker.onmessage = ({ data }) => this[data.kind](data);
     worker.onerror = event => this.stop(event.message || "the worker cannot be started");
-    worker.postMessage({ kind: "start" });
   }
 
   // What the worker says ----------------------------------------------------------------------------------------------
@@ -159,7 +162,7 @@ class Page {
     at("results").prepend(result);
     while (at("results").children.length > SHOWN) at("results").lastChild.remove();
     this.waiting.set(id, { name, text, result });
-    this.worker.postMessage({ ...message, id }, transfer);
+    this.listening.then(() => this.worker.postMessage({ ...message, id }, transfer));
   }
 
   async take(files) {
@@ -197,4 +200,5 @@ at("title").textContent = facts.title;
 at("subtitle").textContent = facts.subtitle;
 list(at("parity"), facts.parity);
 list(at("facts"), facts.provenance);
-new Page(facts, new Worker(new URL("./worker.js", import.meta.url), { type: "module" })).listen();
+// A plain worker that loads a module: from a page that was opened as a file, browsers start no module as a worker.
+new Page(facts, new Worker(new URL("./start.js", import.meta.url))).listen();

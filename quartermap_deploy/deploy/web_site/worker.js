@@ -1,4 +1,4 @@
-// The model, in a thread of its own so that the page never stands still. It is told {kind: "start"} once, and then
+// The model, in a thread of its own so that the page never stands still. It starts by itself, and is then given
 // {kind: "file", id, bytes} or {kind: "pixels", id, height, width, rgba} for each image.
 
 import * as ort from "./onnxruntime.mjs";
@@ -112,7 +112,10 @@ async function answered(message) {
 // One after the other: a session answers one at a time.
 let last = Promise.resolve();
 
-onmessage = ({ data }) => {
-  const task = data.kind === "start" ? start : async () => postMessage(await answered(data));
-  last = last.then(task).catch(error => postMessage({ kind: "fault", id: data.id ?? null, text: String(error.message ?? error) }));
-};
+function queue(id, task) {
+  last = last.then(task).catch(error => postMessage({ kind: "fault", id, text: String(error.message ?? error) }));
+}
+
+onmessage = ({ data }) => queue(data.id, async () => postMessage(await answered(data)));
+queue(null, start);
+postMessage({ kind: "loaded" });
