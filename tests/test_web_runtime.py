@@ -159,9 +159,8 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[s
 def test_npm_fetches_once_and_a_changed_file_is_fetched_again(registry: list[str], tmp_path: Path) -> None:
     kept = tmp_path / "home" / "cache" / f"{PACKAGE}-{VERSION}.tgz"
     assert find_runtime(None).script == FILES[SCRIPT]
-    assert kept.read_bytes() == tarball_of(kept) and [file.name for file in kept.parent.iterdir()] == [
-        kept.name
-    ]
+    assert hash_of(kept) == web_runtime.INTEGRITY
+    assert [file.name for file in kept.parent.iterdir()] == [kept.name]
     asked = len(registry)
     assert asked and find_runtime(None).script == FILES[SCRIPT] and len(registry) == asked
     kept.write_bytes(b"something else")
