@@ -142,7 +142,7 @@ def test_the_command_says_what_was_written_and_how_to_look(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("bundle", "error", "reason"),
     [
-        (words_bundle, InputError, "no image"),
+        (words_bundle, InputError, "is one input alone"),
         (pooled_bundle, InputError, "do not belong to single images"),
         (static_bundle, DeployError, 'io = "float32"'),
     ],
