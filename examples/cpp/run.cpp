@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <exception>
 #include <fstream>
 #include <functional>
@@ -26,19 +27,22 @@ static int run(int count, char** words) {
     std::ifstream file(words[2], std::ios::binary);
     std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
     std::vector<float> input(bytes.size() / sizeof(float));
-    std::copy(bytes.begin(), bytes.begin() + input.size() * sizeof(float), reinterpret_cast<char*>(input.data()));
+    std::memcpy(input.data(), bytes.data(), input.size() * sizeof(float));
     auto shape = session.GetInputTypeInfo(0).GetTensorTypeAndShapeInfo().GetShape();
     if (shape[0] < 0) shape[0] = 1;  // any batch
-    if (int64_t(input.size()) != std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>())) {
+    const auto wanted = std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
+    if (int64_t(input.size()) != wanted) {
         std::fprintf(stderr, "%s has %zu numbers, which the model does not take\n", words[2], input.size());
         return 1;
     }
 
     Ort::AllocatorWithDefaultOptions allocator;
-    const auto in = session.GetInputNameAllocated(0, allocator), out = session.GetOutputNameAllocated(0, allocator);
+    const auto in = session.GetInputNameAllocated(0, allocator);
+    const auto out = session.GetOutputNameAllocated(0, allocator);
     const char *ins[] = {in.get()}, *outs[] = {out.get()};
     const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
-    auto tensor = Ort::Value::CreateTensor<float>(memory, input.data(), input.size(), shape.data(), shape.size());
+    auto tensor =
+        Ort::Value::CreateTensor<float>(memory, input.data(), input.size(), shape.data(), shape.size());
     const auto found = session.Run(Ort::RunOptions{}, ins, &tensor, 1, outs, 1);
     const float* values = found[0].GetTensorData<float>();
     const size_t size = found[0].GetTensorTypeAndShapeInfo().GetElementCount();

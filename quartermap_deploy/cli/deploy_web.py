@@ -19,11 +19,10 @@ from quartermap_deploy.cli.common import (
 from quartermap_deploy.cli.overrides import add_labels_option, add_preprocessing_option, preprocessing_of
 from quartermap_deploy.tables.layout import facts
 from quartermap_deploy.tables.words import error_text
+from quartermap_deploy.validation.tolerances import STORED
 
 if TYPE_CHECKING:
     from quartermap_deploy.cli.common import Subparsers
-
-STORAGES = ("float16", "int8", "float32")
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -51,7 +50,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--weights",
-        choices=STORAGES,
+        choices=tuple(STORED),
         default="float16",
         help="how weights are stored; everything is computed in float32. float16 halves the file, int8 quarters it and "
         "changes answers (default: float16)",

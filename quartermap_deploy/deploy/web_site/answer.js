@@ -16,7 +16,9 @@ function probabilities(values, activation) {
 function classes({ data }, { labels, activation }) {
   const found = probabilities(data, activation);
   const order = [...found.keys()].sort((a, b) => found[b] - found[a] || a - b);
-  const scores = order.slice(0, TOP).map(index => ({ index, label: labels[index] ?? String(index), probability: found[index] }));
+  const scores = order
+    .slice(0, TOP)
+    .map(index => ({ index, label: labels[index] ?? String(index), probability: found[index] }));
   return { kind: "classes", scores };
 }
 
@@ -25,7 +27,9 @@ export function maskOf({ data, dims }, size, activation, pillow) {
   const [count, height, width] = dims.slice(-3);
   const planes = Array.from({ length: count }, (_, index) => {
     const plane = data.subarray(index * height * width, (index + 1) * height * width);
-    return height === size[0] && width === size[1] ? plane : resizeFloats(plane, [height, width], size, pillow);
+    return height === size[0] && width === size[1]
+      ? plane
+      : resizeFloats(plane, [height, width], size, pillow);
   });
   const mask = new Uint16Array(size[0] * size[1]);
   if (count === 1) {
@@ -49,7 +53,11 @@ function mask(output, facts) {
   for (const value of values) counts.set(value, (counts.get(value) ?? 0) + 1);
   const shares = [...counts]
     .sort((a, b) => b[1] - a[1] || a[0] - b[0])
-    .map(([index, count]) => ({ index, label: facts.labels[index] ?? String(index), share: count / values.length }));
+    .map(([index, count]) => ({
+      index,
+      label: facts.labels[index] ?? String(index),
+      share: count / values.length,
+    }));
   return { kind: "mask", height: crop[0], width: crop[1], values, shares };
 }
 
@@ -69,7 +77,10 @@ function picture({ data, dims }, { preprocessing: { color, scale } }) {
 function tensors(outputs) {
   const rows = Object.entries(outputs).map(([name, { data, dims, type }]) => {
     const values = Array.from(data, Number);
-    const [least, most] = [values.reduce((a, b) => Math.min(a, b), Infinity), values.reduce((a, b) => Math.max(a, b), -Infinity)];
+    const [least, most] = [
+      values.reduce((a, b) => Math.min(a, b), Infinity),
+      values.reduce((a, b) => Math.max(a, b), -Infinity),
+    ];
     return { name, type, shape: dims, least, most, mean: values.reduce((a, b) => a + b, 0) / values.length };
   });
   return { kind: "tensors", rows };
@@ -79,6 +90,7 @@ function tensors(outputs) {
 export function answer(outputs, facts) {
   const first = outputs[facts.first_output];
   if (facts.shows === "tensors") return tensors(outputs);
-  if (!first.data.every(Number.isFinite)) throw new Error(`the model's output ${facts.first_output} is NaN or infinite`);
+  if (!first.data.every(Number.isFinite))
+    throw new Error(`the model's output ${facts.first_output} is NaN or infinite`);
   return { classes, mask, image: picture }[facts.shows](first, facts);
 }

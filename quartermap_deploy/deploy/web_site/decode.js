@@ -38,7 +38,7 @@ function orientationOf(block) {
 function jpegHead(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   const head = { orientation: UPRIGHT };
-  for (let at = 2; at + 4 <= bytes.length && bytes[at] === 0xff; ) {
+  for (let at = 2; at + 4 <= bytes.length && bytes[at] === 0xff;) {
     const marker = bytes[at + 1];
     if (marker === 0xff) {
       at += 1;
@@ -49,9 +49,15 @@ function jpegHead(bytes) {
     // Frames of all kinds; the three in between are tables.
     const frame = marker >= 0xc0 && marker <= 0xcf && ![0xc4, 0xc8, 0xcc].includes(marker);
     if (frame && content.length >= 6) {
-      return { ...head, height: (content[1] << 8) | content[2], width: (content[3] << 8) | content[4], components: content[5] };
+      return {
+        ...head,
+        height: (content[1] << 8) | content[2],
+        width: (content[3] << 8) | content[4],
+        components: content[5],
+      };
     }
-    if (marker === 0xe1 && text(content, 0, 6) === "Exif\0\0") head.orientation = orientationOf(content.subarray(6));
+    if (marker === 0xe1 && text(content, 0, 6) === "Exif\0\0")
+      head.orientation = orientationOf(content.subarray(6));
     if (marker === 0xda) break;
     at += 2 + length;
   }
@@ -93,16 +99,22 @@ export async function decode(bytes, usesAlpha) {
     try {
       image = await byBrowser(bytes, kind);
     } catch (error) {
-      throw error.name === "InvalidStateError" ? new Error("the file is damaged, or of a kind that this browser cannot read") : error;
+      throw error.name === "InvalidStateError"
+        ? new Error("the file is damaged, or of a kind that this browser cannot read")
+        : error;
     }
     if (head.orientation !== UPRIGHT) {
-      notes.push("Turned upright, as its EXIF data say. `quartermap predict` takes files as they are stored.");
+      notes.push(
+        "Turned upright, as its EXIF data say. `quartermap predict` takes files as they are stored.",
+      );
     }
-    if (head.components === 4) notes.push("It has four inks (CMYK). Browsers and Pillow make different colours of them.");
+    if (head.components === 4)
+      notes.push("It has four inks (CMYK). Browsers and Pillow make different colours of them.");
   }
   if (!usesAlpha && hasAlpha(image.rgba)) {
     notes.push("The model takes no transparency. It sees the colours that lie under transparent pixels.");
   }
-  if (kind === "image/webp" && hasAlpha(image.rgba)) notes.push("This browser rounds the colours of transparent pixels.");
+  if (kind === "image/webp" && hasAlpha(image.rgba))
+    notes.push("This browser rounds the colours of transparent pixels.");
   return { height: image.height, width: image.width, rgba: image.rgba, notes };
 }

@@ -34,7 +34,8 @@ function rgbaOf({ values, channels }) {
   const count = values.length / channels;
   const found = new Uint8ClampedArray(4 * count).fill(255);
   for (let i = 0; i < count; i++) {
-    for (let channel = 0; channel < 3; channel++) found[4 * i + channel] = values[i * channels + (channels === 1 ? 0 : channel)];
+    for (let channel = 0; channel < 3; channel++)
+      found[4 * i + channel] = values[i * channels + (channels === 1 ? 0 : channel)];
   }
   return found;
 }
@@ -50,11 +51,19 @@ function maskPicture({ values, height, width }, palette) {
 function bar(label, share, ...before) {
   const percent = `${(100 * share).toFixed(1)} %`;
   const meter = element("meter", { max: 1, value: share, "aria-label": label });
-  return element("div", { class: "bar" }, element("span", { title: label }, ...before, label), meter, element("span", { class: "number" }, percent));
+  return element(
+    "div",
+    { class: "bar" },
+    element("span", { title: label }, ...before, label),
+    meter,
+    element("span", { class: "number" }, percent),
+  );
 }
 
 const shown = {
-  classes: ({ scores }) => [element("div", { class: "bars" }, ...scores.map(score => bar(score.label, score.probability)))],
+  classes: ({ scores }) => [
+    element("div", { class: "bars" }, ...scores.map(score => bar(score.label, score.probability))),
+  ],
   mask: (answer, { palette }) => {
     const rows = answer.shares.slice(0, SHOWN).map(({ index, label, share }) => {
       const key = element("canvas", { class: "key", width: 1, height: 1 });
@@ -65,20 +74,32 @@ const shown = {
     });
     return [maskPicture(answer, palette), element("div", { class: "bars" }, ...rows)];
   },
-  image: ({ rgba, height, width }) => [canvasOf(rgba, height, width, "what the model returned", { class: "output" })],
+  image: ({ rgba, height, width }) => [
+    canvasOf(rgba, height, width, "what the model returned", { class: "output" }),
+  ],
   tensors: ({ rows }) => {
     const cells = (kind, texts) => element("tr", {}, ...texts.map(text => element(kind, {}, text)));
     const body = rows.map(({ name, type, shape, least, most, mean }) =>
-      cells("td", [name, `(${shape.join(", ")}) ${type}`, ...[least, most, mean].map(value => value.toPrecision(4))]),
+      cells("td", [
+        name,
+        `(${shape.join(", ")}) ${type}`,
+        ...[least, most, mean].map(value => value.toPrecision(4)),
+      ]),
     );
-    return [element("div", { class: "scroll" }, element("table", {}, cells("th", ["output", "shape", "least", "most", "mean"]), ...body))];
+    return [
+      element(
+        "div",
+        { class: "scroll" },
+        element("table", {}, cells("th", ["output", "shape", "least", "most", "mean"]), ...body),
+      ),
+    ];
   },
 };
 
 function timesText({ size, seen, milliseconds: spent }) {
   return (
-    `${size[1]} × ${size[0]} pixels, the model sees ${seen.width} × ${seen.height}; decoded in ${milliseconds(spent.decode)} ms, ` +
-    `prepared in ${milliseconds(spent.prepare)} ms, run in ${milliseconds(spent.run)} ms`
+    `${size[1]} × ${size[0]} pixels, the model sees ${seen.width} × ${seen.height}; ` +
+    `decoded in ${milliseconds(spent.decode)} ms, prepared in ${milliseconds(spent.prepare)} ms, run in ${milliseconds(spent.run)} ms`
   );
 }
 
@@ -99,7 +120,10 @@ class Page {
   // What the worker says ----------------------------------------------------------------------------------------------
 
   progress({ what, have, bytes }) {
-    at("status").textContent = bytes > 1 ? `Fetching ${what}: ${(have / 1e6).toFixed(1)} of ${(bytes / 1e6).toFixed(1)} MB` : `Please wait: ${what}`;
+    at("status").textContent =
+      bytes > 1
+        ? `Fetching ${what}: ${(have / 1e6).toFixed(1)} of ${(bytes / 1e6).toFixed(1)} MB`
+        : `Please wait: ${what}`;
     [at("progress").hidden, at("progress").value] = [bytes <= 1, have / bytes];
   }
 
@@ -109,13 +133,16 @@ class Page {
     at("status").textContent = `Ready, on ${threads} ${threads === 1 ? "thread" : "threads"}.`;
     document.body.dataset.phase = "ready";
     if (error === null) {
-      at("here").textContent = `In this browser the golden input took ${milliseconds(first)} ms. Its outputs are too large to lie beside the page.`;
+      at("here").textContent =
+        `In this browser the golden input took ${milliseconds(first)} ms. ` +
+        "Its outputs are too large to lie beside the page.";
       return;
     }
     const passed = error <= tolerance;
     at("here").className = passed ? "good" : "bad";
     at("here").textContent =
-      `In this browser, just now: the bundle's golden input gives what PyTorch computes, to ${short(error)} of the largest value. ` +
+      `In this browser, just now: the bundle's golden input gives what PyTorch computes, ` +
+      `to ${short(error)} of the largest value. ` +
       `${passed ? "That is within" : "That is NOT within"} the tolerance of ${short(tolerance)}.`;
     at("here").dataset.error = error;
   }
@@ -142,7 +169,10 @@ class Page {
     }
     const place = this.waiting.get(id);
     this.waiting.delete(id);
-    place.text.replaceChildren(element("b", { class: "name" }, place.name), element("p", { class: "bad" }, text));
+    place.text.replaceChildren(
+      element("b", { class: "name" }, place.name),
+      element("p", { class: "bad" }, text),
+    );
     place.result.dataset.done = "no";
   }
 
@@ -157,7 +187,12 @@ class Page {
 
   ask(name, message, transfer) {
     const id = ++this.given;
-    const text = element("div", {}, element("b", { class: "name" }, name), element("p", { class: "soft" }, "…"));
+    const text = element(
+      "div",
+      {},
+      element("b", { class: "name" }, name),
+      element("p", { class: "soft" }, "…"),
+    );
     const result = element("div", { class: "result" }, text);
     at("results").prepend(result);
     while (at("results").children.length > SHOWN) at("results").lastChild.remove();

@@ -6,13 +6,21 @@ import { checkSize } from "./prepare.js";
 const CHANNELS = { 0: 1, 2: 3, 3: 1, 4: 2, 6: 4 };
 const DEPTHS = { 0: [1, 2, 4, 8, 16], 2: [8, 16], 3: [1, 2, 4, 8], 4: [8, 16], 6: [8, 16] };
 // First column and row, and the steps between columns and rows, of each pass of an interlaced file.
-const PASSES = [[0, 0, 8, 8], [4, 0, 8, 8], [0, 4, 4, 8], [2, 0, 4, 4], [0, 2, 2, 4], [1, 0, 2, 2], [0, 1, 1, 2]];
+const PASSES = [
+  [0, 0, 8, 8],
+  [4, 0, 8, 8],
+  [0, 4, 4, 8],
+  [2, 0, 4, 4],
+  [0, 2, 2, 4],
+  [1, 0, 2, 2],
+  [0, 1, 1, 2],
+];
 const WHOLE = [[0, 0, 1, 1]];
 
 function chunksOf(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   const found = { data: [] };
-  for (let at = 8; at + 12 <= bytes.length; ) {
+  for (let at = 8; at + 12 <= bytes.length;) {
     const length = view.getUint32(at);
     const kind = String.fromCharCode(...bytes.subarray(at + 4, at + 8));
     const content = bytes.subarray(at + 8, at + 8 + length);
@@ -28,7 +36,13 @@ function chunksOf(bytes) {
 function headOf({ IHDR, PLTE }) {
   if (!IHDR || IHDR.length !== 13) throw new Error("the file has no head");
   const view = new DataView(IHDR.buffer, IHDR.byteOffset, 13);
-  const head = { width: view.getUint32(0), height: view.getUint32(4), depth: IHDR[8], color: IHDR[9], interlaced: IHDR[12] };
+  const head = {
+    width: view.getUint32(0),
+    height: view.getUint32(4),
+    depth: IHDR[8],
+    color: IHDR[9],
+    interlaced: IHDR[12],
+  };
   if (!DEPTHS[head.color]?.includes(head.depth) || head.interlaced > 1 || IHDR[10] || IHDR[11]) {
     throw new Error("the file is of a kind that PNG does not have");
   }
@@ -70,7 +84,8 @@ function unfilter(data, at, rows, length, step) {
       const left = i < step ? 0 : data[line + i - step];
       const up = above < 0 ? 0 : data[above + i];
       const corner = above < 0 || i < step ? 0 : data[above + i - step];
-      data[line + i] += kind === 1 ? left : kind === 2 ? up : kind === 3 ? (left + up) >> 1 : nearestOf(left, up, corner);
+      data[line + i] +=
+        kind === 1 ? left : kind === 2 ? up : kind === 3 ? (left + up) >> 1 : nearestOf(left, up, corner);
     }
     at += length + 1;
   }
@@ -125,7 +140,10 @@ export async function decodePng(bytes) {
       return { left, top, across, down, columns, rows, length: Math.ceil((columns * channels * depth) / 8) };
     })
     .filter(({ columns, rows }) => columns > 0 && rows > 0);
-  const data = await inflated(chunks.data, parts.reduce((sum, part) => sum + part.rows * (part.length + 1), 0));
+  const data = await inflated(
+    chunks.data,
+    parts.reduce((sum, part) => sum + part.rows * (part.length + 1), 0),
+  );
   const rgba = new Uint8ClampedArray(width * height * 4);
   const write = writer(head, chunks, rgba);
   const samples = new Array(channels);

@@ -23,7 +23,9 @@ function resizedSize([height, width], [targetHeight, targetWidth], fit) {
 
 export function checkSize(height, width, what) {
   if (height * width > MOST_PIXELS) {
-    throw new Error(`${what} ${width} × ${height} pixels; at most ${MOST_PIXELS.toLocaleString("en")} are taken`);
+    throw new Error(
+      `${what} ${width} × ${height} pixels; at most ${MOST_PIXELS.toLocaleString("en")} are taken`,
+    );
   }
 }
 
@@ -82,5 +84,9 @@ export function prepare(image, { resize, fit, crop, interpolation, mean, std, co
     const from = color === "bgr" ? 2 - channel : channel;
     for (let i = 0; i < count; i++) input[channel * count + i] = values[seen[i * channels + from]];
   }
-  return { input, shape: [1, channels, ...crop], seen: { height: crop[0], width: crop[1], channels, values: seen } };
+  return {
+    input,
+    shape: [1, channels, ...crop],
+    seen: { height: crop[0], width: crop[1], channels, values: seen },
+  };
 }

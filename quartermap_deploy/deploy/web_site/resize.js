@@ -1,9 +1,9 @@
 // Resizing as Pillow does it, to the last bit: a model that was evaluated on images which Pillow made smaller must not
 // be given those of a canvas, whose filters differ from browser to browser.
 //
-// Pillow resizes along one side and then along the other. Between the two it rounds to 8 bits, and its weights are whole
-// numbers with 22 bits after the point. `resizeFloats` is its mode "F", which rounds to float32 instead. `pillow` is the
-// major version whose order of the two is taken.
+// Pillow resizes along one side and then along the other. Between the two it rounds to 8 bits, and its weights are
+// whole numbers with 22 bits after the point. `resizeFloats` is its mode "F", which rounds to float32 instead. `pillow`
+// is the major version whose order of the two is taken.
 
 const POINT = 22;
 
@@ -70,7 +70,8 @@ function along(source, target, channels, lines, lineSteps, steps, made, finish) 
       const weight = place * longest;
       for (let channel = 0; channel < channels; channel++) {
         let sum = finish.start;
-        for (let i = 0, j = first + channel; i < lengths[place]; i++, j += steps[0]) sum += source[j] * weights[weight + i];
+        for (let i = 0, j = first + channel; i < lengths[place]; i++, j += steps[0])
+          sum += source[j] * weights[weight + i];
         target[at + channel] = finish.value(sum);
       }
     }
@@ -95,14 +96,32 @@ const REAL = { start: 0, value: sum => sum, weights: made => made };
 function acrossColumns(values, channels, [height, width], newWidth, filter, kind, Kind) {
   const found = new Kind(height * newWidth * channels);
   const rows = [width * channels, newWidth * channels];
-  along(values, found, channels, height, rows, [channels, channels], kind.weights(windows(width, newWidth, filter)), kind);
+  along(
+    values,
+    found,
+    channels,
+    height,
+    rows,
+    [channels, channels],
+    kind.weights(windows(width, newWidth, filter)),
+    kind,
+  );
   return [found, [height, newWidth]];
 }
 
 function acrossRows(values, channels, [height, width], newHeight, filter, kind, Kind) {
   const found = new Kind(newHeight * width * channels);
   const row = width * channels;
-  along(values, found, channels, width, [channels, channels], [row, row], kind.weights(windows(height, newHeight, filter)), kind);
+  along(
+    values,
+    found,
+    channels,
+    width,
+    [channels, channels],
+    [row, row],
+    kind.weights(windows(height, newHeight, filter)),
+    kind,
+  );
   return [found, [newHeight, width]];
 }
 
@@ -118,7 +137,8 @@ function inBoth(values, channels, size, newSize, pillow, filter, kind, Kind) {
   if (newSize[0] !== size[0]) passes.push([acrossRows, newSize[0]]);
   if (heightFirst(size, newSize, pillow)) passes.reverse();
   let current = [values, size];
-  for (const [pass, side] of passes) current = pass(current[0], channels, current[1], side, filter, kind, Kind);
+  for (const [pass, side] of passes)
+    current = pass(current[0], channels, current[1], side, filter, kind, Kind);
   return current[0];
 }
 
@@ -126,7 +146,8 @@ function inBoth(values, channels, size, newSize, pillow, filter, kind, Kind) {
 function nearest(from, to) {
   const step = from / to;
   const found = new Int32Array(to);
-  for (let place = 0, at = step * 0.5; place < to; place++, at += step) found[place] = Math.min(from - 1, Math.trunc(at));
+  for (let place = 0, at = step * 0.5; place < to; place++, at += step)
+    found[place] = Math.min(from - 1, Math.trunc(at));
   return found;
 }
 
@@ -162,7 +183,8 @@ function divided(values) {
   for (let i = 0; i < values.length; i += 4) {
     const alpha = values[i + 3];
     if (alpha === 0 || alpha === 255) continue;
-    for (let channel = 0; channel < 3; channel++) found[i + channel] = Math.trunc((255 * values[i + channel]) / alpha);
+    for (let channel = 0; channel < 3; channel++)
+      found[i + channel] = Math.trunc((255 * values[i + channel]) / alpha);
   }
   return found;
 }

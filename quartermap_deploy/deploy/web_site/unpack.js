@@ -8,7 +8,9 @@
 async function unpack(packed, entry, addresses) {
   const types = { js: "text/javascript", mjs: "text/javascript", json: "application/json" };
   for (const [name, pieces] of Object.entries(packed)) {
-    const compressed = new Blob(pieces.map(piece => Uint8Array.from(atob(piece), letter => letter.charCodeAt(0))));
+    const compressed = new Blob(
+      pieces.map(piece => Uint8Array.from(atob(piece), letter => letter.charCodeAt(0))),
+    );
     const content = new Response(compressed.stream().pipeThrough(new DecompressionStream("gzip")));
     const type = types[name.split(".").pop()] ?? "application/octet-stream";
     let part = await content.blob();
@@ -26,7 +28,8 @@ async function unpack(packed, entry, addresses) {
 const starter = new Blob([
   `${unpack}\nunpack(`,
   JSON.stringify(PACKED.worker),
-  ', "worker.js", new Map()).catch(error => postMessage({ kind: "fault", id: null, text: String(error.message ?? error) }));',
+  ', "worker.js", new Map())',
+  '.catch(error => postMessage({ kind: "fault", id: null, text: String(error.message ?? error) }));',
 ]);
 delete PACKED.worker;
 

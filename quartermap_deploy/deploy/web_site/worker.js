@@ -21,7 +21,8 @@ async function fetched(address, { bytes, sha256 }, what) {
   for (;;) {
     const { done, value } = await reader.read();
     if (done) break;
-    if (have + value.length > bytes) throw new Error(`${what} is larger than the ${bytes} bytes that the site was written with`);
+    if (have + value.length > bytes)
+      throw new Error(`${what} is larger than the ${bytes} bytes that the site was written with`);
     data.set(value, have);
     have += value.length;
     postMessage({ kind: "progress", what, have, bytes });
@@ -62,7 +63,11 @@ function worst(outputs, expected) {
 // Run the bundle's golden input, which warms up too, and compare with what PyTorch computed for it.
 async function check() {
   const { input, outputs } = facts.golden;
-  const data = await fetched(new URL("./golden.bin", import.meta.url), facts.files.golden, "the golden values");
+  const data = await fetched(
+    new URL("./golden.bin", import.meta.url),
+    facts.files.golden,
+    "the golden values",
+  );
   const numbers = new Float32Array(data.buffer);
   const size = input.reduce((a, b) => a * b, 1);
   const expected = {};
@@ -79,11 +84,18 @@ async function check() {
 
 async function start() {
   facts = await (await fetch(new URL("./facts.json", import.meta.url))).json();
-  const wasm = await fetched(new URL("./onnxruntime.wasm", import.meta.url), facts.files.runtime, "ONNX Runtime");
+  const wasm = await fetched(
+    new URL("./onnxruntime.wasm", import.meta.url),
+    facts.files.runtime,
+    "ONNX Runtime",
+  );
   const model = await fetched(new URL("./model.onnx", import.meta.url), facts.files.model, "the model");
   postMessage({ kind: "progress", what: "the model is being read", have: 1, bytes: 1 });
   // Memory is shared between threads only where the server sends the two headers that isolate the page.
-  const threads = self.crossOriginIsolated && facts.threads ? Math.min(navigator.hardwareConcurrency || 1, MOST_THREADS) : 1;
+  const threads =
+    self.crossOriginIsolated && facts.threads
+      ? Math.min(navigator.hardwareConcurrency || 1, MOST_THREADS)
+      : 1;
   ort.env.wasm.numThreads = threads;
   ort.env.wasm.wasmBinary = wasm.buffer;
   session = await ort.InferenceSession.create(model, { executionProviders: ["wasm"] });
@@ -113,7 +125,9 @@ async function answered(message) {
 let last = Promise.resolve();
 
 function queue(id, task) {
-  last = last.then(task).catch(error => postMessage({ kind: "fault", id, text: String(error.message ?? error) }));
+  last = last
+    .then(task)
+    .catch(error => postMessage({ kind: "fault", id, text: String(error.message ?? error) }));
 }
 
 onmessage = ({ data }) => queue(data.id, async () => postMessage(await answered(data)));
