@@ -67,7 +67,7 @@ node: build/node/.installed ## fetch the packages of npm that tests load, where 
 build/node/.installed: tests/npm/package-lock.json
 	@mkdir -p $(@D)
 	@cp tests/npm/*.json $(@D)
-	@(cd $(@D) && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error) && touch $@ || \
+	@(command -v npm >/dev/null && cd $(@D) && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error) && touch $@ || \
 		echo "the packages of npm are not to be had here: tests with them will skip" >&2
 
 pytest: native tensorrt node ## the tests alone; PYTEST_FLAGS="-k scan" chooses some
