@@ -98,7 +98,7 @@ async function start() {
       : 1;
   ort.env.wasm.numThreads = threads;
   ort.env.wasm.wasmBinary = wasm.buffer;
-  session = await ort.InferenceSession.create(model, { executionProviders: ["wasm"] });
+  session = await ort.InferenceSession.create(model, { executionProviders: ["wasm"], logSeverityLevel: 3 });
   postMessage({ kind: "ready", threads, ...(await check()) });
 }
 
