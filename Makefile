@@ -30,8 +30,8 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 QUARTER
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test native tensorrt lint typecheck pytest mutants mutants-touched test-server test-providers fuzz format bench evidence \
-	test-compat train-demo-model clean
+.PHONY: help demo test native tensorrt node lint typecheck pytest mutants mutants-touched test-server test-providers test-compat fuzz \
+	format bench evidence train-demo-model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,7 +61,16 @@ build/tensorrt/%/.installed: tests/tensorrt_releases/%.txt $(STAMP)
 	@$(RUN) -m pip install --disable-pip-version-check -q --no-deps --only-binary :all: --target $(@D) -r $< && touch $@ || \
 		echo "TensorRT $* is not to be had here: tests with it will skip" >&2
 
-pytest: native tensorrt ## the tests alone; PYTEST_FLAGS="-k scan" chooses some
+# ONNX Runtime for browsers and for Node.js, which the tests of sites and examples load; 440 MB once unpacked.
+node: build/node/.installed ## fetch the packages of npm that tests load, where npm is there
+
+build/node/.installed: tests/npm/package-lock.json
+	@mkdir -p $(@D)
+	@cp tests/npm/*.json $(@D)
+	@(command -v npm >/dev/null && cd $(@D) && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error) && touch $@ || \
+		echo "the packages of npm are not to be had here: tests with them will skip" >&2
+
+pytest: native tensorrt node ## the tests alone; PYTEST_FLAGS="-k scan" chooses some
 	@$(ONE_THREAD) $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_FLAGS)
 
 test-server: $(STAMP) ## the server in another Python, without torch: make test-server SERVER_PYTHON=python3.13

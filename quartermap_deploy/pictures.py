@@ -1,11 +1,11 @@
-"""Outputs that are pictures: masks of classes, and images; as arrays and as PNG files."""
+"""What there is to see of outputs; masks of classes and images, as arrays and as PNG files."""
 
 from __future__ import annotations
 
 import colorsys
 import functools
 import io
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,14 +13,34 @@ from numpy.typing import NDArray
 from quartermap_deploy.classes import Activation
 from quartermap_deploy.data.images import restored
 from quartermap_deploy.data.preprocessing import Preprocessing
+from quartermap_deploy.model_facts import ModelFacts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+Shows = Literal["classes", "mask", "image", "tensors"]
 
 _STEP = 0.618033988749895
 """Of the circle of hues, from class to class: the golden ratio's, which comes near no hue again soon."""
 _TONES = ((0.6, 0.75), (0.9, 0.45), (0.45, 0.95), (0.9, 0.75), (0.75, 0.95))
 """Saturation and value, in turns: with them the first 40 colours differ by 56 of 255 at least, over the channels."""
+
+
+def what_it_shows(bundle: ModelFacts, preprocessing: Preprocessing) -> Shows:
+    """Return what there is to see of a bundle's first output: its classes, a mask of them, an image, or only numbers.
+
+    Args:
+        bundle: the bundle, whose one input takes images.
+        preprocessing: how an image becomes it.
+    """
+    first = bundle.outputs[0]
+    if bundle.task == "classification" and len(first.shape) == 2 and bundle.num_classes:
+        return "classes"
+    if bundle.task == "segmentation" and len(first.shape) == 4:
+        return "mask"
+    if bundle.task == "image" and len(first.shape) == 4:
+        return "image" if has_known_range(preprocessing, first.shape[1]) else "tensors"
+    return "tensors"
 
 
 def mask_of(

@@ -1,4 +1,4 @@
-"""`quartermap deploy`: a bundle for servers that others run, Triton and KServe."""
+"""`quartermap deploy`: a bundle for servers that others run, Triton and KServe, and for browsers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quartermap_deploy.cli import deploy_web
 from quartermap_deploy.cli.common import (
     add_bundle_argument,
     add_command,
@@ -33,20 +34,23 @@ def add_parser(subparsers: Subparsers) -> None:
         subparsers,
         "deploy",
         lambda options: parser.print_help(),
-        summary="write a bundle for Triton or KServe",
+        summary="write a bundle for Triton, KServe or browsers",
         description="""
             Write what a server needs that others run: a model repository for NVIDIA's Triton Inference Server, or an
-            InferenceService for KServe with the repository that it serves. Nothing is sent anywhere, and neither of the
-            two has to be installed. On one machine, `quartermap serve` needs neither.
+            InferenceService for KServe with the repository that it serves. Or a site whose visitors run the model in
+            their own browsers. Nothing is sent anywhere, and none of these has to be installed. On one machine,
+            `quartermap serve` needs none.
             """,
         examples="""
             quartermap deploy triton bundles/digits_k3 -o repository
             quartermap deploy kserve bundles/digits_k3 -o digits.yaml --storage-uri s3://models/digits
+            quartermap deploy web bundles/digits_k3 -o site
             """,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="deploy_command")
     _add_triton(commands)
     _add_kserve(commands)
+    deploy_web.add_parser(commands)
 
 
 def _add_triton(subparsers: Subparsers) -> None:

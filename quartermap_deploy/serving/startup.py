@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from quartermap_deploy.batch_axis import batch_of, largest_batch
 from quartermap_deploy.bundle import MANIFEST, Bundle
@@ -20,7 +19,7 @@ from quartermap_deploy.image_interface import (
     image_model_tensors,
     no_image_model,
 )
-from quartermap_deploy.pictures import has_known_range
+from quartermap_deploy.pictures import Shows, what_it_shows
 from quartermap_deploy.plain_text import command
 from quartermap_deploy.serving.models import Description, file_input
 from quartermap_deploy.serving.options import DEFAULT_BATCH, ServeOptions
@@ -30,7 +29,6 @@ from quartermap_deploy.targets.onnxruntime.session import OnnxRuntimeSession
 from quartermap_deploy.targets.onnxruntime.threads import default_threads
 from quartermap_deploy.tensor_info import TensorInfo
 
-Shows = Literal["classes", "mask", "image", "tensors"]
 OPEN_SIDE = 512
 """How large a side that is open is taken to be where room in memory is planned."""
 RESERVED = (".", "..", "config", "infer", "ready", "stats", "versions")
@@ -146,18 +144,6 @@ def make_plan(bundle: Bundle, options: ServeOptions) -> Plan:
     )
 
 
-def _shows(bundle: Bundle, interface: ImageInterface) -> Shows:
-    """What there is to see of a bundle's first output."""
-    first = bundle.outputs[0]
-    if bundle.task == "classification" and len(first.shape) == 2 and bundle.num_classes:
-        return "classes"
-    if bundle.task == "segmentation" and len(first.shape) == 4:
-        return "mask"
-    if bundle.task == "image" and len(first.shape) == 4:
-        return "image" if has_known_range(interface.preprocessing, first.shape[1]) else "tensors"
-    return "tensors"
-
-
 def _image_plan(
     bundle: Bundle, options: ServeOptions, labels: tuple[str, ...], model: Description
 ) -> tuple[ImagePlan | None, str]:
@@ -179,7 +165,7 @@ def _image_plan(
         return None, reason
     files, probabilities = image_model_tensors(bundle)
     outputs = model.outputs
-    shows = _shows(bundle, interface)
+    shows = what_it_shows(bundle, interface.preprocessing)
     # The graph is looked at for it, which takes a while where it is large.
     activation = activation_of(bundle) if shows in ("classes", "mask") else "none"
     if shows == "classes":
