@@ -16,7 +16,6 @@ from quartermap_deploy.bundle import (
     MODEL,
     REPORT,
     Bundle,
-    check_destination,
     load_bundle,
     new_bundle,
     write_json,
@@ -84,11 +83,13 @@ def compile(
     if plugin is not None:
         recipe = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, plugin=Path(plugin)))
     targets = load_targets(recipe)
-    check_destination(out, force)
-    with progress.step(f"loading {recipe.model}"):
-        source = load_source(recipe)
-        given = load_reference(recipe, source)
-    return _compile(recipe, source, targets, out, given=given, force=force, progress=progress)
+    # From the start, so that of two into one folder the second is told before it has worked.
+    with new_bundle(out, force) as folder:
+        with progress.step(f"loading {recipe.model}"):
+            source = load_source(recipe)
+            given = load_reference(recipe, source)
+        bundle = _compile(recipe, source, targets, folder, given, progress)
+    return dataclasses.replace(bundle, path=out)
 
 
 def compile_module(
@@ -171,78 +172,73 @@ def compile_module(
         optimize=optimize,
     )
     built = load_targets(recipe)
-    check_destination(out, force)
-    with progress.step(f"running {recipe.model} on its example inputs"):
-        source = module_source(
-            model,
-            example_inputs,
-            name=recipe.model,
-            task=task,
-            preprocessing=preprocessing,
-            labels=() if labels is None else labels,
-            dynamic_batch=dynamic_batch,
-            dynamic_size=dynamic_size,
-            stages=stages,
-            scans=scans,
-        )
-        given = None if reference is None else as_reference(source, reference)
-    return _compile(recipe, source, built, out, given=given, force=force, progress=progress)
+    with new_bundle(out, force) as folder:
+        with progress.step(f"running {recipe.model} on its example inputs"):
+            source = module_source(
+                model,
+                example_inputs,
+                name=recipe.model,
+                task=task,
+                preprocessing=preprocessing,
+                labels=() if labels is None else labels,
+                dynamic_batch=dynamic_batch,
+                dynamic_size=dynamic_size,
+                stages=stages,
+                scans=scans,
+            )
+            given = None if reference is None else as_reference(source, reference)
+        bundle = _compile(recipe, source, built, folder, given, progress)
+    return dataclasses.replace(bundle, path=out)
 
 
 def _compile(
     recipe: Recipe,
     source: SourceModel,
     targets: Mapping[str, Target],
-    out: Path,
-    *,
-    given: GivenReference | None = None,
-    force: bool,
+    folder: Path,
+    given: GivenReference | None,
     progress: Progress,
 ) -> Bundle:
-    """Source → export → recover → passes → lower per target → build → validate → bundle."""
+    """Source → export → recover → passes → lower per target → build → validate → bundle, in its draft folder."""
     from quartermap_deploy.validation.golden import golden_cases
 
     cases = validation_cases(recipe, source)
     golden = list(golden_cases(cases))
     check_settings(recipe, source, cases)
     exported = export_model(recipe, source, progress)
-    with new_bundle(out, force) as folder:
-        (folder / MODEL).write_bytes(exported.model.SerializeToString())
-        entries = {}
-        for name, target in targets.items():
-            with progress.step(f"building for {name}"):
-                entries[name] = target.build(
-                    folder / MODEL,
-                    folder,
-                    recipe.engine,
-                    examples=[{key: array.shape for key, array in feeds.items()} for feeds in cases.values()],
-                    progress=progress,
-                )
-        parity = validate(recipe, source, cases, exported, folder, progress)
-        given_entry = check_given(given, exported, progress)
-        native = (
-            prove_native(folder, MODEL, golden, recipe.precision, progress) if DEFAULT in targets else None
-        )
-        execution = prove_execution(folder, MODEL, golden, recipe.precision, recipe.execution, progress)
-        if execution is not None:
-            kept = ("providers", "nodes", "on_cpu", "scans")
-            entries[DEFAULT] |= {name: execution[name] for name in kept}
-        for name in sorted(ENGINES.intersection(targets)):
-            entries[name].update(
-                prove(recipe, exported, name, targets[name], folder, entries[name], golden, progress)
+    (folder / MODEL).write_bytes(exported.model.SerializeToString())
+    entries = {}
+    for name, target in targets.items():
+        with progress.step(f"building for {name}"):
+            entries[name] = target.build(
+                folder / MODEL,
+                folder,
+                recipe.engine,
+                examples=[{key: array.shape for key, array in feeds.items()} for feeds in cases.values()],
+                progress=progress,
             )
-        report = {
-            **parity.to_dict(),
-            "native": native,
-            "execution": execution,
-            "given_reference": given_entry,
-            **precision_entry(exported),
-        }
-        write_json(folder / REPORT, report)
-        write_json(folder / MANIFEST, make_manifest(recipe, source, exported, golden, folder, entries))
-        # Checked before it takes its place, which moves the folder and touches no file in it.
-        bundle = load_bundle(folder)
-    return dataclasses.replace(bundle, path=out)
+    parity = validate(recipe, source, cases, exported, folder, progress)
+    given_entry = check_given(given, exported, progress)
+    native = prove_native(folder, MODEL, golden, recipe.precision, progress) if DEFAULT in targets else None
+    execution = prove_execution(folder, MODEL, golden, recipe.precision, recipe.execution, progress)
+    if execution is not None:
+        kept = ("providers", "nodes", "on_cpu", "scans")
+        entries[DEFAULT] |= {name: execution[name] for name in kept}
+    for name in sorted(ENGINES.intersection(targets)):
+        entries[name].update(
+            prove(recipe, exported, name, targets[name], folder, entries[name], golden, progress)
+        )
+    report = {
+        **parity.to_dict(),
+        "native": native,
+        "execution": execution,
+        "given_reference": given_entry,
+        **precision_entry(exported),
+    }
+    write_json(folder / REPORT, report)
+    write_json(folder / MANIFEST, make_manifest(recipe, source, exported, golden, folder, entries))
+    # Checked before it takes its place, which moves the folder and touches no file in it.
+    return load_bundle(folder)
 
 
 def as_recipe(recipe: Recipe | str | os.PathLike[str], *, run_module: bool = False) -> Recipe:

@@ -36,13 +36,17 @@ def printable(text: object, limit: int | None = 200, *, lines: bool = False) -> 
     )
 
 
-def printable_json(value: object) -> str:
+def printable_json(value: object, *, ascii: bool = False) -> str:
     """Return a value as indented JSON of one meaning, in which a terminal finds nothing to obey either.
+
+    Args:
+        value: plain values.
+        ascii: escape all that is not ASCII.
 
     Raises:
         TypeError: if JSON has nothing for it.
     """
-    text = json.dumps(value, indent=2, ensure_ascii=False)
+    text = json.dumps(value, indent=2, ensure_ascii=ascii)
     if text.replace("\n", "").isprintable():
         return text
     return "".join(

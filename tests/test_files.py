@@ -142,7 +142,7 @@ def test_a_failure_leaves_nothing_but_what_was_there(tmp_path: Path, failure: ty
     assert (thing / "marker.json").read_text() == "old"
 
 
-@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
+@pytest.mark.parametrize("failure", [OSError(errno.EACCES, "Permission denied"), KeyboardInterrupt()])
 def test_an_old_folder_is_put_back_if_the_new_one_cannot_take_its_place(
     tmp_path: Path, failure: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:

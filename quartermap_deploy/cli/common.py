@@ -13,17 +13,15 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from quartermap_deploy.cli.streams import takes
 from quartermap_deploy.plain_text import command, printable, printable_json
 from quartermap_deploy.progress import SILENT, Progress
 
@@ -37,8 +35,6 @@ if TYPE_CHECKING:
 HELP_WIDTH = 110
 PIPED_WIDTH = 160
 """Columns of a table that is not shown in a terminal, where a cut-off cell could not be widened."""
-
-TERMINATED = 128 + signal.SIGTERM
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -264,23 +260,6 @@ def mendable(error: OSError) -> bool:
     }
 
 
-@contextmanager
-def terminable() -> Iterator[None]:
-    """While open, a termination signal ends the process as an exception does, so that temporary files are removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(TERMINATED)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 # Results --------------------------------------------------------------------------------------------------------
 
 
@@ -291,7 +270,9 @@ def results_only() -> AbstractContextManager[object]:
 
 def print_json(value: Any) -> None:
     """Write a value to standard output as JSON; NaN and infinity, which JSON does not have, become null."""
-    print(printable_json(_plain(value)))
+    text = printable_json(_plain(value))
+    # In JSON a letter that the stream does not have can be written so that it stays that letter.
+    print(text if takes(sys.stdout, text) else printable_json(_plain(value), ascii=True))
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.cli.common import (
-    TERMINATED,
     add_output_options,
     at_least_one,
     file_or_folder,
@@ -185,8 +184,8 @@ def kept_on_interruption(path: Path | None) -> Iterator[None]:
     """While open, say on an interruption or termination whether what was measured is kept in `path`."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit) as stop:
-        if path is not None and (isinstance(stop, KeyboardInterrupt) or stop.code == TERMINATED):
+    except KeyboardInterrupt:
+        if path is not None:
             if _holds_something(path):
                 text = f"what was measured so far is kept in {path}; the same command goes on from there"
             else:

@@ -28,7 +28,8 @@ from quartermap_deploy.cli import (
     tune,
     validate,
 )
-from quartermap_deploy.cli.common import CommandParser, HelpFormatter, mendable, message, terminable
+from quartermap_deploy.cli.common import CommandParser, HelpFormatter, mendable, message
+from quartermap_deploy.cli.interruption import Interruptible
 from quartermap_deploy.errors import QuartermapError
 from quartermap_deploy.plain_text import printable
 
@@ -78,7 +79,7 @@ exit codes:
   0    done
   1    a defect of quartermap-deploy, with a traceback
   2    something that you can mend, with a message
-  130  interrupted
+  130  interrupted (143: terminated)
 """
 
 
@@ -94,8 +95,16 @@ def build_parser() -> CommandParser:
     return parser
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; `cli.main` says how, and also answers an interruption."""
+def run(arguments: Sequence[str] | None, interruption: Interruptible) -> int:
+    """Run the command line; `cli.main` says how.
+
+    Args:
+        arguments: what stands after `quartermap`; None takes them from the process.
+        interruption: knows whether a signal came.
+
+    Raises:
+        KeyboardInterrupt: if the command was interrupted.
+    """
     parser = build_parser()
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -110,21 +119,28 @@ def run(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return OK
     try:
-        with terminable():
-            options.run(options)
+        options.run(options)
         sys.stdout.flush()
-    except QuartermapError as error:
+    except Exception as error:
+        if interruption.number is not None:
+            # It is what a library made of the interruption.
+            raise KeyboardInterrupt from error
+        return _told(error)
+    return OK
+
+
+def _told(error: Exception) -> int:
+    """Say what ended a command; returns the exit code."""
+    if isinstance(error, QuartermapError):
         message("error", str(error))
         return USER_ERROR
-    except BrokenPipeError:
+    if isinstance(error, BrokenPipeError):
         # Who read the output wants no more of it, as with `| head`; Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except Exception as error:
-        if isinstance(error, OSError) and mendable(error):
-            message("error", f"{error.strerror}: {error.filename}" if error.filename else str(error))
-            return USER_ERROR
-        print(printable(traceback.format_exc(), None, lines=True), end="", file=sys.stderr)
-        message("error", "this is a defect of quartermap-deploy; please report it with the lines above")
-        return DEFECT
-    return OK
+    if isinstance(error, OSError) and mendable(error):
+        message("error", f"{error.strerror}: {error.filename}" if error.filename else str(error))
+        return USER_ERROR
+    print(printable(traceback.format_exc(), None, lines=True), end="", file=sys.stderr)
+    message("error", "this is a defect of quartermap-deploy; please report it with the lines above")
+    return DEFECT

@@ -211,8 +211,6 @@ def _serve(options: argparse.Namespace, log: EventLog) -> None:
     )
 
     def started(addresses: dict[str, Any]) -> None:
-        if sys.stdout is None:
-            return
         try:
             if options.json:
                 print_json(addresses)
