@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 
-__all__ = ["command", "printable", "printable_json"]
+__all__ = ["command", "encoded", "printable", "printable_json"]
 
 CUT = "…"
 
@@ -52,6 +52,14 @@ def printable_json(value: object, *, ascii: bool = False) -> str:
     return "".join(
         letter if letter.isprintable() or letter == "\n" else json.dumps(letter)[1:-1] for letter in text
     )
+
+
+def encoded(text: str) -> bytes:
+    r"""Return a text in UTF-8, as files hold it; bytes of a file's name that are in no encoding become `\udcff`.
+
+    In JSON that stays the same text.
+    """
+    return text.encode("utf-8", "backslashreplace")
 
 
 def command(*words: str | os.PathLike[str]) -> str:

@@ -16,15 +16,16 @@ from quartermap_deploy.cli.common import (
     add_output_options,
     add_plugin_option,
     add_signature_option,
-    at_least_one,
     file_or_folder,
     make_progress,
     print_json,
     results_only,
     show,
+    whole,
 )
 from quartermap_deploy.cli.execution import add_execution_options, execution_of, tell_placement
 from quartermap_deploy.errors import InputError
+from quartermap_deploy.limits import LARGEST_BATCH, MOST_ROUNDS, MOST_THREADS
 from quartermap_deploy.tables.timing import result_table
 from quartermap_deploy.targets import DEFAULT, refuse_providers
 from quartermap_deploy.targets.execution import ON_CPU, Execution
@@ -75,20 +76,20 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--batch",
-        type=at_least_one,
+        type=whole(1, LARGEST_BATCH),
         default=1,
         metavar="N",
         help="images, or other entries of a batch, per call (default: %(default)s)",
     )
     parser.add_argument(
         "--threads",
-        type=at_least_one,
+        type=whole(1, MOST_THREADS),
         metavar="N",
         help="threads of ONNX Runtime (default: QUARTERMAP_THREADS, or all cores)",
     )
     parser.add_argument(
         "--repeats",
-        type=at_least_one,
+        type=whole(1, MOST_ROUNDS),
         default=15,
         metavar="N",
         help="rounds that are timed (default: %(default)s)",

@@ -215,11 +215,28 @@ def words(text: str) -> tuple[str, ...]:
     return found
 
 
-def at_least_one(text: str) -> int:
-    """Read a whole number from 1 to what 32 bits hold, for argparse."""
-    # Longer texts are not even converted.
-    if not text.isdecimal() or len(text) > 10 or not 1 <= int(text) < 1 << 31:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1, and below 2^31")
+def whole(least: int, most: int = (1 << 31) - 1) -> Callable[[str], int]:
+    """Return what reads a whole number between two bounds, both included, for argparse."""
+    bounds = (
+        f"of at least {least}, and below 2^31" if most == (1 << 31) - 1 else f"from {least:,} to {most:,}"
+    )
+
+    def read(text: str) -> int:
+        # Longer texts are not even converted.
+        if not text.isdecimal() or len(text) > 10 or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number {bounds}")
+        return int(text)
+
+    return read
+
+
+at_least_one = whole(1)
+
+
+def integer(text: str) -> int:
+    """Read a whole number, also a negative one, of no more than 64 bits, for argparse."""
+    if not re.fullmatch(r"-?[0-9]{1,19}", text) or not -(1 << 63) <= int(text) < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
     return int(text)
 
 

@@ -66,6 +66,7 @@ class Interruptible:
         self.number: int | None = None
         self._raised: weakref.ref[Interruption] | None = None
         self._again = False
+        self._closed = False
         self._asked = 0
         self._handlers: dict[int, Any] = {}
         self._frame: FrameType | None = None
@@ -90,13 +91,15 @@ class Interruptible:
     def __exit__(self, *error: object) -> None:
         if self._frame is None:
             return
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        # What comes from here on comes too late. Only then do the others' handlers return, who asked for nothing.
+        self._closed = True
         signal.set_wakeup_fd(self._wakeup)
-        sys.unraisablehook = self._hook
         self._outbox.close()
         self._thread.join()
         self._inbox.close()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        sys.unraisablehook = self._hook
         self._frame = None
 
     @property
@@ -111,6 +114,8 @@ class Interruptible:
 
     def _received(self, number: int, frame: FrameType | None) -> None:
         """Answer a signal in the main thread."""
+        if self._closed:
+            return
         if self.number is None:
             self.number = number
         if self._raised is not None and self._raised() is not None:
@@ -121,7 +126,11 @@ class Interruptible:
             return
         raised = Interruption()
         self._raised = weakref.ref(raised, self._lost)
-        raise raised
+        try:
+            raise raised
+        finally:
+            # Its traceback has this frame; with it here, it would live until Python looks for such circles.
+            del raised
 
     def _is_within(self, frame: FrameType | None) -> bool:
         while frame is not None and frame is not self._frame:

@@ -31,6 +31,7 @@ from quartermap_deploy.cli import (
 from quartermap_deploy.cli.common import CommandParser, HelpFormatter, mendable, message
 from quartermap_deploy.cli.interruption import Interruptible
 from quartermap_deploy.errors import QuartermapError
+from quartermap_deploy.files import FULL
 from quartermap_deploy.plain_text import printable
 
 __all__ = ["build_parser", "run"]
@@ -129,15 +130,35 @@ def run(arguments: Sequence[str] | None, interruption: Interruptible) -> int:
     return OK
 
 
+def _flushed() -> bool:
+    """Whether standard output takes what was written to it."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return False
+    return True
+
+
+def _drop_output() -> None:
+    """Forget what standard output has not taken; Python would complain of it again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _told(error: Exception) -> int:
     """Say what ended a command; returns the exit code."""
     if isinstance(error, QuartermapError):
         message("error", str(error))
         return USER_ERROR
     if isinstance(error, BrokenPipeError):
-        # Who read the output wants no more of it, as with `| head`; Python would complain again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Who read the output wants no more of it, as with `| head`.
+        _drop_output()
         return BROKEN_PIPE
+    if isinstance(error, OSError) and error.errno in FULL and error.filename is None and not _flushed():
+        _drop_output()
+        message(
+            "error", f"cannot write to standard output: {error.strerror}; make room, or send it elsewhere"
+        )
+        return USER_ERROR
     if isinstance(error, OSError) and mendable(error):
         message("error", f"{error.strerror}: {error.filename}" if error.filename else str(error))
         return USER_ERROR
