@@ -19,7 +19,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,8 +67,8 @@ class Bundle:
     """
 
     path: Path
-    manifest: dict[str, Any]
-    report: dict[str, Any]
+    manifest: dict[str, Any] = field(repr=False)
+    report: dict[str, Any] = field(repr=False)
 
     @property
     def model_path(self) -> Path:

@@ -339,7 +339,7 @@ def load_source(recipe: Recipe) -> SourceModel:
         source: SourceModel = user_module_source(
             recipe.module,
             name=recipe.model,
-            weights=recipe.checkpoint,
+            weights=recipe.path("checkpoint"),
             task=recipe.task,
             preprocessing=recipe.preprocessing,
             labels=recipe.labels,
@@ -355,7 +355,7 @@ def load_source(recipe: Recipe) -> SourceModel:
             num_classes=recipe.num_classes,
             in_chans=recipe.in_chans,
             features_only=recipe.features_only,
-            checkpoint=recipe.checkpoint,
+            checkpoint=recipe.path("checkpoint"),
             input_size=recipe.input_size,
             dynamic_batch=recipe.dynamic_batch,
             dynamic_size=recipe.dynamic_size,
@@ -373,13 +373,13 @@ def load_reference(recipe: Recipe, source: SourceModel) -> GivenReference | None
     Raises:
         InputError: if the file cannot be read, or does not fit the module.
     """
-    if recipe.reference is None:
+    if (path := recipe.path("reference")) is None:
         return None
     from quartermap_deploy.sources.modules import ModuleSource
     from quartermap_deploy.validation.given import read_reference
 
     assert isinstance(source, ModuleSource)
-    return read_reference(source, recipe.reference)
+    return read_reference(source, path)
 
 
 def export_model(
@@ -419,7 +419,7 @@ def validation_cases(recipe: Recipe, source: SourceModel, count: int | None = No
     digits = source.name == "vmamba_digits"
 
     def pictures(preprocessing: Preprocessing) -> NDArray[np.float32]:
-        return real_images(preprocessing, recipe.images, count or COUNT, digits=digits)
+        return real_images(preprocessing, recipe.path("images"), count or COUNT, digits=digits)
 
     return source.cases(pictures)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quartermap_deploy.bench import Timing, interleave, measured
+from quartermap_deploy.bench import Timing, interleave, measured, scatter
 from quartermap_deploy.bundle import bundle_labels
 from quartermap_deploy.cli.common import (
     add_command,
@@ -18,6 +18,7 @@ from quartermap_deploy.cli.common import (
     add_signature_option,
     file_or_folder,
     make_progress,
+    message,
     print_json,
     results_only,
     show,
@@ -146,6 +147,20 @@ def run(options: argparse.Namespace) -> None:
         print_json(values)
     elif not options.quiet:
         show(result_table(values))
+    tell_scatter(results)
+
+
+def tell_scatter(results: Sequence[Mapping[str, Any]]) -> None:
+    """Warn of speeds that say little, and of what helps."""
+    for result in results:
+        if (unknown := scatter(result)) is not None:
+            low, high = result["speed_quartiles"]
+            message(
+                "warning",
+                f"the rounds of {result['name']} are too scattered to tell {unknown}: half of them say {low:.2f} to "
+                f"{high:.2f} times as fast as the first. Time it where nothing else runs, with fewer --threads than "
+                "cores, more --repeats, or a larger --batch",
+            )
 
 
 def load_bundles(

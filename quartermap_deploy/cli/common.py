@@ -15,13 +15,14 @@ import re
 import shutil
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from quartermap_deploy.cli.streams import takes
+from quartermap_deploy.cli.streams import takes, write_out
 from quartermap_deploy.plain_text import command, printable, printable_json
 from quartermap_deploy.progress import SILENT, Progress
 
@@ -289,7 +290,7 @@ def print_json(value: Any) -> None:
     """Write a value to standard output as JSON; NaN and infinity, which JSON does not have, become null."""
     text = printable_json(_plain(value))
     # In JSON a letter that the stream does not have can be written so that it stays that letter.
-    print(text if takes(sys.stdout, text) else printable_json(_plain(value), ascii=True))
+    write_out((text if takes(sys.stdout, text) else printable_json(_plain(value), ascii=True)) + "\n")
 
 
 def _plain(value: Any) -> Any:
@@ -323,7 +324,7 @@ def show(*parts: Any) -> None:
             out.print(printable(part, None, lines=True) if line else part, markup=False, soft_wrap=line)
     lines = text.get().splitlines()
     # rich fills lines up with blanks, which are in the way outside a terminal.
-    sys.stdout.writelines(f"{line if out.is_terminal else line.rstrip()}\n" for line in lines)
+    write_out("".join(f"{line if out.is_terminal else line.rstrip()}\n" for line in lines))
 
 
 # Progress -------------------------------------------------------------------------------------------------------
@@ -337,22 +338,44 @@ def make_progress(options: argparse.Namespace) -> Progress:
 
 
 class LineProgress:
-    """Progress as plain lines, one for each step, each with the seconds since the first: for logs."""
+    """Progress as plain lines, each with the seconds since the first: for logs.
+
+    There is one as a step begins, and one whenever nothing was said for `QUIET` seconds, so that a long step is not
+    taken for one that hangs.
+    """
+
+    QUIET = 20.0
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._start = time.monotonic()
+        self._start = self._said = time.monotonic()
 
     @contextmanager
     def step(self, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
         """Write a line as the step begins."""
-        elapsed, title = time.monotonic() - self._start, printable(title, None)
-        print(f"[{elapsed:6.1f} s] {title}", file=self._stream, flush=True)
-        yield _ignore
+        title, done, ended = printable(title, None), 0, threading.Event()
+        self._say(title)
 
+        def advance(units: int) -> None:
+            nonlocal done
+            done += units
 
-def _ignore(units: int) -> None:
-    return None
+        def remind() -> None:
+            while not ended.wait(max(0.01, self._said + self.QUIET - time.monotonic())):
+                if time.monotonic() >= self._said + self.QUIET:
+                    self._say(f"still {title}" + ("" if total is None else f", {done:,} of {total:,}"))
+
+        reminder = threading.Thread(target=remind, name="progress", daemon=True)
+        reminder.start()
+        try:
+            yield advance
+        finally:
+            ended.set()
+            reminder.join()
+
+    def _say(self, text: str) -> None:
+        self._said = time.monotonic()
+        print(f"[{self._said - self._start:6.1f} s] {text}", file=self._stream, flush=True)
 
 
 class TerminalProgress:

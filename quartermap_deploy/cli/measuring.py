@@ -176,7 +176,7 @@ def labelled_images(options: argparse.Namespace, recipe: Recipe) -> Dataset | No
     return None
 
 
-KEPT = ("position", "tried", "savings", "groups", "timings")
+KEPT = ("position", "tried", "unpruned", "savings", "groups", "timings")
 """What a file holds of eval, tune, ablate and compare once something was measured; see there."""
 
 

@@ -30,8 +30,8 @@ from quartermap_deploy.cli import (
 )
 from quartermap_deploy.cli.common import CommandParser, HelpFormatter, mendable, message
 from quartermap_deploy.cli.interruption import Interruptible
+from quartermap_deploy.cli.streams import write_out
 from quartermap_deploy.errors import QuartermapError
-from quartermap_deploy.files import FULL
 from quartermap_deploy.plain_text import printable
 
 __all__ = ["build_parser", "run"]
@@ -121,22 +121,13 @@ def run(arguments: Sequence[str] | None, interruption: Interruptible) -> int:
         return OK
     try:
         options.run(options)
-        sys.stdout.flush()
+        write_out()
     except Exception as error:
         if interruption.number is not None:
             # It is what a library made of the interruption.
             raise KeyboardInterrupt from error
         return _told(error)
     return OK
-
-
-def _flushed() -> bool:
-    """Whether standard output takes what was written to it."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        return False
-    return True
 
 
 def _drop_output() -> None:

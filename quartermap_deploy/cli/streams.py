@@ -14,10 +14,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import TextIO
 
-__all__ = ["HANDLER", "prepare_streams", "takes"]
+__all__ = ["OUTPUT", "prepare_streams", "takes", "write_out"]
 
 HANDLER = "quartermap"
 """The name under which Python knows how letters are written that an encoding does not have."""
+OUTPUT = "standard output"
 PLAIN = {
     "…": "...",
     "–": "-",
@@ -44,6 +45,21 @@ def prepare_streams() -> None:
         elif hasattr(stream, "reconfigure"):
             # What captures output in this process may have no such method, and takes every text.
             stream.reconfigure(errors=HANDLER)
+
+
+def write_out(text: str = "") -> None:
+    """Write a text to standard output, all that was written before too.
+
+    Raises:
+        OSError: if it does not take it, such as a file on a full disk; its file is `OUTPUT`.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, OUTPUT) from error
 
 
 def takes(stream: TextIO, text: str) -> bool:

@@ -130,11 +130,11 @@ def source_of(
             "the bundle is of a module of the user's, and these pictures are made inside the blocks of models of cards"
         )
     recipe, path = bundle.recipe(), None
-    if recipe.checkpoint is not None:
+    if (weights := recipe.path("checkpoint")) is not None:
         path = checkpoints.get(str(bundle.manifest["model"].get("weights_sha256")))
         if path is None:
             raise CheckpointError(
-                f"the bundle was compiled from the checkpoint {recipe.checkpoint.name}, which is not in it; give the "
+                f"the bundle was compiled from the checkpoint {weights.name}, which is not in it; give the "
                 "file with --checkpoint"
             )
     source = rebuild_torch(bundle, path, progress=progress)
