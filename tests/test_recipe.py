@@ -193,7 +193,7 @@ def test_all_faults_of_a_recipe_are_told_at_once(tmp_path: Path) -> None:
 
 
 def test_faults_are_told_at_construction() -> None:
-    with pytest.raises(RecipeError, match="^precision = 'int8' is unknown"):
+    with pytest.raises(RecipeError, match=r"^precision = 'int8' is unknown"):
         Recipe("vmamba_digits", precision="int8")
     with pytest.raises(RecipeError, match=r"2 things are wrong:\n- seed = .*\n- io = 'int4' is unknown"):
         Recipe("vmamba_digits", precision="float16", seed="x", io="int4")  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from quartermap_deploy.cli.streams import takes, write_out
+from quartermap_deploy.cli.streams import output, takes
 from quartermap_deploy.plain_text import command, printable, printable_json
 from quartermap_deploy.progress import SILENT, Progress
 
@@ -289,8 +289,9 @@ def results_only() -> AbstractContextManager[object]:
 def print_json(value: Any) -> None:
     """Write a value to standard output as JSON; NaN and infinity, which JSON does not have, become null."""
     text = printable_json(_plain(value))
-    # In JSON a letter that the stream does not have can be written so that it stays that letter.
-    write_out((text if takes(sys.stdout, text) else printable_json(_plain(value), ascii=True)) + "\n")
+    with output():
+        # In JSON a letter that the stream does not have can be written so that it stays that letter.
+        print(text if takes(sys.stdout, text) else printable_json(_plain(value), ascii=True))
 
 
 def _plain(value: Any) -> Any:
@@ -316,15 +317,16 @@ def console(stream: TextIO) -> Console:
 def show(*parts: Any) -> None:
     """Write tables and lines to standard output."""
     out = console(sys.stdout)
-    # By way of a string: rich has its own answer to a reader that has gone, and ours is in `main`.
-    with out.capture() as text:
-        for part in parts:
-            # Lines are not wrapped and brackets in them are no markup: they hold paths.
-            line = isinstance(part, str)
-            out.print(printable(part, None, lines=True) if line else part, markup=False, soft_wrap=line)
-    lines = text.get().splitlines()
-    # rich fills lines up with blanks, which are in the way outside a terminal.
-    write_out("".join(f"{line if out.is_terminal else line.rstrip()}\n" for line in lines))
+    # By way of a string: rich has its own answer to a reader that has gone, and ours is in `program`.
+    with output():
+        with out.capture() as text:
+            for part in parts:
+                # Lines are not wrapped and brackets in them are no markup: they hold paths.
+                line = isinstance(part, str)
+                out.print(printable(part, None, lines=True) if line else part, markup=False, soft_wrap=line)
+        lines = text.get().splitlines()
+        # rich fills lines up with blanks, which are in the way outside a terminal.
+        sys.stdout.writelines(f"{line if out.is_terminal else line.rstrip()}\n" for line in lines)
 
 
 # Progress -------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from quartermap_deploy.cli import (
 )
 from quartermap_deploy.cli.common import CommandParser, HelpFormatter, mendable, message
 from quartermap_deploy.cli.interruption import Interruptible
-from quartermap_deploy.cli.streams import write_out
+from quartermap_deploy.cli.streams import OUTPUT, output
 from quartermap_deploy.errors import QuartermapError
 from quartermap_deploy.plain_text import printable
 
@@ -121,7 +121,9 @@ def run(arguments: Sequence[str] | None, interruption: Interruptible) -> int:
         return OK
     try:
         options.run(options)
-        write_out()
+        with output():
+            # What is written by now, and would fail at the end of the process.
+            pass
     except Exception as error:
         if interruption.number is not None:
             # It is what a library made of the interruption.
@@ -144,11 +146,9 @@ def _told(error: Exception) -> int:
         # Who read the output wants no more of it, as with `| head`.
         _drop_output()
         return BROKEN_PIPE
-    if isinstance(error, OSError) and error.errno in FULL and error.filename is None and not _flushed():
+    if isinstance(error, OSError) and error.filename == OUTPUT:
         _drop_output()
-        message(
-            "error", f"cannot write to standard output: {error.strerror}; make room, or send it elsewhere"
-        )
+        message("error", f"cannot write to {OUTPUT}: {error.strerror}; make room, or send it elsewhere")
         return USER_ERROR
     if isinstance(error, OSError) and mendable(error):
         message("error", f"{error.strerror}: {error.filename}" if error.filename else str(error))

@@ -6,15 +6,17 @@ Only what the interpreter has at its start is imported, as in `interruption`.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import os
 import sys
 
 # Not from typing, see quartermap_deploy/__init__.py.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import TextIO
 
-__all__ = ["OUTPUT", "prepare_streams", "takes", "write_out"]
+__all__ = ["OUTPUT", "output", "prepare_streams", "takes"]
 
 HANDLER = "quartermap"
 """The name under which Python knows how letters are written that an encoding does not have."""
@@ -47,14 +49,15 @@ def prepare_streams() -> None:
             stream.reconfigure(errors=HANDLER)
 
 
-def write_out(text: str = "") -> None:
-    """Write a text to standard output, all that was written before too.
+@contextlib.contextmanager
+def output() -> Iterator[None]:
+    """While open, standard output is written to; when the block ends, it has taken everything.
 
     Raises:
         OSError: if it does not take it, such as a file on a full disk; its file is `OUTPUT`.
     """
     try:
-        sys.stdout.write(text)
+        yield
         sys.stdout.flush()
     except BrokenPipeError:
         raise
