@@ -7,15 +7,16 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from quartermap_deploy import __version__
 from quartermap_deploy.cli import (
     ablate,
     bench,
     compare,
     compile,
+    completion,
     deploy,
     doctor,
     eval,
+    images,
     inspect,
     models,
     native,
@@ -44,6 +45,7 @@ COMMANDS = (
     inspect,
     validate,
     predict,
+    images,
     bench,
     eval,
     compare,
@@ -89,11 +91,24 @@ def build_parser() -> CommandParser:
     parser = CommandParser(
         prog="quartermap", description=DESCRIPTION, epilog=EPILOG, formatter_class=HelpFormatter
     )
-    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument(
+        "--version",
+        action="store_true",
+        help="print the versions of this package and of what it runs on, and exit",
+    )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for command in COMMANDS:
         command.add_parser(subparsers)
+    completion.add_parser(subparsers, parser)
     return parser
+
+
+def print_versions() -> None:
+    """Print what `quartermap doctor` knows of versions, a line each."""
+    from quartermap_deploy.doctor import versions
+
+    for name, version in versions().items():
+        print(f"{name} {version}")
 
 
 def run(arguments: Sequence[str] | None, interruption: Interruptible) -> int:
@@ -113,14 +128,13 @@ def run(arguments: Sequence[str] | None, interruption: Interruptible) -> int:
         command = f"quartermap {options.command}" if options.command else "quartermap"
         message("error", f"unknown option or argument {' '.join(unknown)}. See {command} --help")
         return USER_ERROR
-    if options.version:
-        print(f"quartermap-deploy {__version__}")
-        return OK
-    if options.command is None:
-        parser.print_help()
-        return OK
     try:
-        options.run(options)
+        if options.version:
+            print_versions()
+        elif options.command is None:
+            parser.print_help()
+        else:
+            options.run(options)
         with output():
             # What is written by now, and would fail at the end of the process.
             pass
@@ -128,7 +142,7 @@ def run(arguments: Sequence[str] | None, interruption: Interruptible) -> int:
         if interruption.number is not None:
             # It is what a library made of the interruption.
             raise KeyboardInterrupt from error
-        return _told(error)
+        return _told(error, getattr(options, "verbose", False))
     return OK
 
 
@@ -137,9 +151,11 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _told(error: Exception) -> int:
-    """Say what ended a command; returns the exit code."""
+def _told(error: Exception, verbose: bool) -> int:
+    """Say what ended a command, where `verbose` with the lines that led there; returns the exit code."""
     if isinstance(error, QuartermapError):
+        if verbose:
+            print(printable(traceback.format_exc(), None, lines=True), end="", file=sys.stderr)
         message("error", str(error))
         return USER_ERROR
     if isinstance(error, BrokenPipeError):
