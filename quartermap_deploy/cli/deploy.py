@@ -81,7 +81,7 @@ def _add_triton(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--threads",
-        type=whole(0, LARGEST_BATCH),
+        type=whole(0, MOST_THREADS),
         default=0,
         metavar="N",
         help="threads of each instance on a CPU; 0 for all cores (default: 0)",
@@ -151,7 +151,7 @@ def _add_kserve(subparsers: Subparsers) -> None:
     scaling = parser.add_argument_group("scaling and resources")
     scaling.add_argument(
         "--min-replicas",
-        type=whole(0, LARGEST_BATCH),
+        type=whole(0, MOST_THREADS),
         default=1,
         metavar="N",
         help="fewest replicas (default: 1)",

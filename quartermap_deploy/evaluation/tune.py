@@ -209,8 +209,16 @@ class _Tuning:
 
     def _trials(self, calibration: Dataset, verification: Dataset, labels: bool) -> tuple[Trial, Trial]:
         first = self._trial(calibration, labels)
+        try:
+            # Now, so that what cannot be written is told before the search.
+            self.tried.write()
+        except OSError as error:
+            raise RecipeError(f"cannot write to {self.tried.path}: {error.strerror or error}") from error
         # Accuracy on the other images is worth knowing, whatever plans are judged by.
         second = self._trial(verification, verification.labelled)
+        # On a full disk the file stays what it was, and the search goes on.
+        with contextlib.suppress(OSError):
+            self.tried.write()
         self.warnings += [
             *_image_warnings(first, "calibrate on", self.goal),
             *_image_warnings(second, "verify on", self.goal),
@@ -218,7 +226,7 @@ class _Tuning:
         return first, second
 
     def _trial(self, dataset: Dataset, labels: bool) -> Trial:
-        """A trial, whose unpruned pass is kept at once."""
+        """A trial, whose unpruned pass is not run again where it is known."""
         key = (dataset.fingerprint, labels)
         trial = Trial(
             on_device(self.model),
@@ -229,10 +237,6 @@ class _Tuning:
             progress=self.progress,
         )
         self.tried.unpruned[key] = trial.unpruned
-        try:
-            self.tried.write()
-        except OSError as error:
-            raise RecipeError(f"cannot write to {self.tried.path}: {error.strerror or error}") from error
         return trial
 
     @property
