@@ -151,7 +151,7 @@ def _add_kserve(subparsers: Subparsers) -> None:
     scaling = parser.add_argument_group("scaling and resources")
     scaling.add_argument(
         "--min-replicas",
-        type=whole(0, MOST_THREADS),
+        type=whole(0),
         default=1,
         metavar="N",
         help="fewest replicas (default: 1)",
