@@ -646,19 +646,18 @@ def test_everything_that_was_found_is_in_the_bundle(
     described = keep(compiler, "make_manifest", {"manifest": 1})
     monkeypatch.setattr(compiler, "load_bundle", lambda folder: Bundle(folder, {"loaded": 1}, {}))
     out = tmp_path / "out"
-    bundle = compiler._compile(own, model, targets, out, given="given", force=False, progress=PROGRESS)  # type: ignore[arg-type]
+    out.mkdir()
+    bundle = compiler._compile(own, model, targets, out, "given", PROGRESS)  # type: ignore[arg-type]
     assert (bundle.path, bundle.manifest) == (out, {"loaded": 1})
     entries = {
         name: {"file": name, **({} if name == "onnxruntime" else {"proof": f"of {name}"})} for name in names
     }
-    draft = described["folder"]
-    assert draft != out and not draft.exists()
     assert described == {
         "recipe": own,
         "source": model,
         "exported": typed,
         "golden": ["images"],
-        "folder": draft,
+        "folder": out,
         "targets": entries,
     }
     assert checked == {"recipe": own, "source": model, "cases": cases}
@@ -668,7 +667,7 @@ def test_everything_that_was_found_is_in_the_bundle(
         "source": model,
         "cases": cases,
         "exported": typed,
-        "folder": draft,
+        "folder": out,
         "progress": PROGRESS,
     }
     assert compared == {"given": "given", "exported": typed, "progress": PROGRESS}
@@ -679,7 +678,7 @@ def test_everything_that_was_found_is_in_the_bundle(
         (own, typed, name, targets[name], entries[name], ["images"], PROGRESS) for name in engines_in_order
     ]
     asked = {
-        "folder": draft,
+        "folder": out,
         "model": MODEL,
         "golden": ["images"],
         "precision": "float32",
@@ -693,7 +692,30 @@ def test_everything_that_was_found_is_in_the_bundle(
         "given_reference": "given entry",
     }
     assert json.loads((out / MANIFEST).read_text()) == {"manifest": 1}
-    with pytest.raises(BundleError, match="exists already"):
-        compiler._compile(own, model, targets, out, force=False, progress=PROGRESS)
-    compiler._compile(own, model, targets, out, force=True, progress=PROGRESS)
+    compiler._compile(own, model, targets, out, None, PROGRESS)
     assert compared["given"] is None
+
+
+def test_the_destination_is_held_from_the_start(
+    tmp_path: Path, keep: Keep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two into one folder, the second is told before its model is loaded."""
+    out, worked = tmp_path / "out", []
+    monkeypatch.setattr(compiler, "load_targets", lambda recipe: {})
+    monkeypatch.setattr(compiler, "load_reference", lambda recipe, source: None)
+
+    def loading(recipe: qm.Recipe) -> Any:
+        worked.append(1)
+        if len(worked) == 1:
+            with pytest.raises(BundleError, match=r"another process is writing .*out now"):
+                qm.compile(own, out)
+        return SOURCE
+
+    own = recipe()
+    monkeypatch.setattr(compiler, "load_source", loading)
+    finished = Bundle(tmp_path / "draft", {}, {})
+    monkeypatch.setattr(compiler, "_compile", lambda *arguments: finished)
+    assert qm.compile(own, out).path == out
+    assert worked == [1] and [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(BundleError, match="exists already"):
+        qm.compile(own, out)
