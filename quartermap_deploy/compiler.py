@@ -22,7 +22,6 @@ from quartermap_deploy.bundle import (
 )
 from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.errors import ParityError, RecipeError
-from quartermap_deploy.exporting.export import PRECISIONS
 from quartermap_deploy.manifest import make_manifest
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.pruning.plan import QuarterMap
@@ -276,7 +275,7 @@ def load_targets(recipe: Recipe) -> dict[str, Target]:
 
 def check_target(recipe: Recipe, name: str, target: Target) -> None:
     """Check that a target can do what a recipe wants; `load_targets` says what is raised."""
-    if recipe.precision in PRECISIONS and recipe.precision not in target.PRECISIONS:
+    if recipe.precision not in target.PRECISIONS:
         raise RecipeError(
             f"the target {name} does not take {recipe.precision}; expected {' or '.join(target.PRECISIONS)}, or "
             "another target"
