@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
+from quartermap_deploy.cli import script
 
-from quartermap_deploy.cli import main
-
-sys.exit(main())
+script()

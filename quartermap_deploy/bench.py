@@ -20,7 +20,10 @@ from typing import Any
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.progress import SILENT, Progress
 
-__all__ = ["Timing", "interleave", "measured"]
+__all__ = ["Timing", "interleave", "measured", "scatter"]
+
+SCATTERED = 1.25
+"""How many times the lower quartile of a ratio the upper one may be; on a quiet machine it is 1.02 or so."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,14 @@ def interleave(
             if collecting:
                 gc.enable()
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def scatter(result: Mapping[str, Any]) -> str | None:
+    """Say what the rounds of a result of `measured` are too scattered to tell, or None where they agree well enough."""
+    low, high = result["speed_quartiles"]
+    if high <= SCATTERED * low:
+        return None
+    return f"{'whether' if low <= 1 <= high else 'by how much'} it is {'slower' if high < 1 else 'faster'}"
 
 
 def measured(timing: Timing, first: Timing, batch: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.errors import BundleError, InputError, QuartermapError, UnknownNameError
 from quartermap_deploy.files import FolderKind, file_hash
 from quartermap_deploy.onnx_bounds import check_model
-from quartermap_deploy.plain_text import command, printable
+from quartermap_deploy.plain_text import command, encoded, printable
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.reading import LARGEST_JSON, ReadingError, parse_json, read_bytes
 from quartermap_deploy.signatures import SIGNATURES, check_signatures
@@ -67,8 +67,8 @@ class Bundle:
     """
 
     path: Path
-    manifest: dict[str, Any]
-    report: dict[str, Any]
+    manifest: dict[str, Any] = field(repr=False)
+    report: dict[str, Any] = field(repr=False)
 
     @property
     def model_path(self) -> Path:
@@ -487,6 +487,4 @@ def new_bundle(path: Path, force: bool = False) -> AbstractContextManager[Path]:
 
 def write_json(path: Path, values: Any) -> None:
     """Write JSON for people and programs: indented, with a final newline."""
-    path.write_text(
-        json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    path.write_bytes(encoded(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"))

@@ -16,14 +16,12 @@ from quartermap_deploy.bundle import (
     MODEL,
     REPORT,
     Bundle,
-    check_destination,
     load_bundle,
     new_bundle,
     write_json,
 )
 from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.errors import ParityError, RecipeError
-from quartermap_deploy.exporting.export import PRECISIONS
 from quartermap_deploy.manifest import make_manifest
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.pruning.plan import QuarterMap
@@ -84,11 +82,13 @@ def compile(
     if plugin is not None:
         recipe = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, plugin=Path(plugin)))
     targets = load_targets(recipe)
-    check_destination(out, force)
-    with progress.step(f"loading {recipe.model}"):
-        source = load_source(recipe)
-        given = load_reference(recipe, source)
-    return _compile(recipe, source, targets, out, given=given, force=force, progress=progress)
+    # From the start, so that of two into one folder the second is told before it has worked.
+    with new_bundle(out, force) as folder:
+        with progress.step(f"loading {recipe.model}"):
+            source = load_source(recipe)
+            given = load_reference(recipe, source)
+        bundle = _compile(recipe, source, targets, folder, given, progress)
+    return dataclasses.replace(bundle, path=out)
 
 
 def compile_module(
@@ -177,78 +177,73 @@ def compile_module(
         opset=opset,
     )
     built = load_targets(recipe)
-    check_destination(out, force)
-    with progress.step(f"running {recipe.model} on its example inputs"):
-        source = module_source(
-            model,
-            example_inputs,
-            name=recipe.model,
-            task=task,
-            preprocessing=preprocessing,
-            labels=() if labels is None else labels,
-            dynamic_batch=dynamic_batch,
-            dynamic_size=dynamic_size,
-            stages=stages,
-            scans=scans,
-        )
-        given = None if reference is None else as_reference(source, reference)
-    return _compile(recipe, source, built, out, given=given, force=force, progress=progress)
+    with new_bundle(out, force) as folder:
+        with progress.step(f"running {recipe.model} on its example inputs"):
+            source = module_source(
+                model,
+                example_inputs,
+                name=recipe.model,
+                task=task,
+                preprocessing=preprocessing,
+                labels=() if labels is None else labels,
+                dynamic_batch=dynamic_batch,
+                dynamic_size=dynamic_size,
+                stages=stages,
+                scans=scans,
+            )
+            given = None if reference is None else as_reference(source, reference)
+        bundle = _compile(recipe, source, built, folder, given, progress)
+    return dataclasses.replace(bundle, path=out)
 
 
 def _compile(
     recipe: Recipe,
     source: SourceModel,
     targets: Mapping[str, Target],
-    out: Path,
-    *,
-    given: GivenReference | None = None,
-    force: bool,
+    folder: Path,
+    given: GivenReference | None,
     progress: Progress,
 ) -> Bundle:
-    """Source → export → recover → passes → lower per target → build → validate → bundle."""
+    """Source → export → recover → passes → lower per target → build → validate → bundle, in its draft folder."""
     from quartermap_deploy.validation.golden import golden_cases
 
     cases = validation_cases(recipe, source)
     golden = list(golden_cases(cases))
     check_settings(recipe, source, cases)
     exported = export_model(recipe, source, progress)
-    with new_bundle(out, force) as folder:
-        (folder / MODEL).write_bytes(exported.model.SerializeToString())
-        entries = {}
-        for name, target in targets.items():
-            with progress.step(f"building for {name}"):
-                entries[name] = target.build(
-                    folder / MODEL,
-                    folder,
-                    recipe.engine,
-                    examples=[{key: array.shape for key, array in feeds.items()} for feeds in cases.values()],
-                    progress=progress,
-                )
-        parity = validate(recipe, source, cases, exported, folder, progress)
-        given_entry = check_given(given, exported, progress)
-        native = (
-            prove_native(folder, MODEL, golden, recipe.precision, progress) if DEFAULT in targets else None
-        )
-        execution = prove_execution(folder, MODEL, golden, recipe.precision, recipe.execution, progress)
-        if execution is not None:
-            kept = ("providers", "nodes", "on_cpu", "scans")
-            entries[DEFAULT] |= {name: execution[name] for name in kept}
-        for name in sorted(ENGINES.intersection(targets)):
-            entries[name].update(
-                prove(recipe, exported, name, targets[name], folder, entries[name], golden, progress)
+    (folder / MODEL).write_bytes(exported.model.SerializeToString())
+    entries = {}
+    for name, target in targets.items():
+        with progress.step(f"building for {name}"):
+            entries[name] = target.build(
+                folder / MODEL,
+                folder,
+                recipe.engine,
+                examples=[{key: array.shape for key, array in feeds.items()} for feeds in cases.values()],
+                progress=progress,
             )
-        report = {
-            **parity.to_dict(),
-            "native": native,
-            "execution": execution,
-            "given_reference": given_entry,
-            **precision_entry(exported),
-        }
-        write_json(folder / REPORT, report)
-        write_json(folder / MANIFEST, make_manifest(recipe, source, exported, golden, folder, entries))
-        # Checked before it takes its place, which moves the folder and touches no file in it.
-        bundle = load_bundle(folder)
-    return dataclasses.replace(bundle, path=out)
+    parity = validate(recipe, source, cases, exported, folder, progress)
+    given_entry = check_given(given, exported, progress)
+    native = prove_native(folder, MODEL, golden, recipe.precision, progress) if DEFAULT in targets else None
+    execution = prove_execution(folder, MODEL, golden, recipe.precision, recipe.execution, progress)
+    if execution is not None:
+        kept = ("providers", "nodes", "on_cpu", "scans")
+        entries[DEFAULT] |= {name: execution[name] for name in kept}
+    for name in sorted(ENGINES.intersection(targets)):
+        entries[name].update(
+            prove(recipe, exported, name, targets[name], folder, entries[name], golden, progress)
+        )
+    report = {
+        **parity.to_dict(),
+        "native": native,
+        "execution": execution,
+        "given_reference": given_entry,
+        **precision_entry(exported),
+    }
+    write_json(folder / REPORT, report)
+    write_json(folder / MANIFEST, make_manifest(recipe, source, exported, golden, folder, entries))
+    # Checked before it takes its place, which moves the folder and touches no file in it.
+    return load_bundle(folder)
 
 
 def as_recipe(recipe: Recipe | str | os.PathLike[str], *, run_module: bool = False) -> Recipe:
@@ -286,7 +281,7 @@ def load_targets(recipe: Recipe) -> dict[str, Target]:
 
 def check_target(recipe: Recipe, name: str, target: Target) -> None:
     """Check that a target can do what a recipe wants; `load_targets` says what is raised."""
-    if recipe.precision in PRECISIONS and recipe.precision not in target.PRECISIONS:
+    if recipe.precision not in target.PRECISIONS:
         raise RecipeError(
             f"the target {name} does not take {recipe.precision}; expected {' or '.join(target.PRECISIONS)}, or "
             "another target"
@@ -355,7 +350,7 @@ def load_source(recipe: Recipe) -> SourceModel:
         source: SourceModel = user_module_source(
             recipe.module,
             name=recipe.model,
-            weights=recipe.checkpoint,
+            weights=recipe.path("checkpoint"),
             task=recipe.task,
             preprocessing=recipe.preprocessing,
             labels=recipe.labels,
@@ -371,7 +366,7 @@ def load_source(recipe: Recipe) -> SourceModel:
             num_classes=recipe.num_classes,
             in_chans=recipe.in_chans,
             features_only=recipe.features_only,
-            checkpoint=recipe.checkpoint,
+            checkpoint=recipe.path("checkpoint"),
             input_size=recipe.input_size,
             dynamic_batch=recipe.dynamic_batch,
             dynamic_size=recipe.dynamic_size,
@@ -389,13 +384,13 @@ def load_reference(recipe: Recipe, source: SourceModel) -> GivenReference | None
     Raises:
         InputError: if the file cannot be read, or does not fit the module.
     """
-    if recipe.reference is None:
+    if (path := recipe.path("reference")) is None:
         return None
     from quartermap_deploy.sources.modules import ModuleSource
     from quartermap_deploy.validation.given import read_reference
 
     assert isinstance(source, ModuleSource)
-    return read_reference(source, recipe.reference)
+    return read_reference(source, path)
 
 
 def export_model(
@@ -437,7 +432,7 @@ def validation_cases(recipe: Recipe, source: SourceModel, count: int | None = No
     digits = source.name == "vmamba_digits"
 
     def pictures(preprocessing: Preprocessing) -> NDArray[np.float32]:
-        return real_images(preprocessing, recipe.images, count or COUNT, digits=digits)
+        return real_images(preprocessing, recipe.path("images"), count or COUNT, digits=digits)
 
     return source.cases(pictures)
 

@@ -14,7 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from quartermap_deploy.drafts import Draft, draft_file, draft_folder
 from quartermap_deploy.errors import QuartermapError, WriteError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says of a disk, or a share of one, that takes no more."""
 
 
 @dataclass(frozen=True)
@@ -63,64 +67,54 @@ class FolderKind:
         path = Path(path)
         self.check_destination(path, force)
         made = [parent for parent in path.absolute().parents if not parent.exists()]
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".draft", dir=path.parent))
-            held = _Held(draft)
-        except OSError as error:
-            raise self.error(f"cannot write to {path.parent}: {error}") from error
-        try:
-            yield draft
-            # mkdtemp makes folders for their owner alone; these are shared like any other file.
-            if not held.set_mode(0o777 & ~_umask()):
-                raise self.error(
-                    f"somebody else replaced {draft} while it was written; choose a folder that only you can write to"
-                )
-            self.check_destination(path, force)
-            if path.exists():
-                old = draft.with_suffix(".replaced")
-                path.rename(old)
-                try:
-                    draft.rename(path)
-                except BaseException:
-                    old.rename(path)
-                    raise
-                shutil.rmtree(old)
-            else:
-                draft.rename(path)
-        finally:
-            held.close()
-            shutil.rmtree(draft, ignore_errors=True)
+        with contextlib.ExitStack() as stack:
             # Folders that were made for it go when it did not come; those that hold something stay.
-            for parent in made:
-                with contextlib.suppress(OSError):
-                    parent.rmdir()
+            stack.callback(_remove_empty, made)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                draft = stack.enter_context(draft_folder(path))
+            except OSError as error:
+                raise self.error(f"cannot write to {path.parent}: {error}") from error
+            if draft.is_second():
+                raise self.error(
+                    f"another process is writing {path} now; wait for it, or choose another folder"
+                )
+            try:
+                yield draft.path
+                self._publish(draft, path, force)
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                # What it names may be the source of a copy.
+                raise self.error(
+                    f"cannot write {path}: {error.strerror}; make room, or choose another place"
+                ) from error
+
+    def _publish(self, draft: Draft, path: Path, force: bool) -> None:
+        """Let a finished draft take its place."""
+        # Drafts are for their owner alone; these are shared like any other file.
+        if not draft.set_mode(0o777 & ~_umask()):
+            raise self.error(
+                f"somebody else replaced {draft.path} while it was written; choose a folder that only you can write to"
+            )
+        self.check_destination(path, force)
+        if not path.exists():
+            draft.path.rename(path)
+            return
+        try:
+            path.rename(draft.replaced)
+            draft.path.rename(path)
+        except BaseException:
+            if not path.exists():
+                draft.replaced.rename(path)
+            raise
+        shutil.rmtree(draft.replaced)
 
 
-class _Held:
-    """A folder that was just made, held open, so that it is known again whatever its name leads to later.
-
-    Where others may write, they can put a link in its place; permissions set by its name would be those of the link's
-    target.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        # Windows opens no folders, and has other permissions.
-        flags = getattr(os, "O_DIRECTORY", None)
-        self._descriptor = None if flags is None else os.open(path, flags | os.O_NOFOLLOW)
-
-    def set_mode(self, mode: int) -> bool:
-        """Set its permissions; returns whether its name still is its own."""
-        if self._descriptor is None:
-            return True
-        os.fchmod(self._descriptor, mode)
-        return self._path.exists() and os.path.samestat(self._path.lstat(), os.fstat(self._descriptor))
-
-    def close(self) -> None:
-        """Let go of it."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _umask() -> int:
@@ -171,10 +165,7 @@ def folders_for(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
-        for parent in made:
-            # What holds something by now stays.
-            with contextlib.suppress(OSError):
-                parent.rmdir()
+        _remove_empty(made)
         raise
 
 
@@ -190,10 +181,9 @@ def pending_file(path: Path, data: bytes, mode: int | None = None) -> Iterator[N
     Raises:
         WriteError: if it cannot be written.
     """
-    with _writing(path):
-        handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
+    with contextlib.ExitStack() as stack:
         with _writing(path):
+            draft, handle = stack.enter_context(draft_file(path))
             wanted = 0o666 & ~_umask() if mode is None else mode
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
@@ -201,10 +191,7 @@ def pending_file(path: Path, data: bytes, mode: int | None = None) -> Iterator[N
                     os.fchmod(file.fileno(), wanted)
         yield
         with _writing(path):
-            os.replace(draft, path)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
+            os.replace(draft.path, path)
 
 
 @contextmanager

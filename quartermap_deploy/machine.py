@@ -102,7 +102,9 @@ def _cores(system: Path, processors: Iterable[int]) -> int:
 def _siblings(system: Path, processor: int) -> str:
     """Name the core of a processor."""
     try:
-        return (system / f"sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list").read_text()
+        return (system / f"sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list").read_text(
+            "ascii", "replace"
+        )
     except OSError:
         return str(processor)
 
@@ -110,7 +112,7 @@ def _siblings(system: Path, processor: int) -> str:
 def _quotas(system: Path) -> list[float]:
     """Return the processors that the control groups of this process may use, each of them and those above it."""
     try:
-        lines = (system / "proc/self/cgroup").read_text().splitlines()
+        lines = (system / "proc/self/cgroup").read_text("utf-8", "surrogateescape").splitlines()
     except OSError:
         return []
     found = []
@@ -135,10 +137,11 @@ def _quota(group: Path) -> float | None:
     """Return the processors that a control group may use; None where there is no limit."""
     try:
         if (group / "cpu.max").exists():
-            quota, period = (group / "cpu.max").read_text().split()
+            quota, period = (group / "cpu.max").read_text("ascii", "replace").split()
         else:
             quota, period = (
-                (group / name).read_text().strip() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+                (group / name).read_text("ascii", "replace").strip()
+                for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
             )
         return int(quota) / int(period) if int(quota) > 0 < int(period) else None
     except (OSError, ValueError):

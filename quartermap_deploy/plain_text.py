@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 
-__all__ = ["command", "printable", "printable_json"]
+__all__ = ["command", "encoded", "printable", "printable_json"]
 
 CUT = "…"
 
@@ -36,18 +36,30 @@ def printable(text: object, limit: int | None = 200, *, lines: bool = False) -> 
     )
 
 
-def printable_json(value: object) -> str:
+def printable_json(value: object, *, ascii: bool = False) -> str:
     """Return a value as indented JSON of one meaning, in which a terminal finds nothing to obey either.
+
+    Args:
+        value: plain values.
+        ascii: escape all that is not ASCII.
 
     Raises:
         TypeError: if JSON has nothing for it.
     """
-    text = json.dumps(value, indent=2, ensure_ascii=False)
+    text = json.dumps(value, indent=2, ensure_ascii=ascii)
     if text.replace("\n", "").isprintable():
         return text
     return "".join(
         letter if letter.isprintable() or letter == "\n" else json.dumps(letter)[1:-1] for letter in text
     )
+
+
+def encoded(text: str) -> bytes:
+    r"""Return a text in UTF-8, as files hold it; bytes of a file's name that are in no encoding become `\udcff`.
+
+    In JSON that stays the same text.
+    """
+    return text.encode("utf-8", "backslashreplace")
 
 
 def command(*words: str | os.PathLike[str]) -> str:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from quartermap_deploy.batch_axis import batch_of, largest_batch
 from quartermap_deploy.classes import Activation, activation_of, class_labels, named, probabilities
 from quartermap_deploy.data.image_files import images_in
-from quartermap_deploy.data.images import ImageLike, prepare_into
+from quartermap_deploy.data.images import ImageLike, is_one, prepare_into
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.image_interface import ImageInterface, image_interface
 from quartermap_deploy.model_facts import ModelFacts
@@ -211,7 +211,7 @@ def listed(files: ImageLike | Iterable[ImageLike]) -> list[tuple[str, ImageLike]
         InputError: if there is none, or a folder holds none.
     """
     found: list[tuple[str, ImageLike]] = []
-    images: Iterable[ImageLike] = [files] if _is_one(files) else files  # type: ignore[assignment, list-item]
+    images: Iterable[ImageLike] = [files] if is_one(files) else files  # type: ignore[assignment, list-item]
     for place, image in enumerate(images, 1):
         if not isinstance(image, (str, PathLike)):
             found.append((f"image {place}", image))
@@ -227,13 +227,6 @@ def listed(files: ImageLike | Iterable[ImageLike]) -> list[tuple[str, ImageLike]
 def _text(path: str | PathLike[str]) -> str:
     """A path for messages and files; bytes that are no UTF-8 are escaped, as nothing could be written with them."""
     return os.fspath(path).encode("utf-8", "backslashreplace").decode()
-
-
-def _is_one(files: Any) -> bool:
-    """Whether this is an image, not several: a text is no list of letters, and (H, W, 3) is no list of rows."""
-    if isinstance(files, np.ndarray):
-        return files.ndim < 3 or (files.ndim == 3 and files.shape[2] in (3, 4))
-    return isinstance(files, (str, PathLike)) or not isinstance(files, Iterable)
 
 
 def require_some(results: int, broken: Sequence[Broken]) -> None:

@@ -25,6 +25,7 @@ from quartermap_deploy.bundle import MANIFEST, write_json
 from quartermap_deploy.errors import PredictionError
 from quartermap_deploy.files import FolderKind, file_hash
 from quartermap_deploy.pictures import mask_png, png
+from quartermap_deploy.plain_text import encoded
 from quartermap_deploy.predicting import Broken, Classes, Mask, Picture, Prediction, Predictor
 
 FORMAT = 1
@@ -62,9 +63,9 @@ class PredictionFolder:
             broken: the images that nothing was predicted of.
         """
         if self._predictor.bundle.task == "classification":
-            (self._folder / CSV_FILE).write_text(_csv(self._scores), encoding="utf-8", newline="")
+            (self._folder / CSV_FILE).write_bytes(encoded(_csv(self._scores)))
             lines = [json.dumps(described(one), ensure_ascii=False) + "\n" for one in self._scores]
-            (self._folder / LINES_FILE).write_text("".join(lines), encoding="utf-8")
+            (self._folder / LINES_FILE).write_bytes(encoded("".join(lines)))
         values = {"format": FORMAT, **provenance(self._predictor), "images": self._entries}
         write_json(self._folder / INDEX, {**values, "broken": [described_broken(one) for one in broken]})
 

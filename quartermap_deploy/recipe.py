@@ -51,7 +51,8 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -59,6 +60,7 @@ from typing import Any, Literal
 from quartermap_deploy.data.labels import label_sets
 from quartermap_deploy.data.preprocessing import check_keys
 from quartermap_deploy.errors import InputError, PlanError, RecipeError, UnknownNameError
+from quartermap_deploy.exporting.export import IO_TYPES, PRECISIONS
 from quartermap_deploy.lowering.operator import OPSETS
 from quartermap_deploy.pruning.plan import QuarterMap
 from quartermap_deploy.reading import ReadingError, read_toml
@@ -125,7 +127,7 @@ class Recipe:
     """
 
     model: str
-    checkpoint: Path | None = None
+    checkpoint: str | Path | None = None
     num_classes: int | None = None
     in_chans: int | None = None
     features_only: bool = False
@@ -147,59 +149,54 @@ class Recipe:
     targets: tuple[str, ...] = ("onnxruntime",)
     execution: Execution = ON_CPU
     engine: EngineOptions = field(default_factory=EngineOptions)
-    images: Path | None = None
-    reference: Path | None = None
+    images: str | Path | None = None
+    reference: str | Path | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        plan, engine = self.quartermap, self.engine
-        if plan is not None and not isinstance(plan, QuarterMap):
-            raise RecipeError(f"quartermap = {plan!r} is no QuarterMap")
-        if not isinstance(engine, EngineOptions):
-            raise RecipeError(f"engine = {engine!r} is no EngineOptions")
-        if not isinstance(self.execution, Execution):
-            raise RecipeError(f"execution = {self.execution!r} is no Execution")
-        if self.module is not None and not isinstance(self.module, UserModule):
-            raise RecipeError(f"module = {self.module!r} is no UserModule")
-        if self.preprocessing is not None:
-            check_keys(self.preprocessing)
-        for name in (
-            "model",
-            "features_only",
-            "dynamic_batch",
-            "dynamic_size",
-            "precision",
-            "optimize",
-            "inline",
-            "io",
-            "seed",
-        ):
-            _checked(name, getattr(self, name), Path())
-        for name in ("num_classes", "in_chans", "task", "opset"):
-            if getattr(self, name) is not None:
-                _checked(name, getattr(self, name), Path())
-        if self.labels is not None:
-            object.__setattr__(self, "labels", _checked("labels", self.labels, Path()))
-        self._check_module()
-        for name in ("targets", "keep_float32", "blocks_float32"):
+        faults = Faults()
+        for name, kind in _KINDS.items():
             value = getattr(self, name)
-            object.__setattr__(self, name, _checked(name, list(value) if _is_list(value) else value, Path()))
-        if self.input_size is not None:
-            size = list(self.input_size) if _is_list(self.input_size) else self.input_size
-            object.__setattr__(self, "input_size", _checked("input_size", size, Path()))
+            if value is not None and not isinstance(value, kind):
+                faults.add(f"{name} = {value!r} is no {kind.__name__}")
+        if self.preprocessing is not None:
+            with faults.gathered():
+                check_keys(self.preprocessing)
+        for name in _TYPES:
+            if name not in _OPTIONAL or getattr(self, name) is not None:
+                with faults.gathered():
+                    _checked(name, getattr(self, name), Path())
+        for name in ("labels", "checkpoint", "images", "reference", "input_size", *_LISTS):
+            value = getattr(self, name)
+            if value is not None:
+                with faults.gathered():
+                    given = list(value) if _is_list(value) and name != "labels" else value
+                    object.__setattr__(self, name, _checked(name, given, Path()))
+        for name, known in (("precision", PRECISIONS), ("io", IO_TYPES)):
+            value = getattr(self, name)
+            if isinstance(value, str) and value not in known:
+                faults.add(f"{name} = {value!r} is unknown; expected {' or '.join(known)}")
         if self.precision == "float32":
             idle = [name for name in ("blocks_float32", "keep_float32") if getattr(self, name)]
             idle += ["io"] if self.io != "float32" else []
             if idle:
-                raise RecipeError(
+                faults.add(
                     f"{', '.join(idle)} would change nothing in float32; set a precision of 16 bits too"
                 )
         if self.opset is not None and self.precision in SIXTEEN_BIT_OPSETS:
             least = SIXTEEN_BIT_OPSETS[self.precision]
             if self.opset < least:
-                raise RecipeError(
+                faults.add(
                     f"opset = {self.opset}, but operators take {self.precision} from opset {least} on; leave opset out"
                 )
+        with faults.gathered():
+            self._check_module()
+        faults.tell()
+
+    def path(self, name: Literal["checkpoint", "images", "reference"]) -> Path | None:
+        """One of the fields that may be given as a text, as the path that it is."""
+        value: Path | None = getattr(self, name)
+        return value
 
     def _check_module(self) -> None:
         """Refuse what belongs to a card in the recipe of a module, and the other way round."""
@@ -241,36 +238,19 @@ class Recipe:
     @classmethod
     def _from_document(cls, document: Mapping[str, Any], folder: Path, named_by: Path | None) -> Recipe:
         fields: dict[str, Any] = {}
+        faults = Faults()
         for table, entries in document.items():
-            _require_known("table", table, [*_TABLES, *_VALUES])
-            if not isinstance(entries, dict):
-                raise RecipeError(f"[{table}] must be a table, found {entries!r}")
-            if table == "quartermap":
-                if "every" in entries and "blocks" in entries:
-                    raise RecipeError("[quartermap] has both every and blocks; leave one of them out")
-                fields["quartermap"] = QuarterMap.from_dict(entries)
-                continue
-            if table == "module":
-                fields["module"] = UserModule.from_dict(entries, folder, named_by=named_by)
-                continue
-            if table == "preprocessing":
-                fields["preprocessing"] = dict(entries)
-                continue
-            if table == "engine":
-                fields["engine"] = EngineOptions.from_dict(entries)
-                continue
-            if table == "targets" and "device" in entries:
-                entries = _with_providers(entries)
-            for key, value in entries.items():
-                _require_known(f"key in [{table}]", key, list(_TABLES[table]))
-                fields[_TABLES[table][key]] = value
-        if "model" not in fields:
-            if "module" not in fields:
-                raise RecipeError(
-                    'it names no model; expected [model] with name = "…", or [module] with factory = "…"'
-                )
+            with faults.gathered():
+                fields |= _fields(table, entries, folder, named_by, faults)
+        if "model" not in fields and "module" in fields:
             fields["model"] = fields["module"].name
-        return cls(**{name: _checked(name, value, folder) for name, value in fields.items()})
+        if "model" not in fields and not faults.found:
+            faults.add('it names no model; expected [model] with name = "…", or [module] with factory = "…"')
+        with faults.gathered():
+            # What could be read is looked at too.
+            recipe = cls(**{"model": "", **fields})
+        faults.tell()
+        return recipe
 
     def to_toml(self, folder: Path) -> str:
         """Return the text of a recipe file in `folder`, which `load` reads back; what is a default is left out."""
@@ -348,6 +328,73 @@ class Recipe:
         return values
 
 
+class Faults:
+    """What is wrong with a recipe, gathered so that all of it is told at once.
+
+    Attributes:
+        found: each in words.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def add(self, text: str) -> None:
+        """Note a fault; the same one counts once."""
+        if text not in self.found:
+            self.found.append(text)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """While open, an error about the recipe is noted instead of raised."""
+        try:
+            yield
+        except RecipeFaults as error:
+            for text in error.faults:
+                self.add(text)
+        except (RecipeError, PlanError, InputError, UnknownNameError) as error:
+            self.add(str(error))
+
+    def tell(self) -> None:
+        """Raise a `RecipeError` if anything was noted."""
+        if self.found:
+            raise RecipeFaults(self.found)
+
+
+class RecipeFaults(RecipeError):
+    """Several things that are wrong with a recipe, or one."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        self.faults = tuple(faults)
+        lines = "".join(f"\n- {text}" for text in faults)
+        super().__init__(faults[0] if len(faults) == 1 else f"{len(faults)} things are wrong:{lines}")
+
+
+def _fields(table: str, entries: Any, folder: Path, named_by: Path | None, faults: Faults) -> dict[str, Any]:
+    """The fields of a recipe that a table of its file gives."""
+    _require_known("table", table, [*_TABLES, *_VALUES])
+    if not isinstance(entries, dict):
+        raise RecipeError(f"[{table}] must be a table, found {entries!r}")
+    if table == "quartermap":
+        if "every" in entries and "blocks" in entries:
+            raise RecipeError("[quartermap] has both every and blocks; leave one of them out")
+        return {table: QuarterMap.from_dict(entries)}
+    if table == "module":
+        return {table: UserModule.from_dict(entries, folder, named_by=named_by)}
+    if table == "preprocessing":
+        return {table: dict(entries)}
+    if table == "engine":
+        return {table: EngineOptions.from_dict(entries)}
+    if table == "targets" and "device" in entries:
+        entries = _with_providers(entries)
+    fields = {}
+    for key, value in entries.items():
+        with faults.gathered():
+            _require_known(f"key in [{table}]", key, list(_TABLES[table]))
+            name = _TABLES[table][key]
+            fields[name] = _checked(name, value, folder)
+    return fields
+
+
 def _with_providers(entries: Mapping[str, Any]) -> dict[str, Any]:
     """The table [targets] with the providers of its device."""
     device = entries["device"]
@@ -403,6 +450,17 @@ _TYPES: dict[str, type] = {
     "opset": int,
     "io": str,
     "seed": int,
+}
+
+
+_OPTIONAL = ("num_classes", "in_chans", "task", "opset")
+"""Fields of these types that may be None, which is what the card or the weights say."""
+_LISTS = ("targets", "keep_float32", "blocks_float32")
+_KINDS: dict[str, type] = {
+    "quartermap": QuarterMap,
+    "engine": EngineOptions,
+    "execution": Execution,
+    "module": UserModule,
 }
 
 

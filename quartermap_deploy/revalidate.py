@@ -364,7 +364,7 @@ def _check_checkpoint(bundle: Bundle, checkpoint: Path | None) -> None:
     from quartermap_deploy.bundle import describe_file
     from quartermap_deploy.weights import require_file
 
-    compiled_from = bundle.recipe().checkpoint
+    compiled_from = bundle.recipe().path("checkpoint")
     if compiled_from is None:
         if checkpoint is not None:
             raise BundleError(

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from quartermap_deploy.bench import Timing, interleave, measured
+from quartermap_deploy.bench import Timing, interleave, measured, scatter
 from quartermap_deploy.errors import InputError
 
 
@@ -147,3 +147,42 @@ def test_nothing_to_time_is_refused() -> None:
 def test_timings_of_different_rounds_are_not_compared() -> None:
     with pytest.raises(InputError, match="in one call of interleave"):
         Timing((1.0,)).ratio(Timing((1.0, 2.0)))
+
+
+@pytest.mark.parametrize(
+    ("quartiles", "said"),
+    [
+        ((0.99, 1.02), None),
+        ((1.3, 1.6), None),
+        ((0.61, 2.03), "whether it is faster"),
+        ((1.3, 2.03), "by how much it is faster"),
+        ((0.4, 0.7), "by how much it is slower"),
+    ],
+)
+def test_rounds_that_scatter_tell_little(quartiles: tuple[float, float], said: str | None) -> None:
+    assert scatter({"speed_quartiles": list(quartiles)}) == said
+
+
+def test_a_scattered_speed_is_told_and_not_shown_as_known(capsys: pytest.CaptureFixture[str]) -> None:
+    from quartermap_deploy.cli.bench import tell_scatter
+    from quartermap_deploy.cli.common import show
+    from quartermap_deploy.tables.timing import result_table
+
+    times = {
+        "median_ms": 1,
+        "minimum_ms": 1,
+        "maximum_ms": 1,
+        "images_per_second": 1,
+        "target": "onnxruntime",
+    }
+    results = [
+        {"name": "a", "speed": 1.0, "speed_quartiles": [1.0, 1.0], **times},
+        {"name": "b", "speed": 0.97, "speed_quartiles": [0.61, 2.03], **times},
+    ]
+    show(result_table({"batch": 1, "threads": 1, "repeats": 3, "unit": "images", "bundles": results}))
+    tell_scatter(results)
+    shown = capsys.readouterr()
+    assert "1.00 × [1.00 – 1.00]" in shown.out and "? [0.61 – 2.03]" in shown.out and "0.97" not in shown.out
+    (line,) = shown.err.splitlines()
+    assert "the rounds of b are too scattered to tell whether it is faster" in line
+    assert "more --repeats" in line

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -1061,8 +1062,11 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, workplace
 
 def test_a_full_disk_is_no_defect(monkeypatch: pytest.MonkeyPatch, refused: Refuse, workplace: Path) -> None:
     (workplace / "bundles").mkdir()
-    ending(monkeypatch, raising(OSError(28, "No space left on device", "model.onnx")))
-    assert "No space left on device: model.onnx" in refused("compile", MODEL)
+    # As copying a file says it, which names the source.
+    ending(monkeypatch, raising(OSError(28, "No space left on device", "/somewhere/model.onnx")))
+    said = refused("compile", MODEL)
+    assert "cannot write bundles/vmamba_digits: No space left on device; make room" in said
+    assert "/somewhere" not in said
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes as POSIX has them")
@@ -1201,3 +1205,19 @@ def test_the_demo_table_has_a_line_for_every_plan(capsys: pytest.CaptureFixture[
 )
 def test_runs_of_blocks_are_shortened(numbers: tuple[int, ...], text: str) -> None:
     assert demo.ranges(numbers) == text
+
+
+def test_a_long_step_is_heard_of_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common.LineProgress, "QUIET", 0.05)
+    stream = io.StringIO()
+    progress = common.LineProgress(stream)
+    with progress.step("running the model", total=256) as advance:
+        advance(32)
+        deadline = time.monotonic() + 20
+        while stream.getvalue().count("\n") < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    lines = [line.split("] ")[1] for line in stream.getvalue().splitlines()]
+    assert lines[:3] == ["running the model", *["still running the model, 32 of 256"] * 2]
+    with progress.step("short"):
+        pass
+    assert stream.getvalue().splitlines()[-1].endswith("] short")

@@ -40,7 +40,7 @@ def test_settings_that_do_not_fit_are_refused_before_the_export(tmp_path: Any, m
         with pytest.raises(kind, match=words):
             compiler.check_settings(found, source(), cases)
         with pytest.raises(kind, match=words):
-            compiler._compile(found, source(), {}, tmp_path / "out", force=False, progress=SILENT)
+            compiler._compile(found, source(), {}, tmp_path / "out", None, SILENT)
     compiler.check_settings(recipe(precision="float16", blocks_float32=(1, 2)), source(), cases)
     assert list(tmp_path.iterdir()) == []
 

@@ -108,27 +108,35 @@ def test_a_recipe_is_one_or_a_file_or_the_name_of_a_model(tmp_path: Path) -> Non
         assert agreed.module is not None and agreed.module.named_by is None
 
 
+COMPILED = Bundle(Path("draft"), {"loaded": 1}, {})
+"""What takes the place of a bundle that was compiled into a draft."""
+
+
+def is_draft(folder: Path, out: Path) -> bool:
+    return folder.parent == out.parent and folder.name.startswith(f".{out.name}.") and not folder.exists()
+
+
 def test_compiling_a_recipe_hands_on_what_was_said(tmp_path: Path, keep: Keep) -> None:
     loaded = keep(compiler, "load_source", "source")
     reference = keep(compiler, "load_reference", "given")
     asked = keep(compiler, "load_targets", {"tensorrt": "target"})
-    told = keep(compiler, "_compile", "bundle")
-    own = recipe(engine=OPTIONS, targets=("tensorrt",))
-    assert compiler.compile(own, str(tmp_path / "out")) == "bundle"
+    told = keep(compiler, "_compile", COMPILED)
+    own, out = recipe(engine=OPTIONS, targets=("tensorrt",)), tmp_path / "out"
+    assert compiler.compile(own, str(out)) == dataclasses.replace(COMPILED, path=out)
+    assert is_draft(told.pop("folder"), out)
     expected = {
         "recipe": own,
         "source": "source",
         "targets": {"tensorrt": "target"},
-        "out": tmp_path / "out",
         "given": "given",
-        "force": False,
         "progress": SILENT,
     }
     assert told == expected
     assert loaded == asked == {"recipe": own} and reference == {"recipe": own, "source": "source"}
-    compiler.compile(own, tmp_path / "out", plugin="plugin.so", force=True, progress=PROGRESS)
+    compiler.compile(own, out, plugin="plugin.so", force=True, progress=PROGRESS)
+    assert is_draft(told.pop("folder"), out)
     named = dataclasses.replace(own, engine=dataclasses.replace(OPTIONS, plugin=Path("plugin.so")))
-    assert told == {**expected, "recipe": named, "force": True, "progress": PROGRESS}
+    assert told == {**expected, "recipe": named, "progress": PROGRESS}
     assert loaded == asked == {"recipe": named}, "targets are checked with the plugin"
 
 
@@ -138,7 +146,7 @@ def test_a_module_that_a_file_names_is_run_by_agreement_alone(
 ) -> None:
     loaded = keep(compiler, "load_source")
     keep(compiler, "load_reference")
-    keep(compiler, "_compile")
+    keep(compiler, "_compile", COMPILED)
     path = tmp_path / "own.toml"
     path.write_text(recipe(module=MODULE).to_toml(tmp_path))
     more = {"run_module": True} if run_module else {}
@@ -166,7 +174,7 @@ def test_compiling_a_module_hands_on_what_was_said(tmp_path: Path, keep: Keep) -
     described = keep(modules, "module_source", "source")
     reference = keep(given, "as_reference", "given")
     asked = keep(compiler, "load_targets", {"tensorrt": "target"})
-    told = keep(compiler, "_compile", "bundle")
+    told = keep(compiler, "_compile", COMPILED)
     model, scans = Classifier(), {"a.b:c": len}
     bundle = compiler.compile_module(
         model,
@@ -190,7 +198,8 @@ def test_compiling_a_module_hands_on_what_was_said(tmp_path: Path, keep: Keep) -
         force=True,
         progress=PROGRESS,
     )
-    assert bundle == "bundle"
+    assert bundle == dataclasses.replace(COMPILED, path=tmp_path / "out")
+    assert is_draft(told.pop("folder"), tmp_path / "out")
     own = qm.Recipe(
         "own",
         quartermap=PLAN,
@@ -206,9 +215,7 @@ def test_compiling_a_module_hands_on_what_was_said(tmp_path: Path, keep: Keep) -
         "recipe": own,
         "source": "source",
         "targets": {"tensorrt": "target"},
-        "out": tmp_path / "out",
         "given": "given",
-        "force": True,
         "progress": PROGRESS,
     }
     assert asked == {"recipe": own} and reference == {"source": "source", "reference": "saved"}
@@ -229,11 +236,11 @@ def test_compiling_a_module_hands_on_what_was_said(tmp_path: Path, keep: Keep) -
 
 def test_compiling_a_module_has_plain_defaults(tmp_path: Path, keep: Keep) -> None:
     described = keep(modules, "module_source", "source")
-    told = keep(compiler, "_compile")
+    told = keep(compiler, "_compile", COMPILED)
     model = Classifier()
     compiler.compile_module(model, "example", tmp_path / "out")
     assert told["recipe"] == qm.Recipe("Classifier") and list(told["targets"]) == ["onnxruntime"]
-    assert (told["given"], told["force"], told["progress"]) == (None, False, SILENT)
+    assert (told["given"], told["progress"]) == (None, SILENT)
     assert described == {
         "model": model,
         "example_inputs": "example",
@@ -349,9 +356,7 @@ def test_every_target_is_asked_and_none_gets_what_it_does_not_take() -> None:
     assert target.asked == [wanted]
     with pytest.raises(RecipeError, match=r"tensorrt does not take bfloat16; expected float32 or float16"):
         compiler.check_target(recipe(precision="bfloat16"), "tensorrt", target)
-    unknown = recipe(precision="float8")
-    compiler.check_target(unknown, "tensorrt", target)  # the export says what there is
-    assert target.asked == [wanted, unknown]
+    assert target.asked == [wanted]
 
 
 @pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
@@ -646,19 +651,18 @@ def test_everything_that_was_found_is_in_the_bundle(
     described = keep(compiler, "make_manifest", {"manifest": 1})
     monkeypatch.setattr(compiler, "load_bundle", lambda folder: Bundle(folder, {"loaded": 1}, {}))
     out = tmp_path / "out"
-    bundle = compiler._compile(own, model, targets, out, given="given", force=False, progress=PROGRESS)  # type: ignore[arg-type]
+    out.mkdir()
+    bundle = compiler._compile(own, model, targets, out, "given", PROGRESS)  # type: ignore[arg-type]
     assert (bundle.path, bundle.manifest) == (out, {"loaded": 1})
     entries = {
         name: {"file": name, **({} if name == "onnxruntime" else {"proof": f"of {name}"})} for name in names
     }
-    draft = described["folder"]
-    assert draft != out and not draft.exists()
     assert described == {
         "recipe": own,
         "source": model,
         "exported": typed,
         "golden": ["images"],
-        "folder": draft,
+        "folder": out,
         "targets": entries,
     }
     assert checked == {"recipe": own, "source": model, "cases": cases}
@@ -668,7 +672,7 @@ def test_everything_that_was_found_is_in_the_bundle(
         "source": model,
         "cases": cases,
         "exported": typed,
-        "folder": draft,
+        "folder": out,
         "progress": PROGRESS,
     }
     assert compared == {"given": "given", "exported": typed, "progress": PROGRESS}
@@ -679,7 +683,7 @@ def test_everything_that_was_found_is_in_the_bundle(
         (own, typed, name, targets[name], entries[name], ["images"], PROGRESS) for name in engines_in_order
     ]
     asked = {
-        "folder": draft,
+        "folder": out,
         "model": MODEL,
         "golden": ["images"],
         "precision": "float32",
@@ -693,7 +697,30 @@ def test_everything_that_was_found_is_in_the_bundle(
         "given_reference": "given entry",
     }
     assert json.loads((out / MANIFEST).read_text()) == {"manifest": 1}
-    with pytest.raises(BundleError, match="exists already"):
-        compiler._compile(own, model, targets, out, force=False, progress=PROGRESS)
-    compiler._compile(own, model, targets, out, force=True, progress=PROGRESS)
+    compiler._compile(own, model, targets, out, None, PROGRESS)
     assert compared["given"] is None
+
+
+def test_the_destination_is_held_from_the_start(
+    tmp_path: Path, keep: Keep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two into one folder, the second is told before its model is loaded."""
+    out, worked = tmp_path / "out", []
+    monkeypatch.setattr(compiler, "load_targets", lambda recipe: {})
+    monkeypatch.setattr(compiler, "load_reference", lambda recipe, source: None)
+
+    def loading(recipe: qm.Recipe) -> Any:
+        worked.append(1)
+        if len(worked) == 1:
+            with pytest.raises(BundleError, match=r"another process is writing .*out now"):
+                qm.compile(own, out)
+        return SOURCE
+
+    own = recipe()
+    monkeypatch.setattr(compiler, "load_source", loading)
+    finished = Bundle(tmp_path / "draft", {}, {})
+    monkeypatch.setattr(compiler, "_compile", lambda *arguments: finished)
+    assert qm.compile(own, out).path == out
+    assert worked == [1] and [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(BundleError, match="exists already"):
+        qm.compile(own, out)

@@ -6,7 +6,10 @@ import errno
 import hashlib
 import os
 import shutil
+import signal
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -142,7 +145,7 @@ def test_a_failure_leaves_nothing_but_what_was_there(tmp_path: Path, failure: ty
     assert (thing / "marker.json").read_text() == "old"
 
 
-@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
+@pytest.mark.parametrize("failure", [OSError(errno.EACCES, "Permission denied"), KeyboardInterrupt()])
 def test_an_old_folder_is_put_back_if_the_new_one_cannot_take_its_place(
     tmp_path: Path, failure: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -415,3 +418,113 @@ def test_hashes_are_of_the_whole_file(tmp_path: Path) -> None:
     content = os.urandom((1 << 20) + 7) + b"end"
     (tmp_path / "file").write_bytes(content)
     assert file_hash(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+# Drafts -----------------------------------------------------------------------------------------------------------
+
+posix = pytest.mark.skipif(os.name != "posix", reason="locks as POSIX has them")
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from quartermap_deploy.errors import BundleError
+from quartermap_deploy.files import FolderKind, pending_file
+
+place = Path(sys.argv[1])
+thing = FolderKind("thing", "marker.json", BundleError).new(place / "thing")
+with pending_file(place / "file", b"half"), thing as draft:
+    (draft / "half").write_text("")
+    print("ready", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def begun(place: Path) -> subprocess.Popen[str]:
+    """A process that writes a folder and a file, and stays in the middle of that."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(place)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+def age(folder: Path) -> None:
+    """Make drafts as old as those that are nobody's."""
+    for path in folder.iterdir():
+        os.utime(path, (1, 1))
+
+
+@posix
+def test_of_two_that_write_one_folder_the_second_is_told_at_the_start(tmp_path: Path) -> None:
+    process = begun(tmp_path)
+    try:
+        age(tmp_path)
+        before = names(tmp_path)
+        with pytest.raises(BundleError, match=r"another process is writing .*thing now"):
+            write_new(tmp_path / "thing")
+        assert names(tmp_path) == before, "what somebody still writes is left alone"
+        write_whole(tmp_path / "file", b"new")
+        write_new(tmp_path / "thing2")
+    finally:
+        process.communicate("\n", timeout=60)
+    assert process.returncode == 0
+    assert names(tmp_path) == ["file", "thing", "thing2"]
+
+
+@posix
+def test_what_a_killed_process_left_goes_with_the_next_that_writes_there(tmp_path: Path) -> None:
+    process = begun(tmp_path)
+    process.kill()
+    process.communicate(timeout=60)
+    left = names(tmp_path)
+    assert len(left) == 2
+    write_whole(tmp_path / "file", b"new")
+    assert {*left, "file"} == set(names(tmp_path)), "it may have been begun just now"
+    age(tmp_path)
+    other = tmp_path / ".thingy.abc.draft"
+    other.mkdir()
+    os.utime(other, (1, 1))
+    write_new(tmp_path / "thing")
+    write_whole(tmp_path / "file", b"new")
+    assert names(tmp_path) == [other.name, "file", "thing"]
+
+
+@posix
+def test_what_a_killed_process_had_taken_away_comes_back(tmp_path: Path) -> None:
+    """It was killed between taking the old folder away and putting the new one there."""
+    old_thing(tmp_path / ".thing.abcdefgh.replaced")
+    with pytest.raises(BundleError, match="exists already"):
+        write_new(tmp_path / "thing")
+    assert names(tmp_path) == ["thing"] and names(tmp_path / "thing") == ["marker.json", "more.txt"]
+    old_thing(tmp_path / ".thing.abcdefgh.replaced")
+    write_new(tmp_path / "thing", force=True)
+    assert names(tmp_path) == ["thing"] and names(tmp_path / "thing") == ["marker.json"]
+
+
+@posix
+def test_links_are_no_drafts(tmp_path: Path) -> None:
+    other = old_thing(tmp_path / "other")
+    (tmp_path / ".thing.abcdefgh.draft").symlink_to(other)
+    write_new(tmp_path / "thing")
+    assert names(other) == ["marker.json", "more.txt"] and (tmp_path / ".thing.abcdefgh.draft").is_symlink()
+
+
+@posix
+def test_a_full_disk_names_the_destination(tmp_path: Path) -> None:
+    """A real write that the system refuses: the file may not grow any more."""
+    import resource
+
+    (tmp_path / "source").write_bytes(bytes(1 << 16))
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, before[1]))
+        with (
+            pytest.raises(BundleError, match=r"cannot write .*thing: File too large; make room"),
+            KIND.new(tmp_path / "thing") as draft,
+        ):
+            shutil.copyfile(tmp_path / "source", draft / "copy")
+        with pytest.raises(WriteError, match=r"cannot write .*file: File too large"):
+            write_whole(tmp_path / "file", bytes(1 << 16))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert names(tmp_path) == ["source"]

@@ -421,3 +421,15 @@ def test_more_pixels_than_a_file_may_have_are_not_decoded(tmp_path: Path) -> Non
     with warnings.catch_warnings(), pytest.raises(InputError, match=r"a\.png .*pixels"):
         warnings.simplefilter("ignore")
         open_image(tmp_path / "a.png")
+
+
+def test_one_image_is_a_batch_of_one(tmp_path: Path) -> None:
+    """A text is no list of letters, and the rows of an image are no images."""
+    path = tmp_path / "image.png"
+    Image.new("RGB", (20, 30), (9, 200, 30)).save(path)
+    wanted = Preprocessing(resize=(8, 8), fit="stretch", crop=(8, 8), interpolation="bilinear")
+    expected = prepare([path], wanted)
+    assert expected.shape == (1, 3, 8, 8)
+    with Image.open(path) as opened:
+        for one in (str(path), path, opened, np.asarray(opened)):
+            np.testing.assert_array_equal(prepare(one, wanted), expected)

@@ -16,6 +16,7 @@ from toy_bundles import PREPROCESSING, _random
 
 import quartermap_deploy as qm
 from quartermap_deploy import compiler
+from quartermap_deploy.bundle import new_bundle
 from quartermap_deploy.errors import ParityError
 from quartermap_deploy.exporting.export import Export
 from quartermap_deploy.frontend.node_names import block_output, scan_name
@@ -84,14 +85,12 @@ def compile_with(model: onnx.ModelProto, out: Path, monkeypatch: pytest.MonkeyPa
     """Compile the classifier, with a model in the place of the right one."""
     exported = dataclasses.replace(right(), model=model)
     monkeypatch.setattr(compiler, "export_model", lambda *arguments: exported)
-    return compiler._compile(
-        qm.Recipe("Classifier", quartermap=PLAN),
-        source(),
-        compiler.load_targets(qm.Recipe("Classifier")),
-        out,
-        force=False,
-        progress=SILENT,
-    )
+    recipe = qm.Recipe("Classifier", quartermap=PLAN)
+    with new_bundle(out) as folder:
+        bundle = compiler._compile(
+            recipe, source(), compiler.load_targets(qm.Recipe("Classifier")), folder, None, SILENT
+        )
+    return dataclasses.replace(bundle, path=out)
 
 
 FAULTS = [

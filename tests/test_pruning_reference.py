@@ -114,10 +114,17 @@ class TestPlan:
         strides: tuple[int, int],
         upsample: Any,
     ) -> None:
-        plan = QuarterMap(every, blocks, excluded, *strides, upsample)
+        plan = QuarterMap(None if blocks else every, blocks, excluded, *strides, upsample)
         values = json.loads(json.dumps(plan.to_dict()))
         assert None not in values.values()
         assert QuarterMap.from_dict(values) == plan
+
+    def test_two_ways_of_choosing_blocks_contradict(self) -> None:
+        with pytest.raises(PlanError, match=r"every = 3 and blocks = \[1\] both say which blocks are pruned"):
+            QuarterMap(every=3, blocks=[1])  # type: ignore[arg-type]
+        assert QuarterMap(blocks=(1,)).every is None and QuarterMap().every == 3
+        # As manifests have both.
+        assert QuarterMap.from_dict({"every": 3, "blocks": [1]}) == QuarterMap(blocks=(1,))
 
     def test_defaults_and_unknown_keys_of_a_table(self) -> None:
         assert QuarterMap.from_dict({}) == QuarterMap(3, None, (1,), 2, 1, "nearest")

@@ -8,6 +8,7 @@ import pytest
 
 import quartermap_deploy as qm
 from quartermap_deploy.errors import RecipeError
+from quartermap_deploy.recipe import Recipe
 from quartermap_deploy.targets.tensorrt.options import EngineOptions, Profile
 
 REPOSITORY = Path(__file__).parent.parent
@@ -165,3 +166,41 @@ def test_wrong_precision_and_engine_settings_are_refused(tmp_path: Path, text: s
     path.write_text(f'[model]\nname = "vmamba_digits"\n{text}\n')
     with pytest.raises(RecipeError, match=message):
         qm.Recipe.load(path)
+
+
+# All at once ------------------------------------------------------------------------------------------------------
+
+
+def test_all_faults_of_a_recipe_are_told_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        '[model]\nname = 3\nseed = "x"\n[input]\nsise = [1, 2]\n[export]\nprecision = "int8"\n'
+        "[quartermap]\nevery = 0\n[what]\n"
+    )
+    with pytest.raises(RecipeError) as found:
+        Recipe.load(path)
+    said = str(found.value)
+    assert said.startswith(f"the recipe {path}: 6 things are wrong:\n- ")
+    for text in (
+        "model = 3 is not of type str",
+        "seed = 'x' is not of type int",
+        "unknown key in [input] 'sise'",
+        "precision = 'int8' is unknown; expected float32 or float16 or bfloat16",
+        "every = 0 must be at least 1",
+        "unknown table 'what'",
+    ):
+        assert text in said
+
+
+def test_faults_are_told_at_construction() -> None:
+    with pytest.raises(RecipeError, match=r"^precision = 'int8' is unknown"):
+        Recipe("vmamba_digits", precision="int8")
+    with pytest.raises(RecipeError, match=r"2 things are wrong:\n- seed = .*\n- io = 'int4' is unknown"):
+        Recipe("vmamba_digits", precision="float16", seed="x", io="int4")  # type: ignore[arg-type]
+
+
+def test_paths_may_be_texts() -> None:
+    recipe = Recipe("vmamba_digits", checkpoint="a/b.pth", images="folder")
+    assert (recipe.path("checkpoint"), recipe.path("images")) == (Path("a/b.pth"), Path("folder"))
+    assert recipe == Recipe("vmamba_digits", checkpoint=Path("a/b.pth"), images=Path("folder"))
+    assert recipe.path("reference") is None

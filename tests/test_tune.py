@@ -183,6 +183,18 @@ class Interrupting:
         yield advance
 
 
+class Noting:
+    """Progress that keeps the titles of its steps."""
+
+    def __init__(self, titles: list[str]) -> None:
+        self.titles = titles
+
+    @contextmanager
+    def step(self, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        self.titles.append(title)
+        yield lambda units: None
+
+
 def test_a_search_that_was_stopped_goes_on(
     first: tuple[Path, Tuned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,8 +213,12 @@ def test_a_search_that_was_stopped_goes_on(
         return run(trial, candidates)
 
     monkeypatch.setattr(Trial, "run", counting)
-    tuned = tune(RECIPE, Goal(speedup=1.03), *images(), out, QUICK)
+    steps: list[str] = []
+    tuned = tune(RECIPE, Goal(speedup=1.03), *images(), out, QUICK, progress=Noting(steps))
     assert len(ran) == len(first[1].report["tried"]) - len(kept["tried"])
+    assert steps and not [title for title in steps if "unpruned" in title], (
+        "the unpruned passes are kept, too"
+    )
     # The order of what was run does not matter, nor whether it was run today.
     same = {**tuned.report, "tried": None}
     assert same == {**first[1].report, "tried": None}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from quartermap_deploy.cli import main
+from quartermap_deploy.cli import script
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

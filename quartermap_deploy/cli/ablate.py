@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from quartermap_deploy.cli.common import add_command, at_least_one, make_progress, results_only, words
+from quartermap_deploy.cli.common import add_command, at_least_one, make_progress, results_only, whole, words
 from quartermap_deploy.cli.data import add_data_options
 from quartermap_deploy.cli.measuring import (
     add_evaluation_options,
@@ -18,6 +18,7 @@ from quartermap_deploy.cli.measuring import (
     print_results,
     recipe_of,
 )
+from quartermap_deploy.limits import LARGEST_BATCH
 from quartermap_deploy.tables.ablation import tables
 
 if TYPE_CHECKING:
@@ -73,7 +74,11 @@ def add_parser(subparsers: Subparsers) -> None:
         help="in the groups stride, upsample and form, prune every K-th block (default: as the recipe says, or 3)",
     )
     group.add_argument(
-        "--batch", type=at_least_one, default=1, metavar="N", help="images per call (default: %(default)s)"
+        "--batch",
+        type=whole(1, LARGEST_BATCH),
+        default=1,
+        metavar="N",
+        help="images per call (default: %(default)s)",
     )
     group.add_argument(
         "--plots",

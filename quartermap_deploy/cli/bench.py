@@ -9,22 +9,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quartermap_deploy.bench import Timing, interleave, measured
+from quartermap_deploy.bench import Timing, interleave, measured, scatter
 from quartermap_deploy.bundle import bundle_labels
 from quartermap_deploy.cli.common import (
     add_command,
     add_output_options,
     add_plugin_option,
     add_signature_option,
-    at_least_one,
     file_or_folder,
     make_progress,
+    message,
     print_json,
     results_only,
     show,
+    whole,
 )
 from quartermap_deploy.cli.execution import add_execution_options, execution_of, tell_placement
 from quartermap_deploy.errors import InputError
+from quartermap_deploy.limits import LARGEST_BATCH, MOST_ROUNDS, MOST_THREADS
 from quartermap_deploy.tables.timing import result_table
 from quartermap_deploy.targets import DEFAULT, refuse_providers
 from quartermap_deploy.targets.execution import ON_CPU, Execution
@@ -75,20 +77,20 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--batch",
-        type=at_least_one,
+        type=whole(1, LARGEST_BATCH),
         default=1,
         metavar="N",
         help="images, or other entries of a batch, per call (default: %(default)s)",
     )
     parser.add_argument(
         "--threads",
-        type=at_least_one,
+        type=whole(1, MOST_THREADS),
         metavar="N",
         help="threads of ONNX Runtime (default: QUARTERMAP_THREADS, or all cores)",
     )
     parser.add_argument(
         "--repeats",
-        type=at_least_one,
+        type=whole(1, MOST_ROUNDS),
         default=15,
         metavar="N",
         help="rounds that are timed (default: %(default)s)",
@@ -145,6 +147,20 @@ def run(options: argparse.Namespace) -> None:
         print_json(values)
     elif not options.quiet:
         show(result_table(values))
+    tell_scatter(results)
+
+
+def tell_scatter(results: Sequence[Mapping[str, Any]]) -> None:
+    """Warn of speeds that say little, and of what helps."""
+    for result in results:
+        if (unknown := scatter(result)) is not None:
+            low, high = result["speed_quartiles"]
+            message(
+                "warning",
+                f"the rounds of {result['name']} are too scattered to tell {unknown}: half of them say {low:.2f} to "
+                f"{high:.2f} times as fast as the first. Time it where nothing else runs, with fewer --threads than "
+                "cores, more --repeats, or a larger --batch",
+            )
 
 
 def load_bundles(

@@ -13,7 +13,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 import textwrap
 import threading
@@ -21,9 +20,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from quartermap_deploy.cli.streams import output, takes
 from quartermap_deploy.plain_text import command, printable, printable_json
 from quartermap_deploy.progress import SILENT, Progress
 
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
 HELP_WIDTH = 110
 PIPED_WIDTH = 160
 """Columns of a table that is not shown in a terminal, where a cut-off cell could not be widened."""
-
-TERMINATED = 128 + signal.SIGTERM
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -226,11 +223,28 @@ def words(text: str) -> tuple[str, ...]:
     return found
 
 
-def at_least_one(text: str) -> int:
-    """Read a whole number from 1 to what 32 bits hold, for argparse."""
-    # Longer texts are not even converted.
-    if not text.isdecimal() or len(text) > 10 or not 1 <= int(text) < 1 << 31:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1, and below 2^31")
+def whole(least: int, most: int = (1 << 31) - 1) -> Callable[[str], int]:
+    """Return what reads a whole number between two bounds, both included, for argparse."""
+    bounds = (
+        f"of at least {least}, and below 2^31" if most == (1 << 31) - 1 else f"from {least:,} to {most:,}"
+    )
+
+    def read(text: str) -> int:
+        # Longer texts are not even converted.
+        if not text.isdecimal() or len(text) > 10 or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number {bounds}")
+        return int(text)
+
+    return read
+
+
+at_least_one = whole(1)
+
+
+def integer(text: str) -> int:
+    """Read a whole number, also a negative one, of no more than 64 bits, for argparse."""
+    if not re.fullmatch(r"-?[0-9]{1,19}", text) or not -(1 << 63) <= int(text) < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
     return int(text)
 
 
@@ -271,23 +285,6 @@ def mendable(error: OSError) -> bool:
     }
 
 
-@contextmanager
-def terminable() -> Iterator[None]:
-    """While open, a termination signal ends the process as an exception does, so that temporary files are removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(TERMINATED)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 # Results --------------------------------------------------------------------------------------------------------
 
 
@@ -298,7 +295,10 @@ def results_only() -> AbstractContextManager[object]:
 
 def print_json(value: Any) -> None:
     """Write a value to standard output as JSON; NaN and infinity, which JSON does not have, become null."""
-    print(printable_json(_plain(value)))
+    text = printable_json(_plain(value))
+    with output():
+        # In JSON a letter that the stream does not have can be written so that it stays that letter.
+        print(text if takes(sys.stdout, text) else printable_json(_plain(value), ascii=True))
 
 
 def _plain(value: Any) -> Any:
@@ -324,15 +324,16 @@ def console(stream: TextIO) -> Console:
 def show(*parts: Any) -> None:
     """Write tables and lines to standard output."""
     out = console(sys.stdout)
-    # By way of a string: rich has its own answer to a reader that has gone, and ours is in `main`.
-    with out.capture() as text:
-        for part in parts:
-            # Lines are not wrapped and brackets in them are no markup: they hold paths.
-            line = isinstance(part, str)
-            out.print(printable(part, None, lines=True) if line else part, markup=False, soft_wrap=line)
-    lines = text.get().splitlines()
-    # rich fills lines up with blanks, which are in the way outside a terminal.
-    sys.stdout.writelines(f"{line if out.is_terminal else line.rstrip()}\n" for line in lines)
+    # By way of a string: rich has its own answer to a reader that has gone, and ours is in `program`.
+    with output():
+        with out.capture() as text:
+            for part in parts:
+                # Lines are not wrapped and brackets in them are no markup: they hold paths.
+                line = isinstance(part, str)
+                out.print(printable(part, None, lines=True) if line else part, markup=False, soft_wrap=line)
+        lines = text.get().splitlines()
+        # rich fills lines up with blanks, which are in the way outside a terminal.
+        sys.stdout.writelines(f"{line if out.is_terminal else line.rstrip()}\n" for line in lines)
 
 
 # Progress -------------------------------------------------------------------------------------------------------
@@ -346,22 +347,44 @@ def make_progress(options: argparse.Namespace) -> Progress:
 
 
 class LineProgress:
-    """Progress as plain lines, one for each step, each with the seconds since the first: for logs."""
+    """Progress as plain lines, each with the seconds since the first: for logs.
+
+    There is one as a step begins, and one whenever nothing was said for `QUIET` seconds, so that a long step is not
+    taken for one that hangs.
+    """
+
+    QUIET = 20.0
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._start = time.monotonic()
+        self._start = self._said = time.monotonic()
 
     @contextmanager
     def step(self, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
         """Write a line as the step begins."""
-        elapsed, title = time.monotonic() - self._start, printable(title, None)
-        print(f"[{elapsed:6.1f} s] {title}", file=self._stream, flush=True)
-        yield _ignore
+        title, done, ended = printable(title, None), 0, threading.Event()
+        self._say(title)
 
+        def advance(units: int) -> None:
+            nonlocal done
+            done += units
 
-def _ignore(units: int) -> None:
-    return None
+        def remind() -> None:
+            while not ended.wait(max(0.01, self._said + self.QUIET - time.monotonic())):
+                if time.monotonic() >= self._said + self.QUIET:
+                    self._say(f"still {title}" + ("" if total is None else f", {done:,} of {total:,}"))
+
+        reminder = threading.Thread(target=remind, name="progress", daemon=True)
+        reminder.start()
+        try:
+            yield advance
+        finally:
+            ended.set()
+            reminder.join()
+
+    def _say(self, text: str) -> None:
+        self._said = time.monotonic()
+        print(f"[{self._said - self._start:6.1f} s] {text}", file=self._stream, flush=True)
 
 
 class TerminalProgress:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from quartermap_deploy.cli.common import add_command, at_least_one, make_progress, results_only
+from quartermap_deploy.cli.common import add_command, at_least_one, make_progress, results_only, whole
 from quartermap_deploy.cli.data import add_data_options
 from quartermap_deploy.cli.measuring import (
     add_evaluation_options,
@@ -18,6 +18,7 @@ from quartermap_deploy.cli.measuring import (
     print_results,
     recipe_of,
 )
+from quartermap_deploy.limits import LARGEST_BATCH
 from quartermap_deploy.tables.comparison import tables
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     group.add_argument(
         "--batch",
-        type=at_least_one,
+        type=whole(1, LARGEST_BATCH),
         nargs="+",
         default=[1, 8],
         metavar="N",

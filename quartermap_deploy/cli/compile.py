@@ -18,6 +18,7 @@ from quartermap_deploy.cli.common import (
     at_least_one,
     bundle_json,
     file_or_folder,
+    integer,
     make_progress,
     message,
     numbers,
@@ -189,7 +190,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--seed",
-        type=int,
+        type=integer,
         metavar="N",
         default=argparse.SUPPRESS,
         help=f"seed of new weights, where there is no checkpoint (default: {Recipe.seed})",
@@ -201,7 +202,7 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     chosen = group.add_mutually_exclusive_group()
     chosen.add_argument(
         "--every",
-        type=int,
+        type=integer,
         metavar="K",
         default=argparse.SUPPRESS,
         help="prune every K-th block, counted from 1 over the whole network (default: prune nothing)",
@@ -223,14 +224,14 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--stride",
-        type=int,
+        type=integer,
         metavar="S",
         default=argparse.SUPPRESS,
         help=f"rows and columns are kept out of every S (default: {QuarterMap.stride})",
     )
     group.add_argument(
         "--keep",
-        type=int,
+        type=integer,
         metavar="N",
         default=argparse.SUPPRESS,
         help=f"of every S rows and columns, keep the first N (default: {QuarterMap.keep})",
@@ -347,7 +348,7 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--optimization-level",
         dest="engine_optimization_level",
-        type=int,
+        type=integer,
         choices=range(6),
         metavar="0-5",
         default=argparse.SUPPRESS,

@@ -19,8 +19,10 @@ from quartermap_deploy.cli.common import (
     print_json,
     results_only,
     show,
+    whole,
 )
 from quartermap_deploy.cli.overrides import add_labels_option, add_preprocessing_option, preprocessing_of
+from quartermap_deploy.limits import LARGEST_BATCH, MOST_THREADS, MOST_WORKERS
 from quartermap_deploy.tables.layout import facts, table
 
 if TYPE_CHECKING:
@@ -83,7 +85,7 @@ def _add_triton(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--threads",
-        type=_zero_or_more,
+        type=whole(0, MOST_THREADS),
         default=0,
         metavar="N",
         help="threads of each instance on a CPU; 0 for all cores (default: 0)",
@@ -158,7 +160,11 @@ def _add_kserve(subparsers: Subparsers) -> None:
     )
     scaling = parser.add_argument_group("scaling and resources")
     scaling.add_argument(
-        "--min-replicas", type=_zero_or_more, default=1, metavar="N", help="fewest replicas (default: 1)"
+        "--min-replicas",
+        type=whole(0),
+        default=1,
+        metavar="N",
+        help="fewest replicas (default: 1)",
     )
     scaling.add_argument(
         "--max-replicas", type=at_least_one, default=3, metavar="N", help="most replicas (default: 3)"
@@ -176,12 +182,12 @@ def _add_kserve(subparsers: Subparsers) -> None:
         "batch, or 80 %%)",
     )
     scaling.add_argument(
-        "--cpus", type=at_least_one, default=2, metavar="N", help="of a replica (default: 2)"
+        "--cpus", type=whole(1, MOST_THREADS), default=2, metavar="N", help="of a replica (default: 2)"
     )
     scaling.add_argument("--memory", default="4Gi", metavar="AMOUNT", help="of a replica (default: 4Gi)")
     scaling.add_argument(
         "--gpus",
-        type=at_least_one,
+        type=whole(1, MOST_WORKERS),
         metavar="N",
         help="of a replica (default: 1 where the model runs on GPUs)",
     )
@@ -207,7 +213,7 @@ def _add_model_options(parser: CommandParser) -> None:
     add_preprocessing_option(model)
     model.add_argument(
         "--max-batch",
-        type=at_least_one,
+        type=whole(1, LARGEST_BATCH),
         metavar="N",
         help="largest batch (default: what the engine takes; without one 8 on a CPU, 32 on a GPU)",
     )
@@ -220,14 +226,14 @@ def _add_model_options(parser: CommandParser) -> None:
     )
     model.add_argument(
         "--instances",
-        type=at_least_one,
+        type=whole(1, MOST_WORKERS),
         default=1,
         metavar="N",
         help="instances of the model, on the CPU or on each GPU (default: 1)",
     )
     model.add_argument(
         "--image-workers",
-        type=at_least_one,
+        type=whole(1, MOST_WORKERS),
         default=2,
         metavar="N",
         help="how many images are decoded at the same time (default: 2)",
@@ -251,12 +257,6 @@ def _add_model_options(parser: CommandParser) -> None:
     parser.add_argument(
         "--force", action="store_true", help="replace what is there, if it was written by this command"
     )
-
-
-def _zero_or_more(text: str) -> int:
-    if not text.isdecimal() or len(text) > 10 or int(text) >= 1 << 31:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 0, and below 2^31")
-    return int(text)
 
 
 def _triton_options(options: argparse.Namespace, **more: Any) -> TritonOptions:

@@ -11,13 +11,13 @@ from quartermap_deploy.cli.common import (
     add_output_options,
     add_run_module_option,
     add_signature_option,
-    at_least_one,
     file_or_folder,
     make_progress,
     message,
     print_json,
     results_only,
     show,
+    whole,
 )
 from quartermap_deploy.cli.data import add_data_options, dataset_of, warn_of_broken, warn_of_data
 from quartermap_deploy.cli.execution import add_execution_options, execution_of, tell_notes
@@ -27,6 +27,7 @@ from quartermap_deploy.cli.overrides import (
     add_preprocessing_option,
     preprocessing_of,
 )
+from quartermap_deploy.limits import LARGEST_BATCH, MOST_WORKERS
 from quartermap_deploy.tables.layout import facts, table
 
 if TYPE_CHECKING:
@@ -84,11 +85,15 @@ def add_parser(subparsers: Subparsers) -> None:
     add_source_options(parser)
     add_data_options(parser)
     parser.add_argument(
-        "--batch", type=at_least_one, default=32, metavar="N", help="images per call (default: %(default)s)"
+        "--batch",
+        type=whole(1, LARGEST_BATCH),
+        default=32,
+        metavar="N",
+        help="images per call (default: %(default)s)",
     )
     parser.add_argument(
         "--workers",
-        type=at_least_one,
+        type=whole(1, MOST_WORKERS),
         default=1,
         metavar="N",
         help="threads that read and prepare images (default: %(default)s)",

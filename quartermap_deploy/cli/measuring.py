@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.cli.common import (
-    TERMINATED,
     add_output_options,
-    at_least_one,
     file_or_folder,
     message,
     print_json,
     show,
+    whole,
 )
 from quartermap_deploy.cli.data import dataset_of, warn_of_broken
 from quartermap_deploy.cli.execution import add_execution_options, execution_of
 from quartermap_deploy.cli.overrides import add_preprocessing_option, preprocessing_of
 from quartermap_deploy.errors import InputError
+from quartermap_deploy.limits import LARGEST_BATCH, MOST_ROUNDS, MOST_THREADS, MOST_WORKERS
 from quartermap_deploy.plain_text import printable
 from quartermap_deploy.reading import read_json
 from quartermap_deploy.targets import refuse_providers
@@ -59,13 +59,13 @@ def add_measuring_options(group: argparse._ArgumentGroup) -> None:
     add_execution_options(group)
     group.add_argument(
         "--threads",
-        type=at_least_one,
+        type=whole(1, MOST_THREADS),
         metavar="N",
         help="threads of ONNX Runtime (default: QUARTERMAP_THREADS, or all cores)",
     )
     group.add_argument(
         "--repeats",
-        type=at_least_one,
+        type=whole(1, MOST_ROUNDS),
         default=15,
         metavar="N",
         help="rounds that are timed (default: %(default)s)",
@@ -77,14 +77,14 @@ def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the accuracy")
     group.add_argument(
         "--eval-batch",
-        type=at_least_one,
+        type=whole(1, LARGEST_BATCH),
         default=32,
         metavar="N",
         help="images per call (default: %(default)s)",
     )
     group.add_argument(
         "--workers",
-        type=at_least_one,
+        type=whole(1, MOST_WORKERS),
         default=1,
         metavar="N",
         help="threads that read and prepare images (default: %(default)s)",
@@ -176,7 +176,7 @@ def labelled_images(options: argparse.Namespace, recipe: Recipe) -> Dataset | No
     return None
 
 
-KEPT = ("position", "tried", "savings", "groups", "timings")
+KEPT = ("position", "tried", "unpruned", "savings", "groups", "timings")
 """What a file holds of eval, tune, ablate and compare once something was measured; see there."""
 
 
@@ -185,8 +185,8 @@ def kept_on_interruption(path: Path | None) -> Iterator[None]:
     """While open, say on an interruption or termination whether what was measured is kept in `path`."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit) as stop:
-        if path is not None and (isinstance(stop, KeyboardInterrupt) or stop.code == TERMINATED):
+    except KeyboardInterrupt:
+        if path is not None:
             if _holds_something(path):
                 text = f"what was measured so far is kept in {path}; the same command goes on from there"
             else:

@@ -20,9 +20,11 @@ from quartermap_deploy.cli.common import (
     print_json,
     results_only,
     show,
+    whole,
 )
 from quartermap_deploy.cli.execution import add_execution_options, execution_of, tell_placement
 from quartermap_deploy.cli.overrides import add_labels_option, add_preprocessing_option, preprocessing_of
+from quartermap_deploy.limits import LARGEST_BATCH
 from quartermap_deploy.plain_text import printable
 from quartermap_deploy.tables.layout import table
 
@@ -98,7 +100,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--batch",
-        type=at_least_one,
+        type=whole(1, LARGEST_BATCH),
         metavar="N",
         help="images at once (default: 8, or what the graph or the engine takes)",
     )

@@ -29,7 +29,9 @@ from quartermap_deploy.cli import (
     tune,
     validate,
 )
-from quartermap_deploy.cli.common import CommandParser, HelpFormatter, mendable, message, terminable
+from quartermap_deploy.cli.common import CommandParser, HelpFormatter, mendable, message
+from quartermap_deploy.cli.interruption import Interruptible
+from quartermap_deploy.cli.streams import OUTPUT, output
 from quartermap_deploy.errors import QuartermapError
 from quartermap_deploy.plain_text import printable
 
@@ -80,7 +82,7 @@ exit codes:
   0    done
   1    a defect of quartermap-deploy, with a traceback
   2    something that you can mend, with a message
-  130  interrupted
+  130  interrupted (143: terminated)
 """
 
 
@@ -109,8 +111,16 @@ def print_versions() -> None:
         print(f"{name} {version}")
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; `cli.main` says how, and also answers an interruption."""
+def run(arguments: Sequence[str] | None, interruption: Interruptible) -> int:
+    """Run the command line; `cli.main` says how.
+
+    Args:
+        arguments: what stands after `quartermap`; None takes them from the process.
+        interruption: knows whether a signal came.
+
+    Raises:
+        KeyboardInterrupt: if the command was interrupted.
+    """
     parser = build_parser()
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -118,30 +128,47 @@ def run(arguments: Sequence[str] | None = None) -> int:
         command = f"quartermap {options.command}" if options.command else "quartermap"
         message("error", f"unknown option or argument {' '.join(unknown)}. See {command} --help")
         return USER_ERROR
-    if options.version:
-        print_versions()
-        return OK
-    if options.command is None:
-        parser.print_help()
-        return OK
     try:
-        with terminable():
+        if options.version:
+            print_versions()
+        elif options.command is None:
+            parser.print_help()
+        else:
             options.run(options)
-        sys.stdout.flush()
-    except QuartermapError as error:
-        if getattr(options, "verbose", False):
+        with output():
+            # What is written by now, and would fail at the end of the process.
+            pass
+    except Exception as error:
+        if interruption.number is not None:
+            # It is what a library made of the interruption.
+            raise KeyboardInterrupt from error
+        return _told(error, getattr(options, "verbose", False))
+    return OK
+
+
+def _drop_output() -> None:
+    """Forget what standard output has not taken; Python would complain of it again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _told(error: Exception, verbose: bool) -> int:
+    """Say what ended a command, where `verbose` with the lines that led there; returns the exit code."""
+    if isinstance(error, QuartermapError):
+        if verbose:
             print(printable(traceback.format_exc(), None, lines=True), end="", file=sys.stderr)
         message("error", str(error))
         return USER_ERROR
-    except BrokenPipeError:
-        # Who read the output wants no more of it, as with `| head`; Python would complain again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+        # Who read the output wants no more of it, as with `| head`.
+        _drop_output()
         return BROKEN_PIPE
-    except Exception as error:
-        if isinstance(error, OSError) and mendable(error):
-            message("error", f"{error.strerror}: {error.filename}" if error.filename else str(error))
-            return USER_ERROR
-        print(printable(traceback.format_exc(), None, lines=True), end="", file=sys.stderr)
-        message("error", "this is a defect of quartermap-deploy; please report it with the lines above")
-        return DEFECT
-    return OK
+    if isinstance(error, OSError) and error.filename == OUTPUT:
+        _drop_output()
+        message("error", f"cannot write to {OUTPUT}: {error.strerror}; make room, or send it elsewhere")
+        return USER_ERROR
+    if isinstance(error, OSError) and mendable(error):
+        message("error", f"{error.strerror}: {error.filename}" if error.filename else str(error))
+        return USER_ERROR
+    print(printable(traceback.format_exc(), None, lines=True), end="", file=sys.stderr)
+    message("error", "this is a defect of quartermap-deploy; please report it with the lines above")
+    return DEFECT

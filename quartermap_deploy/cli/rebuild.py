@@ -17,7 +17,6 @@ from quartermap_deploy.cli.common import (
     results_only,
     show,
     signatures_dropped,
-    terminable,
 )
 from quartermap_deploy.tables.layout import facts, with_verdict
 from quartermap_deploy.tables.words import error_text
@@ -65,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
     """
     from quartermap_deploy.rebuild import rebuild_bundle
 
-    with signatures_dropped(options.bundle), terminable(), results_only():
+    with signatures_dropped(options.bundle), results_only():
         bundle = rebuild_bundle(
             options.bundle, options.target, plugin=options.plugin, progress=make_progress(options)
         )

@@ -21,9 +21,11 @@ from quartermap_deploy.cli.common import (
     message,
     print_json,
     show,
+    whole,
 )
 from quartermap_deploy.cli.execution import add_execution_options, execution_of
 from quartermap_deploy.cli.overrides import add_labels_option, add_preprocessing_option, preprocessing_of
+from quartermap_deploy.limits import LARGEST_BATCH, MOST_WORKERS
 from quartermap_deploy.tables.layout import facts
 
 if TYPE_CHECKING:
@@ -105,14 +107,14 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--workers",
-        type=at_least_one,
+        type=whole(1, MOST_WORKERS),
         metavar="N",
         help="batches that run side by side, each with its share of the cores (default: with ONNX Runtime one for each "
         "core under load, while a batch that comes alone gets all cores; with engines, or providers other than CPU, 1)",
     )
     parser.add_argument(
         "--max-batch",
-        type=at_least_one,
+        type=whole(1, LARGEST_BATCH),
         metavar="N",
         help="most images that are run at once (default: what the engine takes; without one 8)",
     )
@@ -218,8 +220,6 @@ def _serve(options: argparse.Namespace, log: EventLog) -> None:
     )
 
     def started(addresses: dict[str, Any]) -> None:
-        if sys.stdout is None:
-            return
         try:
             if options.json:
                 print_json(addresses)

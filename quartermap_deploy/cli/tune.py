@@ -20,11 +20,13 @@ from quartermap_deploy.cli.common import (
     print_json,
     results_only,
     show,
+    whole,
 )
 from quartermap_deploy.cli.data import add_data_options, format_of
 from quartermap_deploy.cli.execution import add_execution_options
 from quartermap_deploy.cli.measuring import kept_on_interruption, recipe_of
 from quartermap_deploy.cli.overrides import add_preprocessing_option
+from quartermap_deploy.limits import LARGEST_BATCH, MOST_ROUNDS
 from quartermap_deploy.plain_text import printable
 from quartermap_deploy.tables.layout import facts
 from quartermap_deploy.tables.search import fixed_table, front_table, sensitivity_table
@@ -143,7 +145,11 @@ def _add_image_options(parser: argparse.ArgumentParser) -> None:
         help="judge by accuracy, or without labels by agreement (default: by accuracy if there are labels)",
     )
     group.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of the draw of images (default: %(default)s)"
+        "--seed",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="seed of the draw of images (default: %(default)s)",
     )
 
 
@@ -183,13 +189,17 @@ def _add_search_options(parser: argparse.ArgumentParser) -> None:
     add_execution_options(group)
     group.add_argument(
         "--batch",
-        type=at_least_one,
+        type=whole(1, LARGEST_BATCH),
         default=8,
         metavar="N",
         help="images per timed call (default: %(default)s)",
     )
     group.add_argument(
-        "--repeats", type=at_least_one, default=15, metavar="N", help="timed rounds (default: %(default)s)"
+        "--repeats",
+        type=whole(1, MOST_ROUNDS),
+        default=15,
+        metavar="N",
+        help="timed rounds (default: %(default)s)",
     )
 
 

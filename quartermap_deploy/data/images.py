@@ -42,12 +42,16 @@ UNREADABLE = (
 """What Pillow's readers raise on damaged files, beside its own errors."""
 
 
-def prepare(images: Iterable[ImageLike], preprocessing: Preprocessing) -> NDArray[np.float32]:
+def prepare(images: ImageLike | Iterable[ImageLike], preprocessing: Preprocessing) -> NDArray[np.float32]:
     """Turn images into one input batch: in the model's colours, resized, cropped at the centre and normalised.
 
     Greyscale images are repeated over the channels of a colour, colours become luminance for a grey model, alpha is
     dropped unless the model takes it, and of 16 bits the upper 8 are taken. Sizes and rounding are those of
     torchvision's Resize and CenterCrop on Pillow images, with which the public models were evaluated.
+
+    Args:
+        images: files, arrays or Pillow images, or one of them, which is a batch of one; or an array of several images.
+        preprocessing: what the model wants.
 
     Returns:
         The batch, (N, channels, height, width) with the channels and the crop of `preprocessing`.
@@ -56,13 +60,20 @@ def prepare(images: Iterable[ImageLike], preprocessing: Preprocessing) -> NDArra
         InputError: if an image cannot be read, is no image, has values of no known meaning, or is a strip that the
             resize would make larger than `pixels.LARGEST`; or if there is none.
     """
-    given = list(images)
+    given: list[ImageLike] = [images] if is_one(images) else list(images)  # type: ignore[arg-type, list-item]
     if not given:
         raise InputError("there is no image to prepare")
     batch = np.empty((len(given), *preprocessing.input_shape), dtype=np.float32)
     for image, place in zip(given, batch, strict=True):
         prepare_into(place, image, preprocessing)
     return batch
+
+
+def is_one(files: object) -> bool:
+    """Whether this is an image, not several: a text is no list of letters, and (H, W, 3) is no list of rows."""
+    if isinstance(files, np.ndarray):
+        return files.ndim < 3 or (files.ndim == 3 and files.shape[2] in (3, 4))
+    return isinstance(files, (str, PathLike)) or not isinstance(files, Iterable)
 
 
 def prepare_into(place: NDArray[np.float32], image: ImageLike, preprocessing: Preprocessing) -> None:

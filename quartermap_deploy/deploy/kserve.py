@@ -27,7 +27,7 @@ from quartermap_deploy.deploy.triton import (
 )
 from quartermap_deploy.errors import DeployError
 from quartermap_deploy.files import check_outside, pending_file
-from quartermap_deploy.plain_text import command
+from quartermap_deploy.plain_text import command, encoded
 from quartermap_deploy.progress import SILENT, Progress
 
 API_VERSION = "serving.kserve.io/v1beta1"
@@ -227,7 +227,7 @@ def deploy_kserve(
     text = HEADER + to_yaml(values)
     with (
         progress.step("writing the model repository"),
-        pending_file(out, text.encode()),
+        pending_file(out, encoded(text)),
         REPOSITORY.new(folder, force) as draft,
     ):
         write_repository(plan, draft)

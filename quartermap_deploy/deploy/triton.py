@@ -55,7 +55,7 @@ from quartermap_deploy.image_interface import (
     no_image_model,
 )
 from quartermap_deploy.onnx_bounds import versions_of
-from quartermap_deploy.plain_text import command
+from quartermap_deploy.plain_text import command, encoded
 from quartermap_deploy.progress import SILENT, Progress
 
 FORMAT = 1
@@ -527,7 +527,7 @@ def _write(
 ) -> None:
     """Write what lies beside the versions of a model."""
     folder.mkdir(exist_ok=True)
-    (folder / "config.pbtxt").write_text(textproto(config), encoding="utf-8")
+    (folder / "config.pbtxt").write_bytes(encoded(textproto(config)))
     if labels is not None:
         (folder / LABELS_FILE).write_text("".join(f"{name}\n" for name in labels), encoding="utf-8")
     if warmup:

@@ -17,6 +17,7 @@ from typing import Any
 
 from quartermap_deploy.errors import ReportError
 from quartermap_deploy.files import folders_for, obstacle_to, write_whole
+from quartermap_deploy.plain_text import encoded
 from quartermap_deploy.reading import ReadingError, read_json
 
 FORMAT = 1
@@ -140,8 +141,8 @@ class ResultFile:
         if self.path is None:
             return
         with folders_for(self.path):
-            write_whole(self.path, (json.dumps(self.values, indent=2, ensure_ascii=False) + "\n").encode())
-            write_whole(self.path.with_suffix(".csv"), _table(self._rows(self.values)).encode())
+            write_whole(self.path, encoded(json.dumps(self.values, indent=2, ensure_ascii=False) + "\n"))
+            write_whole(self.path.with_suffix(".csv"), encoded(_table(self._rows(self.values))))
 
 
 def _table(rows: Rows) -> str:

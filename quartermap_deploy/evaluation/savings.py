@@ -148,9 +148,13 @@ class PlanTimer:
 
     def _times_together(self, unpruned: Run, plans: Sequence[QuarterMap]) -> list[tuple[Timing, Timing]]:
         # Whose models are gone when it returns: those of the next plans may be large too.
-        runs = [unpruned, *map(self._run, plans)]
+        runs = [unpruned]
+        with self._progress.step(f"making {len(plans)} plans ready", total=len(plans)) as advance:
+            for plan in plans:
+                runs.append(self._run(plan))
+                advance(1)
         calls = {str(number): call_of(run, self.images) for number, run in enumerate(runs)}
-        first, *others = interleave(calls, self.repeats).values()
+        first, *others = interleave(calls, self.repeats, progress=self._progress).values()
         return [(timing, first) for timing in others]
 
     def savings(self, strides: Sequence[int]) -> Savings:

@@ -34,6 +34,7 @@ class Trial:
         preprocessing: Preprocessing,
         *,
         labels: bool,
+        known: Fidelity | None = None,
         progress: Progress = SILENT,
     ) -> None:
         """Prepare the images and run the unpruned model.
@@ -43,6 +44,7 @@ class Trial:
             dataset: the images.
             preprocessing: how they are prepared.
             labels: measure accuracies too.
+            known: how the unpruned model does on these images, if that was measured before; it is not run then.
             progress: shows the images.
 
         Raises:
@@ -55,8 +57,11 @@ class Trial:
         self.dataset, self.images, self.broken = dataset, batch.images, batch.broken
         self._model, self._labels = model, batch.labels if labels else None
         self._blocks = sum(model.depths)
-        with progress.step(f"running the unpruned model on {dataset.name}"):
-            (self.unpruned,) = self._fidelity([(None,) * self._blocks])
+        if known is None:
+            title = f"running the unpruned model on {dataset.name}"
+            forms = [(None,) * self._blocks]
+            (known,) = fidelity(model, self.images, forms, self._labels, progress=progress, title=title)
+        self.unpruned = known
         if self.unpruned.agreement < 1:
             raise InputError(
                 f"the logits of the unpruned model on {dataset.name} have NaN or infinite values; it must be right "

@@ -26,6 +26,7 @@ class Tried:
         found: how each candidate did on the calibration images.
         savings: what single blocks save, if that was timed.
         savings_key: the settings that it was timed with.
+        unpruned: how the unpruned model does, by the fingerprint of the images and whether accuracies were measured.
     """
 
     def __init__(self, path: Path, key: str, force: bool) -> None:
@@ -43,6 +44,7 @@ class Tried:
         self.found: dict[Candidate, Fidelity] = {}
         self.savings: Savings | None = None
         self.savings_key: dict[str, Any] = {}
+        self.unpruned: dict[tuple[str, bool], Fidelity] = {}
         if path.exists():
             self._read(force)
 
@@ -51,14 +53,18 @@ class Tried:
             values = read_json(self.path)
             if values["format"] == FORMAT and values["key"] == self.key:
                 found = {
-                    Candidate(tuple(entry["blocks"]), entry["stride"]): Fidelity(
-                        entry["agreement"], float(entry["divergence"]), entry["accuracy"]
-                    )
+                    Candidate(tuple(entry["blocks"]), entry["stride"]): _fidelity(entry)
                     for entry in values["tried"]
+                }
+                # Files of older versions have none.
+                unpruned = {
+                    (str(entry["images"]), bool(entry["labels"])): _fidelity(entry)
+                    for entry in values.get("unpruned", [])
                 }
                 savings = None if values["savings"] is None else Savings.from_dict(values["savings"])
                 # Of a damaged file nothing is taken.
                 self.found, self.savings, self.savings_key = found, savings, values["savings_key"]
+                self.unpruned = unpruned
                 return
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass
@@ -76,6 +82,10 @@ class Tried:
             "complete": False,
             "savings_key": self.savings_key,
             "savings": None if self.savings is None else self.savings.to_dict(),
+            "unpruned": [
+                {"images": images, "labels": labels, **fidelity.to_dict()}
+                for (images, labels), fidelity in self.unpruned.items()
+            ],
             "tried": [
                 {"blocks": list(c.blocks), "stride": c.stride, **f.to_dict()} for c, f in self.found.items()
             ],
@@ -91,6 +101,10 @@ class Tried:
         with folders_for(self.path):
             write_whole(self.path, (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
         return dict(values)
+
+
+def _fidelity(entry: Mapping[str, Any]) -> Fidelity:
+    return Fidelity(entry["agreement"], float(entry["divergence"]), entry["accuracy"])
 
 
 def _finite(value: Any) -> Any:

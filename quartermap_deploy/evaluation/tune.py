@@ -145,8 +145,8 @@ class _Tuning:
         labels = _use_labels(self.options.labels, calibration, verification)
         calibration, verification = self._load_model(calibration, verification)
         blocks, fixed = self._blocks(), self._fixed()
+        self.tried = self._open_tried(calibration, labels)
         self.calibration, other = self._trials(calibration, verification, labels)
-        self.tried = self._open_tried(labels)
         timer = self._timer()
         savings = self._savings(timer)
         judge = Judge(savings, self.calibration.unpruned.accuracy)
@@ -208,37 +208,50 @@ class _Tuning:
         return calibration, verification
 
     def _trials(self, calibration: Dataset, verification: Dataset, labels: bool) -> tuple[Trial, Trial]:
-        model = on_device(self.model)
-        preprocessing = self._preprocessing
-        first = Trial(model, calibration, preprocessing, labels=labels, progress=self.progress)
+        first = self._trial(calibration, labels)
+        try:
+            # Now, so that what cannot be written is told before the search.
+            self.tried.write()
+        except OSError as error:
+            raise RecipeError(f"cannot write to {self.tried.path}: {error.strerror or error}") from error
         # Accuracy on the other images is worth knowing, whatever plans are judged by.
-        second = Trial(
-            model, verification, preprocessing, labels=verification.labelled, progress=self.progress
-        )
+        second = self._trial(verification, verification.labelled)
+        # On a full disk the file stays what it was, and the search goes on.
+        with contextlib.suppress(OSError):
+            self.tried.write()
         self.warnings += [
             *_image_warnings(first, "calibrate on", self.goal),
             *_image_warnings(second, "verify on", self.goal),
         ]
         return first, second
 
+    def _trial(self, dataset: Dataset, labels: bool) -> Trial:
+        """A trial, whose unpruned pass is not run again where it is known."""
+        key = (dataset.fingerprint, labels)
+        trial = Trial(
+            on_device(self.model),
+            dataset,
+            self._preprocessing,
+            labels=labels,
+            known=self.tried.unpruned.get(key),
+            progress=self.progress,
+        )
+        self.tried.unpruned[key] = trial.unpruned
+        return trial
+
     @property
     def _preprocessing(self) -> Preprocessing:
         return self.source.image_preprocessing(self.source.inputs[0])
 
-    def _open_tried(self, labels: bool) -> Tried:
-        """What was tried before, after a check that it can be written."""
+    def _open_tried(self, calibration: Dataset, labels: bool) -> Tried:
+        """What was tried before."""
         preprocessing = self._preprocessing.to_dict()
         key = fingerprint(
             weights_hash(self.model).encode(),
-            self.calibration.dataset.fingerprint.encode(),
+            calibration.fingerprint.encode(),
             repr((preprocessing, labels)).encode(),
         )
-        tried = Tried(self.out.with_suffix(".json"), key, self.force)
-        try:
-            tried.write()
-        except OSError as error:
-            raise RecipeError(f"cannot write to {tried.path}: {error.strerror or error}") from error
-        return tried
+        return Tried(self.out.with_suffix(".json"), key, self.force)
 
     def _blocks(self) -> tuple[int, ...]:
         """The blocks that may be pruned."""

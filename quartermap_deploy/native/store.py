@@ -16,12 +16,12 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from quartermap_deploy.drafts import draft_folder
 from quartermap_deploy.errors import TrustError
 from quartermap_deploy.files import file_hash
 from quartermap_deploy.native.errors import PluginError
@@ -109,18 +109,16 @@ def add_library(data: bytes, name: str, how: How, origin: str) -> StoredLibrary:
     folder, sha256 = open_store(), hashlib.sha256(data).hexdigest()
     added = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     values = {"how": how, "origin": origin, "added": added}
-    draft = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
     try:
-        (draft / name).write_bytes(data)
-        (draft / name).chmod(0o700)
-        (draft / ORIGIN_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        if (folder / sha256).exists():
-            shutil.rmtree(folder / sha256)
-        draft.rename(folder / sha256)
+        with draft_folder(folder / sha256) as draft:
+            (draft.path / name).write_bytes(data)
+            (draft.path / name).chmod(0o700)
+            (draft.path / ORIGIN_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            if (folder / sha256).exists():
+                shutil.rmtree(folder / sha256)
+            draft.path.rename(folder / sha256)
     except OSError as error:
         raise PluginError(f"the plugin cannot be put into {printable(folder)}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return StoredLibrary(folder / sha256 / name, sha256, how, origin, added)
 
 

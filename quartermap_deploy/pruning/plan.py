@@ -19,6 +19,9 @@ from quartermap_deploy.errors import PlanError
 
 Upsample = Literal["nearest", "bilinear", "bicubic"]
 
+EVERY = 3
+"""Which block is pruned where a plan does not say."""
+
 UPSAMPLE_MODES: tuple[str, ...] = get_args(Upsample)
 
 
@@ -72,10 +75,11 @@ class QuarterMap:
     """A QuarterMap plan for a whole model.
 
     Blocks are numbered from 1 over the whole network. Block i is pruned iff i is a multiple of `every` and
-    its stage is not excluded; an explicit list of `blocks` overrides both.
+    its stage is not excluded; an explicit list of `blocks` takes the place of `every`, in any stage.
 
     Attributes:
-        every: prune every k-th block, at least 1.
+        every: prune every k-th block, at least 1; without it and without `blocks`, every third. None where blocks are
+            named.
         blocks: the blocks to prune, or None to choose them by `every` and `exclude_stages`.
         exclude_stages: stages, from 1, in which `every` prunes nothing. The first stage sees the finest map
             and is the most sensitive, so it is excluded by default.
@@ -84,10 +88,10 @@ class QuarterMap:
         upsample: "nearest", "bilinear" or "bicubic".
 
     Raises:
-        PlanError: if a value is of the wrong type or out of range.
+        PlanError: if a value is of the wrong type or out of range, or both `every` and `blocks` are given.
     """
 
-    every: int = 3
+    every: int | None = None
     blocks: tuple[int, ...] | None = None
     exclude_stages: tuple[int, ...] = (1,)
     stride: int = 2
@@ -95,7 +99,14 @@ class QuarterMap:
     upsample: Upsample = "nearest"
 
     def __post_init__(self) -> None:
-        _require_integer("every", self.every, minimum=1, why="every counts blocks")
+        if self.every is not None and self.blocks is not None:
+            raise PlanError(
+                f"every = {self.every} and blocks = {self.blocks!r} both say which blocks are pruned; leave one of "
+                "them out"
+            )
+        if self.blocks is None:
+            object.__setattr__(self, "every", EVERY if self.every is None else self.every)
+            _require_integer("every", self.every, minimum=1, why="every counts blocks")
         object.__setattr__(self, "exclude_stages", _numbers("exclude_stages", self.exclude_stages))
         if self.blocks is not None:
             blocks = _numbers("blocks", self.blocks)
@@ -133,7 +144,7 @@ class QuarterMap:
         selected = tuple(
             block
             for block, stage in enumerate(stage_of_block, start=1)
-            if block % self.every == 0 and stage not in self.exclude_stages
+            if self.every is not None and block % self.every == 0 and stage not in self.exclude_stages
         )
         if not selected:
             raise PlanError(
@@ -149,6 +160,8 @@ class QuarterMap:
         `blocks` is left out when it is None, as TOML has no null.
         """
         plan = dataclasses.asdict(self)
+        # Manifests always had it, also beside blocks.
+        plan["every"] = EVERY if self.every is None else self.every
         plan["exclude_stages"] = list(self.exclude_stages)
         plan["blocks"] = None if self.blocks is None else list(self.blocks)
         return {key: value for key, value in plan.items() if value is not None}
@@ -156,6 +169,8 @@ class QuarterMap:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuarterMap:
         """Build a plan from the table of a recipe or manifest; missing keys take their defaults.
+
+        As manifests have both, `blocks` takes the place of `every`.
 
         Raises:
             PlanError: if a key is unknown or a value is wrong.
@@ -168,7 +183,10 @@ class QuarterMap:
                 raise PlanError(
                     f"unknown key {key!r} in a QuarterMap plan; expected {', '.join(names)}.{hint}"
                 )
-        return cls(**values)
+        given = dict(values)
+        if given.get("blocks") is not None:
+            given.pop("every", None)
+        return cls(**given)
 
 
 def _require_integer(name: str, value: object, minimum: int, why: str) -> None:

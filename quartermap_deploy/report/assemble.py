@@ -17,8 +17,9 @@ from quartermap_deploy.report.bundles import (
     parity_section,
 )
 from quartermap_deploy.report.maps import ACTIVATIONS, FIELDS, map_sections
-from quartermap_deploy.report.parts import Section, Table, left_out
+from quartermap_deploy.report.parts import Note, Section, Table, left_out
 from quartermap_deploy.report.results import read_results, result_sections
+from quartermap_deploy.report.verdict import verdicts
 
 if TYPE_CHECKING:
     from quartermap_deploy.bundle import Bundle
@@ -55,7 +56,7 @@ def page_sections(
         )
     validations = [(result.name, result.values) for result in found if result.kind == "validate"]
     sections = [
-        Section("overview", "Overview", (overview(bundles),)),
+        Section("overview", "Overview", (*verdicts(bundles, found), overview(bundles))),
         blocks_section(bundles),
         parity_section(bundles, validations),
         *result_sections(found),
@@ -64,7 +65,17 @@ def page_sections(
         graph_section(bundles),
         Section("environment", "Environment and files", (_environment(), *files_parts(bundles))),
     ]
-    return sections, bundles
+    return _without_empty(sections), bundles
+
+
+def _without_empty(sections: Sequence[Section]) -> list[Section]:
+    """The sections that hold something, and one at the end that says in a line each why others do not."""
+    kept = [section for section in sections if not section.left_out]
+    empty = [section for section in sections if section.left_out]
+    if empty:
+        lines = tuple(Note(f"{section.title}: {section.reasons}", reason=True) for section in empty)
+        kept.append(Section("left-out", "Not in this report", lines))
+    return kept
 
 
 def page_titles(bundles: Mapping[str, Bundle]) -> tuple[str, str]:

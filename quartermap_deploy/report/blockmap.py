@@ -12,12 +12,15 @@ from quartermap_deploy.tables.words import size_text
 
 _LARGEST, _SMALLEST = 60.0, 8.0
 """Pixels of a side, of the model's largest map and of maps too small to be seen."""
+_MOST_KEPT = 6
+"""Kept positions along a side that are drawn."""
 
 
 def block_map(blocks: Sequence[Mapping[str, Any]]) -> Html:
     """Return the picture of a manifest's blocks: a row of tiles for each stage.
 
-    A tile shows the block's map as an outline and the part that is scanned, filled. Areas are as the square root of the
+    A tile shows the block's map as an outline and, filled, what is scanned of it: all, or the lattice of the kept
+    positions, of which a few stand for all where they are too many to be seen. Areas are as the square root of the
     positions, so that the small maps of the last stages can still be seen. A sequence, which has a map of one row, is a
     strip.
     """
@@ -68,18 +71,33 @@ def _tile(block: Mapping[str, Any], largest: float) -> Html:
 
 
 def _drawing(block: Mapping[str, Any], largest: float) -> Html:
-    """The outline of the map and, in it, the scanned part."""
+    """The outline of the map and, in it, the positions that are scanned."""
     height, width = (_pixels(side, largest) for side in _sides(block["map_size"]))
     height = _SMALLEST if block["map_size"][0] == 1 else height
     shares = [kept / side for kept, side in zip(block["scanned_size"], block["map_size"], strict=True)]
     left, top = (64 - width) / 2, (64 - height) / 2
-    inside = {"x": left, "y": top, "width": width * shares[1], "height": height * shares[0]}
+    rows, columns = (
+        _kept(start, side, share, kept)
+        for start, side, share, kept in zip(
+            (top, left), (height, width), shares, block["scanned_size"], strict=True
+        )
+    )
+    lattice = "".join(f"M{x:.1f} {y:.1f}h{w:.1f}v{h:.1f}h-{w:.1f}z" for y, h in rows for x, w in columns)
     return element(
         "svg",
         {"width": 64, "height": 64, "viewBox": "0 0 64 64", "aria-hidden": "true"},
         element("rect", {"class": "whole", "x": left, "y": top, "width": width, "height": height}),
-        element("rect", {"class": "scanned", **inside}),
+        element("path", {"class": "scanned", "d": lattice}),
     )
+
+
+def _kept(start: float, side: float, share: float, kept: int) -> list[tuple[float, float]]:
+    """Where kept positions begin along a side, and how long each is: their share of it is that of all positions."""
+    if share >= 1:
+        return [(start, side)]
+    count = min(kept, _MOST_KEPT)
+    step = side / count
+    return [(start + number * step, step * share) for number in range(count)]
 
 
 def _sides(size: Sequence[int]) -> tuple[float, float]:

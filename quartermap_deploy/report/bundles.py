@@ -86,9 +86,10 @@ def blocks_section(bundles: Mapping[str, Bundle]) -> Section:
             Note(_model_text(bundle)),
             _facts_table(bundle),
             Figure(
-                "The blocks of the network in their order. The outline is a block's map, the filled part what its "
-                "scans walk; a block that scans a sequence has a map of one row. Tokens are the positions that its "
-                "scans walk for one entry of a batch, over all their directions.",
+                "The blocks of the network in their order. The outline is a block's map, filled is what its scans "
+                "walk: all of it, or of a pruned block a lattice of positions, drawn coarser than it is. A block that "
+                "scans a sequence has a map of one row. Tokens are the positions that its scans walk for one entry of "
+                "a batch, over all their directions.",
                 block_map(manifest["blocks"]),
             ),
             Table(

@@ -17,12 +17,15 @@ from quartermap_deploy.report.markup import Html, element, joined
 
 HEIGHT = 240
 """Height of the plotted area, in pixels."""
+LOWER = "\n"
+"""Begins the text of a tick that stands a line lower."""
 _OFFSETS = (4, -9, 17, -22, 30, -35)
 """Pixels below the middle of a mark at which its label may stand, the best first."""
 _LINE = 12
 """Pixels from one line of text to the next."""
-_LETTER = 0.018
-"""Width of a letter as a share of the chart's. The browser alone knows it; this is right for some 400 pixels."""
+_LETTER = 7.0 / 300
+"""Width of a letter as a share of the chart's. The browser alone knows it; this is enough for the charts of a screen of
+390 pixels, which have 300, and leaves more room than is needed on wider ones."""
 
 _SHAPES = {
     "circle": "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z",
@@ -79,7 +82,7 @@ class Axis:
         label: what it measures, with the unit.
         low: value at its start.
         high: value at its end, larger.
-        ticks: values that are written, with their texts.
+        ticks: values that are written, with their texts; across, one that begins with `LOWER` stands a line lower.
         scale: "linear"; "logarithmic", where equal steps are equal ratios; or "root", which spreads small values and
             still has a zero.
     """
@@ -145,13 +148,13 @@ def counting_axis(label: str, texts: Sequence[str], most: int = 12) -> Axis:
     """Return an axis of places 1, 2, 3 …, each with its text.
 
     Of more than `most`, every second or third one is written, and the last. Where it is crowded, the last one, which
-    may be a longer word, has room.
+    may be a longer word, stands a line lower than the others.
     """
     every = math.ceil(len(texts) / most)
     crowded = len(texts) > most / 2
-    shown = [i for i in range(0, len(texts) - 1, every) if not crowded or i < len(texts) - 2]
-    ticks = tuple((i + 1.0, texts[i]) for i in (*shown, len(texts) - 1))
-    return Axis(label, 0.5, len(texts) + 0.5, ticks)
+    ticks = [(i + 1.0, texts[i]) for i in range(0, len(texts) - 1, every)]
+    ticks.append((float(len(texts)), LOWER * crowded + texts[-1]))
+    return Axis(label, 0.5, len(texts) + 0.5, tuple(ticks))
 
 
 def _round_step(step: float) -> float:
@@ -201,9 +204,9 @@ def _grid(x: Axis, y: Axis) -> list[Html]:
     for value, text in x.ticks:
         at_x = _across(x, value)
         parts.append(element("line", {"class": "grid", "x1": at_x, "x2": at_x, "y1": 0, "y2": HEIGHT}))
-        parts.append(
-            element("text", {"class": "tick", "x": at_x, "y": HEIGHT + 18, "text-anchor": "middle"}, text)
-        )
+        row = HEIGHT + 18 + _LINE * text.startswith(LOWER)
+        place = {"x": at_x, "y": row, "text-anchor": "middle"}
+        parts.append(element("text", {"class": "tick", **place}, text.removeprefix(LOWER)))
     return parts
 
 

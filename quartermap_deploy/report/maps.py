@@ -130,11 +130,11 @@ def source_of(
             "the bundle is of a module of the user's, and these pictures are made inside the blocks of models of cards"
         )
     recipe, path = bundle.recipe(), None
-    if recipe.checkpoint is not None:
+    if (weights := recipe.path("checkpoint")) is not None:
         path = checkpoints.get(str(bundle.manifest["model"].get("weights_sha256")))
         if path is None:
             raise CheckpointError(
-                f"the bundle was compiled from the checkpoint {recipe.checkpoint.name}, which is not in it; give the "
+                f"the bundle was compiled from the checkpoint {weights.name}, which is not in it; give the "
                 "file with --checkpoint"
             )
     source = rebuild_torch(bundle, path, progress=progress)
@@ -268,9 +268,9 @@ def _field_parts(
     )
     first = known[key]
     caption = (
-        "On which pixels the position in the middle of the last feature map depends (Luo et al. 2016): the size of its "
+        "On which pixels the middle of the last feature map depends (Luo et al. 2016): the size of its "
         f"gradient with respect to the input, mean over {first.images} image{'s' if first.images > 1 else ''}. Colours "
-        f"are logarithmic. The ring marks the middle: row {first.centre[0]}, column {first.centre[1]}."
+        "are logarithmic. The ring marks the middle of the image."
     )
     table = Table(
         "reach: side of the smallest square around the middle that holds a share of the whole gradient, in pixels",
@@ -294,8 +294,7 @@ def _field_picture(field: ReceptiveField, highest: float, name: str) -> Html:
     reaches = ", ".join(f"{share:.0%} within {field.reach(share)} pixels" for share in SHARES)
     description = f"receptive field {name}: {reaches}"
     drawn = picture(heat_colours(values, np.log10(highest) - 2, np.log10(highest)), description)
-    top, left = (100 * (at + 0.5) / side for at, side in zip(field.centre, field.field.shape, strict=True))
-    spot = element("span", {"class": "spot", "style": f"left:{left:.1f}%;top:{top:.1f}%"})
+    spot = element("span", {"class": "spot"})
     return element("span", {"class": "spotted"}, drawn, spot)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from quartermap_deploy import __version__
 from quartermap_deploy.errors import MissingDependencyError, ReportError
 from quartermap_deploy.files import folders_for, obstacle_to, write_whole
+from quartermap_deploy.plain_text import encoded
 from quartermap_deploy.report.markup import Html
 from quartermap_deploy.report.parts import Section
 
@@ -103,7 +104,7 @@ def write_page(path: Path, text: str, force: bool = False) -> None:
     check_destination(path, force)
     try:
         with folders_for(path):
-            write_whole(path, text.encode("utf-8"))
+            write_whole(path, encoded(text))
     except OSError as error:
         raise ReportError(
             f"the report {path} was not written: {error.strerror or error}. Nothing was changed; free some space or "

@@ -103,7 +103,15 @@ class Section:
     @property
     def left_out(self) -> bool:
         """Whether it holds nothing but reasons why it is empty."""
-        return all(isinstance(part, Note) and part.reason for part in self.parts)
+        return all(
+            isinstance(part, Heading) or (isinstance(part, Note) and part.reason) for part in self.parts
+        )
+
+    @property
+    def reasons(self) -> str:
+        """Why it is empty, each reason once."""
+        found = dict.fromkeys(part.text for part in self.parts if isinstance(part, Note) and part.reason)
+        return " ".join(found)
 
 
 def left_out(name: str, title: str, reason: str) -> Section:

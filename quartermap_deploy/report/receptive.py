@@ -1,8 +1,9 @@
 """Effective receptive fields (Luo et al. 2016, arXiv 1701.04128): which pixels one position of the last map depends on.
 
 As the VMamba paper (arXiv 2401.10166) shows them: the gradient of the position in the centre of the last feature map,
-summed over its channels, with respect to the input; its size, summed over the colours and averaged over images. The
-centre of a map of H rows is row H // 2.
+summed over its channels, with respect to the input; its size, summed over the colours and averaged over images. A map
+of an even number of rows or columns has two positions in its centre, and both are taken, so that the middle of the
+map is that of the image.
 """
 
 from __future__ import annotations
@@ -32,26 +33,25 @@ class ReceptiveField:
 
     Attributes:
         field: (H, W), share of every pixel in the whole gradient; adds up to 1.
-        centre: (row, column) of the pixel in the middle of the position's patch.
         images: over how many images it was averaged.
     """
 
     field: NDArray[np.float64]
-    centre: tuple[int, int]
     images: int
 
     def reach(self, share: float) -> int:
         """Return the side, in pixels, of the smallest square around the centre that holds this share of the gradient.
 
-        The square may stand out of the image.
+        In an image that is no square, it may stand out of the short sides.
         """
+        height, width = self.field.shape
         rows, columns = np.indices(self.field.shape)
-        row, column = self.centre
-        distance = np.maximum(np.abs(rows - row), np.abs(columns - column)).ravel()
+        # In half pixels from the middle, which in an image of an even side lies between two of them; of two ways to
+        # hold the middle of an odd and an even side, the larger one.
+        distance = np.maximum(np.abs(2 * rows + 1 - height), np.abs(2 * columns + 1 - width)).ravel()
         held = np.cumsum(np.bincount(distance, weights=self.field.ravel()))
         # Rounding may leave the whole sum a little below 1.
-        radius = int(np.searchsorted(held, min(share, held[-1]) * (1 - 1e-12)))
-        return 2 * radius + 1
+        return int(np.searchsorted(held, min(share, held[-1]) * (1 - 1e-12))) + 1
 
 
 def receptive_field(
@@ -70,7 +70,6 @@ def receptive_field(
     import torch
 
     total = np.zeros(images.shape[2:], dtype=np.float64)
-    centre = (0, 0)
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with progress.step("effective receptive field", total=len(images)) as advance:
         try:
@@ -78,10 +77,9 @@ def receptive_field(
             for image in images:
                 x = torch.from_numpy(image[None]).requires_grad_()
                 last = _last_map(model, x)
-                row, column = last.shape[2] // 2, last.shape[3] // 2
-                (gradient,) = torch.autograd.grad(last[0, :, row, column].sum(), x)
+                rows, columns = (slice((side - 1) // 2, side // 2 + 1) for side in last.shape[2:])
+                (gradient,) = torch.autograd.grad(last[0, :, rows, columns].sum(), x)
                 total += gradient[0].abs().sum(dim=0).double().numpy()
-                centre = (_middle(row, last.shape[2], x.shape[2]), _middle(column, last.shape[3], x.shape[3]))
                 advance(1)
         finally:
             _require_gradients(frozen, True)
@@ -91,7 +89,7 @@ def receptive_field(
             f"the gradient of the last feature map adds up to {whole:g} over {len(images)} images, so there is no "
             "receptive field"
         )
-    return ReceptiveField(total / whole, centre, len(images))
+    return ReceptiveField(total / whole, len(images))
 
 
 def _require_gradients(parameters: Iterable[nn.Parameter], required: bool) -> None:
@@ -110,8 +108,3 @@ def _last_map(model: VisualStateSpaceModel, x: Tensor) -> Tensor:
     finally:
         handle.remove()
     return outputs[0] if model.channel_first else outputs[0].permute(0, 3, 1, 2)
-
-
-def _middle(position: int, positions: int, pixels: int) -> int:
-    """The pixel in the middle of the patch that a position stands for."""
-    return (2 * position + 1) * pixels // (2 * positions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from quartermap_deploy.bench import scatter
 from quartermap_deploy.tables.layout import table
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ def result_table(values: Mapping[str, Any]) -> Table:
 def _row(result: Mapping[str, Any]) -> list[object]:
     """Return the line of one bundle."""
     low, high = result["speed_quartiles"]
+    # As if it were known, it is not given where the rounds scatter.
+    speed = "?" if scatter(result) else f"{result['speed']:.2f} ×"
     return [
         result["name"],
         result["target"],
@@ -42,5 +45,5 @@ def _row(result: Mapping[str, Any]) -> list[object]:
         f"{result['minimum_ms']:.2f}",
         f"{result['maximum_ms']:.2f}",
         f"{result['images_per_second']:,.1f}",
-        f"{result['speed']:.2f} × [{low:.2f} – {high:.2f}]",
+        f"{speed} [{low:.2f} – {high:.2f}]",
     ]

@@ -118,6 +118,19 @@ def _described(array: object, item: TensorInfo) -> str:
         mend = f'np.asarray(…, dtype="{item.type}") makes an array of it'
         return f"a {type(array).__name__}; {mend}, if the values are prepared as the model wants them"
     found = f"{array.shape} of {array.dtype}"
+    if array.size == 0 and array.ndim == len(item.shape):
+        axis = array.shape.index(0)
+        return f"{found}; its axis {axis} is empty, and a model runs on at least one value"
+    if array.dtype == np.dtype(item.type) and array.ndim == len(item.shape):
+        sizes = enumerate(zip(item.shape, array.shape, strict=True))
+        other = [axis for axis, (size, own) in sizes if isinstance(size, int) and size != own]
+        if other == [0]:
+            return (
+                f"{found}; the batch of this model is fixed at {item.shape[0]}: run it {item.shape[0]} at a time, or "
+                "compile it with dynamic_batch = true"
+            )
+        if item.is_image and other and 1 not in other:
+            return f"{found}; resize images as the model's preprocessing says, or compile it with dynamic_size = true"
     if array.dtype != np.dtype(item.type) and np.issubdtype(array.dtype, np.floating):
         return f'{found}; convert it with .astype("{item.type}")'
     # Whole numbers are pixels that nobody has normalised: another type alone would not make an input of them.

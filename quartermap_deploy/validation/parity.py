@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -146,9 +147,20 @@ def check_parity(
 
 @contextlib.contextmanager
 def quiet_polygraphy() -> Iterator[None]:
-    """Keep polygraphy's own log out of ours; what it finds is in the report."""
+    """Keep polygraphy's own log out of ours, what it finds is in the report; and keep it from importing torch.
+
+    It asks of every array whether it is one of torch, and imports that for the question, which takes seconds.
+    """
     from polygraphy.logger import G_LOGGER
 
-    # Above CRITICAL, because polygraphy also prints what it raises.
-    with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
-        yield
+    absent = "torch" not in sys.modules
+    if absent:
+        # So it cannot be imported.
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        # Above CRITICAL, because polygraphy also prints what it raises.
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
+            yield
+    finally:
+        if absent:
+            del sys.modules["torch"]

@@ -290,13 +290,22 @@ def _name(model: Path | bytes) -> str:
     return "the model" if isinstance(model, bytes) else str(model)
 
 
+def _source(model: Path) -> str | bytes:
+    """What ONNX Runtime reads a file by: its name, or what is in it where the name is in no known encoding."""
+    try:
+        str(model).encode("utf-8")
+    except UnicodeEncodeError:
+        return model.read_bytes()
+    return str(model)
+
+
 def _session(model: Path | bytes, options: Any, providers: tuple[Provider, ...]) -> Any:
     import onnxruntime
 
     if any(provider.name != CPU for provider in providers):
         # Providers write to a log of the whole process, names from the file among it, unescaped.
         onnxruntime.set_default_logger_severity(FATAL)
-    source = model if isinstance(model, bytes) else str(model)
+    source = model if isinstance(model, bytes) else _source(model)
     # By itself it would take the CPU where a provider fails, now or in a later run, and print that.
     return onnxruntime.InferenceSession(
         source,
