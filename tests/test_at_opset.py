@@ -46,13 +46,13 @@ def test_whole_models_in_every_opset(name: str, opset: int) -> None:
 
 
 def small(
-    body: str, inputs: str = "float[2, 6] x", outputs: str = "float[] y", opset: int = 20
+    body: str, inputs: str = "float[2, 7] x", outputs: str = "float[] y", opset: int = 20
 ) -> onnx.ModelProto:
     text = f'<ir_version: 9, opset_import: ["": {opset}]> g ({inputs}) => ({outputs}) {{ {body} }}'
     return infer_shapes(onnx.shape_inference.infer_shapes(parser.parse_model(text)))
 
 
-X = np.random.default_rng(0).standard_normal((2, 6)).astype(np.float32) * 3
+X = np.random.default_rng(0).standard_normal((2, 7)).astype(np.float32) * 3
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_newer_operators_are_written_in_older_ones(body: str, kinds: set[str]) -
 
 
 def test_gelu_in_16_bits_has_constants_in_16_bits() -> None:
-    model = small("y = Gelu (x)", "float16[2, 6] x", "float16[] y")
+    model = small("y = Gelu (x)", "float16[2, 7] x", "float16[] y")
     older = at_opset(model, 19)
     onnx.checker.check_model(older, full_check=True)
     found = run(older, {"x": X.astype(np.float16)})["y"]
@@ -94,7 +94,7 @@ def test_gelu_in_16_bits_has_constants_in_16_bits() -> None:
 
 
 def test_axes_that_became_attributes_leave_no_weights_behind() -> None:
-    model = small("y = ReduceMax (x, axes)", "float[2, 6] x, int64[1] axes")
+    model = small("y = ReduceMax (x, axes)", "float[2, 7] x, int64[1] axes")
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1]), "axes"))
     del model.graph.input[1]
     older = at_opset(model, 17)
@@ -112,12 +112,12 @@ def test_the_names_of_modes_of_grids_changed() -> None:
 @pytest.mark.parametrize(
     ("body", "inputs", "opset", "words"),
     [
-        ("y = ReduceMax (x, axes)", "float[2, 6] x, int64[1] axes", 17, "its axes are computed"),
-        ("y = Mish (x)", "float[2, 6] x", 17, "there is no such operator"),
-        ('y = Pad <mode = "wrap"> (x, p)', "float[2, 6] x, int64[4] p", 18, "mode = wrap is not known there"),
+        ("y = ReduceMax (x, axes)", "float[2, 7] x, int64[1] axes", 17, "its axes are computed"),
+        ("y = Mish (x)", "float[2, 7] x", 17, "there is no such operator"),
+        ('y = Pad <mode = "wrap"> (x, p)', "float[2, 7] x, int64[4] p", 18, "mode = wrap is not known there"),
         (
             "y = Pad (x, p, , a)",
-            "float[2, 6] x, int64[2] p, int64[1] a",
+            "float[2, 7] x, int64[2] p, int64[1] a",
             17,
             "its input axes is not known there",
         ),

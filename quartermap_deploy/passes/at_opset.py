@@ -262,7 +262,7 @@ def _split(rewriter: _Rewriter, node: onnx.NodeProto) -> list[onnx.NodeProto]:
     side = shape[axis] if -len(shape) <= axis < len(shape) else 0
     if side:
         part = -(-side // parts)
-        sizes = np.array([min(part, side - part * place) for place in range(parts)], np.int64)
+        sizes = np.array([max(0, min(part, side - part * place)) for place in range(parts)], np.int64)
         tensor = numpy_helper.from_array(sizes, f"{node.name or node.output[0]}/sizes")
         nodes.append(helper.make_node("Constant", [], [tensor.name], tensor.name, value=tensor))
         inputs.append(tensor.name)
