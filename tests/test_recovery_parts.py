@@ -33,7 +33,7 @@ from quartermap_deploy.passes.recovery.programs import nodes_between, program
 from quartermap_deploy.passes.recovery.projections import Projections, _independent_rows
 from quartermap_deploy.passes.recovery.reading import Reading
 from quartermap_deploy.passes.recovery.refusal import Refused
-from quartermap_deploy.passes.recovery.unrolling import Unrolling, _grid, position_of
+from quartermap_deploy.passes.recovery.unrolling import Unrolling, _grid, position_of, read_unrolling
 from quartermap_deploy.passes.recovery.writing import NodeWriter, ScanParameters, write_map_scan
 from quartermap_deploy.pruning.orders import OUTSIDE, steps_of
 from quartermap_deploy.pruning.parts import MapPart
@@ -445,6 +445,34 @@ def test_the_sides_of_a_sequence_are_told_by_columns_where_all_directions_have_n
     shuffled = np.random.default_rng(3).permutation(15)
     assert _grid(np.stack([row, column]), 15) == (3, 5) == _grid(back[None], 15)
     assert _grid(row[None], 15) == (1, 15) == _grid(np.stack([column, shuffled]), 15)
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        ("u = Gather <axis = 2> (x, places)", "the order of its steps depends on the data"),
+        ("u = Add (x, x)", "u is moved from u (2 × 8 × 6), which is no feature map of its channels"),
+        ("u = Identity (x)", "u is moved from x (2 × 8 × 6), which is no feature map of its channels"),
+        (
+            "a, b = Split <axis = 2, num_outputs = 2> (z)  c, d = Split <axis = 2, num_outputs = 2> (x)"
+            "  u = Concat <axis = 2> (d, b)",
+            "u is put together from 2 values: x, z",
+        ),
+    ],
+)
+def test_what_stands_above_the_steps_instead_of_a_map_is_told(made: str, reason: str) -> None:
+    text = f"""
+    agraph (float[2, 8, 6] x, float[2, 8, 6] z, int64[6] places, float[2, 8, 6] delta, float[2, 2, 1, 6] B)
+    => (float[] y) <float[8, 1] A = {{-1, -1, -1, -1, -1, -1, -1, -1}}>
+    {{
+        {made}
+        y = quartermap.SelectiveScan (u, delta, A, B, B)
+    }}
+    """
+    graph = concrete(text, x=(2, 8, 6), z=(2, 8, 6), places=(6,), delta=(2, 8, 6), B=(2, 2, 1, 6))
+    with pytest.raises(Refused) as refusal:
+        read_unrolling(ScanGroup(graph.index, tuple(graph.index.scans())), graph)
+    assert str(refusal.value) == reason
 
 
 def merge(*steps: Sequence[int], share: Sequence[float] = (1.0, 1.0)) -> Merge:
