@@ -618,6 +618,12 @@ def test_bodies_written_out_compute_the_same_and_are_named_after_their_scans() -
     flat = inline_scans(lowered)
     assert [function.name for function in flat.functions] == ["Twice"]
     assert {entry.domain for entry in flat.opset_import} == {""}
+    # Other operators of our domain have no body to write out, nor has another's of the same name.
+    for op, domain in (("Other", "quartermap"), ("SelectiveScan2D", "other")):
+        strange = onnx.ModelProto()
+        strange.CopyFrom(flat)
+        strange.graph.node.append(helper.make_node(op, ["0/y"], ["strange"], "strange", domain=domain))
+        assert inline_scans(strange).graph.node[-1] == strange.graph.node[-1]
     assert flat.graph.node[-1].name == "last"
     assert all(node.name.startswith("block_1/scan/") and not node.domain for node in flat.graph.node[:-1])
     names = [name for node in flat.graph.node for name in node.output]
@@ -777,6 +783,65 @@ def test_passes_run_in_their_order_and_the_format_of_the_file_stays() -> None:
     assert seen == ["a", "b"] == [report.name for report in reports]
     assert changed.graph.node[0].name.endswith("ab") and changed.ir_version == 9
     assert model.graph.node[0].name == ""
+
+
+def test_nodes_that_a_pass_leaves_behind_their_readers_are_put_in_order() -> None:
+    from quartermap_deploy.passes import PassReport
+
+    def written_last(graph: gs.Graph, selection: Selection) -> PassReport:
+        (node,) = graph.nodes
+        turned = gs.Variable("turned", np.float32)
+        graph.nodes.append(gs.Node("Neg", "neg", inputs=[node.inputs[0]], outputs=[turned]))
+        node.inputs = [turned]
+        return PassReport("written_last")
+
+    model = parsed("agraph (float[2, 3] x) => (float[2, 3] y) { y = Relu (x) }")
+    changed, _ = run_passes(model, Selection((), Subsample()), (written_last,))
+    assert [node.op_type for node in changed.graph.node] == ["Neg", "Relu"]
+
+
+def test_what_is_flattened_behind_stands_before_who_reads_it() -> None:
+    graph = graph_of("""
+    agraph (float[2, 4, 5, 6] x) => (float[2, 20, 6] y) <int64[3] shape = {2, 20, 6}>
+    { flat = Reshape (x, shape)  a = Gelu (flat)  b = Sigmoid (a)  y = Softmax (b) }
+    """)
+    flattened_maps.unflatten_below(graph, graph.tensors()["x"], "p")
+    assert [node.op for node in graph.nodes] == [
+        *("Gelu", "Sigmoid", "Shape", "Shape", "Concat", "Reshape", "Softmax")
+    ]
+    assert [node.name for node in graph.nodes[2:6]] == [
+        *("p/flat_batch", "p/flat_channels", "p/flat_shape", "p/flatten")
+    ]
+    x = np.random.default_rng(0).standard_normal((2, 4, 5, 6)).astype(np.float32)
+    before = parsed("""
+    agraph (float[2, 4, 5, 6] x) => (float[2, 20, 6] y) <int64[3] shape = {2, 20, 6}>
+    { flat = Reshape (x, shape)  a = Gelu (flat)  b = Sigmoid (a)  y = Softmax (b) }
+    """)
+    after = infer_shapes(gs.export_onnx(graph))
+    assert np.array_equal(run(after, {"x": x})["y"], run(before, {"x": x})["y"])
+
+
+def test_a_convolution_without_activation_may_read_what_others_read_too() -> None:
+    x = gs.Variable("x", np.float32, [2, 4, 6, 8])
+    weight = gs.Constant("w", np.ones((4, 1, 3, 3), np.float32))
+    graph = gs.Graph(inputs=[x], opset=20)
+    whole = GraphWriter(graph, "p", x.dtype, 0)("Relu", "whole", [x])
+    convolved = gs.Variable("c", np.float32, [2, 4, 6, 8])
+    graph.nodes.append(
+        gs.Node("Conv", "conv", {"pads": [1, 1, 1, 1], "group": 4}, [whole, weight], [convolved])
+    )
+    subsample = Subsample(2)
+    kept = write_keep(GraphWriter(graph, "block_1/quartermap", x.dtype, 2), convolved, subsample)
+    scanned, residual = gs.Variable("s", np.float32), gs.Variable("r", np.float32)
+    graph.nodes += [
+        gs.Node("SelectiveScan2D", "block_1/scan", domain="quartermap", inputs=[kept], outputs=[scanned]),
+        gs.Node("Sigmoid", "beside", inputs=[whole], outputs=[residual]),
+    ]
+    (scan,) = scans(graph)
+    scanned.name = scanned_name(scan, subsample)
+    graph.outputs = [scanned, residual]
+    report = hoist_slice(graph, Selection((1,), subsample))
+    assert report.changed == ["block 1: conv now has stride 2"] and not report.refused
 
 
 def test_a_lowered_model_has_the_body_of_each_variant_once() -> None:

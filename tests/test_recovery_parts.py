@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from quartermap_deploy.lowering.operator import DIRECTIONS
 from quartermap_deploy.passes import lower
 from quartermap_deploy.passes.recovery import apart
+from quartermap_deploy.passes.recovery.checking import check_replacement
 from quartermap_deploy.passes.recovery.concrete import Concrete, concrete_graph
 from quartermap_deploy.passes.recovery.folding import _FAST, evaluated
 from quartermap_deploy.passes.recovery.graph_index import (
@@ -34,7 +35,7 @@ from quartermap_deploy.passes.recovery.projections import Projections, _independ
 from quartermap_deploy.passes.recovery.reading import Reading
 from quartermap_deploy.passes.recovery.refusal import Refused
 from quartermap_deploy.passes.recovery.unrolling import Unrolling, _grid, position_of, read_unrolling
-from quartermap_deploy.passes.recovery.writing import NodeWriter, ScanParameters, write_map_scan
+from quartermap_deploy.passes.recovery.writing import NodeWriter, Replacement, ScanParameters, write_map_scan
 from quartermap_deploy.pruning.orders import OUTSIDE, steps_of
 from quartermap_deploy.pruning.parts import MapPart
 
@@ -661,6 +662,42 @@ def test_the_scan_that_is_written_is_the_same_in_every_form(form: MapForm, share
 
     expected = share * scanned(FORMS[0], 1.0)
     assert np.abs(scanned(form, share) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def replacing(text: str, target: str, **weights: Array) -> Replacement:
+    """Nodes that make a value anew."""
+    nodes = onnx.parser.parse_graph(f"agraph (float[n] x) => (float[n] {target}) {{ {text} }}").node
+    tensors = tuple(numpy_helper.from_array(array, name) for name, array in weights.items())
+    return Replacement(tuple(nodes), tensors, (target,), ())
+
+
+def test_a_replacement_that_differs_anywhere_is_refused() -> None:
+    text = """
+    agraph (float[2, 50] x) => (float[] y) <float scale = {3}>
+    { scaled = Mul (x, scale)  y = Relu (scaled)  nothing = Sub (y, y)  wild = Log (scaled) }
+    """
+    graph = concrete(text, x=(2, 50))
+    three, near, far = (np.array(factor, np.float32) for factor in (3.0, 3 * (1 + 5e-6), 3 * (1 + 1e-3)))
+    same = "own = Mul (x, factor)  y = Relu (own)"
+    check_replacement(graph, "x", replacing(same, "y", factor=three), 0)
+    check_replacement(graph, "x", replacing(same, "y", factor=near), 0)
+    # It may also read what the graph makes of the map already.
+    check_replacement(graph, "x", replacing("y = Relu (scaled)", "y"), 0)
+    with pytest.raises(Refused, match=r"would make y differ from what it is now by 1\.0e-03 of its largest"):
+        check_replacement(graph, "x", replacing(same, "y", factor=far), 0)
+    # Right at half the places, and at all but one.
+    with pytest.raises(Refused, match="would make y differ"):
+        check_replacement(graph, "x", replacing("y = Mul (x, factor)", "y", factor=three), 0)
+    most = np.full((2, 50), 3, np.float32)
+    most[np.unravel_index(np.random.default_rng(7).standard_normal((2, 50)).argmax(), most.shape)] = 3.1
+    with pytest.raises(Refused, match="would make y differ"):
+        check_replacement(graph, "x", replacing(same, "y", factor=most), 7)
+    with pytest.raises(Refused, match=r"y would become \(50, 2\) instead of \(2, 50\)"):
+        turned = f"{same.replace('y =', 'z =')}  y = Transpose <perm = [1, 0]> (z)"
+        check_replacement(graph, "x", replacing(turned, "y", factor=three), 0)
+    for value, made in (("wild", "wild = Log (scaled)"), ("nothing", "nothing = Relu (scaled)")):
+        with np.errstate(all="ignore"), pytest.raises(Refused, match=f"would make {value} differ"):
+            check_replacement(graph, "x", replacing(made, value), 0)
 
 
 def test_each_direction_takes_its_own_parameters() -> None:

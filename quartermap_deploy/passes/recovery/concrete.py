@@ -117,7 +117,6 @@ class Concrete:
                         node,
                         types,
                         data,
-                        opset_imports=[helper.make_opsetid("", self._opset)],
                     )
                 )
             except Exception:
