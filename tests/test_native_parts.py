@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
+import shutil
 import stat
 import struct
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from quartermap_deploy.errors import MissingDependencyError
-from quartermap_deploy.native import build, check, cpu_build, cpu_library, library_format
-from quartermap_deploy.native.build import BuildOptions, find_nvcc, important_lines
+from quartermap_deploy.native import (
+    build,
+    check,
+    cpu_build,
+    cpu_kernels,
+    cpu_library,
+    cuda_library,
+    library_format,
+)
+from quartermap_deploy.native.build import BuildOptions, find_nvcc, important_lines, plugin_sources
 from quartermap_deploy.native.contract import CONTRACT, differences
 from quartermap_deploy.native.cpu_build import Compiler, CpuBuildOptions, find_compiler
-from quartermap_deploy.native.cpu_kernels import Sizes, make_scan
+from quartermap_deploy.native.cpu_kernels import CpuKernels, Sizes, make_scan
 from quartermap_deploy.native.errors import PluginError
-from quartermap_deploy.native.library import CPU, PLUGIN, check_bytes, inspect
+from quartermap_deploy.native.library import CPU, PLUGIN, check_bytes, inspect, served_tensorrt
 from quartermap_deploy.native.library_format import FormatError, check_format
 
 # File formats -----------------------------------------------------------------------------------------------------
@@ -204,7 +216,7 @@ def test_what_cmake_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, words in (("79", "80 or newer, found 79"), ("8", "no CUDA architecture"), ("90b", "no CUDA")):
         with pytest.raises(PluginError, match=words):
             build._definitions(BuildOptions(cuda_architectures=(name,)))
-    monkeypatch.setattr(build.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(build.shutil, "which", {"ninja": "/bin/ninja"}.get)
     assert build._definitions(BuildOptions())[1:3] == ["-G", "Ninja"]
     assert BuildOptions().library == "libquartermap_plugin.so"
     assert BuildOptions(kernels_only=True).library == "libquartermap_kernels.so"
@@ -217,7 +229,7 @@ def test_nvcc_is_looked_for_in_this_order(tmp_path: Path, monkeypatch: pytest.Mo
         places[name] = tmp_path / name / "nvcc"
         places[name].touch()
     monkeypatch.setenv("CUDACXX", str(places["named"]))
-    monkeypatch.setattr(build.shutil, "which", lambda name: str(places["path"]))
+    monkeypatch.setattr(build.shutil, "which", {"nvcc": str(places["path"])}.get)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("CUDA_PATH", raising=False)
     monkeypatch.setattr(build, "NVCC_PLACES", (str(places["usual"]), str(places["later"])))
@@ -230,6 +242,65 @@ def test_nvcc_is_looked_for_in_this_order(tmp_path: Path, monkeypatch: pytest.Mo
     assert find_nvcc() is None
     monkeypatch.setenv("CUDA_PATH", str(tmp_path / "home"))
     assert find_nvcc() == str(places["home/bin"])
+
+
+def test_cmake_is_looked_for_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.shutil, "which", {"cmake": "/bin/cmake"}.get)
+    assert build._cmake() == "/bin/cmake"
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"needs CMake 3\.24 or newer.*pip install cmake"):
+        build._cmake()
+    monkeypatch.setattr(build, "find_nvcc", lambda: "/cuda/nvcc")
+    assert build._nvcc() == "/cuda/nvcc"
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    with pytest.raises(MissingDependencyError, match=r"needs nvcc .* set CUDA_HOME"):
+        build._nvcc()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+def test_sources_lie_in_the_package_or_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package, beside = tmp_path / "real" / "quartermap_deploy", tmp_path / "real" / "plugins"
+    (package / "native").mkdir(parents=True)
+    (tmp_path / "linked").symlink_to(package, target_is_directory=True)
+    monkeypatch.setattr(build, "__file__", str(tmp_path / "linked" / "native" / "build.py"))
+    with pytest.raises(PluginError, match="brings no plugin sources; install it anew with pip"):
+        plugin_sources()
+    for folder in (beside, package / "_plugins"):
+        folder.mkdir()
+        with pytest.raises(PluginError) if folder == beside else contextlib.nullcontext():
+            assert plugin_sources() == beside
+        (folder / "CMakeLists.txt").touch()
+        assert plugin_sources() == folder
+
+
+def test_the_cpu_librarys_sources_are_all_of_its_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "plugins"
+    for folder in ("kernels/include/quartermap", "kernels/cpu/deeper", "onnxruntime", "tensorrt"):
+        (root / folder).mkdir(parents=True)
+    monkeypatch.setattr(cpu_build, "plugin_sources", lambda: root)
+    with pytest.raises(PluginError, match="brings no sources of the CPU library"):
+        cpu_build.cpu_sources()
+    head = root / "kernels/include/quartermap/cpu_scan.h"
+    head.touch()
+    with pytest.raises(PluginError, match="brings no sources of the CPU library"):
+        cpu_build.cpu_sources()
+    own = ["kernels/cpu/a.cpp", "kernels/cpu/b.h", "onnxruntime/c.cpp"]
+    others = [
+        "kernels/cpu/notes.md",
+        "kernels/include/quartermap/other.h",
+        "tensorrt/d.cpp",
+        "onnxruntime/e.txt",
+    ]
+    for name in (*own, *others):
+        (root / name).touch()
+    names = [*own[:2], "kernels/include/quartermap/cpu_scan.h", own[2]]
+    assert cpu_build.cpu_sources() == {name: root / name for name in names}
+    assert list(cpu_build.cpu_sources()) == names
+    head.unlink()
+    with pytest.raises(PluginError, match="brings no sources of the CPU library"):
+        cpu_build.cpu_sources()
 
 
 def test_the_lines_around_the_first_error_are_shown_or_the_last_ones() -> None:
@@ -299,6 +370,138 @@ def test_a_registry_has_to_list_the_plugin_with_its_fields() -> None:
         check._compare((), Path("p.so"))
     with pytest.raises(PluginError, match=r"registers \[Creator"):
         check._compare((other,), Path("p.so"))
+
+
+def test_a_plugin_library_is_reported_by_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    contract: dict[str, Any] = {"kernels": 1}
+    both = {"getCreators": None, "setLoggerFinder": None}
+    asked: list[Any] = []
+
+    def checked(build_: dict[str, Any] | None, exported: Any, module: Any = None) -> check.PluginReport:
+        own = dict(contract) if build_ is None else {**contract, "build": build_}
+        monkeypatch.setattr(check, "load", lambda path: SimpleNamespace(**dict.fromkeys(exported)))
+        monkeypatch.setattr(check, "describe", lambda library, path: own)
+        monkeypatch.setattr(check, "differences", lambda found: [] if found == contract else ["other"])
+        monkeypatch.setattr(check, "_first_module", lambda: module)
+        return check.check_plugin(Path("p.so"))
+
+    def registered(*given: Any) -> tuple[check.Creator, ...]:
+        asked.append(given)
+        return (check.Creator("SelectiveScan2D", "1", "quartermap", ()),)
+
+    monkeypatch.setattr(check, "_registered", registered)
+    monkeypatch.setattr(check, "_compare", lambda *given: asked.append(given))
+    found = checked(None, both)
+    assert found.to_dict() == {
+        "path": "p.so",
+        "contract": contract,
+        "build": {},
+        "registry": None,
+        "creators": (),
+        "note": "kernels only: this library holds no TensorRT plugin",
+    }
+    served = {"tensorrt": ["10"]}
+    for exported in ((), ("getCreators",), ("setLoggerFinder",)):
+        with pytest.raises(PluginError, match=r"p\.so does not export getCreators and setLoggerFinder"):
+            checked(served, exported)
+    found = checked(served, both)
+    assert (found.build, found.registry, found.creators, found.note) == (
+        served,
+        None,
+        (),
+        check.WITHOUT_REGISTRY,
+    )
+    assert asked == []
+    module = SimpleNamespace(__name__="tensorrt", __version__="10.9")
+    found = checked(served, both, module)
+    assert (found.contract, found.build, found.note) == (contract, served, None)
+    assert found.registry == "tensorrt 10.9" and [item.name for item in found.creators] == ["SelectiveScan2D"]
+    assert asked == [(module, Path("p.so")), (found.creators, Path("p.so"))]
+    contract["kernels"] = 2
+    monkeypatch.setattr(check, "describe", lambda library, path: {"kernels": 3})
+    with pytest.raises(
+        PluginError, match=r"(?s)does not fit this release.*quartermap plugin build\n  other$"
+    ):
+        check.check_plugin(Path("p.so"))
+
+
+def test_which_tensorrt_a_library_serves() -> None:
+    path = Path("p.so")
+    assert served_tensorrt({}, path) == () == served_tensorrt({"tensorrt": []}, path)
+    assert served_tensorrt({"tensorrt": ["10", "rtx"]}, path) == ("10", "rtx")
+    for found in ("10", 10, [10], ["10", 11], {"10": 1}):
+        with pytest.raises(PluginError, match=r"p\.so"):
+            served_tensorrt({"tensorrt": found}, path)
+
+
+def test_the_cuda_library_is_looked_for_where_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUARTERMAP_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("QUARTERMAP_NATIVE_CUDA", raising=False)
+    none = "no CUDA library was built here: quartermap native build --cuda"
+    assert cuda_library.find_cuda_library() == cuda_library.CudaSearch(None, none)
+    for named, summary in (
+        ("0", "the CUDA library is turned off by QUARTERMAP_NATIVE_CUDA=0"),
+        ("lib.so", "QUARTERMAP_NATIVE_CUDA is 'lib.so'; expected 0, or a path from / on"),
+    ):
+        monkeypatch.setenv("QUARTERMAP_NATIVE_CUDA", named)
+        assert cuda_library.find_cuda_library() == cuda_library.CudaSearch(None, summary)
+    monkeypatch.setenv("QUARTERMAP_NATIVE_CUDA", str(tmp_path / "none.so"))
+    found = cuda_library.find_cuda_library()
+    assert found.library is None and str(tmp_path / "none.so") in found.summary
+    whole = cuda_library.CudaLibrary(tmp_path / "a.so", "13.0", "90")
+    monkeypatch.setattr(cuda_library, "load_cuda_library", lambda path: whole)
+    assert cuda_library.find_cuda_library() == cuda_library.CudaSearch(whole, str(tmp_path / "a.so"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders are private by their mode")
+def test_the_cuda_library_is_built_as_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUARTERMAP_HOME", str(tmp_path / "home"))
+    given: list[Any] = []
+
+    def built(output: Path, options: BuildOptions, **more: Any) -> Path:
+        given.append((options, more))
+        output.mkdir(exist_ok=True)
+        (output / "made.so").write_bytes(b"library")
+        return output / "made.so"
+
+    monkeypatch.setattr(cuda_library, "build_plugin", built)
+    more = {"progress": object(), "on_output": print}
+    made = cuda_library.build_cuda_library(tmp_path / "out", ("80", "90"), **more)  # type: ignore[arg-type]
+    assert made == tmp_path / "out" / "made.so"
+    kept = cuda_library.build_cuda_library(None, ("120",), **more)  # type: ignore[arg-type]
+    assert kept.read_bytes() == b"library" and kept == cuda_library._cached()
+    assert kept.is_relative_to(tmp_path / "home") and stat.S_IMODE(kept.stat().st_mode) == 0o700
+    for folder in (kept.parent, kept.parents[1], kept.parents[2]):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    options = [BuildOptions(onnxruntime=True, cuda_architectures=names) for names in (("80", "90"), ("120",))]
+    assert given == [(each, more) for each in options]
+
+
+def test_cpu_libraries_are_tried_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "quartermap_deploy"
+    (package / "_native").mkdir(parents=True)
+    monkeypatch.setattr(cpu_library, "__file__", str(package / "native" / "cpu_library.py"))
+    monkeypatch.setattr(cpu_library, "built_libraries", lambda: [tmp_path / "a", tmp_path / "b"])
+    built = [("built here", tmp_path / "a"), ("built here", tmp_path / "b")]
+    carried = package / "_native" / cpu_build.CPU_LIBRARY
+
+    def places(named: str) -> tuple[list[Any], list[tuple[str, str]]]:
+        refused: list[tuple[str, str]] = []
+        monkeypatch.setenv("QUARTERMAP_NATIVE", named)
+        return list(cpu_library._places(refused)), refused
+
+    assert places("") == (built, []) == places("1")
+    assert places("/own.so") == ([("QUARTERMAP_NATIVE", Path("/own.so")), *built], [])
+    words = "QUARTERMAP_NATIVE is 'own.so'; expected 0, 1, or the path of a library from / on"
+    assert places("own.so") == (built, [("QUARTERMAP_NATIVE", words)])
+    carried.touch()
+    assert places("/own.so")[0] == [("QUARTERMAP_NATIVE", Path("/own.so")), ("wheel", carried), *built]
+    os.utime(carried, ns=(5, 7))
+    assert cpu_library._changed(carried) == 7 and cpu_library._changed(tmp_path / "none") == 0
 
 
 def test_the_cpu_librarys_contract_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -451,3 +654,67 @@ def test_a_scan_is_told_to_the_kernels() -> None:
     assert (scan.softplus, scan.element_type, scan.threads) == (0, 2, 4)
     assert make_scan(Sizes(1, 1, 1, 1, 1, 1), ("row",), True, "float32").softplus == 1
     assert isinstance(scan, ctypes.Structure)
+
+
+TINY = """
+#include <stdint.h>
+#include <stddef.h>
+typedef struct { int64_t sizes[7]; int32_t const* directions; int32_t count, softplus, type, threads; } Scan;
+static char const* chosen = "wide";
+static int with_team;
+char const* quartermap_cpu_message(int32_t status) { return status == 4 ? "too large" : with_team ? "team" : "other"; }
+char const* quartermap_cpu_contract(void) { return "{}"; }
+char const* quartermap_cpu_instruction_set(void) { return chosen; }
+uint32_t quartermap_cpu_version(void) { return 4000000000u; }
+int32_t quartermap_cpu_choose(char const* name)
+{
+    if (name && *name == 'n') return 7;
+    chosen = name ? "named" : "best";
+    return 0;
+}
+int32_t quartermap_cpu_by_team(void* pool, void* task, void* argument, size_t count) { return 0; }
+int32_t quartermap_cpu_scan(Scan const* scan, void* const* tensors, void* parallel, void* pool)
+{
+    with_team = parallel != NULL && pool != NULL;
+    if (scan == NULL) return 5;
+    for (int place = 0; place < 9; ++place)
+        if (tensors[place] != (void*)(intptr_t)(place == 5 ? 0 : 8 * (place + 1))) return 6;
+    return (int32_t)scan->sizes[0];
+}
+"""
+"""A library of the same interface that scans nothing: it returns the batch as the status, or 6 for other addresses."""
+
+
+def test_a_library_is_called_with_addresses_and_its_words_are_an_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None or sys.platform == "win32":
+        pytest.skip("there is no C compiler")
+    (tmp_path / "tiny.c").write_text(TINY)
+    command = [compiler, "-shared", "-fPIC", str(tmp_path / "tiny.c"), "-o", str(tmp_path / "tiny.so")]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    monkeypatch.chdir(tmp_path)
+    kernels = CpuKernels.load(Path("tiny.so"))
+    assert kernels.version == 4_000_000_000 and kernels.message(4) == "too large"
+    assert kernels.instruction_set == "wide" and kernels.choose("some") and kernels.instruction_set == "named"
+    assert not kernels.choose("none") and kernels.instruction_set == "named"
+    assert kernels.choose(None) and kernels.instruction_set == "best"
+    places = ("x", "dt", "B", "C", "A", "D", "dt_bias", "dt_weight", "y")
+    addresses = {name: 8 * (place + 1) for place, name in enumerate(places) if name != "D"}
+    start = ctypes.cast(ctypes.CFUNCTYPE(None)(lambda: None), ctypes.c_void_p).value
+    for threads, team in ((1, None), (4, None), (1, start), (4, start)):
+        monkeypatch.setattr(cpu_kernels, "team_start", lambda team=team: team)
+
+        def scan(batch: int, threads: int = threads) -> None:
+            kernels.scan(
+                make_scan(Sizes(batch, 1, 1, 1, 1, 1), ("row",), True, "float32", threads), addresses
+            )
+
+        scan(0)
+        with pytest.raises(PluginError, match=r"^selective scan: too large$"):
+            scan(4)
+        words = "team" if threads > 1 and team is not None else "other"
+        with pytest.raises(PluginError, match=f"^selective scan: {words}$"):
+            scan(1)
+    assert kernels.status(None, None) == 5
