@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from quartermap_deploy.lowering.operator import DIRECTIONS
 from quartermap_deploy.passes import lower
-from quartermap_deploy.passes.recovery import apart
+from quartermap_deploy.passes.recovery import apart, probing_sizes
 from quartermap_deploy.passes.recovery.checking import check_replacement
 from quartermap_deploy.passes.recovery.concrete import Concrete, concrete_graph
 from quartermap_deploy.passes.recovery.folding import _FAST, evaluated
@@ -332,6 +332,45 @@ def test_scattering_that_adds_up_is_no_move() -> None:
 
 
 # Sizes to look at -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("divisor", "sides"),
+    [
+        (32, [(64, 96), (96, 160)]),
+        (64, [(128, 192), (192, 256)]),
+        (128, [(256, 384)]),
+        (224, [(224, 448), (448, 224)]),
+        (28, [(224, 448), (448, 224)]),
+        (8, [(64, 96), (96, 160)]),
+    ],
+)
+def test_sizes_are_multiples_of_what_models_divide_by(divisor: int, sides: list[tuple[int, int]]) -> None:
+    """Windows of so many rows and columns take multiples of them alone; where only one size fits, it is no proof."""
+    text = f"""
+    agraph (float[1, 3, height, width] x) => (float[] y)
+    <int64[1] two = {{2}}, int64[1] three = {{3}}, int64[1] zero = {{0}}, int64[1] one = {{1}},
+     int64[4] windows = {{0, 3, -1, {divisor}}}>
+    {{
+        row = Slice (x, zero, one, two)
+        column = Slice (x, zero, one, three)
+        rows = Reshape (row, windows)
+        columns = Reshape (column, windows)
+        y = Relu (x)
+    }}
+    """
+    index = GraphIndex(parsed(text))
+    if len(sides) < 2:
+        with pytest.raises(Refused):
+            probing_graphs(index)
+    else:
+        assert [each.sizes["x"] for each in probing_graphs(index)] == [(1, 3, *both) for both in sides]
+
+
+def test_all_sizes_that_are_tried_tell_rows_from_columns_and_halve_often() -> None:
+    for height, width in probing_sizes._SIDES:
+        assert height != width
+        assert all(side % 32 == 0 or side % 28 == 0 for side in (height, width))
 
 
 def test_open_graphs_are_looked_at_in_two_sizes_of_unequal_sides() -> None:
