@@ -51,6 +51,8 @@ from quartermap_deploy.pruning.plan import Subsample
 
 sink = importlib.import_module("quartermap_deploy.passes.sink_resize")
 """The module: the package has the function of its name."""
+hoist_slice_module = importlib.import_module("quartermap_deploy.passes.hoist_slice")
+"""The module, likewise."""
 
 HEADER = '<ir_version: 10, opset_import: ["" : 20, "quartermap" : 1]>\n'
 
@@ -819,6 +821,23 @@ def test_what_is_flattened_behind_stands_before_who_reads_it() -> None:
     """)
     after = infer_shapes(gs.export_onnx(graph))
     assert np.array_equal(run(after, {"x": x})["y"], run(before, {"x": x})["y"])
+
+
+def test_which_convolution_an_activation_is_of() -> None:
+    made = nodes_of("""
+    agraph (float[2, 6, 4, 5] x) => (float[] y) <float[6, 1, 3, 3] w>
+    {
+        c = Conv <group = 6> (x, w)  gate = Sigmoid (c)  silu = Mul (c, gate)  turned = Mul (gate, c)
+        other = Mul (c, c)  bent = Tanh (c)  softer = Mul (c, bent)  strange = Sigmoid (bent)  apart = Mul (c, strange)
+        of_input = Sigmoid (x)  without = Mul (x, of_input)  relu = Relu (c)  of_relu = Sigmoid (relu)
+        behind = Mul (relu, of_relu)
+        y = Neg (c)
+    }
+    """)
+    found = {name: hoist_slice_module._before_activation(node) for name, node in made.items()}
+    assert {name for name, conv in found.items() if conv is made["c"]} == {"c", "silu", "turned"}
+    assert all(conv is None for name, conv in found.items() if name not in ("c", "silu", "turned"))
+    assert hoist_slice_module._before_activation(None) is None
 
 
 def test_a_convolution_without_activation_may_read_what_others_read_too() -> None:
