@@ -250,6 +250,62 @@ def test_nvcc_is_looked_for_in_this_order(tmp_path: Path, monkeypatch: pytest.Mo
     assert find_nvcc() == str(places["home/bin"])
 
 
+def test_a_plugin_is_configured_then_compiled_then_put_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is run, in its order, by commands that only take note; an error of either keeps the old library."""
+    ran: list[list[str]] = []
+    code = 0
+
+    def run(command: list[str], say: Any) -> tuple[list[str], int]:
+        ran.append(command)
+        say("compiling")
+        (Path(command[2]) / BuildOptions(kernels_only=True).library).write_bytes(b"new")
+        return ["x.cpp:1: error: no"], code
+
+    monkeypatch.setattr(build, "_cmake", lambda: "/bin/cmake")
+    monkeypatch.setattr(build, "_nvcc", lambda: "/cuda/nvcc")
+    monkeypatch.setattr(build, "plugin_sources", lambda: Path("/sources"))
+    monkeypatch.setattr(build, "_configure", lambda command, say: ran.append(command))
+    monkeypatch.setattr(build, "_run", run)
+    said: list[str] = []
+    options = BuildOptions(kernels_only=True, emulation=True)
+    made = build.build_plugin(tmp_path / "out", options, on_output=said.append)
+    assert (
+        made == tmp_path / "out" / options.library and made.read_bytes() == b"new" and said == ["compiling"]
+    )
+    configured, compiled = ran
+    assert configured[:3] == ["/bin/cmake", "-S", "/sources"] and configured[-2] == "-B"
+    assert configured[3:-2] == build._definitions(options)
+    folder, jobs = configured[-1], str(os.cpu_count() or 1)
+    assert compiled == ["/bin/cmake", "--build", folder, "--target", "quartermap_plugin", "--parallel", jobs]
+    assert not Path(folder).exists()
+    code = 1
+    made.write_bytes(b"old")
+    with pytest.raises(PluginError, match=r"(?s)could not be compiled:\n.*x\.cpp:1: error: no"):
+        build.build_plugin(tmp_path / "out", options)
+    assert made.read_bytes() == b"old"
+    # Without options it is the plugin for CUDA, which these commands did not make.
+    code = 0
+    with pytest.raises((PluginError, OSError)):
+        build.build_plugin(tmp_path / "out")
+    assert "-DCMAKE_CUDA_COMPILER=/cuda/nvcc" in ran[-2] and "-DQUARTERMAP_KERNELS_ONLY=ON" not in ran[-2]
+
+
+def test_errors_of_a_registry_are_kept_but_for_that_of_the_driver() -> None:
+    """Of TensorRT only the names of a logger are needed: a base class and its severities."""
+
+    class ILogger:
+        INTERNAL_ERROR, ERROR, WARNING, INFO = range(4)
+
+    logger = check._recording_logger(SimpleNamespace(ILogger=ILogger))
+    assert isinstance(logger, ILogger) and logger.errors == []
+    for severity, message in enumerate(("internal", "error", "warning", "info")):
+        logger.log(severity, message)
+    logger.log(ILogger.ERROR, "the CUDA driver was not found")
+    assert logger.errors == ["internal", "error"]
+
+
 def test_cmake_is_looked_for_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build.shutil, "which", {"cmake": "/bin/cmake"}.get)
     assert build._cmake() == "/bin/cmake"
@@ -724,6 +780,8 @@ def test_a_scan_is_told_to_the_kernels() -> None:
     assert [scan.directions[place] for place in range(scan.direction_count)] == [0, 3, 1]
     assert (scan.softplus, scan.element_type, scan.threads) == (0, 2, 4)
     assert make_scan(Sizes(1, 1, 1, 1, 1, 1), ("row",), True, "float32").softplus == 1
+    for number, name in enumerate(("float32", "float16", "bfloat16", "float64")):
+        assert make_scan(Sizes(1, 1, 1, 1, 1, 1), ("row",), True, name).element_type == number
     assert isinstance(scan, ctypes.Structure)
 
 

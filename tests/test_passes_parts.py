@@ -749,6 +749,53 @@ def test_operators_without_a_name_cannot_be_named() -> None:
     assert report.operators == {"float32": 2}
 
 
+@pytest.mark.parametrize(
+    "moved",
+    [
+        "m = Flatten (a)",
+        "m = Gather (a, first)",
+        "m = Identity (a)",
+        "m = Reshape (a, shape)",
+        "m = Slice (a, zero, first)",
+        "m, rest = Split <num_outputs = 2> (a)",
+        "m = Squeeze (a, first)",
+        "m = Transpose (a)",
+        "m = Unsqueeze (a, first)",
+    ],
+)
+def test_what_only_moves_values_between_float32_operators_stays_float32(moved: str) -> None:
+    text = f"""
+    agraph (float[2, 1, 4] x) => (float[] y) <int64[1] zero = {{0}}, int64[1] first = {{1}}, int64[2] shape = {{4, 2}}>
+    {{ a = Exp (x)  {moved}  b = Exp (m)  y = Neg (b) }}
+    """
+    _, report = cast_precision(parsed(text), "float16", keep_float32=["a", "b"])
+    assert report.operators == {"float32": 4} and report.casts == 0
+    # An operator that makes new numbers takes the type.
+    new = text.replace(moved, "m = Sin (a)")
+    _, report = cast_precision(parsed(new), "float16", keep_float32=[])
+    assert report.operators == {"float16": 4}
+
+
+def test_casts_are_named_after_the_value_and_the_type() -> None:
+    model = parsed(
+        "agraph (float[2] x) => (float[2] y) { a = Relu (x)  b = Exp (a)  c = Sin (b)  y = Neg (c) }"
+    )
+
+    def casts(kept: str, io: Any) -> list[tuple[str, ...]]:
+        typed, _ = cast_precision(model, "float16", keep_float32=[kept], io=io)
+        nodes = [node for node in typed.graph.node if node.op_type == "Cast"]
+        return [(node.name, *node.input, *node.output) for node in nodes]
+
+    assert casts("a", "float32") == [
+        ("b/to_float16", "b", "b/to_float16"),
+        ("y/float16/to_float32", "y/float16", "y"),
+    ]
+    assert casts("c", "same") == [
+        ("b/to_float32", "b", "b/to_float32"),
+        ("y/float32/to_float16", "y/float32", "y"),
+    ]
+
+
 def test_constants_of_a_shape_have_one_element_of_the_type() -> None:
     text = """
     agraph (float[2, 3] x) => (float[2, 3] y)
