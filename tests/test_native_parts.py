@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import stat
 import struct
@@ -517,6 +518,34 @@ def test_the_cuda_library_is_looked_for_where_the_environment_says(
     assert cuda_library.find_cuda_library() == cuda_library.CudaSearch(whole, str(tmp_path / "a.so"))
 
 
+def test_a_cuda_library_is_taken_that_fits_this_release_and_was_made_for_gpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def loaded(build_: dict[str, Any] | None, *wrong: str, exported: str = "RegisterCustomOps") -> Any:
+        contract: dict[str, Any] = {"kernels": 1} if build_ is None else {"kernels": 1, "build": build_}
+        monkeypatch.setattr(cuda_library, "load", lambda path, kind: SimpleNamespace(**{exported: None}))
+        monkeypatch.setattr(cuda_library, "describe", lambda library, path, kind: contract)
+        monkeypatch.setattr(
+            cuda_library, "differences", lambda found: list(wrong) if found == {"kernels": 1} else ["build"]
+        )
+        return cuda_library.load_cuda_library(Path("/a.so"))
+
+    assert loaded({"cuda": "13.0", "architectures": "80,90"}) == cuda_library.CudaLibrary(
+        Path("/a.so"), "13.0", "80,90"
+    )
+    with pytest.raises(
+        PluginError, match=r"^/a\.so holds kernels or a TensorRT plugin, and no operator of ONNX"
+    ):
+        loaded({"cuda": "13.0"}, exported="getCreators")
+    with pytest.raises(PluginError, match=r"(?s)/a\.so does not fit this release.*--cuda\n  one\n  two$"):
+        loaded({"cuda": "13.0"}, "one", "two")
+    for build_ in (None, {}, {"cuda": None}, {"architectures": "80"}):
+        with pytest.raises(
+            PluginError, match=r"/a\.so runs its kernels on the CPU, which is for tests alone"
+        ):
+            loaded(build_)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="folders are private by their mode")
 def test_the_cuda_library_is_built_as_it_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -567,10 +596,12 @@ def test_cpu_libraries_are_tried_in_their_order(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_cpu_librarys_contract_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    header = (plugin_sources() / "kernels/include/quartermap/cpu_scan.h").read_text(encoding="utf-8")
+    (version,) = re.findall(r"#define QUARTERMAP_CPU_SCAN_VERSION (\d+)", header)
     monkeypatch.setattr(cpu_library, "sources_hash", lambda: "0123456789" * 6)
     same: dict[str, Any] = {
         "library": "quartermap_cpu",
-        "version": cpu_library.INTERFACE,
+        "version": int(version),
         "release": cpu_library.__version__,
         "sources": "0123456789" * 6,
         "instruction_sets": ["baseline"],
