@@ -134,7 +134,8 @@ def test_nodes_compute_as_in_onnx_runtime(
 
 GRAPH = """
 agraph (float[batch, 3, height, width] x) => (float[] y)
-<float[3] bias = {1, 2, 3}, int64[1] two = {2}, float half = {0.5}, float[1] nothing = {0}>
+<float[3] bias = {1, 2, 3}, float[1, 3] odds = {1, 2, 3}, int64[1] two = {2}, float half = {0.5},
+ float[1] nothing = {0}>
 {
     sizes = Shape (x)
     some = Shape <start = 1, end = 3> (x)
@@ -142,6 +143,9 @@ agraph (float[batch, 3, height, width] x) => (float[] y)
     doubled = Mul (some, two)
     dice = RandomUniform <shape = [2]> ()
     noisy = Add (dice, half)
+    coin = Bernoulli (bias)
+    drawn = Multinomial <sample_size = 2> (odds)
+    like = RandomNormalLike (bias)
     active = Relu (x)
     places = NonZero (active)
     y = Mul (active, half)
@@ -156,7 +160,7 @@ def test_sizes_are_numbers_and_data_is_not() -> None:
     assert graph.array("all").tolist() == 210 and graph.array("all").shape == ()
     assert graph.array("doubled").tolist() == [6, 10]
     fixed = {"sizes", "some", "all", "doubled", "bias", "half"}
-    names = [*fixed, "dice", "noisy", "active", "places", "y", "x"]
+    names = [*fixed, "dice", "noisy", "coin", "drawn", "like", "active", "places", "y", "x"]
     assert {name for name in names if graph.is_fixed(name)} == fixed
     assert graph.shape("active") == (2, 3, 5, 7) and graph.shape("bias") == (3,)
     assert (graph.element_type("active"), graph.element_type("two"), graph.element_type("what")) == (
