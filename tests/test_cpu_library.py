@@ -59,11 +59,6 @@ def test_what_is_built_describes_itself(cpu_library: Path) -> None:
         assert found.contract["instruction_sets"] == ["avx512", "avx2", "baseline"]
 
 
-def test_the_version_of_the_interface_is_that_of_the_header() -> None:
-    header = (plugin_sources() / "kernels/include/quartermap/cpu_scan.h").read_text(encoding="utf-8")
-    assert re.findall(r"#define QUARTERMAP_CPU_SCAN_VERSION (\d+)", header) == [str(INTERFACE)]
-
-
 def test_every_source_is_part_of_the_hash() -> None:
     names = set(cpu_sources())
     assert {"kernels/cpu/avx512.cpp", "onnxruntime/registration.cpp", "kernels/cpu/simd.h"} <= names

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import hashlib
+import json
 import os
 import platform
+import re
+import shutil
 import stat
 import struct
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from quartermap_deploy.errors import MissingDependencyError
-from quartermap_deploy.native import build, check, cpu_build, cpu_library, library_format
-from quartermap_deploy.native.build import BuildOptions, find_nvcc, important_lines
+from quartermap_deploy.native import (
+    build,
+    check,
+    cpu_build,
+    cpu_kernels,
+    cpu_library,
+    cuda_library,
+    library_format,
+    store,
+)
+from quartermap_deploy.native.build import BuildOptions, find_nvcc, important_lines, plugin_sources
 from quartermap_deploy.native.contract import CONTRACT, differences
 from quartermap_deploy.native.cpu_build import Compiler, CpuBuildOptions, find_compiler
-from quartermap_deploy.native.cpu_kernels import Sizes, make_scan
+from quartermap_deploy.native.cpu_kernels import CpuKernels, Sizes, make_scan
 from quartermap_deploy.native.errors import PluginError
-from quartermap_deploy.native.library import CPU, PLUGIN, check_bytes, inspect
+from quartermap_deploy.native.library import CPU, PLUGIN, check_bytes, inspect, served_tensorrt
 from quartermap_deploy.native.library_format import FormatError, check_format
 
 # File formats -----------------------------------------------------------------------------------------------------
@@ -72,7 +89,9 @@ def test_an_elf_library_ends_where_its_last_table_or_segment_does() -> None:
     # So may those of segments, where the file is cut off within them.
     with pytest.raises(FormatError, match="it has 100 bytes of 176"):
         check_format(two[:100])
+    # Without segments their headers' size says nothing.
     check_format(elf([]))
+    check_format(elf([], header=0))
 
 
 @pytest.mark.usefixtures("on_linux_x86")
@@ -204,7 +223,7 @@ def test_what_cmake_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, words in (("79", "80 or newer, found 79"), ("8", "no CUDA architecture"), ("90b", "no CUDA")):
         with pytest.raises(PluginError, match=words):
             build._definitions(BuildOptions(cuda_architectures=(name,)))
-    monkeypatch.setattr(build.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(build.shutil, "which", {"ninja": "/bin/ninja"}.get)
     assert build._definitions(BuildOptions())[1:3] == ["-G", "Ninja"]
     assert BuildOptions().library == "libquartermap_plugin.so"
     assert BuildOptions(kernels_only=True).library == "libquartermap_kernels.so"
@@ -217,7 +236,7 @@ def test_nvcc_is_looked_for_in_this_order(tmp_path: Path, monkeypatch: pytest.Mo
         places[name] = tmp_path / name / "nvcc"
         places[name].touch()
     monkeypatch.setenv("CUDACXX", str(places["named"]))
-    monkeypatch.setattr(build.shutil, "which", lambda name: str(places["path"]))
+    monkeypatch.setattr(build.shutil, "which", {"nvcc": str(places["path"])}.get)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("CUDA_PATH", raising=False)
     monkeypatch.setattr(build, "NVCC_PLACES", (str(places["usual"]), str(places["later"])))
@@ -230,6 +249,121 @@ def test_nvcc_is_looked_for_in_this_order(tmp_path: Path, monkeypatch: pytest.Mo
     assert find_nvcc() is None
     monkeypatch.setenv("CUDA_PATH", str(tmp_path / "home"))
     assert find_nvcc() == str(places["home/bin"])
+
+
+def test_a_plugin_is_configured_then_compiled_then_put_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is run, in its order, by commands that only take note; an error of either keeps the old library."""
+    ran: list[list[str]] = []
+    code = 0
+
+    def run(command: list[str], say: Any) -> tuple[list[str], int]:
+        ran.append(command)
+        say("compiling")
+        (Path(command[2]) / BuildOptions(kernels_only=True).library).write_bytes(b"new")
+        return ["x.cpp:1: error: no"], code
+
+    monkeypatch.setattr(build, "_cmake", lambda: "/bin/cmake")
+    monkeypatch.setattr(build, "_nvcc", lambda: "/cuda/nvcc")
+    monkeypatch.setattr(build, "plugin_sources", lambda: Path("/sources"))
+    monkeypatch.setattr(build, "_configure", lambda command, say: ran.append(command))
+    monkeypatch.setattr(build, "_run", run)
+    said: list[str] = []
+    options = BuildOptions(kernels_only=True, emulation=True)
+    made = build.build_plugin(tmp_path / "out", options, on_output=said.append)
+    assert (
+        made == tmp_path / "out" / options.library and made.read_bytes() == b"new" and said == ["compiling"]
+    )
+    configured, compiled = ran
+    assert configured[:3] == ["/bin/cmake", "-S", "/sources"] and configured[-2] == "-B"
+    assert configured[3:-2] == build._definitions(options)
+    folder, jobs = configured[-1], str(os.cpu_count() or 1)
+    assert compiled == ["/bin/cmake", "--build", folder, "--target", "quartermap_plugin", "--parallel", jobs]
+    assert not Path(folder).exists()
+    code = 1
+    made.write_bytes(b"old")
+    with pytest.raises(PluginError, match=r"(?s)could not be compiled:\n.*x\.cpp:1: error: no"):
+        build.build_plugin(tmp_path / "out", options)
+    assert made.read_bytes() == b"old"
+    # Without options it is the plugin for CUDA, which these commands did not make.
+    code = 0
+    with pytest.raises((PluginError, OSError)):
+        build.build_plugin(tmp_path / "out")
+    assert "-DCMAKE_CUDA_COMPILER=/cuda/nvcc" in ran[-2] and "-DQUARTERMAP_KERNELS_ONLY=ON" not in ran[-2]
+
+
+def test_errors_of_a_registry_are_kept_but_for_that_of_the_driver() -> None:
+    """Of TensorRT only the names of a logger are needed: a base class and its severities."""
+
+    class ILogger:
+        INTERNAL_ERROR, ERROR, WARNING, INFO = range(4)
+
+    logger = check._recording_logger(SimpleNamespace(ILogger=ILogger))
+    assert isinstance(logger, ILogger) and logger.errors == []
+    for severity, message in enumerate(("internal", "error", "warning", "info")):
+        logger.log(severity, message)
+    logger.log(ILogger.ERROR, "the CUDA driver was not found")
+    assert logger.errors == ["internal", "error"]
+
+
+def test_cmake_is_looked_for_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.shutil, "which", {"cmake": "/bin/cmake"}.get)
+    assert build._cmake() == "/bin/cmake"
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"needs CMake 3\.24 or newer.*pip install cmake"):
+        build._cmake()
+    monkeypatch.setattr(build, "find_nvcc", lambda: "/cuda/nvcc")
+    assert build._nvcc() == "/cuda/nvcc"
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    with pytest.raises(MissingDependencyError, match=r"needs nvcc .* set CUDA_HOME"):
+        build._nvcc()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+def test_sources_lie_in_the_package_or_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package, beside = tmp_path / "real" / "quartermap_deploy", tmp_path / "real" / "plugins"
+    (package / "native").mkdir(parents=True)
+    (tmp_path / "linked").symlink_to(package, target_is_directory=True)
+    monkeypatch.setattr(build, "__file__", str(tmp_path / "linked" / "native" / "build.py"))
+    with pytest.raises(PluginError, match="brings no plugin sources; install it anew with pip"):
+        plugin_sources()
+    for folder in (beside, package / "_plugins"):
+        folder.mkdir()
+        with pytest.raises(PluginError) if folder == beside else contextlib.nullcontext():
+            assert plugin_sources() == beside
+        (folder / "CMakeLists.txt").touch()
+        assert plugin_sources() == folder
+
+
+def test_the_cpu_librarys_sources_are_all_of_its_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "plugins"
+    for folder in ("kernels/include/quartermap", "kernels/cpu/deeper", "onnxruntime", "tensorrt"):
+        (root / folder).mkdir(parents=True)
+    monkeypatch.setattr(cpu_build, "plugin_sources", lambda: root)
+    with pytest.raises(PluginError, match="brings no sources of the CPU library"):
+        cpu_build.cpu_sources()
+    head = root / "kernels/include/quartermap/cpu_scan.h"
+    head.touch()
+    with pytest.raises(PluginError, match="brings no sources of the CPU library"):
+        cpu_build.cpu_sources()
+    own = ["kernels/cpu/a.cpp", "kernels/cpu/b.h", "onnxruntime/c.cpp"]
+    others = [
+        "kernels/cpu/notes.md",
+        "kernels/include/quartermap/other.h",
+        "tensorrt/d.cpp",
+        "onnxruntime/e.txt",
+    ]
+    for name in (*own, *others):
+        (root / name).touch()
+    names = [*own[:2], "kernels/include/quartermap/cpu_scan.h", own[2]]
+    assert cpu_build.cpu_sources() == {name: root / name for name in names}
+    assert list(cpu_build.cpu_sources()) == names
+    head.unlink()
+    with pytest.raises(PluginError, match="brings no sources of the CPU library"):
+        cpu_build.cpu_sources()
 
 
 def test_the_lines_around_the_first_error_are_shown_or_the_last_ones() -> None:
@@ -301,11 +435,173 @@ def test_a_registry_has_to_list_the_plugin_with_its_fields() -> None:
         check._compare((other,), Path("p.so"))
 
 
+def test_a_plugin_library_is_reported_by_what_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    contract: dict[str, Any] = {"kernels": 1}
+    both = {"getCreators": None, "setLoggerFinder": None}
+    asked: list[Any] = []
+
+    def checked(build_: dict[str, Any] | None, exported: Any, module: Any = None) -> check.PluginReport:
+        own = dict(contract) if build_ is None else {**contract, "build": build_}
+        monkeypatch.setattr(check, "load", lambda path: SimpleNamespace(**dict.fromkeys(exported)))
+        monkeypatch.setattr(check, "describe", lambda library, path: own)
+        monkeypatch.setattr(check, "differences", lambda found: [] if found == contract else ["other"])
+        monkeypatch.setattr(check, "_first_module", lambda: module)
+        return check.check_plugin(Path("p.so"))
+
+    def registered(*given: Any) -> tuple[check.Creator, ...]:
+        asked.append(given)
+        return (check.Creator("SelectiveScan2D", "1", "quartermap", ()),)
+
+    monkeypatch.setattr(check, "_registered", registered)
+    monkeypatch.setattr(check, "_compare", lambda *given: asked.append(given))
+    found = checked(None, both)
+    assert found.to_dict() == {
+        "path": "p.so",
+        "contract": contract,
+        "build": {},
+        "registry": None,
+        "creators": (),
+        "note": "kernels only: this library holds no TensorRT plugin",
+    }
+    served = {"tensorrt": ["10"]}
+    for exported in ((), ("getCreators",), ("setLoggerFinder",)):
+        with pytest.raises(PluginError, match=r"p\.so does not export getCreators and setLoggerFinder"):
+            checked(served, exported)
+    found = checked(served, both)
+    assert (found.build, found.registry, found.creators, found.note) == (
+        served,
+        None,
+        (),
+        check.WITHOUT_REGISTRY,
+    )
+    assert asked == []
+    module = SimpleNamespace(__name__="tensorrt", __version__="10.9")
+    found = checked(served, both, module)
+    assert (found.contract, found.build, found.note) == (contract, served, None)
+    assert found.registry == "tensorrt 10.9" and [item.name for item in found.creators] == ["SelectiveScan2D"]
+    assert asked == [(module, Path("p.so")), (found.creators, Path("p.so"))]
+    contract["kernels"] = 2
+    monkeypatch.setattr(check, "describe", lambda library, path: {"kernels": 3})
+    with pytest.raises(
+        PluginError, match=r"(?s)does not fit this release.*quartermap plugin build\n  other$"
+    ):
+        check.check_plugin(Path("p.so"))
+
+
+def test_which_tensorrt_a_library_serves() -> None:
+    path = Path("p.so")
+    assert served_tensorrt({}, path) == () == served_tensorrt({"tensorrt": []}, path)
+    assert served_tensorrt({"tensorrt": ["10", "rtx"]}, path) == ("10", "rtx")
+    for found in ("10", 10, [10], ["10", 11], {"10": 1}):
+        with pytest.raises(PluginError, match=r"p\.so"):
+            served_tensorrt({"tensorrt": found}, path)
+
+
+def test_the_cuda_library_is_looked_for_where_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUARTERMAP_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("QUARTERMAP_NATIVE_CUDA", raising=False)
+    none = "no CUDA library was built here: quartermap native build --cuda"
+    assert cuda_library.find_cuda_library() == cuda_library.CudaSearch(None, none)
+    for named, summary in (
+        ("0", "the CUDA library is turned off by QUARTERMAP_NATIVE_CUDA=0"),
+        ("lib.so", "QUARTERMAP_NATIVE_CUDA is 'lib.so'; expected 0, or a path from / on"),
+    ):
+        monkeypatch.setenv("QUARTERMAP_NATIVE_CUDA", named)
+        assert cuda_library.find_cuda_library() == cuda_library.CudaSearch(None, summary)
+    monkeypatch.setenv("QUARTERMAP_NATIVE_CUDA", str(tmp_path / "none.so"))
+    found = cuda_library.find_cuda_library()
+    assert found.library is None and str(tmp_path / "none.so") in found.summary
+    whole = cuda_library.CudaLibrary(tmp_path / "a.so", "13.0", "90")
+    monkeypatch.setattr(cuda_library, "load_cuda_library", lambda path: whole)
+    assert cuda_library.find_cuda_library() == cuda_library.CudaSearch(whole, str(tmp_path / "a.so"))
+
+
+def test_a_cuda_library_is_taken_that_fits_this_release_and_was_made_for_gpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def loaded(build_: dict[str, Any] | None, *wrong: str, exported: str = "RegisterCustomOps") -> Any:
+        contract: dict[str, Any] = {"kernels": 1} if build_ is None else {"kernels": 1, "build": build_}
+        monkeypatch.setattr(cuda_library, "load", lambda path, kind: SimpleNamespace(**{exported: None}))
+        monkeypatch.setattr(cuda_library, "describe", lambda library, path, kind: contract)
+        monkeypatch.setattr(
+            cuda_library, "differences", lambda found: list(wrong) if found == {"kernels": 1} else ["build"]
+        )
+        return cuda_library.load_cuda_library(Path("/a.so"))
+
+    assert loaded({"cuda": "13.0", "architectures": "80,90"}) == cuda_library.CudaLibrary(
+        Path("/a.so"), "13.0", "80,90"
+    )
+    with pytest.raises(
+        PluginError, match=r"^/a\.so holds kernels or a TensorRT plugin, and no operator of ONNX"
+    ):
+        loaded({"cuda": "13.0"}, exported="getCreators")
+    with pytest.raises(PluginError, match=r"(?s)/a\.so does not fit this release.*--cuda\n  one\n  two$"):
+        loaded({"cuda": "13.0"}, "one", "two")
+    for build_ in (None, {}, {"cuda": None}, {"architectures": "80"}):
+        with pytest.raises(
+            PluginError, match=r"/a\.so runs its kernels on the CPU, which is for tests alone"
+        ):
+            loaded(build_)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders are private by their mode")
+def test_the_cuda_library_is_built_as_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUARTERMAP_HOME", str(tmp_path / "home"))
+    given: list[Any] = []
+
+    def built(output: Path, options: BuildOptions, **more: Any) -> Path:
+        given.append((options, more))
+        output.mkdir(exist_ok=True)
+        (output / "made.so").write_bytes(b"library")
+        return output / "made.so"
+
+    monkeypatch.setattr(cuda_library, "build_plugin", built)
+    more = {"progress": object(), "on_output": print}
+    made = cuda_library.build_cuda_library(tmp_path / "out", ("80", "90"), **more)  # type: ignore[arg-type]
+    assert made == tmp_path / "out" / "made.so"
+    kept = cuda_library.build_cuda_library(None, ("120",), **more)  # type: ignore[arg-type]
+    assert kept.read_bytes() == b"library" and kept == cuda_library._cached()
+    assert kept.is_relative_to(tmp_path / "home") and stat.S_IMODE(kept.stat().st_mode) == 0o700
+    for folder in (kept.parent, kept.parents[1], kept.parents[2]):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    options = [BuildOptions(onnxruntime=True, cuda_architectures=names) for names in (("80", "90"), ("120",))]
+    assert given == [(each, more) for each in options]
+
+
+def test_cpu_libraries_are_tried_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "quartermap_deploy"
+    (package / "_native").mkdir(parents=True)
+    monkeypatch.setattr(cpu_library, "__file__", str(package / "native" / "cpu_library.py"))
+    monkeypatch.setattr(cpu_library, "built_libraries", lambda: [tmp_path / "a", tmp_path / "b"])
+    built = [("built here", tmp_path / "a"), ("built here", tmp_path / "b")]
+    carried = package / "_native" / cpu_build.CPU_LIBRARY
+
+    def places(named: str) -> tuple[list[Any], list[tuple[str, str]]]:
+        refused: list[tuple[str, str]] = []
+        monkeypatch.setenv("QUARTERMAP_NATIVE", named)
+        return list(cpu_library._places(refused)), refused
+
+    assert places("") == (built, []) == places("1")
+    assert places("/own.so") == ([("QUARTERMAP_NATIVE", Path("/own.so")), *built], [])
+    words = "QUARTERMAP_NATIVE is 'own.so'; expected 0, 1, or the path of a library from / on"
+    assert places("own.so") == (built, [("QUARTERMAP_NATIVE", words)])
+    carried.touch()
+    assert places("/own.so")[0] == [("QUARTERMAP_NATIVE", Path("/own.so")), ("wheel", carried), *built]
+    os.utime(carried, ns=(5, 7))
+    assert cpu_library._changed(carried) == 7 and cpu_library._changed(tmp_path / "none") == 0
+
+
 def test_the_cpu_librarys_contract_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    header = (plugin_sources() / "kernels/include/quartermap/cpu_scan.h").read_text(encoding="utf-8")
+    (version,) = re.findall(r"#define QUARTERMAP_CPU_SCAN_VERSION (\d+)", header)
     monkeypatch.setattr(cpu_library, "sources_hash", lambda: "0123456789" * 6)
     same: dict[str, Any] = {
         "library": "quartermap_cpu",
-        "version": cpu_library.INTERFACE,
+        "version": int(version),
         "release": cpu_library.__version__,
         "sources": "0123456789" * 6,
         "instruction_sets": ["baseline"],
@@ -438,6 +734,71 @@ def test_libraries_in_the_cache_are_listed_the_newest_first(
     }
 
 
+# The store of plugins ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders are private by their mode")
+def test_libraries_in_the_store_are_found_by_hash_and_age(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUARTERMAP_HOME", str(tmp_path / "home"))
+    assert (
+        store.stored_libraries() == []
+        and store.newest_built() is None
+        and store.find_stored("0" * 64) is None
+    )
+
+    def added(data: bytes, how: Any, year: int) -> store.StoredLibrary:
+        made = store.add_library(data, "lib.so", how, "somewhere")
+        assert made.path.read_bytes() == data and made.path.stat().st_mode & 0o777 == 0o700
+        assert made.sha256 == hashlib.sha256(data).hexdigest() == made.path.parent.name
+        written = json.loads((made.path.parent / store.ORIGIN_FILE).read_text())
+        assert written == {"how": how, "origin": "somewhere", "added": made.added}
+        (made.path.parent / store.ORIGIN_FILE).write_text(json.dumps({**written, "added": f"{year}-01-01"}))
+        return replace(made, added=f"{year}-01-01")
+
+    middle = added(b"middle", store.BUILT, 2020)
+    oldest = added(b"oldest", store.BUILT, 2010)
+    newest = added(b"newest", store.INSTALLED, 2030)
+    kernels = added(b"kernels", store.KERNELS, 2025)
+    same = added(b"same", store.INSTALLED, 2030)
+    assert store.stored_libraries() == [
+        *(oldest, middle, kernels),
+        *sorted((newest, same), key=lambda library: library.sha256),
+    ]
+    # Only one with the plugin that was built here serves whoever asks for none by name.
+    assert store.newest_built() == middle.path
+    assert store.find_stored(kernels.sha256) == kernels.path and store.find_stored("0" * 64) is None
+    assert kernels.to_dict()["path"] == str(kernels.path)
+    # What was changed, or is no library, is passed over.
+    newest.path.write_bytes(b"other")
+    (same.path.parent / store.ORIGIN_FILE).write_text('{"how": "built"}')
+    (tmp_path / "home" / "plugins" / "notes").mkdir()
+    assert store.stored_libraries() == [oldest, middle, kernels] and store.find_stored(newest.sha256) is None
+    for sha256 in (
+        "",
+        "g" * 64,
+        middle.sha256 + "0",
+        middle.sha256[: store.SHORTEST_HASH - 1],
+        middle.sha256.upper(),
+    ):
+        with pytest.raises(PluginError, match=f"is no hash of a library; give {store.SHORTEST_HASH} letters"):
+            store.remove_library(sha256)
+    for sha256 in ("0" * 64, newest.sha256):
+        with pytest.raises(
+            PluginError, match=f"no libraries in the store have a hash that begins with {sha256}"
+        ):
+            store.remove_library(sha256)
+    assert store.remove_library(middle.sha256[: store.SHORTEST_HASH]) == middle
+    assert not middle.path.parent.exists() and store.newest_built() == oldest.path
+    assert store.remove_library(oldest.sha256) == oldest and store.stored_libraries() == [kernels]
+    assert store.newest_built() is None
+    # One that is there already is described anew, and no draft is left.
+    again = store.add_library(b"kernels", "lib.so", store.BUILT, "elsewhere")
+    assert store.stored_libraries() == [again] and again.origin == "elsewhere"
+    assert not [path for path in (tmp_path / "home" / "plugins").iterdir() if path.name.startswith(".")]
+
+
 # The kernels' structures ------------------------------------------------------------------------------------------
 
 
@@ -450,4 +811,70 @@ def test_a_scan_is_told_to_the_kernels() -> None:
     assert [scan.directions[place] for place in range(scan.direction_count)] == [0, 3, 1]
     assert (scan.softplus, scan.element_type, scan.threads) == (0, 2, 4)
     assert make_scan(Sizes(1, 1, 1, 1, 1, 1), ("row",), True, "float32").softplus == 1
+    for number, name in enumerate(("float32", "float16", "bfloat16", "float64")):
+        assert make_scan(Sizes(1, 1, 1, 1, 1, 1), ("row",), True, name).element_type == number
     assert isinstance(scan, ctypes.Structure)
+
+
+TINY = """
+#include <stdint.h>
+#include <stddef.h>
+typedef struct { int64_t sizes[7]; int32_t const* directions; int32_t count, softplus, type, threads; } Scan;
+static char const* chosen = "wide";
+static int with_team;
+char const* quartermap_cpu_message(int32_t status) { return status == 4 ? "too large" : with_team ? "team" : "other"; }
+char const* quartermap_cpu_contract(void) { return "{}"; }
+char const* quartermap_cpu_instruction_set(void) { return chosen; }
+uint32_t quartermap_cpu_version(void) { return 4000000000u; }
+int32_t quartermap_cpu_choose(char const* name)
+{
+    if (name && *name == 'n') return 7;
+    chosen = name ? "named" : "best";
+    return 0;
+}
+int32_t quartermap_cpu_by_team(void* pool, void* task, void* argument, size_t count) { return 0; }
+int32_t quartermap_cpu_scan(Scan const* scan, void* const* tensors, void* parallel, void* pool)
+{
+    with_team = parallel != NULL && pool != NULL;
+    if (scan == NULL) return 5;
+    for (int place = 0; place < 9; ++place)
+        if (tensors[place] != (void*)(intptr_t)(place == 5 ? 0 : 8 * (place + 1))) return 6;
+    return (int32_t)scan->sizes[0];
+}
+"""
+"""A library of the same interface that scans nothing: it returns the batch as the status, or 6 for other addresses."""
+
+
+def test_a_library_is_called_with_addresses_and_its_words_are_an_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None or sys.platform == "win32":
+        pytest.skip("there is no C compiler")
+    (tmp_path / "tiny.c").write_text(TINY)
+    command = [compiler, "-shared", "-fPIC", str(tmp_path / "tiny.c"), "-o", str(tmp_path / "tiny.so")]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    monkeypatch.chdir(tmp_path)
+    kernels = CpuKernels.load(Path("tiny.so"))
+    assert kernels.version == 4_000_000_000 and kernels.message(4) == "too large"
+    assert kernels.instruction_set == "wide" and kernels.choose("some") and kernels.instruction_set == "named"
+    assert not kernels.choose("none") and kernels.instruction_set == "named"
+    assert kernels.choose(None) and kernels.instruction_set == "best"
+    places = ("x", "dt", "B", "C", "A", "D", "dt_bias", "dt_weight", "y")
+    addresses = {name: 8 * (place + 1) for place, name in enumerate(places) if name != "D"}
+    start = ctypes.cast(ctypes.CFUNCTYPE(None)(lambda: None), ctypes.c_void_p).value
+    for threads, team in ((1, None), (4, None), (1, start), (4, start)):
+        monkeypatch.setattr(cpu_kernels, "team_start", lambda team=team: team)
+
+        def scan(batch: int, threads: int = threads) -> None:
+            kernels.scan(
+                make_scan(Sizes(batch, 1, 1, 1, 1, 1), ("row",), True, "float32", threads), addresses
+            )
+
+        scan(0)
+        with pytest.raises(PluginError, match=r"^selective scan: too large$"):
+            scan(4)
+        words = "team" if threads > 1 and team is not None else "other"
+        with pytest.raises(PluginError, match=f"^selective scan: {words}$"):
+            scan(1)
+    assert kernels.status(None, None) == 5

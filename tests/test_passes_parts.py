@@ -51,6 +51,8 @@ from quartermap_deploy.pruning.plan import Subsample
 
 sink = importlib.import_module("quartermap_deploy.passes.sink_resize")
 """The module: the package has the function of its name."""
+hoist_slice_module = importlib.import_module("quartermap_deploy.passes.hoist_slice")
+"""The module, likewise."""
 
 HEADER = '<ir_version: 10, opset_import: ["" : 20, "quartermap" : 1]>\n'
 
@@ -622,6 +624,12 @@ def test_bodies_written_out_compute_the_same_and_are_named_after_their_scans() -
     flat = inline_scans(lowered)
     assert [function.name for function in flat.functions] == ["Twice"]
     assert {entry.domain for entry in flat.opset_import} == {""}
+    # Other operators of our domain have no body to write out, nor has another's of the same name.
+    for op, domain in (("Other", "quartermap"), ("SelectiveScan2D", "other")):
+        strange = onnx.ModelProto()
+        strange.CopyFrom(flat)
+        strange.graph.node.append(helper.make_node(op, ["0/y"], ["strange"], "strange", domain=domain))
+        assert inline_scans(strange).graph.node[-1] == strange.graph.node[-1]
     assert flat.graph.node[-1].name == "last"
     assert all(node.name.startswith("block_1/scan/") and not node.domain for node in flat.graph.node[:-2])
     assert flat.graph.node[-2].name == "block_1/scan" and list(flat.graph.node[-2].output) == ["0/y"]
@@ -746,6 +754,53 @@ def test_operators_without_a_name_cannot_be_named() -> None:
     assert report.operators == {"float32": 2}
 
 
+@pytest.mark.parametrize(
+    "moved",
+    [
+        "m = Flatten (a)",
+        "m = Gather (a, first)",
+        "m = Identity (a)",
+        "m = Reshape (a, shape)",
+        "m = Slice (a, zero, first)",
+        "m, rest = Split <num_outputs = 2> (a)",
+        "m = Squeeze (a, first)",
+        "m = Transpose (a)",
+        "m = Unsqueeze (a, first)",
+    ],
+)
+def test_what_only_moves_values_between_float32_operators_stays_float32(moved: str) -> None:
+    text = f"""
+    agraph (float[2, 1, 4] x) => (float[] y) <int64[1] zero = {{0}}, int64[1] first = {{1}}, int64[2] shape = {{4, 2}}>
+    {{ a = Exp (x)  {moved}  b = Exp (m)  y = Neg (b) }}
+    """
+    _, report = cast_precision(parsed(text), "float16", keep_float32=["a", "b"])
+    assert report.operators == {"float32": 4} and report.casts == 0
+    # An operator that makes new numbers takes the type.
+    new = text.replace(moved, "m = Sin (a)")
+    _, report = cast_precision(parsed(new), "float16", keep_float32=[])
+    assert report.operators == {"float16": 4}
+
+
+def test_casts_are_named_after_the_value_and_the_type() -> None:
+    model = parsed(
+        "agraph (float[2] x) => (float[2] y) { a = Relu (x)  b = Exp (a)  c = Sin (b)  y = Neg (c) }"
+    )
+
+    def casts(kept: str, io: Any) -> list[tuple[str, ...]]:
+        typed, _ = cast_precision(model, "float16", keep_float32=[kept], io=io)
+        nodes = [node for node in typed.graph.node if node.op_type == "Cast"]
+        return [(node.name, *node.input, *node.output) for node in nodes]
+
+    assert casts("a", "float32") == [
+        ("b/to_float16", "b", "b/to_float16"),
+        ("y/float16/to_float32", "y/float16", "y"),
+    ]
+    assert casts("c", "same") == [
+        ("b/to_float32", "b", "b/to_float32"),
+        ("y/float32/to_float16", "y/float32", "y"),
+    ]
+
+
 def test_constants_of_a_shape_have_one_element_of_the_type() -> None:
     text = """
     agraph (float[2, 3] x) => (float[2, 3] y)
@@ -782,6 +837,82 @@ def test_passes_run_in_their_order_and_the_format_of_the_file_stays() -> None:
     assert seen == ["a", "b"] == [report.name for report in reports]
     assert changed.graph.node[0].name.endswith("ab") and changed.ir_version == 9
     assert model.graph.node[0].name == ""
+
+
+def test_nodes_that_a_pass_leaves_behind_their_readers_are_put_in_order() -> None:
+    from quartermap_deploy.passes import PassReport
+
+    def written_last(graph: gs.Graph, selection: Selection) -> PassReport:
+        (node,) = graph.nodes
+        turned = gs.Variable("turned", np.float32)
+        graph.nodes.append(gs.Node("Neg", "neg", inputs=[node.inputs[0]], outputs=[turned]))
+        node.inputs = [turned]
+        return PassReport("written_last")
+
+    model = parsed("agraph (float[2, 3] x) => (float[2, 3] y) { y = Relu (x) }")
+    changed, _ = run_passes(model, Selection((), Subsample()), (written_last,))
+    assert [node.op_type for node in changed.graph.node] == ["Neg", "Relu"]
+
+
+def test_what_is_flattened_behind_stands_before_who_reads_it() -> None:
+    graph = graph_of("""
+    agraph (float[2, 4, 5, 6] x) => (float[2, 20, 6] y) <int64[3] shape = {2, 20, 6}>
+    { flat = Reshape (x, shape)  a = Gelu (flat)  b = Sigmoid (a)  y = Softmax (b) }
+    """)
+    flattened_maps.unflatten_below(graph, graph.tensors()["x"], "p")
+    assert [node.op for node in graph.nodes] == [
+        *("Gelu", "Sigmoid", "Shape", "Shape", "Concat", "Reshape", "Softmax")
+    ]
+    assert [node.name for node in graph.nodes[2:6]] == [
+        *("p/flat_batch", "p/flat_channels", "p/flat_shape", "p/flatten")
+    ]
+    x = np.random.default_rng(0).standard_normal((2, 4, 5, 6)).astype(np.float32)
+    before = parsed("""
+    agraph (float[2, 4, 5, 6] x) => (float[2, 20, 6] y) <int64[3] shape = {2, 20, 6}>
+    { flat = Reshape (x, shape)  a = Gelu (flat)  b = Sigmoid (a)  y = Softmax (b) }
+    """)
+    after = infer_shapes(gs.export_onnx(graph))
+    assert np.array_equal(run(after, {"x": x})["y"], run(before, {"x": x})["y"])
+
+
+def test_which_convolution_an_activation_is_of() -> None:
+    made = nodes_of("""
+    agraph (float[2, 6, 4, 5] x) => (float[] y) <float[6, 1, 3, 3] w>
+    {
+        c = Conv <group = 6> (x, w)  gate = Sigmoid (c)  silu = Mul (c, gate)  turned = Mul (gate, c)
+        other = Mul (c, c)  bent = Tanh (c)  softer = Mul (c, bent)  strange = Sigmoid (bent)  apart = Mul (c, strange)
+        of_input = Sigmoid (x)  without = Mul (x, of_input)  relu = Relu (c)  of_relu = Sigmoid (relu)
+        behind = Mul (relu, of_relu)
+        y = Neg (c)
+    }
+    """)
+    found = {name: hoist_slice_module._before_activation(node) for name, node in made.items()}
+    assert {name for name, conv in found.items() if conv is made["c"]} == {"c", "silu", "turned"}
+    assert all(conv is None for name, conv in found.items() if name not in ("c", "silu", "turned"))
+    assert hoist_slice_module._before_activation(None) is None
+
+
+def test_a_convolution_without_activation_may_read_what_others_read_too() -> None:
+    x = gs.Variable("x", np.float32, [2, 4, 6, 8])
+    weight = gs.Constant("w", np.ones((4, 1, 3, 3), np.float32))
+    graph = gs.Graph(inputs=[x], opset=20)
+    whole = GraphWriter(graph, "p", x.dtype, 0)("Relu", "whole", [x])
+    convolved = gs.Variable("c", np.float32, [2, 4, 6, 8])
+    graph.nodes.append(
+        gs.Node("Conv", "conv", {"pads": [1, 1, 1, 1], "group": 4}, [whole, weight], [convolved])
+    )
+    subsample = Subsample(2)
+    kept = write_keep(GraphWriter(graph, "block_1/quartermap", x.dtype, 2), convolved, subsample)
+    scanned, residual = gs.Variable("s", np.float32), gs.Variable("r", np.float32)
+    graph.nodes += [
+        gs.Node("SelectiveScan2D", "block_1/scan", domain="quartermap", inputs=[kept], outputs=[scanned]),
+        gs.Node("Sigmoid", "beside", inputs=[whole], outputs=[residual]),
+    ]
+    (scan,) = scans(graph)
+    scanned.name = scanned_name(scan, subsample)
+    graph.outputs = [scanned, residual]
+    report = hoist_slice(graph, Selection((1,), subsample))
+    assert report.changed == ["block 1: conv now has stride 2"] and not report.refused
 
 
 def test_a_lowered_model_has_the_body_of_each_variant_once() -> None:

@@ -1,12 +1,10 @@
-"""QuarterMap plans and their reference in PyTorch."""
+"""The reference of QuarterMap in PyTorch."""
 
 from __future__ import annotations
 
 import itertools
-import json
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,112 +22,6 @@ from quartermap_deploy.scan.definition import selective_scan_2d_definition
 
 STRIDES = [(stride, keep) for stride in range(2, 9) for keep in range(1, stride)]
 subsamples = st.sampled_from(STRIDES).map(lambda pair: Subsample(*pair))
-
-
-def test_blocks_may_be_numpy_numbers() -> None:
-    assert QuarterMap(blocks=np.array([6, 3])).blocks == (3, 6)  # type: ignore[arg-type]
-
-
-class TestPlan:
-    """Which blocks a plan selects, and what it refuses."""
-
-    @pytest.mark.parametrize(
-        ("plan", "depths", "selected"),
-        [
-            (QuarterMap(), (2, 2, 8, 2), (3, 6, 9, 12)),
-            (QuarterMap(), (2, 2, 15, 2), (3, 6, 9, 12, 15, 18, 21)),
-            (QuarterMap(every=2), (2, 2, 4, 2), (4, 6, 8, 10)),
-            (QuarterMap(every=1), (2, 2, 4, 2), (3, 4, 5, 6, 7, 8, 9, 10)),
-            (QuarterMap(every=1, exclude_stages=()), (2, 2), (1, 2, 3, 4)),
-            (QuarterMap(every=2, exclude_stages=(2, 3)), (2, 2, 2, 2), (2, 8)),
-            (QuarterMap(blocks=(7, 1)), (2, 2, 4, 2), (1, 7)),
-        ],
-    )
-    def test_known_selections(
-        self, plan: QuarterMap, depths: tuple[int, ...], selected: tuple[int, ...]
-    ) -> None:
-        assert plan.select(depths) == selected
-
-    @given(st.lists(st.integers(1, 12), min_size=1, max_size=5), st.integers(1, 12), st.data())
-    def test_selection_follows_its_definition(
-        self, depths: list[int], every: int, data: st.DataObject
-    ) -> None:
-        excluded = data.draw(st.sets(st.integers(1, len(depths))))
-        first = 1
-        expected = []
-        for stage, depth in enumerate(depths, start=1):
-            expected += [i for i in range(first, first + depth) if stage not in excluded and i % every == 0]
-            first += depth
-        plan = QuarterMap(every=every, exclude_stages=tuple(excluded))
-        if expected:
-            assert plan.select(depths) == tuple(expected)
-        else:
-            with pytest.raises(PlanError, match="prunes nothing"):
-                plan.select(depths)
-
-    @pytest.mark.parametrize(
-        ("settings", "message"),
-        [
-            ({"every": 0}, "every = 0 must be at least 1"),
-            ({"every": 2.0}, "not a whole number"),
-            ({"every": True}, "not a whole number"),
-            ({"stride": 1}, "stride = 1 must be at least 2"),
-            ({"keep": 0}, "keep = 0 must be at least 1"),
-            ({"keep": 2}, "keep must be 1$"),
-            ({"stride": 4, "keep": 5}, "keep must be 1 to 3"),
-            ({"upsample": "nearst"}, "Did you mean 'nearest'"),
-            ({"upsample": None}, "unknown upsample"),
-            ({"blocks": ()}, "prunes nothing"),
-            ({"blocks": (3, 5, 3)}, "names 3 more than once"),
-            ({"blocks": (0,)}, "numbered from 1"),
-            ({"blocks": "3"}, "not a list"),
-            ({"blocks": 3}, "not a list"),
-            ({"exclude_stages": (1, 1)}, "more than once"),
-        ],
-    )
-    def test_a_wrong_value_is_refused(self, settings: dict[str, Any], message: str) -> None:
-        with pytest.raises(PlanError, match=message):
-            QuarterMap(**settings)
-
-    def test_blocks_and_stages_that_do_not_exist_are_refused_with_the_range(self) -> None:
-        with pytest.raises(PlanError, match="blocks 11, 12, but the model has blocks 1 to 10"):
-            QuarterMap(blocks=(3, 11, 12)).select((2, 2, 4, 2))
-        with pytest.raises(PlanError, match="stage 5, but the model has stages 1 to 4"):
-            QuarterMap(exclude_stages=(1, 5)).select((2, 2, 4, 2))
-        with pytest.raises(PlanError, match=r"prunes nothing.*every = 11"):
-            QuarterMap(every=11).select((2, 2, 4, 2))
-
-    @given(
-        st.integers(1, 9),
-        st.none() | st.sets(st.integers(1, 40), min_size=1).map(tuple),
-        st.sets(st.integers(1, 4)).map(tuple),
-        st.sampled_from(STRIDES),
-        st.sampled_from(UPSAMPLE_MODES),
-    )
-    def test_json_round_trip(
-        self,
-        every: int,
-        blocks: tuple[int, ...] | None,
-        excluded: tuple[int, ...],
-        strides: tuple[int, int],
-        upsample: Any,
-    ) -> None:
-        plan = QuarterMap(None if blocks else every, blocks, excluded, *strides, upsample)
-        values = json.loads(json.dumps(plan.to_dict()))
-        assert None not in values.values()
-        assert QuarterMap.from_dict(values) == plan
-
-    def test_two_ways_of_choosing_blocks_contradict(self) -> None:
-        with pytest.raises(PlanError, match=r"every = 3 and blocks = \[1\] both say which blocks are pruned"):
-            QuarterMap(every=3, blocks=[1])  # type: ignore[arg-type]
-        assert QuarterMap(blocks=(1,)).every is None and QuarterMap().every == 3
-        # As manifests have both.
-        assert QuarterMap.from_dict({"every": 3, "blocks": [1]}) == QuarterMap(blocks=(1,))
-
-    def test_defaults_and_unknown_keys_of_a_table(self) -> None:
-        assert QuarterMap.from_dict({}) == QuarterMap(3, None, (1,), 2, 1, "nearest")
-        with pytest.raises(PlanError, match="Did you mean every"):
-            QuarterMap.from_dict({"evry": 2})
 
 
 @pytest.mark.parametrize(("stride", "keep"), STRIDES)

@@ -181,6 +181,14 @@ def test_the_matrices_of_a_map_of_six_positions_are_read_from_several_maps() -> 
     same(before, found, (1, D_INNER, 2, 3))
 
 
+@pytest.mark.parametrize("sides", [(1, 1), (1, 5), (3, 1)])
+def test_maps_of_one_line_or_position_are_read_or_left_alone(sides: tuple[int, int]) -> None:
+    before = model(sides=sides, map_shape=np.array([0, D_INNER, *sides]))
+    found = recover_2d(before)
+    assert found.report.changed or found.report.refused
+    same(before, found, (2, D_INNER, *sides))
+
+
 def test_columns_tell_the_sides_of_a_map_that_is_held_as_a_sequence() -> None:
     columns = np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).T.ravel()
     edits = (

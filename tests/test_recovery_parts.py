@@ -14,7 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from quartermap_deploy.lowering.operator import DIRECTIONS
 from quartermap_deploy.passes import lower
-from quartermap_deploy.passes.recovery import apart
+from quartermap_deploy.passes.recovery import apart, probing_sizes
+from quartermap_deploy.passes.recovery.checking import check_replacement
 from quartermap_deploy.passes.recovery.concrete import Concrete, concrete_graph
 from quartermap_deploy.passes.recovery.folding import _FAST, evaluated
 from quartermap_deploy.passes.recovery.graph_index import (
@@ -33,8 +34,8 @@ from quartermap_deploy.passes.recovery.programs import nodes_between, program
 from quartermap_deploy.passes.recovery.projections import Projections, _independent_rows
 from quartermap_deploy.passes.recovery.reading import Reading
 from quartermap_deploy.passes.recovery.refusal import Refused
-from quartermap_deploy.passes.recovery.unrolling import Unrolling, _grid, position_of
-from quartermap_deploy.passes.recovery.writing import NodeWriter, ScanParameters, write_map_scan
+from quartermap_deploy.passes.recovery.unrolling import Unrolling, _grid, position_of, read_unrolling
+from quartermap_deploy.passes.recovery.writing import NodeWriter, Replacement, ScanParameters, write_map_scan
 from quartermap_deploy.pruning.orders import OUTSIDE, steps_of
 from quartermap_deploy.pruning.parts import MapPart
 
@@ -133,7 +134,8 @@ def test_nodes_compute_as_in_onnx_runtime(
 
 GRAPH = """
 agraph (float[batch, 3, height, width] x) => (float[] y)
-<float[3] bias = {1, 2, 3}, int64[1] two = {2}, float half = {0.5}, float[1] nothing = {0}>
+<float[3] bias = {1, 2, 3}, float[1, 3] odds = {1, 2, 3}, int64[1] two = {2}, float half = {0.5},
+ float[1] nothing = {0}>
 {
     sizes = Shape (x)
     some = Shape <start = 1, end = 3> (x)
@@ -141,6 +143,9 @@ agraph (float[batch, 3, height, width] x) => (float[] y)
     doubled = Mul (some, two)
     dice = RandomUniform <shape = [2]> ()
     noisy = Add (dice, half)
+    coin = Bernoulli (bias)
+    drawn = Multinomial <sample_size = 2> (odds)
+    like = RandomNormalLike (bias)
     active = Relu (x)
     places = NonZero (active)
     y = Mul (active, half)
@@ -155,7 +160,7 @@ def test_sizes_are_numbers_and_data_is_not() -> None:
     assert graph.array("all").tolist() == 210 and graph.array("all").shape == ()
     assert graph.array("doubled").tolist() == [6, 10]
     fixed = {"sizes", "some", "all", "doubled", "bias", "half"}
-    names = [*fixed, "dice", "noisy", "active", "places", "y", "x"]
+    names = [*fixed, "dice", "noisy", "coin", "drawn", "like", "active", "places", "y", "x"]
     assert {name for name in names if graph.is_fixed(name)} == fixed
     assert graph.shape("active") == (2, 3, 5, 7) and graph.shape("bias") == (3,)
     assert (graph.element_type("active"), graph.element_type("two"), graph.element_type("what")) == (
@@ -333,6 +338,45 @@ def test_scattering_that_adds_up_is_no_move() -> None:
 # Sizes to look at -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("divisor", "sides"),
+    [
+        (32, [(64, 96), (96, 160)]),
+        (64, [(128, 192), (192, 256)]),
+        (128, [(256, 384)]),
+        (224, [(224, 448), (448, 224)]),
+        (28, [(224, 448), (448, 224)]),
+        (8, [(64, 96), (96, 160)]),
+    ],
+)
+def test_sizes_are_multiples_of_what_models_divide_by(divisor: int, sides: list[tuple[int, int]]) -> None:
+    """Windows of so many rows and columns take multiples of them alone; where only one size fits, it is no proof."""
+    text = f"""
+    agraph (float[1, 3, height, width] x) => (float[] y)
+    <int64[1] two = {{2}}, int64[1] three = {{3}}, int64[1] zero = {{0}}, int64[1] one = {{1}},
+     int64[4] windows = {{0, 3, -1, {divisor}}}>
+    {{
+        row = Slice (x, zero, one, two)
+        column = Slice (x, zero, one, three)
+        rows = Reshape (row, windows)
+        columns = Reshape (column, windows)
+        y = Relu (x)
+    }}
+    """
+    index = GraphIndex(parsed(text))
+    if len(sides) < 2:
+        with pytest.raises(Refused):
+            probing_graphs(index)
+    else:
+        assert [each.sizes["x"] for each in probing_graphs(index)] == [(1, 3, *both) for both in sides]
+
+
+def test_all_sizes_that_are_tried_tell_rows_from_columns_and_halve_often() -> None:
+    for height, width in probing_sizes._SIDES:
+        assert height != width
+        assert all(side % 32 == 0 or side % 28 == 0 for side in (height, width))
+
+
 def test_open_graphs_are_looked_at_in_two_sizes_of_unequal_sides() -> None:
     text = "agraph (float[batch, 3, height, width] x) => (float[] y) { y = Relu (x) }"
     assert [each.sizes for each in probing_graphs(GraphIndex(parsed(text)))] == [
@@ -445,6 +489,34 @@ def test_the_sides_of_a_sequence_are_told_by_columns_where_all_directions_have_n
     shuffled = np.random.default_rng(3).permutation(15)
     assert _grid(np.stack([row, column]), 15) == (3, 5) == _grid(back[None], 15)
     assert _grid(row[None], 15) == (1, 15) == _grid(np.stack([column, shuffled]), 15)
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        ("u = Gather <axis = 2> (x, places)", "the order of its steps depends on the data"),
+        ("u = Add (x, x)", "u is moved from u (2 × 8 × 6), which is no feature map of its channels"),
+        ("u = Identity (x)", "u is moved from x (2 × 8 × 6), which is no feature map of its channels"),
+        (
+            "a, b = Split <axis = 2, num_outputs = 2> (z)  c, d = Split <axis = 2, num_outputs = 2> (x)"
+            "  u = Concat <axis = 2> (d, b)",
+            "u is put together from 2 values: x, z",
+        ),
+    ],
+)
+def test_what_stands_above_the_steps_instead_of_a_map_is_told(made: str, reason: str) -> None:
+    text = f"""
+    agraph (float[2, 8, 6] x, float[2, 8, 6] z, int64[6] places, float[2, 8, 6] delta, float[2, 2, 1, 6] B)
+    => (float[] y) <float[8, 1] A = {{-1, -1, -1, -1, -1, -1, -1, -1}}>
+    {{
+        {made}
+        y = quartermap.SelectiveScan (u, delta, A, B, B)
+    }}
+    """
+    graph = concrete(text, x=(2, 8, 6), z=(2, 8, 6), places=(6,), delta=(2, 8, 6), B=(2, 2, 1, 6))
+    with pytest.raises(Refused) as refusal:
+        read_unrolling(ScanGroup(graph.index, tuple(graph.index.scans())), graph)
+    assert str(refusal.value) == reason
 
 
 def merge(*steps: Sequence[int], share: Sequence[float] = (1.0, 1.0)) -> Merge:
@@ -633,6 +705,42 @@ def test_the_scan_that_is_written_is_the_same_in_every_form(form: MapForm, share
 
     expected = share * scanned(FORMS[0], 1.0)
     assert np.abs(scanned(form, share) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def replacing(text: str, target: str, **weights: Array) -> Replacement:
+    """Nodes that make a value anew."""
+    nodes = onnx.parser.parse_graph(f"agraph (float[n] x) => (float[n] {target}) {{ {text} }}").node
+    tensors = tuple(numpy_helper.from_array(array, name) for name, array in weights.items())
+    return Replacement(tuple(nodes), tensors, (target,), ())
+
+
+def test_a_replacement_that_differs_anywhere_is_refused() -> None:
+    text = """
+    agraph (float[2, 50] x) => (float[] y) <float scale = {3}>
+    { scaled = Mul (x, scale)  y = Relu (scaled)  nothing = Sub (y, y)  wild = Log (scaled) }
+    """
+    graph = concrete(text, x=(2, 50))
+    three, near, far = (np.array(factor, np.float32) for factor in (3.0, 3 * (1 + 5e-6), 3 * (1 + 1e-3)))
+    same = "own = Mul (x, factor)  y = Relu (own)"
+    check_replacement(graph, "x", replacing(same, "y", factor=three), 0)
+    check_replacement(graph, "x", replacing(same, "y", factor=near), 0)
+    # It may also read what the graph makes of the map already.
+    check_replacement(graph, "x", replacing("y = Relu (scaled)", "y"), 0)
+    with pytest.raises(Refused, match=r"would make y differ from what it is now by 1\.0e-03 of its largest"):
+        check_replacement(graph, "x", replacing(same, "y", factor=far), 0)
+    # Right at half the places, and at all but one.
+    with pytest.raises(Refused, match="would make y differ"):
+        check_replacement(graph, "x", replacing("y = Mul (x, factor)", "y", factor=three), 0)
+    most = np.full((2, 50), 3, np.float32)
+    most[np.unravel_index(np.random.default_rng(7).standard_normal((2, 50)).argmax(), most.shape)] = 3.1
+    with pytest.raises(Refused, match="would make y differ"):
+        check_replacement(graph, "x", replacing(same, "y", factor=most), 7)
+    with pytest.raises(Refused, match=r"y would become \(50, 2\) instead of \(2, 50\)"):
+        turned = f"{same.replace('y =', 'z =')}  y = Transpose <perm = [1, 0]> (z)"
+        check_replacement(graph, "x", replacing(turned, "y", factor=three), 0)
+    for value, made in (("wild", "wild = Log (scaled)"), ("nothing", "nothing = Relu (scaled)")):
+        with np.errstate(all="ignore"), pytest.raises(Refused, match=f"would make {value} differ"):
+            check_replacement(graph, "x", replacing(made, value), 0)
 
 
 def test_each_direction_takes_its_own_parameters() -> None:

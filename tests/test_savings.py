@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from quartermap_deploy.bench import Timing
-from quartermap_deploy.evaluation.savings import Savings, _saved, is_noisy, scaled
+from quartermap_deploy.evaluation.savings import TOGETHER, PlanTimer, Savings, _saved, is_noisy, scaled
+from quartermap_deploy.pruning import QuarterMap
 
 
 @pytest.mark.parametrize(
@@ -63,3 +68,74 @@ def test_the_speed_of_several_blocks_is_that_of_what_is_left() -> None:
     assert savings.speed((1, 2), 2) == pytest.approx(1 / 0.75)
     assert savings.speed((2,), 3) == pytest.approx(2.0)
     assert Savings.from_dict(savings.to_dict()) == savings
+
+
+class MadeUp(PlanTimer):
+    """Times that are made up: what each set of blocks at a stride saves, in two rounds that differ by `noise`."""
+
+    def __init__(self, saved: dict[tuple[tuple[int, ...], int], float], noise: float = 0.0) -> None:
+        blocks = [
+            SimpleNamespace(stage=stage, index=index)
+            for stage, index in ((1, 1), (1, 2), (2, 3), (2, 4), (2, 5))
+        ]
+        source: Any = SimpleNamespace(blocks=blocks)
+        recipe: Any = None
+        super().__init__(recipe, source, "torch", np.zeros((4, 3, 8, 8), np.float32), repeats=2)
+        self.saved, self.noise, self.made, self.groups = saved, noise, list[QuarterMap | None](), list[int]()
+
+    def _run(self, plan: QuarterMap | None) -> Any:
+        self.made.append(plan)
+        return plan
+
+    def _times_together(self, unpruned: Any, plans: Sequence[QuarterMap]) -> list[tuple[Timing, Timing]]:
+        assert unpruned is None
+        self.groups.append(len(plans))
+        shares = [self.saved[plan.blocks or (), plan.stride] for plan in plans]
+        return [
+            (Timing((1 - share - self.noise, 1 - share + self.noise)), Timing((1.0, 1.0))) for share in shares
+        ]
+
+
+ALL, FIRST, SECOND = (1, 2, 3, 4, 5), (1, 2), (3, 4, 5)
+
+
+def test_each_block_has_its_part_of_what_its_stage_saves() -> None:
+    saved = {
+        (ALL, 2): 0.5,
+        (FIRST, 2): 0.1,
+        (SECOND, 2): 0.3,
+        (ALL, 3): 0.4,
+        (FIRST, 3): 0.2,
+        (SECOND, 3): 0.2,
+    }
+    found = MadeUp(saved).savings((2, 3))
+    # At stride 2 the stages save 0.4 together and the whole 0.5, so each is scaled by 1.25.
+    expected = {(block, 2): 0.125 / 2 if block < 3 else 0.375 / 3 for block in ALL}
+    expected |= {(block, 3): 0.2 / 2 if block < 3 else 0.2 / 3 for block in ALL}
+    assert found.shares == pytest.approx(expected) and found.errors == dict.fromkeys(expected, 0.0)
+    assert found.measure == "time" and not found.noisy
+    assert found.note == "measured in turns on torch, stage by stage, batch 4, 2 rounds"
+
+
+def test_the_error_of_a_stage_is_shared_too_and_noise_at_all_strides_is_noise() -> None:
+    saved = {(blocks, stride): 0.2 for blocks in (ALL, FIRST, SECOND) for stride in (2, 3)}
+    found = MadeUp(saved, noise=0.02).savings((2,))
+    # The quartiles of two rounds lie half of their distance apart, 0.02; the stages are scaled by a half.
+    error = 0.5 * 1.253 / 1.349 * 0.02 / math.sqrt(2)
+    assert found.errors == pytest.approx({(b, 2): error / (2 if b < 3 else 3) for b in ALL})
+    assert not found.noisy
+    loud = {key: 0.01 for key in saved}
+    assert MadeUp(loud, noise=0.1).savings((2, 3)).noisy
+    assert not MadeUp({**loud, (ALL, 3): 0.9}, noise=0.1).savings((2, 3)).noisy
+
+
+def test_plans_are_timed_a_few_at_a_time_beside_one_unpruned_model() -> None:
+    timer = MadeUp({((block,), 2): block / 100 for block in range(1, 2 * TOGETHER + 2)})
+    plans = [QuarterMap(blocks=(block,)) for block in range(1, 2 * TOGETHER + 2)]
+    found = timer.times(plans)
+    assert [1 - pruned.median for pruned, _ in found] == pytest.approx(
+        [b / 100 for b in range(1, 2 * TOGETHER + 2)]
+    )
+    assert timer.groups == [TOGETHER, TOGETHER, 1] and timer.made[0] is None
+    timer._unpruned = timer.made[0]
+    assert timer.settings() == "batch 4, 2 rounds"

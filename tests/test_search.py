@@ -238,6 +238,8 @@ def test_counted_savings_add_up_exactly() -> None:
         tokens = counted_savings(model, (64, 64), (2, 3), "tokens")
         assert tokens.speed(blocks, stride) == pytest.approx(before.tokens / after.tokens, rel=1e-12)
         assert Savings.from_dict(flops.to_dict()) == flops
+    assert flops.note == "counted: multiply-accumulates, of pruned blocks in the paper's form"
+    assert tokens.note == "counted: positions that the scans walk, of pruned blocks in the paper's form"
 
 
 def test_forms_run_together_are_those_run_alone() -> None:

@@ -86,3 +86,8 @@ def test_unknown_groups_are_refused() -> None:
     tensors: list[Tensor | None] = [*arguments(1, 2, 2, 5, 1, STEPS[0], 0)]
     with pytest.raises(PassError, match=r"axis 1 of B of the scan scan is not known.*tensorrt-rtx"):
         sequences_as_maps(model(tensors, True))
+    made = model(tensors, True, sized=True)
+    (A,) = (value for value in made.graph.input if value.name == "A")
+    A.type.tensor_type.ClearField("shape")
+    with pytest.raises(PassError, match="axis 0 of A of the scan scan is not known"):
+        sequences_as_maps(made)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +193,9 @@ def test_a_trial_without_images_or_numbers_is_refused(tmp_path: Path) -> None:
     model = create_model("vmamba_digits")
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
-    none = Dataset("made up", (), np.array([-1]), [broken], None, "f")
-    with pytest.raises(InputError, match="none of the images of made up can be read; the first,"):
+    none = Dataset("made up", (), np.array([-1, -1]), [broken, tmp_path / "missing.png"], None, "f")
+    first = re.escape(none.item_name(0))
+    with pytest.raises(InputError, match=f"none of the images of made up can be read; the first, {first}: "):
         Trial(model, none, DIGITS, labels=False)
     with torch.no_grad():
         model.get_parameter("classifier.head.bias")[3] = float("nan")

@@ -104,7 +104,7 @@ class Concrete:
             if node.domain == DOMAIN and (known := self._types.get(node.input[0])) is not None:
                 # An output of our operators is as their first input.
                 self._types[node.output[0]] = known
-            if node.domain not in ("", "ai.onnx") or has_subgraph(node):
+            if node.domain not in ("", "ai.onnx"):
                 continue
             types = {name: found for name in node.input if (found := self._type(name)) is not None}
             data = {
@@ -117,7 +117,6 @@ class Concrete:
                         node,
                         types,
                         data,
-                        opset_imports=[helper.make_opsetid("", self._opset)],
                     )
                 )
             except Exception:
