@@ -89,7 +89,7 @@ mutants: $(STAMP) ## plant small faults, count what the tests catch: make mutant
 mutants-touched: $(STAMP) ## the same in 45 seconds, in the files that a change touches
 	@$(ONE_THREAD) PYTHONPATH=tests $(RUN) -m mutants --touched --seconds 45
 
-format: $(STAMP) ## let ruff mend what it can
+format: $(STAMP) ## let ruff correct what it can
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
 

@@ -40,6 +40,7 @@ VARIABLES = re.compile(
     r"|(OMP|MKL|KMP|GOMP)_|LD_(LIBRARY_PATH|PRELOAD)$|DYLD_|PYTHON(PATH|HOME)$|(VIRTUAL_ENV|CONDA_PREFIX)$"
 )
 """How the names begin of the environment variables that matter."""
+_OWN = re.compile(r"quartermap[-_]deploy", re.IGNORECASE)
 PROBE_LIMIT = 60.0
 """Seconds that a provider may take to run a tiny model."""
 REMOTE = {"AzureExecutionProvider"}
@@ -73,6 +74,13 @@ def examine() -> dict[str, Any]:
             "plugins": _folder(lambda: own_folder("plugins")),
         },
     }
+
+
+def versions() -> dict[str, str]:
+    """The versions of this package, of Python, and of the packages that the results depend on."""
+    found = _asked(_packages)
+    named = {name: text for name, text in found.items() if name != "error" and not _OWN.match(name)}
+    return {"quartermap-deploy": __version__, "python": platform.python_version(), **named}
 
 
 def _asked(question: Callable[[], Any]) -> Any:

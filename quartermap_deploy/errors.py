@@ -98,8 +98,7 @@ class MissingDependencyError(QuartermapError):
             instead: what else helps, from its "or" on.
         """
         return cls(
-            f"{purpose} {package}, which is not installed: run pip install '.[{extra}]' in the folder with the sources "
-            f"of quartermap-deploy{instead}"
+            f"{purpose} {package}, which is not installed: run pip install 'quartermap-deploy[{extra}]'{instead}"
         )
 
 

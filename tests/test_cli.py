@@ -198,7 +198,9 @@ def test_help_and_the_list_of_models_need_no_torch() -> None:
 
 
 def test_version() -> None:
-    assert re.fullmatch(r"quartermap-deploy \d+\.\d+\.\d+\n", call("--version").out)
+    lines = call("--version").out.splitlines()
+    assert re.fullmatch(r"quartermap-deploy \d+\.\d+\.\d+", lines[0])
+    assert {"python", "onnx", "onnxruntime", "torch"} <= {line.split()[0] for line in lines}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -207,7 +209,8 @@ def test_every_command_has_help_with_examples_and_every_default(command: str) ->
     assert outcome.code == 0 and outcome.err == ""
     assert "examples:" in outcome.out and f"quartermap {command}" in outcome.out
     for action in subparsers()[command]._actions:
-        if action.option_strings and action.dest != "help":
+        # Another spelling, which recipes have, is not shown.
+        if action.option_strings and action.dest != "help" and action.option_strings != ["--targets"]:
             assert action.help is not None and "default:" in action.help, action.option_strings
 
 
@@ -262,8 +265,8 @@ def test_models_lists_every_card() -> None:
         assert load_card(name).family in line
     assert [line.split()[0] for line in lines if " * " in line and "weights" not in line] == [MODEL]
     assert "82.6" in next(line for line in lines if "vmamba_tiny_s1l8" in line)
-    several = [entry.top1 for entry in load_card("medmamba_t").accuracy]
-    assert f"{min(several)}–{max(several)}" in next(line for line in lines if "medmamba_t" in line)
+    several = len(load_card("medmamba_t").accuracy)
+    assert f"of {several} sets" in next(line for line in lines if "medmamba_t" in line)
 
 
 def test_models_as_json() -> None:

@@ -194,7 +194,7 @@ def test_build_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 )
 def test_build_asks_first_whether_it_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "_cmake", lambda: pytest.fail("the output was not looked at before"))
-    with pytest.raises(PluginError, match=r"cannot write into /proc/plugin/out: .*--output"):
+    with pytest.raises(PluginError, match=r"cannot write into /proc/plugin/out: .*--out"):
         build_plugin(Path("/proc/plugin/out"))
     (tmp_path / "file").touch()
     with pytest.raises(PluginError, match="is no folder"):

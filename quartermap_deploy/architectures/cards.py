@@ -6,6 +6,7 @@ installed wheel, beside the weights that come with the package. Reading a card n
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -125,9 +126,14 @@ class ModelCard:
         return None if self.weights is None else models_directory() / self.weights
 
 
-def list_models() -> list[str]:
-    """Return the names of all models, sorted."""
-    return sorted(path.stem for path in models_directory().glob("*.toml"))
+def list_models(pattern: str | None = None) -> list[str]:
+    """Return the names of the models, sorted.
+
+    Args:
+        pattern: of the names, as "vmamba_tiny*", with *, ? and [] as in a shell; None is all.
+    """
+    names = sorted(path.stem for path in models_directory().glob("*.toml"))
+    return names if pattern is None else fnmatch.filter(names, pattern)
 
 
 @functools.cache

@@ -52,6 +52,7 @@ MOST = {"num_classes": 1_000_000, "in_chans": 4096}
 def create_model(
     name: str,
     *,
+    pretrained: bool | None = None,
     num_classes: int | None = None,
     in_chans: int | None = None,
     checkpoint: str | PathLike[str] | None = None,
@@ -65,6 +66,8 @@ def create_model(
 
     Args:
         name: one of `list_models()`.
+        pretrained: True insists on the weights that come with this package, False on new ones. None takes them where
+            there are some.
         num_classes: size of the output. None takes it from the checkpoint or else from the model's card.
             Another number than the checkpoint's leaves the last layer newly initialised.
         in_chans: channels of the image. None takes it from the checkpoint or else from the model's card.
@@ -76,12 +79,14 @@ def create_model(
 
     Raises:
         UnknownNameError: if there is no such model; the message names similar ones.
-        CheckpointError: if the checkpoint is missing, damaged or unsafe, or does not fit the model.
+        CheckpointError: if the checkpoint is missing, damaged or unsafe, or does not fit the model; or if `pretrained`
+            is True and no weights come with the package.
         InputError: if num_classes or in_chans is no whole number of at least 1, out_indices are no stages, or the
             arguments contradict each other.
     """
     return create_with_weights(
         name,
+        pretrained=pretrained,
         num_classes=num_classes,
         in_chans=in_chans,
         checkpoint=checkpoint,
@@ -93,6 +98,7 @@ def create_model(
 def create_with_weights(
     name: str,
     *,
+    pretrained: bool | None = None,
     num_classes: int | None = None,
     in_chans: int | None = None,
     checkpoint: str | PathLike[str] | None = None,
@@ -111,8 +117,17 @@ def create_with_weights(
         raise InputError(f"a backbone has no classes; leave num_classes = {num_classes} or features_only out")
     if out_indices is not None and not features_only:
         raise InputError(f"out_indices = {out_indices!r} are for features_only = True; leave them out")
+    if pretrained is not None and checkpoint is not None:
+        raise InputError(
+            f"pretrained = {pretrained} and checkpoint = {checkpoint} contradict each other; leave one out"
+        )
+    if pretrained and card.weights_path is None:
+        raise CheckpointError(
+            f"no weights of {name} come with this package; get {card.source.checkpoint_file or 'a checkpoint'} from "
+            f"{card.source.checkpoint_page} and give it as checkpoint"
+        )
 
-    path = card.weights_path if checkpoint is None else checkpoint
+    path = card.weights_path if checkpoint is None and pretrained is not False else checkpoint
     # The weights that come with the package are for the card's channels alone.
     if path is None or (checkpoint is None and in_chans not in (None, card.in_chans)):
         model = build(card, num_classes=num_classes, in_chans=in_chans)

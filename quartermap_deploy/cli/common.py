@@ -104,12 +104,19 @@ def add_command(
 
 
 def add_output_options(parser: argparse.ArgumentParser, *, quiet: bool = True) -> None:
-    """Add --json and, to commands that take a while, --quiet."""
+    """Add --json, --verbose and, to commands that take a while, --quiet."""
     parser.add_argument(
         "--json", action="store_true", help="print JSON instead of tables (default: tables for people)"
     )
+    parser.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="with an error, also show where in the code it came from (default: its message alone)",
+    )
     if quiet:
         parser.add_argument(
+            "-q",
             "--quiet",
             action="store_true",
             help="show no progress and no tables; warnings, errors and --json remain (default: show them)",

@@ -114,6 +114,7 @@ def add_parser(subparsers: Subparsers) -> None:
     _add_engine_options(parser)
     group = parser.add_argument_group("the bundle")
     group.add_argument(
+        "-o",
         "--out",
         type=file_or_folder,
         metavar="DIR",
@@ -123,12 +124,15 @@ def add_parser(subparsers: Subparsers) -> None:
         "--force", action="store_true", help="replace the bundle that --out holds (default: refuse)"
     )
     group.add_argument(
-        "--targets",
+        "--target",
+        dest="targets",
         type=words,
         metavar="NAMES",
         default=argparse.SUPPRESS,
         help=f"what to build for, with commas between (default: {','.join(Recipe.targets)}, or the recipe's)",
     )
+    # As recipes call it.
+    group.add_argument("--targets", type=words, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     add_execution_options(group, argparse.SUPPRESS)
     group.add_argument(
         "--reference",

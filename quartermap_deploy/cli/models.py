@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.architectures.cards import ModelCard, list_models, load_card
 from quartermap_deploy.cli.common import add_command, add_output_options, print_json, show
+from quartermap_deploy.errors import UnknownNameError
 from quartermap_deploy.tables.layout import facts, table
 from quartermap_deploy.tables.words import count_text, names_text, size_text
 
@@ -24,31 +25,41 @@ def add_parser(subparsers: Subparsers) -> None:
         run,
         summary="list the models, or show the card of one",
         description="""
-            List the models that can be compiled; with a name, show everything that is known about one.
+            List the models that can be compiled, or those whose names fit a pattern; with a name, show everything that
+            is known about one.
 
             The weights of a model marked * come with this package. The public checkpoint of every other one is
             described on the page that its card names; give the file to `quartermap compile --checkpoint`.
             """,
         examples="""
             quartermap models
+            quartermap models 'vmamba_tiny*'
             quartermap models vmamba_tiny_s1l8
             quartermap models --json
             """,
     )
-    parser.add_argument("name", nargs="?", metavar="NAME", help="model to show (default: list all of them)")
+    parser.add_argument(
+        "name",
+        nargs="?",
+        metavar="NAME",
+        help="model to show, or a pattern of names to list, with *, ? and [] (default: list all of them)",
+    )
     add_output_options(parser, quiet=False)
 
 
 def run(options: argparse.Namespace) -> None:
     """Print the list or the card."""
-    if options.name is not None:
+    pattern = options.name if options.name is not None and set("*?[") & set(options.name) else None
+    if options.name is not None and pattern is None:
         card = load_card(options.name)
         if options.json:
             print_json({**as_dict(card), "labels": list(card.labels)})
         else:
             show(*describe(card))
         return
-    cards = [load_card(name) for name in list_models()]
+    cards = [load_card(name) for name in list_models(pattern)]
+    if not cards:
+        raise UnknownNameError(f"no model fits {pattern}; the models are {', '.join(list_models())}")
     if options.json:
         print_json([as_dict(card) for card in cards])
         return
@@ -57,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
         table(None, headings, [row(card) for card in cards]),
         "",
         "params as built here; GFLOPs (multiply-accumulates) and top-1 as the authors published them,",
-        "a range where they name several data sets. * trained weights come with this package.",
+        "which `quartermap models NAME` lists. * trained weights come with this package.",
     )
 
 
@@ -75,13 +86,12 @@ def row(card: ModelCard) -> list[object]:
 
 
 def published_top1(card: ModelCard) -> str | None:
-    """Return the published accuracy, and the range of it where there are several data sets."""
+    """Return the published accuracy, or how many there are where it was published of several data sets."""
     if not card.accuracy:
         return None
     if len({entry.dataset for entry in card.accuracy}) == 1:
         return f"{card.accuracy[0].top1:.1f}"
-    values = [entry.top1 for entry in card.accuracy]
-    return f"{min(values):.1f}–{max(values):.1f}"
+    return f"of {len(card.accuracy)} sets"
 
 
 def as_dict(card: ModelCard) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def _add_build(subparsers: Subparsers) -> None:
             quartermap native build
             CXX=clang++ quartermap native build
             quartermap native build --cuda                    # for sessions with --device cuda
-            quartermap native build --output lib              # to ship it with a program of yours: docs/native.md
+            quartermap native build --out lib              # to ship it with a program of yours: docs/native.md
             """,
     )
     parser.add_argument(
@@ -89,7 +89,8 @@ def _add_build(subparsers: Subparsers) -> None:
         help="of --cuda, the GPUs (default: all that the kernels and nvcc know)",
     )
     parser.add_argument(
-        "--output",
+        "-o",
+        "--out",
         type=file_or_folder,
         metavar="DIR",
         help="folder for the library, which then has to be named in QUARTERMAP_NATIVE (default: your own cache, where "
@@ -154,7 +155,7 @@ def run_build(options: argparse.Namespace) -> None:
         return
     if options.cuda_architectures:
         raise InputError("--cuda-architectures is of the CUDA library; add --cuda, or leave it out")
-    path = build_cpu_library(options.output, progress=progress)
+    path = build_cpu_library(options.out, progress=progress)
     with progress.step("checking the library"), results_only():
         library = load_cpu_library(path, "built here")
     _print(library, options, ())
@@ -165,7 +166,7 @@ def _build_cuda(options: argparse.Namespace) -> None:
     from quartermap_deploy.native.cuda_library import build_cuda_library, load_cuda_library
 
     progress = make_progress(options)
-    path = build_cuda_library(options.output, options.cuda_architectures, progress=progress)
+    path = build_cuda_library(options.out, options.cuda_architectures, progress=progress)
     with progress.step("checking the library"), results_only():
         library = load_cuda_library(path)
     rows = {"library": library.path, "CUDA": library.cuda, "architectures": library.architectures}

@@ -83,12 +83,13 @@ def _add_build(subparsers: Subparsers) -> None:
             """,
         examples="""
             quartermap plugin build
-            quartermap plugin build --cuda-architectures 90 --output build
+            quartermap plugin build --cuda-architectures 90 --out build
             quartermap plugin build --kernels-only
             """,
     )
     parser.add_argument(
-        "--output",
+        "-o",
+        "--out",
         type=file_or_folder,
         metavar="DIR",
         help="folder for the library, which then has to be named with --plugin (default: your own store, where engines "
@@ -216,8 +217,8 @@ def run_build(options: argparse.Namespace) -> None:
         with progress.step("checking the library"), results_only():
             return library, check_plugin(library)
 
-    if options.output is not None:
-        _print(built(options.output)[1], options)
+    if options.out is not None:
+        _print(built(options.out)[1], options)
         return
     # Before minutes of compiling: whether the store can be used at all.
     open_store()

@@ -7,15 +7,16 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from quartermap_deploy import __version__
 from quartermap_deploy.cli import (
     ablate,
     bench,
     compare,
     compile,
+    completion,
     deploy,
     doctor,
     eval,
+    images,
     inspect,
     models,
     native,
@@ -42,6 +43,7 @@ COMMANDS = (
     inspect,
     validate,
     predict,
+    images,
     bench,
     eval,
     compare,
@@ -87,11 +89,24 @@ def build_parser() -> CommandParser:
     parser = CommandParser(
         prog="quartermap", description=DESCRIPTION, epilog=EPILOG, formatter_class=HelpFormatter
     )
-    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument(
+        "--version",
+        action="store_true",
+        help="print the versions of this package and of what it runs on, and exit",
+    )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for command in COMMANDS:
         command.add_parser(subparsers)
+    completion.add_parser(subparsers, parser)
     return parser
+
+
+def print_versions() -> None:
+    """Print what `quartermap doctor` knows of versions, a line each."""
+    from quartermap_deploy.doctor import versions
+
+    for name, version in versions().items():
+        print(f"{name} {version}")
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -104,7 +119,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         message("error", f"unknown option or argument {' '.join(unknown)}. See {command} --help")
         return USER_ERROR
     if options.version:
-        print(f"quartermap-deploy {__version__}")
+        print_versions()
         return OK
     if options.command is None:
         parser.print_help()
@@ -114,6 +129,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
             options.run(options)
         sys.stdout.flush()
     except QuartermapError as error:
+        if getattr(options, "verbose", False):
+            print(printable(traceback.format_exc(), None, lines=True), end="", file=sys.stderr)
         message("error", str(error))
         return USER_ERROR
     except BrokenPipeError:

@@ -158,11 +158,18 @@ def add_parser(subparsers: Subparsers) -> None:
         help="form of the log; auto is text in a terminal and JSON elsewhere (default: %(default)s)",
     )
     parser.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="with an error, also show where in the code it came from (default: its message alone)",
+    )
+    parser.add_argument(
         "--json",
         action="store_true",
         help="once ready, print the addresses as JSON instead of a table (default: a table)",
     )
     parser.add_argument(
+        "-q",
         "--quiet",
         action="store_true",
         help="print no table; the log remains (default: print it)",

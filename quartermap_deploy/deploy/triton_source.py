@@ -72,12 +72,12 @@ def choose_backend(bundle: Bundle, backend: str | None = None) -> str:
     has = f"the bundle {bundle.path} was built for {', '.join(targets)}"
     if backend is None:
         raise DeployError(
-            f"{has}, and Triton has no backend for that; compile it with --targets onnxruntime or tensorrt"
+            f"{has}, and Triton has no backend for that; compile it with --target onnxruntime or tensorrt"
         )
     mend = (
         f"add an engine with `{command('quartermap', 'rebuild', bundle.path, '--target', 'tensorrt')}`"
         if backend == "tensorrt"
-        else "compile it with onnxruntime among its --targets"
+        else "compile it with onnxruntime among its --target"
     )
     raise DeployError(f"{has}, not for {backend}; {mend}")
 

@@ -115,9 +115,7 @@ def require_writable(output: Path) -> None:
         with tempfile.TemporaryFile(dir=output):
             pass
     except OSError as error:
-        raise PluginError(
-            f"cannot write into {output}: {error.strerror}; name another with --output"
-        ) from error
+        raise PluginError(f"cannot write into {output}: {error.strerror}; name another with --out") from error
     finally:
         for folder in made:
             with contextlib.suppress(OSError):

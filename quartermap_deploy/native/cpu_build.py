@@ -270,7 +270,7 @@ def built_folder() -> Path:
     if cache is None:
         raise TrustError(
             f"this user has no home to keep libraries in; name a folder in the environment variable {HOME_VARIABLE}, "
-            "or one for the library with --output"
+            "or one for the library with --out"
         )
     return cache / "native"
 
@@ -383,7 +383,7 @@ def _require_whole(data: bytes, compiler: Compiler) -> None:
     except FormatError as error:
         raise PluginError(
             f"what {compiler.version} made {error}, so it is not kept; name another compiler in CXX, or a folder with "
-            "--output"
+            "--out"
         ) from error
 
 
@@ -396,7 +396,7 @@ def _private(name: str) -> Path:
     except OSError as error:
         raise PluginError(
             f"the cache {printable(folder)} cannot be made: {error.strerror}; name another place in the environment "
-            f"variable {HOME_VARIABLE}, or a folder for the library with --output"
+            f"variable {HOME_VARIABLE}, or a folder for the library with --out"
         ) from error
     return folder / name
 

@@ -164,7 +164,7 @@ def _cached() -> Path:
     if cache is None:
         raise TrustError(
             f"this user has no home to keep libraries in; name a folder in the environment variable {HOME_VARIABLE}, "
-            "or one for the library with --output"
+            "or one for the library with --out"
         )
     name = f"{sys.platform}-{platform.machine().lower()}-{sources_hash()[:16]}"
     return cache / "native-cuda" / name / ONNXRUNTIME_LIBRARY

@@ -97,7 +97,7 @@ def open_engine(
     if gpu is None:
         raise BundleError(
             f"the engine {path} needs an NVIDIA GPU, and there is none (no NVIDIA driver answers); run it where "
-            "there is one; on a CPU, a bundle compiled with --targets onnxruntime runs"
+            "there is one; on a CPU, a bundle compiled with --target onnxruntime runs"
         )
     host_code = bool(entry["options"].get("version_compatible"))
     if host_code and not built_here and os.environ.get(TRUST_VARIABLE) != "1":
