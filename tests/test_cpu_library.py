@@ -31,6 +31,7 @@ from quartermap_deploy.native.cpu_build import (
 from quartermap_deploy.native.cpu_library import INTERFACE, OFF, find_cpu_library, load_cpu_library
 from quartermap_deploy.native.errors import PluginError
 from quartermap_deploy.native.library_format import FormatError, check_format
+from quartermap_deploy.native.seal import sealed
 
 SETS = ("avx512", "avx2", "baseline", "neon")
 
@@ -266,10 +267,10 @@ def test_the_instruction_set_that_is_asked_for(cpu_library: Path, name: str) -> 
 
 
 def changed(library: Path, path: Path, before: bytes, after: bytes) -> Path:
-    """A copy with some bytes replaced by as many others."""
+    """A copy with some bytes replaced by as many others, sealed as if it had been built so."""
     data = library.read_bytes()
     assert len(before) == len(after) and before in data and before != after
-    write_whole(path, data.replace(before, after))
+    write_whole(path, sealed(data.replace(before, after)))
     return path
 
 
@@ -331,6 +332,19 @@ def test_damaged_and_foreign_files(
         path.write_bytes(content)
         assert reason in refusal(path, monkeypatch), name
     assert "is a folder" in refusal(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("step", [997, 100_003])
+def test_what_would_end_the_process_is_refused_before_it_is_loaded(
+    cpu_library: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Bits that were turned round behind the tables, of which the file says nothing."""
+    data = bytearray(cpu_library.read_bytes())
+    for place in range(40_000, len(data) - 40_000, step):
+        data[place] ^= 4
+    path = tmp_path / CPU_LIBRARY
+    path.write_bytes(data)
+    assert "is damaged: its checksum" in refusal(path, monkeypatch)
 
 
 def mach_o(machine: int, end: int) -> bytes:

@@ -21,6 +21,7 @@ from quartermap_deploy.native.cpu_build import Compiler, CpuBuildOptions, find_c
 from quartermap_deploy.native.cpu_kernels import Sizes, make_scan
 from quartermap_deploy.native.errors import PluginError
 from quartermap_deploy.native.library import CPU, PLUGIN, check_bytes, inspect
+from quartermap_deploy.native.seal import SealError, check_seal, sealed
 from quartermap_deploy.native.library_format import FormatError, check_format
 
 # File formats -----------------------------------------------------------------------------------------------------
@@ -161,7 +162,7 @@ def test_a_library_for_windows_ends_where_its_last_section_does(monkeypatch: pyt
 def test_a_library_is_ours_by_the_name_of_its_function() -> None:
     name = CPU.contract.encode()
     for before in (b"\0", b"\0_"):
-        check_bytes(elf([]) + before + name + b"\0", "it", CPU)
+        check_bytes(sealed(elf([]) + before + name + b"\0"), "it", CPU)
     for text in (b"\0" + name + b"2\0", b"x" + name + b"\0", b"\0" + PLUGIN.contract.encode() + b"\0"):
         with pytest.raises(PluginError, match="it is a library, but no CPU library of quartermap-deploy"):
             check_bytes(elf([]) + text, "it", CPU)
@@ -182,6 +183,29 @@ def test_files_that_are_none_are_told_apart(tmp_path: Path) -> None:
         inspect(tmp_path)
     with pytest.raises(PluginError, match=r"there is no CPU library .*; `quartermap native build` makes one"):
         inspect(tmp_path / "none.so", CPU)
+
+
+def test_a_seal_is_broken_by_any_change() -> None:
+    data = sealed(b"a library")
+    check_seal(data, required=True)
+    assert data.startswith(b"a library") and sealed(data) == data != sealed(b"a librarz")
+    for place in range(9):
+        changed = bytearray(data)
+        changed[place] ^= 1
+        with pytest.raises(SealError, match="is damaged"):
+            check_seal(bytes(changed), required=False)
+    for none in (b"", b"a library", data[:-1], data + b"\0"):
+        check_seal(none, required=False)
+        with pytest.raises(SealError, match="no checksum"):
+            check_seal(none, required=True)
+
+
+def test_a_plugin_may_be_without_a_seal_and_not_with_a_broken_one() -> None:
+    library = elf([]) + b"\0" + PLUGIN.contract.encode() + b"\0"
+    check_bytes(library, "it")
+    check_bytes(sealed(library), "it")
+    with pytest.raises(PluginError, match="it is damaged.*nothing of it was run.*plugin build"):
+        check_bytes(b"\x7f" + sealed(library)[1:60] + b"\1" + sealed(library)[61:], "it")
 
 
 # The plugin's build -----------------------------------------------------------------------------------------------
@@ -260,7 +284,7 @@ def test_a_library_is_put_whole_into_a_folder_that_is_made(tmp_path: Path) -> No
     (tmp_path / "lib.so").write_bytes(b"new")
     for _ in range(2):
         placed = build.place_library(tmp_path / "lib.so", tmp_path / "a" / "b")
-        assert placed == tmp_path / "a" / "b" / "lib.so" and placed.read_bytes() == b"new"
+        assert placed == tmp_path / "a" / "b" / "lib.so" and placed.read_bytes() == sealed(b"new")
         assert stat.S_IMODE(placed.stat().st_mode) == 0o755
         assert list(placed.parent.iterdir()) == [placed]
         placed.write_bytes(b"old")
@@ -434,6 +458,7 @@ def test_libraries_in_the_cache_are_listed_the_newest_first(
     assert cpu_build.every_built()[1].to_dict() == {
         "path": str(folder / f"{prefix}-b" / cpu_build.CPU_LIBRARY),
         "fits": True,
+        "whole": False,
         "built": "1970-01-01T00:05:00+00:00",
     }
 

@@ -211,10 +211,15 @@ def run_list(options: argparse.Namespace) -> None:
         show(f"There is no library in {printable(folder)}; `quartermap native build` makes one.")
     else:
         rows = [
-            (library.path.parent.name, "this installation's" if library.fits else "other", library.built)
+            (
+                library.path.parent.name,
+                "this installation's" if library.fits else "other",
+                "whole" if library.whole else "damaged, or of an earlier release",
+                library.built,
+            )
             for library in found
         ]
-        show(table(f"in {folder}", ["folder", "sources", "when"], rows))
+        show(table(f"in {folder}", ["folder", "sources", "state", "when"], rows))
 
 
 def _print(library: CpuLibrary, options: argparse.Namespace, refused: tuple[tuple[str, str], ...]) -> None:

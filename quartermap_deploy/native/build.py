@@ -15,6 +15,7 @@ from pathlib import Path
 from quartermap_deploy.errors import MissingDependencyError
 from quartermap_deploy.files import write_whole
 from quartermap_deploy.native.errors import PluginError
+from quartermap_deploy.native.seal import sealed
 from quartermap_deploy.progress import SILENT, Progress
 
 OLDEST_ARCHITECTURE = 80
@@ -227,8 +228,8 @@ def important_lines(lines: Sequence[str], most: int = 20) -> str:
 
 
 def place_library(built: Path, output: Path) -> Path:
-    """Put a file into a folder under its own name, whole, so that nobody ever loads half of it."""
+    """Seal a library and put it into a folder under its own name, whole, so that nobody ever loads half of it."""
     output.mkdir(parents=True, exist_ok=True)
     target = output / built.name
-    write_whole(target, built.read_bytes(), mode=0o755)
+    write_whole(target, sealed(built.read_bytes()), mode=0o755)
     return target
