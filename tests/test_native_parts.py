@@ -21,8 +21,8 @@ from quartermap_deploy.native.cpu_build import Compiler, CpuBuildOptions, find_c
 from quartermap_deploy.native.cpu_kernels import Sizes, make_scan
 from quartermap_deploy.native.errors import PluginError
 from quartermap_deploy.native.library import CPU, PLUGIN, check_bytes, inspect
-from quartermap_deploy.native.seal import SealError, check_seal, sealed
 from quartermap_deploy.native.library_format import FormatError, check_format
+from quartermap_deploy.native.seal import SealError, check_seal, sealed
 
 # File formats -----------------------------------------------------------------------------------------------------
 
@@ -204,7 +204,7 @@ def test_a_plugin_may_be_without_a_seal_and_not_with_a_broken_one() -> None:
     library = elf([]) + b"\0" + PLUGIN.contract.encode() + b"\0"
     check_bytes(library, "it")
     check_bytes(sealed(library), "it")
-    with pytest.raises(PluginError, match="it is damaged.*nothing of it was run.*plugin build"):
+    with pytest.raises(PluginError, match=r"it is damaged.*nothing of it was run.*plugin build"):
         check_bytes(b"\x7f" + sealed(library)[1:60] + b"\1" + sealed(library)[61:], "it")
 
 

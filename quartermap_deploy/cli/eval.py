@@ -139,6 +139,7 @@ def run(options: argparse.Namespace) -> None:
     progress, prepared = make_progress(options), preprocessing_of(options)
     if options.resume is not None:
         check_place(options.resume)
+    execution = execution_of(options)
     # The data first: it is opened in a moment, and a model may take minutes.
     dataset = dataset_of(options)
     with results_only(), kept_on_interruption(options.resume):
@@ -146,7 +147,7 @@ def run(options: argparse.Namespace) -> None:
             options.source,
             options.target,
             checkpoint=options.checkpoint,
-            execution=execution_of(options),
+            execution=execution,
             factory=options.factory,
             run_module=options.run_module,
             labels=options.labels,

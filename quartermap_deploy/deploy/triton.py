@@ -54,7 +54,9 @@ FORMAT = 1
 MARKER = "quartermap.json"
 REPOSITORY = FolderKind("model repository that quartermap wrote", MARKER, DeployError)
 PLUGIN_FILE = "libquartermap_plugin.so"
-DEVICES = ("cpu", "gpu")
+DEVICES = ("cpu", "cuda")
+GPU = "gpu"
+"""Another name of cuda, which is Triton's own."""
 CPU_BATCH, GPU_BATCH = 8, 32
 """Largest batches where nothing else says: on a CPU larger ones gain little and make the first image wait."""
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
@@ -74,7 +76,7 @@ class TritonOptions:
         preprocessing: values of the bundle's preprocessing to replace, by name.
         max_batch: largest batch; None takes what the engine takes, or 8 on a CPU and 32 on a GPU.
         max_delay_us: how long a request may wait for others, in microseconds.
-        device: "cpu" or "gpu", for the backend onnxruntime; None is a CPU. Engines run on GPUs.
+        device: "cpu" or "cuda" ("gpu" is the same), for the backend onnxruntime; None is a CPU. Engines run on GPUs.
         instances: of the model, on the CPU or on each GPU.
         threads: of an instance on the CPU; 0 for all cores.
         images: whether to write the models that take images, where the bundle has an input for them.
@@ -119,6 +121,8 @@ class TritonOptions:
                 raise DeployError(
                     f"{name} = {value!r}; expected a whole number of at least {least}, and below 2^31"
                 )
+        if self.device == GPU:
+            object.__setattr__(self, "device", DEVICES[True])
         if self.device not in (None, *DEVICES):
             raise DeployError(f"unknown device {self.device!r}; expected {' or '.join(DEVICES)}")
         if self.name is not None and not re.fullmatch(NAME, self.name):
@@ -212,7 +216,7 @@ class Repository:
         path: where it is.
         models: the models by name, and what each is.
         backend: of the model itself.
-        device: "cpu" or "gpu".
+        device: "cpu" or "cuda".
         max_batch: largest batch, or 0 where the graph has a batch of its own.
         files: every file, relative to the repository.
         command: the line that starts Triton with it.
@@ -292,7 +296,7 @@ def plan_triton(bundle: str | os.PathLike[str], out: Path, options: TritonOption
         raise DeployError(
             "engines of TensorRT run on GPUs; leave the device out, or take the backend onnxruntime"
         )
-    gpu = source.backend == "tensorrt" or options.device == "gpu"
+    gpu = source.backend == "tensorrt" or options.device == "cuda"
     if unknown := [item for item in (*loaded.inputs, *loaded.outputs) if not is_known_type(item.type)]:
         raise DeployError(
             f"{unknown[0].name} of {loaded.path} is of {unknown[0].type}, which no client of Triton could send or "

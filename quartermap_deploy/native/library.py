@@ -42,9 +42,7 @@ class LibraryKind:
     always_sealed: bool = True
 
 
-PLUGIN = LibraryKind(
-    "plugin", "quartermap_plugin_contract", "quartermap plugin build", always_sealed=False
-)
+PLUGIN = LibraryKind("plugin", "quartermap_plugin_contract", "quartermap plugin build", always_sealed=False)
 CPU = LibraryKind("CPU", "quartermap_cpu_contract", "quartermap native build")
 
 
