@@ -288,6 +288,8 @@ def test_who_runs_a_model_is_told_that_another_form_runs(
     assert both.code == 0 and named in warning
     portable = call("bench", bundle, "--scans", "portable", "--repeats", 1, "--quiet")
     assert portable.code == 0 and named not in portable.err
+    validated = call("validate", bundle, "--quiet")
+    assert validated.code == 0 and validated.messages == [warning]
 
 
 @pytest.mark.parametrize("name", ["avx1024", "baseline"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
 import stat
 import struct
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +290,31 @@ def test_a_library_is_put_whole_into_a_folder_that_is_made(tmp_path: Path) -> No
         assert stat.S_IMODE(placed.stat().st_mode) == 0o755
         assert list(placed.parent.iterdir()) == [placed]
         placed.write_bytes(b"old")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="CMake is a script in this test")
+def test_the_files_that_are_compiled_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "cmake"
+    script.write_text(
+        "#!/bin/sh\nfor last; do :; done\n"
+        'if [ "$1" != --build ]; then echo "[{}, {}, {}]" > "$last/compile_commands.json"; exit; fi\n'
+        'echo "[ 33%] Building CUDA object a.cu.o"; echo "[2/3] Building CXX object b.cpp.o"; echo "note: Building"\n'
+        'echo "[3/4] Building CXX object c.cpp.o"; echo library > "$2/libquartermap_kernels.so"\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    steps: list[tuple[int | None, list[int]]] = []
+
+    class Recorder:
+        @contextlib.contextmanager
+        def step(self, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+            steps.append((total, []))
+            yield steps[-1][1].append
+
+    options = BuildOptions(kernels_only=True, emulation=True)
+    made = build.build_plugin(tmp_path / "out", options, progress=Recorder())
+    assert made.read_bytes() == sealed(b"library\n")
+    assert steps == [(None, []), (3, [1, 1, 1])]
 
 
 # Contracts --------------------------------------------------------------------------------------------------------

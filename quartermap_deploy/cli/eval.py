@@ -20,7 +20,7 @@ from quartermap_deploy.cli.common import (
     show,
 )
 from quartermap_deploy.cli.data import add_data_options, dataset_of, warn_of_broken, warn_of_data
-from quartermap_deploy.cli.execution import add_execution_options, execution_of, tell_notes
+from quartermap_deploy.cli.execution import add_execution_options, execution_of, tell_native, tell_notes
 from quartermap_deploy.cli.measuring import kept_on_interruption
 from quartermap_deploy.cli.overrides import (
     add_labels_option,
@@ -133,7 +133,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Evaluate and print the tables."""
     from quartermap_deploy.evaluation.accuracy import evaluate
-    from quartermap_deploy.evaluation.sessions import runner_for
+    from quartermap_deploy.evaluation.sessions import TORCH, runner_for
     from quartermap_deploy.evaluation.tally import check_place
 
     progress, prepared = make_progress(options), preprocessing_of(options)
@@ -169,6 +169,8 @@ def run(options: argparse.Namespace) -> None:
         )
     if runner.placement is not None:
         tell_notes(runner.placement)
+    elif runner.target == TORCH:
+        tell_native()
     warn(runner, dataset, accuracy)
     if options.json:
         print_json(result(runner, dataset, accuracy, options.batch))

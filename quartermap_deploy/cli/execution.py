@@ -80,10 +80,20 @@ def tell_placement(session: Session, name: str | None = None, told: set[str] | N
 
 
 def tell_report(report: Mapping[str, Any]) -> None:
-    """Say the same of a run that a report is about, if that was one by providers."""
+    """Say the same of a run that a report is about, if that was one by providers, or by a native operator."""
+    if report.get("native") is not None:
+        tell_native()
     if (entry := report.get("execution")) is not None:
         left_out = dict.fromkeys(entry["left_out"], "`quartermap doctor` says why")
         tell_notes(Placement(tuple(entry["providers"]), entry["nodes"], entry["on_cpu"], left_out))
+
+
+def tell_native() -> None:
+    """Say which CPU library was passed over, and why, as a warning; for what runs without a session that knows it."""
+    from quartermap_deploy.native.cpu_library import find_cpu_library
+
+    if (warning := find_cpu_library().warning) is not None:
+        message("warning", warning)
 
 
 def tell_notes(placement: Placement, name: str | None = None, told: set[str] | None = None) -> None:

@@ -29,6 +29,7 @@ from quartermap_deploy.evaluation.trial import Trial
 from quartermap_deploy.evaluation.tried import Tried
 from quartermap_deploy.evaluation.tune_options import TuneOptions
 from quartermap_deploy.files import obstacle_to, write_whole
+from quartermap_deploy.native.cpu_library import find_cpu_library
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.pruning.plan import QuarterMap
 from quartermap_deploy.recipe import Recipe
@@ -194,12 +195,15 @@ class _Tuning:
         return Tuned(recipe, values, tuple(self.warnings))
 
     def _check_target(self) -> None:
-        """Refuse, before any work, a target or a provider that cannot run here.
+        """Refuse, before any work, a target or a provider that cannot run here; note a library that is passed over.
 
         Raises:
             QuartermapError: if so, as `Target.check` says.
         """
         target = self.options.target
+        if (warning := find_cpu_library().warning) is not None:
+            # Plans are run in PyTorch with it, too.
+            self.warnings.append(warning)
         if target != TORCH and self.options.measure == "time":
             load_target(target).check(dataclasses.replace(self.recipe, targets=(target,)))
 
