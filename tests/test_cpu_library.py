@@ -504,7 +504,7 @@ def test_doctor_says_of_every_library_that_is_named_why_it_is_refused(
     rubbish = tmp_path / "rubbish.so"
     rubbish.write_bytes(b"rubbish" * 100)
     for kind, variable in (("cuda", "QUARTERMAP_NATIVE_CUDA"), ("plugin", "QUARTERMAP_PLUGIN")):
-        for value, reason in ((str(rubbish), "it is damaged or no library"), ("x.so", "a path")):
+        for value, reason in ((str(rubbish), "it is damaged or no library"), ("x.so", "from / on")):
             monkeypatch.setenv(variable, value)
             found = apart.examine(kind)
             assert found["library"] is None and reason in found["summary"], found

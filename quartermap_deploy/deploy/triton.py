@@ -54,9 +54,8 @@ FORMAT = 1
 MARKER = "quartermap.json"
 REPOSITORY = FolderKind("model repository that quartermap wrote", MARKER, DeployError)
 PLUGIN_FILE = "libquartermap_plugin.so"
-DEVICES = ("cpu", "cuda")
-GPU = "gpu"
-"""Another name of cuda, which is Triton's own."""
+DEVICES = ("cpu", "cuda", "gpu")
+"""The last is another name of cuda, as Triton has it."""
 CPU_BATCH, GPU_BATCH = 8, 32
 """Largest batches where nothing else says: on a CPU larger ones gain little and make the first image wait."""
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
@@ -121,8 +120,6 @@ class TritonOptions:
                 raise DeployError(
                     f"{name} = {value!r}; expected a whole number of at least {least}, and below 2^31"
                 )
-        if self.device == GPU:
-            object.__setattr__(self, "device", DEVICES[True])
         if self.device not in (None, *DEVICES):
             raise DeployError(f"unknown device {self.device!r}; expected {' or '.join(DEVICES)}")
         if self.name is not None and not re.fullmatch(NAME, self.name):
@@ -296,7 +293,7 @@ def plan_triton(bundle: str | os.PathLike[str], out: Path, options: TritonOption
         raise DeployError(
             "engines of TensorRT run on GPUs; leave the device out, or take the backend onnxruntime"
         )
-    gpu = source.backend == "tensorrt" or options.device == "cuda"
+    gpu = source.backend == "tensorrt" or options.device in DEVICES[1:]
     if unknown := [item for item in (*loaded.inputs, *loaded.outputs) if not is_known_type(item.type)]:
         raise DeployError(
             f"{unknown[0].name} of {loaded.path} is of {unknown[0].type}, which no client of Triton could send or "

@@ -95,9 +95,7 @@ def open_session(
         BundleError: if the model holds what this package does not write (see `onnx_bounds`), ONNX Runtime refuses it, a
             provider cannot start, or the model has scans for which the native operator is wanted and cannot be had.
         MissingDependencyError: if a provider is not in the package of ONNX Runtime that is installed.
-        InputError: if `execution` is no execution.
     """
-    execution = Execution.read(execution)
     scans = check_model(model).intersection(SCANS)
     found = started(execution)
     preload(tuple(provider.name for provider in found.providers))
