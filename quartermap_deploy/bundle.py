@@ -36,7 +36,7 @@ from quartermap_deploy.reading import LARGEST_JSON, ReadingError, parse_json, re
 from quartermap_deploy.signatures import SIGNATURES, check_signatures
 from quartermap_deploy.size_rules import SizeRules
 from quartermap_deploy.targets import DEFAULT, ENGINE_TARGETS, Session, open_session
-from quartermap_deploy.targets.execution import ON_CPU, Execution
+from quartermap_deploy.targets.execution import ON_CPU, Execution, Where
 from quartermap_deploy.tensor_info import TensorInfo
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Bundle:
         *,
         plugin: Path | None = None,
         native: bool | None = None,
-        execution: Execution = ON_CPU,
+        execution: Where = ON_CPU,
     ) -> Session:
         """Return a session that is ready to run; the same one at every call.
 
@@ -96,10 +96,11 @@ class Bundle:
             plugin: the plugin library, for an engine that needs it; None looks for it.
             native: for `onnxruntime`, whether the native operator computes the scans: None where it is there and takes
                 the model, False never, True or not at all.
-            execution: for `onnxruntime`, the providers that run it, whatever the bundle was proved on.
+            execution: for `onnxruntime`, the providers that run it, whatever the bundle was proved on; a device, a
+                provider, or a list of providers does as well.
 
         Raises:
-            UnknownNameError: if the bundle was not built for the target.
+            UnknownNameError: if the bundle was not built for the target, or there is no such device or provider.
             InputError: if a native operator, or a provider, is asked for, or refused, for an engine, which has none.
             MissingDependencyError: if a provider is not in the package of ONNX Runtime that is installed.
             BundleError: if the target's runtime refuses it, or a provider cannot start.
@@ -107,7 +108,7 @@ class Bundle:
         name = self.target(target)
         if native is not None and name in ENGINE_TARGETS:
             raise InputError(f"an engine of {name} has no native operator for CPUs; leave native out")
-        return _session(self, name, plugin, native, execution)
+        return _session(self, name, plugin, native, Execution.read(execution))
 
     def target(self, name: str | None) -> str:
         """Return the name of a target that the bundle was built for; of its default for None.
@@ -190,7 +191,7 @@ class Bundle:
         top: int = 5,
         batch: int | None = None,
         target: str | None = None,
-        execution: Execution = ON_CPU,
+        execution: Where = ON_CPU,
         preprocessing: Mapping[str, Any] | None = None,
         labels: str | os.PathLike[str] | Sequence[str] | None = None,
         progress: Progress = SILENT,
@@ -205,7 +206,7 @@ class Bundle:
             top: how many classes of each image, the most probable ones.
             batch: images at once; None takes 8, or what the graph or the engine takes.
             target: one of the targets the bundle was built for; None for the default.
-            execution: for `onnxruntime`, the providers that run it.
+            execution: for `onnxruntime`, the providers that run it, as for `session`.
             preprocessing: values of the bundle's preprocessing to replace, by name, such as {"mean": [0.5, 0.5, 0.5]}.
             labels: names of the classes in the place of the bundle's: a list, a file with one on each line, or the name
                 of a set that comes with this package.
@@ -228,7 +229,7 @@ class Bundle:
             top=top,
             batch=batch,
             target=target,
-            execution=execution,
+            execution=Execution.read(execution),
             preprocessing=preprocessing,
             labels=labels,
             progress=progress,

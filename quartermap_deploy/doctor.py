@@ -1,9 +1,9 @@
 """What a report of a defect needs: versions, devices, runtimes, native libraries, compilers, the environment.
 
 Nothing that is missing or broken is an error here: it is what the report is about. Nothing is loaded that using the
-package would not load, and torch is not imported; whether a provider of ONNX Runtime works is tried in a process of its
-own. Where not even the command line starts, because a package that it
-needs is broken, `python -m quartermap_deploy.doctor` still prints the report: it needs the standard library alone.
+package would not load, and torch is not imported; providers of ONNX Runtime and native libraries are tried in processes
+of their own. Where not even the command line starts, because a package that it needs is broken, `python -m
+quartermap_deploy.doctor` still prints the report: it needs the standard library alone.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import Any
 from quartermap_deploy import __version__
 from quartermap_deploy.gpu import find_gpu
 from quartermap_deploy.machine import all_cores, instruction_sets, memory, processor, usable_cores
+from quartermap_deploy.native import apart
 from quartermap_deploy.native.build import find_nvcc
 from quartermap_deploy.native.cpu_build import CPU_COMPILERS, built_folder
-from quartermap_deploy.native.cpu_library import find_cpu_library
 from quartermap_deploy.plain_text import printable_json
 from quartermap_deploy.private_folders import check_private, own_folder
 
@@ -61,7 +61,10 @@ def examine() -> dict[str, Any]:
         "packages": _asked(_packages),
         "machine": _machine(),
         "onnxruntime": _asked(_onnxruntime),
-        "native": {"cpu": _asked(lambda: find_cpu_library().to_dict()), "plugins": _asked(_plugins)},
+        "native": {
+            **{kind: apart.examine(kind) for kind in apart.LOOKED_FOR},
+            "plugins": _asked(_plugins),
+        },
         "compilers": _compilers(),
         "environment": {
             name: "(set, not shown)" if SECRET.search(name) else value

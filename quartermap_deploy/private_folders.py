@@ -48,7 +48,8 @@ def own_folder(kind: Kind) -> Path | None:
     if not os.path.isabs(base):
         # As their specification says: relative ones are to be passed over.
         home = os.path.expanduser("~")
-        if not os.path.isabs(home):
+        # Users without a home have one that is not there, such as /nonexistent; root could make it.
+        if not os.path.isabs(home) or not os.path.isdir(home):
             return None
         base = os.path.join(home, usual)
     return Path(base) / "quartermap" / kind

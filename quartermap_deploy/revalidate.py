@@ -11,7 +11,7 @@ from quartermap_deploy.errors import BundleError, CheckpointError
 from quartermap_deploy.plain_text import command
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.targets import DEFAULT, refuse_providers
-from quartermap_deploy.targets.execution import ON_CPU, Execution
+from quartermap_deploy.targets.execution import ON_CPU, Execution, Where
 from quartermap_deploy.targets.scan_form import ScanForm
 from quartermap_deploy.targets.tensorrt.options import EngineOptions
 from quartermap_deploy.validation.execution import execution_entry, label_of
@@ -42,7 +42,7 @@ def validate_bundle(
     factory: str | None = None,
     plugin: Path | None = None,
     scans: str = "both",
-    execution: Execution = ON_CPU,
+    execution: Where = ON_CPU,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Check a bundle on this machine.
@@ -60,7 +60,8 @@ def validate_bundle(
         scans: of the target `onnxruntime`, what is to compute them: "portable", the body in the file; "native", the
             native operator; or "both", one after the other, as far as they can run here. By other providers than the
             CPU's, "both" is the form that they run by themselves.
-        execution: of the target `onnxruntime`, the providers that run it.
+        execution: of the target `onnxruntime`, the providers that run it; a device, a provider, or a list of providers
+            does as well.
         progress: told about the steps.
 
     Returns:
@@ -74,6 +75,7 @@ def validate_bundle(
         InputError: if another target is to run by providers of ONNX Runtime.
         MissingDependencyError: if a provider is not in the package of ONNX Runtime that is installed.
     """
+    execution = Execution.read(execution)
     if reference not in REFERENCES:
         raise BundleError(f"unknown reference {reference!r}; expected one of {', '.join(REFERENCES)}")
     if scans not in FORMS:

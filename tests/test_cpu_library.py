@@ -12,12 +12,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import toy_bundles
 from command_line import call
 from cpu_builds import compiler, put_into_cache
 
 from quartermap_deploy import __version__, doctor
 from quartermap_deploy.errors import MissingDependencyError
 from quartermap_deploy.files import write_whole
+from quartermap_deploy.native import apart
 from quartermap_deploy.native.build import plugin_sources
 from quartermap_deploy.native.cpu_build import (
     CPU_LIBRARY,
@@ -28,9 +30,10 @@ from quartermap_deploy.native.cpu_build import (
     find_compiler,
     sources_hash,
 )
-from quartermap_deploy.native.cpu_library import INTERFACE, OFF, find_cpu_library, load_cpu_library
+from quartermap_deploy.native.cpu_library import INTERFACE, find_cpu_library, load_cpu_library
 from quartermap_deploy.native.errors import PluginError
 from quartermap_deploy.native.library_format import FormatError, check_format
+from quartermap_deploy.native.seal import sealed
 
 SETS = ("avx512", "avx2", "baseline", "neon")
 
@@ -147,6 +150,8 @@ def test_a_library_that_was_damaged_in_the_cache_is_built_again(cpu_library: Pat
     compiler()
     kept = put_into_cache(cpu_library, home)
     kept.write_bytes(cpu_library.read_bytes()[:100_000])
+    assert call("native", "list", "--json").json["libraries"][0]["whole"] is False
+    assert "damaged" in call("native", "list").out
     assert build_cpu_library() == kept
     found = find_cpu_library()
     assert found.library is not None and found.refused == ()
@@ -161,13 +166,15 @@ def test_nothing_was_built(home: Path) -> None:
     assert not home.exists(), "looking for one makes nothing"
 
 
-def test_turned_off(cpu_library: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("word", ["0", "off", "No", "false"])
+def test_turned_off(cpu_library: Path, home: Path, monkeypatch: pytest.MonkeyPatch, word: str) -> None:
     put_into_cache(cpu_library, home)
-    monkeypatch.setenv("QUARTERMAP_NATIVE", "0")
+    monkeypatch.setenv("QUARTERMAP_NATIVE", word)
     found = find_cpu_library()
-    assert found.library is None and found.summary == OFF
+    said = f"turned off by QUARTERMAP_NATIVE={word}"
+    assert found.library is None and found.summary == said and found.warning is None
     outcome = call("native", "check", "--json")
-    assert outcome.code == 2 and outcome.json["summary"] == OFF and OFF in outcome.err
+    assert outcome.code == 2 and outcome.json["summary"] == said and said in outcome.err
 
 
 def test_the_environment_names_one(cpu_library: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +191,7 @@ def test_the_search_goes_on_behind_what_does_not_fit(
     kept = put_into_cache(cpu_library, home)
     for named, reason in (
         ("lib/relative.so", "expected 0, 1, or the path"),
+        ("2", "expected 0, 1, or the path"),
         (str(home / "none.so"), "there is no CPU"),
     ):
         monkeypatch.setenv("QUARTERMAP_NATIVE", named)
@@ -191,6 +199,13 @@ def test_the_search_goes_on_behind_what_does_not_fit(
         assert found.library is not None and found.library.path == kept
         [(place, why)] = found.refused
         assert reason in why and place in (named, "QUARTERMAP_NATIVE")
+        assert found.warning == f"{' '.join(why.split())}; {kept} is used"
+        checked = call("native", "check")
+        assert (
+            checked.code == 2
+            and "passed over" not in checked.out
+            and checked.messages[-1].endswith("is used")
+        )
 
 
 def test_the_environment_may_say_that_a_library_is_wanted(
@@ -212,6 +227,8 @@ def test_a_cache_that_others_may_write_to(cpu_library: Path, home: Path, which: 
     assert found.library is None
     [(_, why)] = found.refused
     assert "others may write to" in why and "chmod 700" in why
+    assert str(found.warning).endswith("the portable form runs")
+    assert call("native", "check").err.count("others may write to") == 1
     outcome = call("native", "build")
     assert outcome.code == 2 and "others may write to" in outcome.err
 
@@ -241,6 +258,35 @@ def test_looking_needs_no_other_package(cpu_library: Path) -> None:
     assert done.returncode == 0 and "(QUARTERMAP_NATIVE, " in done.stdout, done.stderr
 
 
+def test_an_instruction_set_that_is_none_is_said_once(
+    cpu_library: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two libraries neither can be used, for one reason. The library has read the variable when it was loaded."""
+    from quartermap_deploy.native.cpu_kernels import CpuKernels
+
+    put_into_cache(cpu_library, home)
+    monkeypatch.setenv("QUARTERMAP_NATIVE", str(cpu_library))
+    monkeypatch.setenv("QUARTERMAP_INSTRUCTION_SET", "rubbish")
+    monkeypatch.setattr(CpuKernels, "instruction_set", property(lambda self: "none"))
+    [(place, why)] = find_cpu_library().refused
+    assert place == "QUARTERMAP_INSTRUCTION_SET" and "is 'rubbish'; expected one of" in why
+
+
+@pytest.mark.parametrize("named", ["/nope.so", "2"])
+def test_who_runs_a_model_is_told_that_another_form_runs(
+    home: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    bundle = toy_bundles.classifier()
+    monkeypatch.setenv("QUARTERMAP_NATIVE", named)
+    both = call("bench", bundle, "--scans", "auto", "portable", "--repeats", 1, "--quiet")
+    [warning] = [line for line in both.messages if "warning" in line and "the portable form runs" in line]
+    assert both.code == 0 and named in warning
+    portable = call("bench", bundle, "--scans", "portable", "--repeats", 1, "--quiet")
+    assert portable.code == 0 and named not in portable.err
+    validated = call("validate", bundle, "--quiet")
+    assert validated.code == 0 and validated.messages == [warning]
+
+
 @pytest.mark.parametrize("name", ["avx1024", "baseline"])
 def test_the_instruction_set_that_is_asked_for(cpu_library: Path, name: str) -> None:
     """In a process of its own: the library reads the variable as it is loaded."""
@@ -261,10 +307,10 @@ def test_the_instruction_set_that_is_asked_for(cpu_library: Path, name: str) -> 
 
 
 def changed(library: Path, path: Path, before: bytes, after: bytes) -> Path:
-    """A copy with some bytes replaced by as many others."""
+    """A copy with some bytes replaced by as many others, sealed as if it had been built so."""
     data = library.read_bytes()
     assert len(before) == len(after) and before in data and before != after
-    write_whole(path, data.replace(before, after))
+    write_whole(path, sealed(data.replace(before, after)))
     return path
 
 
@@ -328,6 +374,19 @@ def test_damaged_and_foreign_files(
     assert "is a folder" in refusal(tmp_path, monkeypatch)
 
 
+@pytest.mark.parametrize("step", [997, 100_003])
+def test_what_would_end_the_process_is_refused_before_it_is_loaded(
+    cpu_library: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Bits that were turned round behind the tables, of which the file says nothing."""
+    data = bytearray(cpu_library.read_bytes())
+    for place in range(40_000, len(data) - 40_000, step):
+        data[place] ^= 4
+    path = tmp_path / CPU_LIBRARY
+    path.write_bytes(data)
+    assert "is damaged: its checksum" in refusal(path, monkeypatch)
+
+
 def mach_o(machine: int, end: int) -> bytes:
     """The head of a library for macOS, with one segment."""
     header = struct.pack("<8I", 0xFEED_FACF, machine, 0, 6, 1, 72, 0, 0)
@@ -377,8 +436,9 @@ def test_check_and_list(cpu_library: Path, home: Path) -> None:
     assert found["library"]["path"] == str(kept) and found["library"]["origin"] == "built here"
     named = call("native", "check", cpu_library, "--json").json
     assert named["library"]["path"] == str(cpu_library) and named.keys() == found.keys()
+    assert named["library"]["origin"] == "named"
     [listed] = call("native", "list", "--json").json["libraries"]
-    assert listed["path"] == str(kept) and listed["fits"] is True
+    assert listed["path"] == str(kept) and listed["fits"] is listed["whole"] is True
     shown = call("native", "check")
     assert shown.code == 0 and found["library"]["instruction_set"] in shown.out
     assert call("native", "list").code == 0 and call("native", "check", cpu_library, "--quiet").out == ""
@@ -419,6 +479,32 @@ def test_doctor(cpu_library: Path, home: Path, tmp_path: Path, monkeypatch: pyte
     # Long paths are broken to fit the table.
     assert re.search(r"CPUExecutionProvider +works", table.out)
     assert table.code == 0 and str(half) in "".join(table.out.split()) and "passed over" in table.out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+def test_doctor_survives_a_library_that_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUARTERMAP_NATIVE", "/lib.so")
+    monkeypatch.setattr(apart, "_CHILD", "import os; os.kill(os.getpid(), 4)")
+    found = apart.examine("cpu")
+    assert (
+        found.keys() == {"error"} and "by SIGILL); it may be the one of QUARTERMAP_NATIVE" in found["error"]
+    )
+    monkeypatch.setattr(apart, "_CHILD", "print('no JSON')")
+    assert "exit code 0" in apart.examine("cpu")["error"]
+
+
+def test_doctor_says_of_every_library_that_is_named_why_it_is_refused(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rubbish = tmp_path / "rubbish.so"
+    rubbish.write_bytes(b"rubbish" * 100)
+    for kind, variable in (("cuda", "QUARTERMAP_NATIVE_CUDA"), ("plugin", "QUARTERMAP_PLUGIN")):
+        for value, reason in ((str(rubbish), "it is damaged or no library"), ("x.so", "from / on")):
+            monkeypatch.setenv(variable, value)
+            found = apart.examine(kind)
+            assert found["library"] is None and reason in found["summary"], found
+        monkeypatch.delenv(variable)
+        assert apart.examine(kind)["library"] is None
 
 
 def test_doctor_where_much_is_missing(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,7 +159,7 @@ def test_open_sizes_stay_open_but_for_images_and_warm_up(dynamic: Path, tmp_path
 
 def test_options_arrive_in_the_configuration(dynamic: Path, tmp_path: Path) -> None:
     options = TritonOptions(
-        name="digits.v2", version=7, max_batch=16, max_delay_us=500, device="gpu", instances=3, images=False
+        name="digits.v2", version=7, max_batch=16, max_delay_us=500, device="cuda", instances=3, images=False
     )
     made = deploy_triton(dynamic, tmp_path / "repository", options)
     config = read_config(made.path, "digits.v2")
@@ -779,7 +779,7 @@ def test_the_command_says_what_was_written_and_how_to_start_triton(
     code, out, err = call(*arguments, "-o", "again", "--json")
     made = json.loads(out)
     assert code == 0 and made["command"] == line and made["path"] == "again"
-    assert made["backend"] == "tensorrt" and made["device"] == "gpu" and made["max_batch"] == 32
+    assert made["backend"] == "tensorrt" and made["device"] == "cuda" and made["max_batch"] == 32
     files = {str(path.relative_to("again")) for path in Path("again").rglob("*") if path.is_file()}
     assert set(made["files"]) == files
     code, out, err = call(*arguments, "-o", "quiet", "--quiet", "--no-images")

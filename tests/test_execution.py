@@ -67,8 +67,9 @@ def test_wrong_lists_of_providers_are_refused() -> None:
         Execution.of(None, ["cpu", "cuda"])
     with pytest.raises(InputError, match="leave one out"):
         Execution.of("cuda", ["cpu"])
-    with pytest.raises(UnknownNameError, match="device"):
-        Execution.of_device("gpu")
+    for wrong in ("gpu", "tpu", "", 1):
+        with pytest.raises(UnknownNameError, match=r"unknown device .*; expected cpu, cuda .*, or auto"):
+            Execution.of(wrong)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="at least one"):
         Execution(())
 
@@ -106,6 +107,33 @@ def test_a_report_has_options_and_of_paths_the_last_part_alone() -> None:
     }
 
 
+def test_a_device_a_provider_or_a_list_stands_for_an_execution(bundle: Path) -> None:
+    assert Execution.read("cuda") == Execution.of("cuda") and Execution.read(ON_CPU) is ON_CPU
+    assert Execution.read("CPU") == Execution.read(["CPU"]) == Execution.of(None, "CPU") == ON_CPU
+    assert Execution.read(("openvino:x=1", "CPU")).names == (OPENVINO, CPU)
+    for wrong, kind in (
+        (None, "NoneType"),
+        (1, "int"),
+        ({"a": 1}, "dict"),
+        ([None], "NoneType"),
+        ([1], "int"),
+    ):
+        with pytest.raises(InputError, match=f"a {kind}; expected"):
+            load_bundle(bundle).session(execution=wrong)  # type: ignore[arg-type]
+    for wrong_list in ([None], 7, [b"CPU"]):
+        with pytest.raises(InputError, match=r"a (NoneType|int|bytes); expected"):
+            Execution.of(providers=wrong_list)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="at least one"):
+        Execution.read([])
+
+
+def test_the_cpu_provider_takes_no_options() -> None:
+    with pytest.raises(InputError, match="takes no options"):
+        Execution.of(None, ["CPU:foo=1"])
+    with pytest.raises(InputError, match="takes no options"):
+        Execution.of(None, ["CUDA:device_id=1", "CPU:foo=1"])
+
+
 # What a session says -------------------------------------------------------------------------------------------------
 
 
@@ -118,7 +146,7 @@ def test_what_falls_back_to_the_cpu_is_said() -> None:
     assert Placement((CUDA, CPU), {CUDA: 100}).notes() == []
     assert "from version 1.24 on" in Placement((CUDA, CPU)).notes()[0]
     left_out = Placement((CPU,), left_out={CUDA: "no driver"})
-    assert left_out.notes() == ["CUDA does not start, so the model runs on CPU: no driver"]
+    assert left_out.notes() == ["CUDA is left out, so the model runs on CPU: no driver"]
     assert Placement((CPU,)).notes() == [] and str(Placement((CPU,))) == "CPU"
 
 
@@ -237,12 +265,52 @@ def test_cuda_is_refused_before_a_model_is_compiled(tmp_path: Path) -> None:
 
 
 @WITHOUT_CUDA
+@pytest.mark.parametrize("command", ["tune", "eval"])
+def test_cuda_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    def loaded(*arguments: object, **options: object) -> None:
+        pytest.fail("the model was loaded first")
+
+    monkeypatch.setattr("quartermap_deploy.evaluation.tune.load_subject", loaded)
+    monkeypatch.setattr("quartermap_deploy.compiler.load_source", loaded)
+    more = ["--budget", "1%", "--out", tmp_path / "t.toml"] if command == "tune" else []
+    outcome = call(command, "vmamba_digits", "--device", "cuda", *more)
+    assert outcome.code == 2 and "onnxruntime-gpu" in outcome.err and not list(tmp_path.iterdir())
+
+
+def taking_nothing() -> list[str]:
+    """Name a provider that takes no node; skip where the package has none that is known for it."""
+    if "AzureExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("this package of ONNX Runtime has no provider that takes nothing")
+    if not hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info"):
+        pytest.skip("this ONNX Runtime does not tell which provider has which node")
+    return ["Azure"]
+
+
+def test_a_provider_that_takes_nothing_is_an_error_unless_the_cpu_is_named(
+    bundle: Path,
+) -> None:
+    names = taking_nothing()
+    loaded = load_bundle(bundle)
+    with pytest.raises(
+        BundleError, match=r"Azure would leave the whole model to the CPU: of the model's .* none.*"
+    ):
+        loaded.session(execution=names)
+    session = loaded.session(execution=[*names, "CPU"])
+    assert session.placement is not None and session.placement.providers == (CPU,)
+    [note] = [text for text in session.placement.notes() if "Azure" in text]
+    assert note.startswith("Azure is left out, so the model runs on CPU: of the model's")
+    assert str(session.scans) == str(loaded.session().scans)
+
+
+@WITHOUT_CUDA
 def test_auto_goes_to_the_cpu_with_a_word(bundle: Path) -> None:
     outcome = call("validate", bundle, "--device", "auto", "--json")
     assert outcome.code == 0 and outcome.json["passed"]
     found = outcome.json["execution"]
     assert found["wanted"] == [CUDA, CPU] and found["providers"] == [CPU] and found["left_out"] == [CUDA]
-    assert any("CUDA does not start, so the model runs on CPU" in line for line in outcome.messages)
+    assert any("CUDA is left out, so the model runs on CPU" in line for line in outcome.messages)
     benched = call("bench", bundle, "--device", "auto", "--repeats", 1, "--json")
     assert benched.json["bundles"][0]["providers"] == "CPU"
     assert any("onnxruntime-gpu" in line for line in benched.messages)

@@ -14,6 +14,7 @@ import stat
 import struct
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +40,7 @@ from quartermap_deploy.native.cpu_kernels import CpuKernels, Sizes, make_scan
 from quartermap_deploy.native.errors import PluginError
 from quartermap_deploy.native.library import CPU, PLUGIN, check_bytes, inspect, served_tensorrt
 from quartermap_deploy.native.library_format import FormatError, check_format
+from quartermap_deploy.native.seal import SealError, check_seal, sealed
 
 # File formats -----------------------------------------------------------------------------------------------------
 
@@ -180,7 +182,7 @@ def test_a_library_for_windows_ends_where_its_last_section_does(monkeypatch: pyt
 def test_a_library_is_ours_by_the_name_of_its_function() -> None:
     name = CPU.contract.encode()
     for before in (b"\0", b"\0_"):
-        check_bytes(elf([]) + before + name + b"\0", "it", CPU)
+        check_bytes(sealed(elf([]) + before + name + b"\0"), "it", CPU)
     for text in (b"\0" + name + b"2\0", b"x" + name + b"\0", b"\0" + PLUGIN.contract.encode() + b"\0"):
         with pytest.raises(PluginError, match="it is a library, but no CPU library of quartermap-deploy"):
             check_bytes(elf([]) + text, "it", CPU)
@@ -201,6 +203,29 @@ def test_files_that_are_none_are_told_apart(tmp_path: Path) -> None:
         inspect(tmp_path)
     with pytest.raises(PluginError, match=r"there is no CPU library .*; `quartermap native build` makes one"):
         inspect(tmp_path / "none.so", CPU)
+
+
+def test_a_seal_is_broken_by_any_change() -> None:
+    data = sealed(b"a library")
+    check_seal(data, required=True)
+    assert data.startswith(b"a library") and sealed(data) == data != sealed(b"a librarz")
+    for place in range(9):
+        changed = bytearray(data)
+        changed[place] ^= 1
+        with pytest.raises(SealError, match="is damaged"):
+            check_seal(bytes(changed), required=False)
+    for none in (b"", b"a library", data[:-1], data + b"\0"):
+        check_seal(none, required=False)
+        with pytest.raises(SealError, match="no checksum"):
+            check_seal(none, required=True)
+
+
+def test_a_plugin_may_be_without_a_seal_and_not_with_a_broken_one() -> None:
+    library = elf([]) + b"\0" + PLUGIN.contract.encode() + b"\0"
+    check_bytes(library, "it")
+    check_bytes(sealed(library), "it")
+    with pytest.raises(PluginError, match=r"it is damaged.*nothing of it was run.*plugin build"):
+        check_bytes(b"\x7f" + sealed(library)[1:60] + b"\1" + sealed(library)[61:], "it")
 
 
 # The plugin's build -----------------------------------------------------------------------------------------------
@@ -394,10 +419,35 @@ def test_a_library_is_put_whole_into_a_folder_that_is_made(tmp_path: Path) -> No
     (tmp_path / "lib.so").write_bytes(b"new")
     for _ in range(2):
         placed = build.place_library(tmp_path / "lib.so", tmp_path / "a" / "b")
-        assert placed == tmp_path / "a" / "b" / "lib.so" and placed.read_bytes() == b"new"
+        assert placed == tmp_path / "a" / "b" / "lib.so" and placed.read_bytes() == sealed(b"new")
         assert stat.S_IMODE(placed.stat().st_mode) == 0o755
         assert list(placed.parent.iterdir()) == [placed]
         placed.write_bytes(b"old")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="CMake is a script in this test")
+def test_the_files_that_are_compiled_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "cmake"
+    script.write_text(
+        "#!/bin/sh\nfor last; do :; done\n"
+        'if [ "$1" != --build ]; then echo "[{}, {}, {}]" > "$last/compile_commands.json"; exit; fi\n'
+        'echo "[ 33%] Building CUDA object a.cu.o"; echo "[2/3] Building CXX object b.cpp.o"; echo "note: Building"\n'
+        'echo "[3/4] Building CXX object c.cpp.o"; echo library > "$2/libquartermap_kernels.so"\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    steps: list[tuple[int | None, list[int]]] = []
+
+    class Recorder:
+        @contextlib.contextmanager
+        def step(self, title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+            steps.append((total, []))
+            yield steps[-1][1].append
+
+    options = BuildOptions(kernels_only=True, emulation=True)
+    made = build.build_plugin(tmp_path / "out", options, progress=Recorder())
+    assert made.read_bytes() == sealed(b"library\n")
+    assert steps == [(None, []), (3, [1, 1, 1])]
 
 
 # Contracts --------------------------------------------------------------------------------------------------------
@@ -730,6 +780,7 @@ def test_libraries_in_the_cache_are_listed_the_newest_first(
     assert cpu_build.every_built()[1].to_dict() == {
         "path": str(folder / f"{prefix}-b" / cpu_build.CPU_LIBRARY),
         "fits": True,
+        "whole": False,
         "built": "1970-01-01T00:05:00+00:00",
     }
 

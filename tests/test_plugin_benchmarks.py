@@ -312,6 +312,22 @@ def test_the_goals_are_met_by_what_was_counted() -> None:
     assert "at most" in instructions.missed([slow])[0]
 
 
+def test_what_cannot_be_counted_is_refused_before_anything_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    instructions = script("instructions")
+    monkeypatch.setattr(instructions, "find_nvcc", lambda: "/bin/false")
+    for words, said in (
+        (["--architectures", "rubbish"], "'rubbish' is no architecture"),
+        (["--architectures", "90", "75"], "'75' is no architecture"),
+        (["--cuobjdump", "/nope"], "there is no file /nope"),
+    ):
+        monkeypatch.setattr("sys.argv", ["instructions.py", *words])
+        with pytest.raises(SystemExit) as leaving:
+            instructions.main()
+        assert leaving.value.code == 2 and said in capsys.readouterr().err
+
+
 def test_the_counts_in_the_documents_are_those_that_were_written() -> None:
     instructions = script("instructions")
     printed = instructions.markdown(json.loads(instructions.COUNTS.read_text(encoding="utf-8"))["kernels"])

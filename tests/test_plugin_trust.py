@@ -449,6 +449,9 @@ def test_own_folders_are_where_they_are_expected(tmp_path: Path, monkeypatch: py
     assert own_folder("cache") == tmp_path / ".cache/quartermap/cache"
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     assert own_folder("plugins") == tmp_path / "data/quartermap/plugins"
+    # Users without a home have one that is not there; a program of root's must not make it.
+    monkeypatch.setenv("HOME", str(tmp_path / "nonexistent"))
+    assert own_folder("cache") is None
     folder = make_private(tmp_path / "new" / "folder")
     assert folder.stat().st_mode & 0o777 == 0o700
     (tmp_path / "file").touch()

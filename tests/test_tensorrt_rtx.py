@@ -371,8 +371,10 @@ def test_bad_requests_write_nothing(tmp_path: Path) -> None:
     options = EngineOptions(profiles=(Profile((1, 2, 4)),))
     with pytest.raises(InputError, match=r"no profile takes an input of shape \(8, 3, 8, 8\).*widen"):
         tensorrt_rtx.build(path, tmp_path, options, examples=[{"images": (8, 3, 8, 8)}])
-    with pytest.raises(InputError, match=r"no compute capability '9\.9'; expected some of .*8\.9"):
+    with pytest.raises(InputError, match=r"no compute capability '9\.9'; expected some of 8\.0, .*8\.9"):
         tensorrt_rtx.build(path, tmp_path, EngineOptions(compute_capabilities=("9.9",)))
+    with pytest.raises(InputError, match=r"no float32 matrix product for compute capability 7\.5"):
+        tensorrt_rtx.build(path, tmp_path, EngineOptions(compute_capabilities=("7.5",)))
     with pytest.raises(InputError, match="the model has 8; leave it out"):
         tensorrt_rtx.build(path, tmp_path, EngineOptions(profiles=(Profile(height=(4, 8, 16)),)))
     assert [item.name for item in tmp_path.iterdir()] == ["model.onnx"]
@@ -768,6 +770,7 @@ def test_targets_are_known() -> None:
         ({"profiles": [{"batches": [1, 1, 8]}]}, "batches"),
         ({"profile": []}, "Did you mean 'profiles'"),
         ({"compute_capabilities": []}, "no compute capabilities"),
+        ({"compute_capabilities": 8.9}, "compute_capabilities = 8.9, a float; expected"),
         ({"optimization_level": 9}, "expected 0 to 5"),
         ({"hardware_compatibility": "all"}, "expected one of none, ampere_plus"),
     ],

@@ -30,7 +30,7 @@ from typing import Any
 
 from machine_code import Loop, body, functions, walk, without_repair
 
-from quartermap_deploy.native.build import find_nvcc, plugin_sources
+from quartermap_deploy.native.build import OLDEST_ARCHITECTURE, find_nvcc, plugin_sources
 
 COUNTS = Path(__file__).with_name("instructions.json")
 ARCHITECTURES = ("80", "89", "90")
@@ -115,6 +115,11 @@ def refuse(message: str) -> None:
     """End the program with one message and exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(USER_ERROR)
+
+
+def known_architecture(name: str) -> bool:
+    """Whether the kernels are compiled for an architecture of this name."""
+    return bool(re.fullmatch(r"\d{2,3}[af]?", name)) and int(name.rstrip("af")) >= OLDEST_ARCHITECTURE
 
 
 def find_cuobjdump(named: Path | None) -> str | None:
@@ -331,11 +336,17 @@ def main() -> None:
         "--write", action="store_true", help=f"also write them to {COUNTS.name} beside this file"
     )
     options = parser.parse_args()
+    if wrong := [name for name in options.architectures if not known_architecture(name)]:
+        refuse(
+            f"{wrong[0]!r} is no architecture of the kernels on tensor cores; expected such as 80, 89 or 90"
+        )
     nvcc, cuobjdump = find_nvcc(), find_cuobjdump(options.cuobjdump)
     if nvcc is None:
         refuse(
             "there is no nvcc; install the CUDA toolkit 12.4 or newer, put it on the PATH or set CUDA_HOME"
         )
+    if cuobjdump is None and options.cuobjdump is not None:
+        refuse(f"there is no file {options.cuobjdump}; name the program cuobjdump, or leave --cuobjdump out")
     if cuobjdump is None:
         refuse(
             "there is no cuobjdump; install it with pip install nvidia-cuda-cuobjdump, or name it with --cuobjdump"

@@ -203,6 +203,7 @@ def time_bundles(
     if all(target != DEFAULT for *_, target in wanted):
         refuse_providers(wanted[0][2], execution)
     functions, places = {}, {}
+    told: set[str] = set()
     with progress.step("running each once", total=len(wanted)) as advance:
         for label, bundle, target in wanted:
             own = execution if target == DEFAULT else ON_CPU
@@ -210,7 +211,7 @@ def time_bundles(
                 session, run_once = call(
                     bundle, options.batch, options.threads, target, options.plugin, SCANS[form], own
                 )
-                tell_placement(session, label)
+                tell_placement(session, label, told)
                 scans = None if session.scans is None else str(session.scans)
                 providers = None if session.placement is None else str(session.placement)
                 name = f"{label} on {target}, {scans or form}"

@@ -203,7 +203,7 @@ def _add_model_options(parser: CommandParser) -> None:
         help="onnxruntime or tensorrt (default: tensorrt if the bundle has an engine for it)",
     )
     model.add_argument(
-        "--device", metavar="NAME", help="cpu or gpu, for onnxruntime (default: cpu); engines run on GPUs"
+        "--device", metavar="NAME", help="cpu or cuda, for onnxruntime (default: cpu); engines run on GPUs"
     )
     model.add_argument("--name", metavar="NAME", help="name of the model (default: the bundle's name for it)")
     model.add_argument(
@@ -356,7 +356,7 @@ def _show_repository(made: Repository) -> None:
     batch = f"up to {made.max_batch}" if made.max_batch else "one request at a time"
     size = sum((Path(made.path) / name).stat().st_size for name in made.files)
     summary: dict[str, object] = {
-        "backend": f"{made.backend}, on the {made.device.upper()}",
+        "backend": f"{made.backend}, on the {'CPU' if made.device == 'cpu' else 'GPU'}",
         "batches": batch,
         "size": f"{size / 1e6:.1f} MB in {len(made.files)} files",
         "where": made.path,

@@ -56,6 +56,8 @@ def run(options: argparse.Namespace) -> None:
         "",
         *_cpu_library(native["cpu"]),
         "",
+        facts("other native libraries", {_OTHERS[kind]: _other(native[kind]) for kind in _OTHERS}),
+        "",
         *_plugins(native["plugins"]),
         "",
         facts("compilers", found["compilers"]),
@@ -127,6 +129,14 @@ def _cpu_library(found: dict[str, Any]) -> list[Any]:
         refused = [(entry["place"], entry["reason"]) for entry in found["refused"]]
         parts += [table(None, ["passed over", "why"], refused)]
     return parts
+
+
+_OTHERS = {"cuda": "CUDA, for ONNX Runtime", "plugin": "TensorRT plugin"}
+"""What kinds of libraries are called that the environment may name."""
+
+
+def _other(found: dict[str, Any]) -> str:
+    return str(found.get("error") or f"{'chosen' if found['library'] else 'none chosen'}: {found['summary']}")
 
 
 def _plugins(found: Any) -> list[Any]:

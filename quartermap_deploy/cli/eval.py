@@ -20,7 +20,7 @@ from quartermap_deploy.cli.common import (
     whole,
 )
 from quartermap_deploy.cli.data import add_data_options, dataset_of, warn_of_broken, warn_of_data
-from quartermap_deploy.cli.execution import add_execution_options, execution_of, tell_notes
+from quartermap_deploy.cli.execution import add_execution_options, execution_of, tell_native, tell_notes
 from quartermap_deploy.cli.measuring import kept_on_interruption
 from quartermap_deploy.cli.overrides import (
     add_labels_option,
@@ -138,12 +138,13 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Evaluate and print the tables."""
     from quartermap_deploy.evaluation.accuracy import evaluate
-    from quartermap_deploy.evaluation.sessions import runner_for
+    from quartermap_deploy.evaluation.sessions import TORCH, runner_for
     from quartermap_deploy.evaluation.tally import check_place
 
     progress, prepared = make_progress(options), preprocessing_of(options)
     if options.resume is not None:
         check_place(options.resume)
+    execution = execution_of(options)
     # The data first: it is opened in a moment, and a model may take minutes.
     dataset = dataset_of(options)
     with results_only(), kept_on_interruption(options.resume):
@@ -151,7 +152,7 @@ def run(options: argparse.Namespace) -> None:
             options.source,
             options.target,
             checkpoint=options.checkpoint,
-            execution=execution_of(options),
+            execution=execution,
             factory=options.factory,
             run_module=options.run_module,
             labels=options.labels,
@@ -173,6 +174,8 @@ def run(options: argparse.Namespace) -> None:
         )
     if runner.placement is not None:
         tell_notes(runner.placement)
+    elif runner.target == TORCH:
+        tell_native()
     warn(runner, dataset, accuracy)
     if options.json:
         print_json(result(runner, dataset, accuracy, options.batch))

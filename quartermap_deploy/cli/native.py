@@ -108,7 +108,7 @@ def _add_check(subparsers: Subparsers) -> None:
         description="""
             Without LIBRARY, say which library is used here, and what was passed over and why; with it, whether that one
             fits this release, this platform and this processor. Loading a library runs code of it: check what you
-            trust. Exits with 2 if none fits.
+            trust. Exits with 2 if none fits, or if QUARTERMAP_NATIVE names one that does not.
             """,
         examples="""
             quartermap native check
@@ -182,7 +182,11 @@ def run_check(options: argparse.Namespace) -> None:
     Raises:
         PluginError: if none fits.
     """
-    from quartermap_deploy.native.cpu_library import find_cpu_library, load_cpu_library
+    from quartermap_deploy.native.cpu_library import (
+        find_cpu_library,
+        load_cpu_library,
+        named_and_passed_over,
+    )
     from quartermap_deploy.native.errors import PluginError
 
     if options.library is not None:
@@ -192,12 +196,15 @@ def run_check(options: argparse.Namespace) -> None:
         return
     found = find_cpu_library()
     if found.library is not None:
-        _print(found.library, options, found.refused)
+        wrong = named_and_passed_over(found)
+        _print(found.library, options, found.refused, with_refused=not wrong)
+        if wrong:
+            raise PluginError(str(found.warning))
         return
     if options.json:
         print_json(found.to_dict())
-    lines = [f"{place}: {reason}" for place, reason in found.refused]
-    raise PluginError("\n".join([f"no CPU library is used here: {found.summary}", *lines]))
+    reasons = [reason for _, reason in found.refused] or [found.summary]
+    raise PluginError("\n".join(["no CPU library is used here:", *reasons]))
 
 
 def run_list(options: argparse.Namespace) -> None:
@@ -211,13 +218,25 @@ def run_list(options: argparse.Namespace) -> None:
         show(f"There is no library in {printable(folder)}; `quartermap native build` makes one.")
     else:
         rows = [
-            (library.path.parent.name, "this installation's" if library.fits else "other", library.built)
+            (
+                library.path.parent.name,
+                "this installation's" if library.fits else "other",
+                "whole" if library.whole else "damaged, or of an earlier release",
+                library.built,
+            )
             for library in found
         ]
-        show(table(f"in {folder}", ["folder", "sources", "when"], rows))
+        show(table(f"in {folder}", ["folder", "sources", "state", "when"], rows))
 
 
-def _print(library: CpuLibrary, options: argparse.Namespace, refused: tuple[tuple[str, str], ...]) -> None:
+def _print(
+    library: CpuLibrary,
+    options: argparse.Namespace,
+    refused: tuple[tuple[str, str], ...],
+    *,
+    with_refused: bool = True,
+) -> None:
+    """Print what a library says about itself, and, in JSON always, what was passed over."""
     if options.json:
         # The same keys whether a library was named or found.
         from quartermap_deploy.native.cpu_library import CpuSearch, summary
@@ -238,5 +257,5 @@ def _print(library: CpuLibrary, options: argparse.Namespace, refused: tuple[tupl
         "used here": library.instruction_set,
     }
     show(facts(None, rows))
-    if refused:
+    if refused and with_refused:
         show("", table("passed over", ["what", "why"], refused))

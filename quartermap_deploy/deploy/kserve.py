@@ -344,7 +344,7 @@ def _resources(plan: TritonPlan, options: KServeOptions) -> dict[str, Any]:
     gpus = options.gpus if options.gpus is not None else int(plan.gpu)
     if gpus and not plan.gpu:
         raise DeployError(
-            "the model runs on the CPU, so it needs no GPUs; take the device gpu, or leave them out"
+            "the model runs on the CPU, so it needs no GPUs; take the device cuda, or leave them out"
         )
     limits = amounts | ({"nvidia.com/gpu": str(gpus)} if gpus else {})
     return {"requests": amounts, "limits": limits}

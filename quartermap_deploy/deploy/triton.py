@@ -62,7 +62,8 @@ FORMAT = 1
 MARKER = "quartermap.json"
 REPOSITORY = FolderKind("model repository that quartermap wrote", MARKER, DeployError)
 PLUGIN_FILE = "libquartermap_plugin.so"
-DEVICES = ("cpu", "gpu")
+DEVICES = ("cpu", "cuda", "gpu")
+"""The last is another name of cuda, as Triton has it."""
 CPU_BATCH, GPU_BATCH = 8, 32
 """Largest batches where nothing else says: on a CPU larger ones gain little and make the first image wait."""
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
@@ -82,7 +83,7 @@ class TritonOptions:
         preprocessing: values of the bundle's preprocessing to replace, by name.
         max_batch: largest batch; None takes what the engine takes, or 8 on a CPU and 32 on a GPU.
         max_delay_us: how long a request may wait for others, in microseconds.
-        device: "cpu" or "gpu", for the backend onnxruntime; None is a CPU. Engines run on GPUs.
+        device: "cpu" or "cuda" ("gpu" is the same), for the backend onnxruntime; None is a CPU. Engines run on GPUs.
         instances: of the model, on the CPU or on each GPU.
         threads: of an instance on the CPU; 0 for all cores.
         images: whether to write the models that take images, where the bundle has an input for them.
@@ -241,7 +242,7 @@ class Repository:
         path: where it is.
         models: the models by name, and what each is.
         backend: of the model itself.
-        device: "cpu" or "gpu".
+        device: "cpu" or "cuda".
         max_batch: largest batch, or 0 where the graph has a batch of its own.
         files: every file, relative to the repository.
         command: the line that starts Triton with it.
@@ -321,7 +322,7 @@ def plan_triton(bundle: str | os.PathLike[str], out: Path, options: TritonOption
         raise DeployError(
             "engines of TensorRT run on GPUs; leave the device out, or take the backend onnxruntime"
         )
-    gpu = source.backend == "tensorrt" or options.device == "gpu"
+    gpu = source.backend == "tensorrt" or options.device in DEVICES[1:]
     if unknown := [item for item in (*loaded.inputs, *loaded.outputs) if not is_known_type(item.type)]:
         raise DeployError(
             f"{unknown[0].name} of {loaded.path} is of {unknown[0].type}, which no client of Triton could send or "

@@ -30,7 +30,7 @@ from quartermap_deploy.plain_text import printable
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.pruning.plan import QuarterMap
 from quartermap_deploy.recipe import Recipe
-from quartermap_deploy.targets import DEFAULT, Session, list_targets, refuse_providers
+from quartermap_deploy.targets import DEFAULT, Session, list_targets, load_target, refuse_providers
 from quartermap_deploy.targets.execution import ON_CPU, Execution
 from quartermap_deploy.targets.placement import Placement
 
@@ -250,8 +250,10 @@ def _recipe_runner(
     from quartermap_deploy.compiler import load_source
 
     placement = None
-
     recipe = _with_given(recipe, given)
+    if target != TORCH:
+        # A model may take minutes to load.
+        load_target(target).check(dataclasses.replace(recipe, targets=(target,), execution=execution))
     with progress.step(f"loading {recipe.model}"):
         source = load_source(recipe)
     image = image_input(name, source.task, source.inputs)

@@ -21,7 +21,7 @@ from quartermap_deploy.errors import GoalError, InputError, PlanError, RecipeErr
 from quartermap_deploy.evaluation.choice import Chooser
 from quartermap_deploy.evaluation.datasets import Dataset, fingerprint
 from quartermap_deploy.evaluation.fidelity import Fidelity
-from quartermap_deploy.evaluation.runs import on_device, weights_hash
+from quartermap_deploy.evaluation.runs import TORCH, on_device, weights_hash
 from quartermap_deploy.evaluation.savings import PlanTimer, Savings, counted_savings
 from quartermap_deploy.evaluation.search import Candidate, Goal, Judge, search
 from quartermap_deploy.evaluation.subject import load_subject
@@ -29,9 +29,11 @@ from quartermap_deploy.evaluation.trial import Trial
 from quartermap_deploy.evaluation.tried import Tried
 from quartermap_deploy.evaluation.tune_options import TuneOptions
 from quartermap_deploy.files import obstacle_to, write_whole
+from quartermap_deploy.native.cpu_library import find_cpu_library
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.pruning.plan import QuarterMap
 from quartermap_deploy.recipe import Recipe
+from quartermap_deploy.targets import load_target
 
 if TYPE_CHECKING:
     from quartermap_deploy.architectures.base import VisualStateSpaceModel
@@ -142,6 +144,7 @@ class _Tuning:
         from quartermap_deploy.evaluation.tune_report import recipe_text, report
 
         _check_out(self.out, self.force)
+        self._check_target()
         labels = _use_labels(self.options.labels, calibration, verification)
         calibration, verification = self._load_model(calibration, verification)
         blocks, fixed = self._blocks(), self._fixed()
@@ -190,6 +193,19 @@ class _Tuning:
                 f"blocks = {list(chosen.blocks)}, stride = {chosen.stride}"
             ) from error
         return Tuned(recipe, values, tuple(self.warnings))
+
+    def _check_target(self) -> None:
+        """Refuse, before any work, a target or a provider that cannot run here; note a library that is passed over.
+
+        Raises:
+            QuartermapError: if so, as `Target.check` says.
+        """
+        target = self.options.target
+        if (warning := find_cpu_library().warning) is not None:
+            # Plans are run in PyTorch with it, too.
+            self.warnings.append(warning)
+        if target != TORCH and self.options.measure == "time":
+            load_target(target).check(dataclasses.replace(self.recipe, targets=(target,)))
 
     def _load_model(self, calibration: Dataset, verification: Dataset) -> tuple[Dataset, Dataset]:
         """Load the model; returns the images with their classes as it counts them."""

@@ -23,6 +23,7 @@ from quartermap_deploy.targets import load_target
 if TYPE_CHECKING:
     from quartermap_deploy.evaluation.accuracy import Run
     from quartermap_deploy.evaluation.datasets import Dataset
+    from quartermap_deploy.targets.placement import Placement
 
 ONNXRUNTIME = "onnxruntime"
 TARGETS = (ONNXRUNTIME, TORCH)
@@ -219,13 +220,20 @@ class Workbench:
         with self.progress.step(f"loading {variant.name} in ONNX Runtime"):
             execution = self.builder.recipe.execution
             session = OnnxRuntimeSession(self._path(variant), self.threads, execution=execution)
-            self.notes += [f"{variant.name}: {note}" for note in session.placement.notes()]
+            self._note(variant, session.placement)
             self._runs[variant.name] = session.run
             if self._with_portable and session.scans.kind == "native":
                 self._portable[variant.name] = OnnxRuntimeSession(
                     self._path(variant), self.threads, native=False, execution=execution
                 ).run
         return str(session.scans)
+
+    def _note(self, variant: Variant, placement: Placement) -> None:
+        """Keep what there is to say about a variant's session, and once what does not depend on the variant."""
+        for note in placement.notes():
+            general = note == placement.passed_over
+            if not general or note not in self.notes:
+                self.notes.append(note if general else f"{variant.name}: {note}")
 
     def _parity(self, variant: Variant, *runs: Run) -> dict[str, float] | None:
         """Compare each form of a variant with its PyTorch model; returns what was found of the first."""

@@ -15,12 +15,15 @@ from pathlib import Path
 from quartermap_deploy.errors import MissingDependencyError
 from quartermap_deploy.files import write_whole
 from quartermap_deploy.native.errors import PluginError
+from quartermap_deploy.native.seal import sealed
 from quartermap_deploy.progress import SILENT, Progress
 
 OLDEST_ARCHITECTURE = 80
 PLUGIN_LIBRARY = "libquartermap_plugin.so"
 KERNEL_LIBRARY = "libquartermap_kernels.so"
 ONNXRUNTIME_LIBRARY = "libquartermap_onnxruntime_cuda.so"
+_COMPILED = re.compile(r"\bBuilding (CXX|CUDA) object\b")
+"""In what Ninja and make print of each file."""
 NVCC_PLACES = ("/usr/local/cuda/bin/nvcc", "/opt/cuda/bin/nvcc")
 
 
@@ -89,20 +92,41 @@ def build_plugin(
     """
     options = options or BuildOptions()
     require_writable(output)
-    configure = [_cmake(), "-S", str(plugin_sources()), *_definitions(options)]
+    configure = [_cmake(), "-S", str(plugin_sources()), "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"]
+    configure += _definitions(options)
     say = on_output or _ignore
     with tempfile.TemporaryDirectory(prefix="quartermap-plugin-") as temporary:
         configure += ["-B", temporary]
         with progress.step("configuring the plugin"):
             _configure(configure, say)
-        with progress.step("compiling the kernels for each GPU architecture, some minutes"):
+        with progress.step(
+            "compiling files, for a GPU architecture about a minute of a core", total=_files(Path(temporary))
+        ) as advance:
+
+            def counted(line: str) -> None:
+                say(line)
+                if _COMPILED.search(line):
+                    advance(1)
+
             jobs = str(os.cpu_count() or 1)
             lines, code = _run(
-                [configure[0], "--build", temporary, "--target", "quartermap_plugin", "--parallel", jobs], say
+                [configure[0], "--build", temporary, "--target", "quartermap_plugin", "--parallel", jobs],
+                counted,
             )
         if code != 0:
             raise PluginError("the plugin could not be compiled:\n" + important_lines(lines))
         return place_library(Path(temporary) / options.library, output)
+
+
+def _files(folder: Path) -> int | None:
+    """How many files are compiled in a folder that CMake has configured, as far as it says so."""
+    # The build hook of the wheel has the standard library alone, and needs this file.
+    from quartermap_deploy.reading import read_json
+
+    try:
+        return len(read_json(folder / "compile_commands.json"))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def require_writable(output: Path) -> None:
@@ -227,8 +251,8 @@ def important_lines(lines: Sequence[str], most: int = 20) -> str:
 
 
 def place_library(built: Path, output: Path) -> Path:
-    """Put a file into a folder under its own name, whole, so that nobody ever loads half of it."""
+    """Seal a library and put it into a folder under its own name, whole, so that nobody ever loads half of it."""
     output.mkdir(parents=True, exist_ok=True)
     target = output / built.name
-    write_whole(target, built.read_bytes(), mode=0o755)
+    write_whole(target, sealed(built.read_bytes()), mode=0o755)
     return target

@@ -34,6 +34,7 @@ from quartermap_deploy.machine import usable_cores
 from quartermap_deploy.native.build import important_lines, plugin_sources, require_writable
 from quartermap_deploy.native.errors import PluginError
 from quartermap_deploy.native.library_format import FormatError, check_format
+from quartermap_deploy.native.seal import SealError, check_seal, sealed
 from quartermap_deploy.plain_text import printable
 from quartermap_deploy.private_folders import HOME_VARIABLE, check_private, make_private, own_folder
 from quartermap_deploy.progress import SILENT, Progress
@@ -135,9 +136,14 @@ class BuiltLibrary:
         when = datetime.datetime.fromtimestamp(self.changed, datetime.timezone.utc)
         return when.isoformat(timespec="seconds")
 
+    @property
+    def whole(self) -> bool:
+        """Whether it is as it was built; its file is read for that."""
+        return is_whole(self.path)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        return {"path": str(self.path), "fits": self.fits, "built": self.built}
+        return {"path": str(self.path), "fits": self.fits, "whole": self.whole, "built": self.built}
 
 
 # The sources ----------------------------------------------------------------------------------------------------
@@ -352,14 +358,14 @@ def build_cpu_library(
     folder = _private(_cache_name(compiler, options)) if output is None else output
     target = folder / CPU_LIBRARY
     if output is None:
-        if _is_whole(target):
+        if is_whole(target):
             return target
     else:
         require_writable(output)
     with tempfile.TemporaryDirectory(prefix="quartermap-native-") as temporary:
         with progress.step(f"compiling the CPU library with {compiler.version}"):
             objects = _compile(compiler, options, Path(temporary))
-            data = _link(compiler, objects, Path(temporary) / CPU_LIBRARY)
+            data = sealed(_link(compiler, objects, Path(temporary) / CPU_LIBRARY))
         if output is None:
             _require_whole(data, compiler)
         folder.mkdir(parents=True, exist_ok=True)
@@ -367,11 +373,13 @@ def build_cpu_library(
     return target
 
 
-def _is_whole(library: Path) -> bool:
-    """Whether a library in the cache is there, and none that was damaged since it was built."""
+def is_whole(library: Path) -> bool:
+    """Whether a library is there, and none that was damaged since it was built."""
     try:
-        check_format(library.read_bytes())
-    except (OSError, FormatError):
+        data = library.read_bytes()
+        check_format(data)
+        check_seal(data, required=True)
+    except (OSError, FormatError, SealError):
         return False
     return True
 

@@ -21,17 +21,19 @@ from quartermap_deploy.native.cpu_kernels import CpuKernels
 from quartermap_deploy.native.errors import PluginError
 from quartermap_deploy.native.library import CPU, describe, load
 from quartermap_deploy.plain_text import printable
+from quartermap_deploy.private_folders import own_folder
 
 NATIVE_VARIABLE = "QUARTERMAP_NATIVE"
-"""0 turns the library off, 1 says what holds without it; a path from / on names one."""
+"""One of `OFF` turns the library off, one of `ON` says what holds without it; a path from / on names one."""
+OFF = ("0", "off", "no", "false")
+ON = ("", "1", "on", "yes", "true")
 INSTRUCTION_SET_VARIABLE = "QUARTERMAP_INSTRUCTION_SET"
 """Names the instruction set that the library uses; it reads this as it is loaded."""
 INTERFACE = 1
 """QUARTERMAP_CPU_SCAN_VERSION of `quartermap/cpu_scan.h`: of its functions and structures."""
-OFF = f"turned off by {NATIVE_VARIABLE}=0"
 BUILD = CPU.build
 
-Origin = Literal["QUARTERMAP_NATIVE", "wheel", "built here"]
+Origin = Literal["QUARTERMAP_NATIVE", "wheel", "built here", "named"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class CpuLibrary:
         path: where it lies.
         contract: what it says about itself.
         instruction_set: what its scans use here: "avx512", "avx2", "baseline" or "neon".
-        origin: where it comes from.
+        origin: where it comes from; "named" by the caller, who looks at it.
     """
 
     path: Path
@@ -61,13 +63,24 @@ class CpuSearch:
 
     Attributes:
         library: the one to use, or None.
-        refused: what was passed over, each a path or a place and the reason.
+        refused: what was passed over, each a path or a place and the reason, which names its file.
         summary: in one line, which was chosen, or why none.
     """
 
     library: CpuLibrary | None
     refused: tuple[tuple[str, str], ...]
     summary: str
+
+    @property
+    def warning(self) -> str | None:
+        """What whoever runs a model should know of what was passed over, in one line; None where nothing was."""
+        if not self.refused:
+            return None
+        reasons = "; ".join(" ".join(reason.split()) for _, reason in self.refused)
+        instead = (
+            "the portable form runs" if self.library is None else f"{printable(self.library.path)} is used"
+        )
+        return f"{reasons}; {instead}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -83,19 +96,32 @@ def find_cpu_library() -> CpuSearch:
 
     The answer is kept for this process, until the environment names another place or a library comes or goes.
     """
-    if os.environ.get(NATIVE_VARIABLE) == "0":
-        return CpuSearch(None, (), OFF)
+    named = os.environ.get(NATIVE_VARIABLE, "")
+    if named.lower() in OFF:
+        return CpuSearch(None, (), f"turned off by {NATIVE_VARIABLE}={named}")
     candidates: list[tuple[Origin, Path]] = []
     refused: list[tuple[str, str]] = []
     try:
         candidates.extend(_places(refused))
     except (QuartermapError, OSError) as error:
         refused.append(("the cache of libraries built here", str(error)))
-    named = os.environ.get(INSTRUCTION_SET_VARIABLE)
-    return _choose(tuple((*place, _changed(place[1])) for place in candidates), tuple(refused), named)
+    instruction_set = os.environ.get(INSTRUCTION_SET_VARIABLE)
+    return _choose(
+        tuple((*place, _changed(place[1])) for place in candidates), tuple(refused), instruction_set
+    )
 
 
-def load_cpu_library(path: Path, origin: Origin = "QUARTERMAP_NATIVE") -> CpuLibrary:
+def named_and_passed_over(found: CpuSearch) -> bool:
+    """Whether the environment names a library, and another one or none was taken."""
+    named = os.environ.get(NATIVE_VARIABLE, "")
+    return any(place in (NATIVE_VARIABLE, named) for place, _ in found.refused)
+
+
+class _InstructionSetError(PluginError):
+    """The instruction set that the environment asks for is not to be had, whichever library is taken."""
+
+
+def load_cpu_library(path: Path, origin: Origin = "named") -> CpuLibrary:
     """Load a library, after a look at its file, and compare what it says about itself with this release.
 
     Args:
@@ -117,12 +143,12 @@ def load_cpu_library(path: Path, origin: Origin = "QUARTERMAP_NATIVE") -> CpuLib
     if instruction_set not in contract["instruction_sets"]:
         named, built = os.environ.get(INSTRUCTION_SET_VARIABLE, ""), contract["instruction_sets"]
         reason = (
-            f"this processor lacks {named}, which {INSTRUCTION_SET_VARIABLE} asks for; leave it out, and the widest "
-            "that there is is taken"
+            f"this processor lacks {named}, which {INSTRUCTION_SET_VARIABLE} asks for; leave the variable out, and "
+            "the widest that there is is taken"
             if named in built
             else f"{INSTRUCTION_SET_VARIABLE} is {printable(named)!r}; expected one of {', '.join(built)}"
         )
-        raise PluginError(f"the CPU library {printable(path)} is not used: {reason}")
+        raise _InstructionSetError(reason)
     return CpuLibrary(path, contract, instruction_set, origin)
 
 
@@ -157,7 +183,7 @@ def _short(value: object) -> str:
 def _places(refused: list[tuple[str, str]]) -> Iterator[tuple[Origin, Path]]:
     """Yield the files that are there, in the order in which they are tried."""
     named = os.environ.get(NATIVE_VARIABLE, "")
-    if named not in ("", "1"):
+    if named.lower() not in ON:
         if os.path.isabs(named):
             yield "QUARTERMAP_NATIVE", Path(named)
         else:
@@ -166,6 +192,9 @@ def _places(refused: list[tuple[str, str]]) -> Iterator[tuple[Origin, Path]]:
     carried = Path(__file__).resolve().parents[1] / "_native" / CPU_LIBRARY
     if carried.is_file():
         yield "wheel", carried
+    if own_folder("cache") is None:
+        # Whoever has no home has built nothing, either.
+        return
     for path in built_libraries():
         yield "built here", path
 
@@ -194,7 +223,8 @@ def _choose(
         try:
             library = load_cpu_library(path, origin)
         except (PluginError, OSError) as error:
-            refused = (*refused, (str(path), str(error)))
+            place = INSTRUCTION_SET_VARIABLE if isinstance(error, _InstructionSetError) else str(path)
+            refused = tuple(dict.fromkeys([*refused, (place, str(error))]))
             continue
         return CpuSearch(library, refused, summary(library))
     if not refused:

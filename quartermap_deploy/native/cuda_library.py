@@ -13,8 +13,9 @@ import platform
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from quartermap_deploy.errors import QuartermapError, TrustError
 from quartermap_deploy.files import write_whole
@@ -26,6 +27,7 @@ from quartermap_deploy.native.build import (
 )
 from quartermap_deploy.native.contract import differences
 from quartermap_deploy.native.cpu_build import hash_of_files
+from quartermap_deploy.native.cpu_library import OFF, ON
 from quartermap_deploy.native.errors import PluginError
 from quartermap_deploy.native.library import LibraryKind, describe, load
 from quartermap_deploy.plain_text import printable
@@ -33,7 +35,7 @@ from quartermap_deploy.private_folders import HOME_VARIABLE, check_private, make
 from quartermap_deploy.progress import SILENT, Progress
 
 CUDA_VARIABLE = "QUARTERMAP_NATIVE_CUDA"
-"""0 turns the library off; a path from / on names one."""
+"""As `cpu_library.NATIVE_VARIABLE`: 0 turns the library off; a path from / on names one."""
 KIND = LibraryKind("CUDA", "quartermap_plugin_contract", "quartermap native build --cuda")
 REGISTER = "RegisterCustomOps"
 """The function by which ONNX Runtime takes a library of operators."""
@@ -63,19 +65,34 @@ class CudaSearch:
     Attributes:
         library: the one to use, or None.
         summary: in one line, which was chosen, or why none.
+        named: whether the environment names one.
     """
 
     library: CudaLibrary | None
     summary: str
+    named: bool = False
+
+    @property
+    def warning(self) -> str | None:
+        """What whoever runs a model should know: why the library that the environment names is not used, or None."""
+        return f"{self.summary}; it runs without it" if self.named and self.library is None else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        library = None if self.library is None else {**asdict(self.library), "path": str(self.library.path)}
+        return {"library": library, "summary": self.summary}
 
 
 def find_cuda_library() -> CudaSearch:
     """Look for a library that fits; one that does not is no error."""
     named = os.environ.get(CUDA_VARIABLE, "")
-    if named == "0":
-        return CudaSearch(None, f"the CUDA library is turned off by {CUDA_VARIABLE}=0")
+    if named.lower() in OFF:
+        return CudaSearch(None, f"the CUDA library is turned off by {CUDA_VARIABLE}={named}")
+    if named.lower() in ON:
+        named = ""
     if named and not os.path.isabs(named):
-        return CudaSearch(None, f"{CUDA_VARIABLE} is {printable(named)!r}; expected 0, or a path from / on")
+        reason = f"{CUDA_VARIABLE} is {printable(named)!r}; expected 0, 1, or the path of a library from / on"
+        return CudaSearch(None, reason, named=True)
     try:
         path = Path(named) if named else _cached()
         if not named and not path.is_file():
@@ -84,8 +101,8 @@ def find_cuda_library() -> CudaSearch:
             check_private(path.parent)
         library = load_cuda_library(path)
     except (QuartermapError, OSError) as error:
-        return CudaSearch(None, " ".join(str(error).split()))
-    return CudaSearch(library, printable(library.path))
+        return CudaSearch(None, " ".join(str(error).split()), named=bool(named))
+    return CudaSearch(library, printable(library.path), named=bool(named))
 
 
 def load_cuda_library(path: Path) -> CudaLibrary:

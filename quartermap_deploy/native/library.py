@@ -17,6 +17,7 @@ from typing import Any
 from quartermap_deploy.files import read_regular
 from quartermap_deploy.native.errors import PluginError
 from quartermap_deploy.native.library_format import FormatError, check_format
+from quartermap_deploy.native.seal import SealError, check_seal
 from quartermap_deploy.plain_text import printable
 
 LARGEST_LIBRARY = 1 << 30
@@ -31,14 +32,17 @@ class LibraryKind:
         name: for messages.
         contract: its function that says what it is, as JSON.
         build: the command that builds one.
+        always_sealed: whether there is none without a seal. Plugins of earlier releases have none; engines want them by
+            their hash.
     """
 
     name: str
     contract: str
     build: str
+    always_sealed: bool = True
 
 
-PLUGIN = LibraryKind("plugin", "quartermap_plugin_contract", "quartermap plugin build")
+PLUGIN = LibraryKind("plugin", "quartermap_plugin_contract", "quartermap plugin build", always_sealed=False)
 CPU = LibraryKind("CPU", "quartermap_cpu_contract", "quartermap native build")
 
 
@@ -91,7 +95,7 @@ def inspect(path: Path, kind: LibraryKind = PLUGIN) -> str:
 
 
 def check_bytes(data: bytes, name: str, kind: LibraryKind = PLUGIN) -> None:
-    """Refuse what is no library of this project for this machine, or ends before its own tables say.
+    """Refuse what is no library of this project for this machine, ends before its own tables say, or is damaged.
 
     Whoever wants to deceive can write all of this into a file of his own: it says what a file is, not who made it.
 
@@ -111,6 +115,10 @@ def check_bytes(data: bytes, name: str, kind: LibraryKind = PLUGIN) -> None:
     # macOS puts an underscore before names of C.
     if not any(before + kind.contract.encode() + b"\0" in data for before in (b"\0", b"\0_")):
         raise PluginError(f"{name} {_stranger(kind)}")
+    try:
+        check_seal(data, required=kind.always_sealed)
+    except SealError as error:
+        raise PluginError(f"{name} {error}; nothing of it was run; build it here: {kind.build}") from error
 
 
 def describe(library: ctypes.CDLL, path: Path, kind: LibraryKind = PLUGIN) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class ServeOptions:
     shutdown_timeout: float = 30.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "execution", Execution.read(self.execution))
         for port in (self.port, self.grpc_port):
             if not 0 <= port <= 65535:
                 raise ServeError(f"{port} is no port; expected 0 to 65535")

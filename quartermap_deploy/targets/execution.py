@@ -107,6 +107,11 @@ class Execution:
             raise InputError("no provider is named; expected at least one, such as CPU")
         if repeated := [name for place, name in enumerate(names) if name in names[:place]]:
             raise InputError(f"the provider {repeated[0]} is named twice; leave one out")
+        if any(provider.name == CPU and provider.options for provider in self.providers):
+            raise InputError(
+                f"{CPU} takes no options, and ONNX Runtime would pass over them in silence; leave them out (threads "
+                "are set by --threads, or QUARTERMAP_THREADS)"
+            )
         if CPU in names[:-1]:
             raise InputError(f"{CPU} takes every node, so nothing is left for {names[-1]}; name it last")
 
@@ -117,32 +122,49 @@ class Execution:
         Raises:
             UnknownNameError: if there is no such device.
         """
-        if device not in DEVICES:
-            raise UnknownNameError.for_choice("device", device, DEVICES)
         return cls(
             {
                 "cpu": (Provider(CPU),),
                 "cuda": (Provider(CUDA),),
                 "auto": (Provider(CUDA), Provider(CPU)),
-            }[device]
+            }[require_device(device)]
         )
 
     @classmethod
-    def of(cls, device: str | None = None, providers: Iterable[str] = ()) -> Execution:
-        """Read a device, or providers as `Provider.parse` reads them; the CPU where neither is given.
+    def read(cls, value: object) -> Execution:
+        """Read what a caller gives: an execution, the name of a device, a provider, or a list of providers.
 
         Raises:
-            InputError: if both are given, or a provider cannot be read.
+            InputError: if it is none of these, or a provider cannot be read.
+            UnknownNameError: if there is no such provider.
+        """
+        if isinstance(value, Execution):
+            return value
+        if isinstance(value, str):
+            return cls.of_device(value) if value in DEVICES else cls.of(None, [value])
+        if isinstance(value, (list, tuple)):
+            return cls.of(None, value) if value else cls(())
+        raise InputError(
+            f"execution is {value!r}, a {type(value).__name__}; expected quartermap_deploy.Execution.of(...), or in "
+            'short "cuda", "OpenVINO", or a list of providers such as ["CUDA", "CPU"]'
+        )
+
+    @classmethod
+    def of(cls, device: str | None = None, providers: str | Iterable[str] = ()) -> Execution:
+        """Read a device, or one or several providers as `Provider.parse` reads them; the CPU where neither is given.
+
+        Raises:
+            InputError: if both are given, or a provider cannot be read or is no text.
             UnknownNameError: if there is no such device or provider.
         """
-        texts = tuple(providers)
+        texts = (providers,) if isinstance(providers, str) else _texts(providers)
         if device is not None and texts:
             raise InputError(
                 f"the device {device} stands for providers, and the provider {texts[0]} is named as well; leave one out"
             )
         if texts:
             return cls(tuple(map(Provider.parse, texts)))
-        return cls.of_device(device or "cpu")
+        return cls.of_device("cpu" if device is None else device)
 
     @classmethod
     def from_names(cls, names: Any) -> Execution:
@@ -194,6 +216,42 @@ class Execution:
 
 ON_CPU = Execution()
 """What is taken where nothing is said."""
+
+Where = Execution | str | Sequence[str]
+"""What `Execution.read` takes."""
+
+
+def require_device(name: str) -> str:
+    """Return the name of a device.
+
+    Raises:
+        UnknownNameError: if there is no such device.
+    """
+    if name not in DEVICES:
+        raise UnknownNameError(
+            f"unknown device {name!r}; expected cpu, cuda (an NVIDIA GPU), or auto; other GPUs are named by their "
+            "providers, such as OpenVINO or DirectML"
+        )
+    return name
+
+
+def _texts(providers: object) -> tuple[str, ...]:
+    """Providers as a tuple.
+
+    Raises:
+        InputError: if they are no texts.
+    """
+    if isinstance(providers, Iterable):
+        found = tuple(providers)
+        wrong = [item for item in found if not isinstance(item, str)]
+        if not wrong:
+            return found
+        raise InputError(
+            f'the provider {wrong[0]!r} is a {type(wrong[0]).__name__}; expected a text such as "CUDA:device_id=1"'
+        )
+    raise InputError(
+        f'providers is {providers!r}, a {type(providers).__name__}; expected texts, such as ["CUDA", "CPU"]'
+    )
 
 
 def short_names(names: Sequence[str]) -> str:

@@ -22,13 +22,21 @@ class Placement:
             counted: with the CPU provider alone, or before ONNX Runtime 1.24, which does not tell.
         on_cpu: of those that run on the CPU though another provider is preferred, how many there are of each operator,
             most first.
-        left_out: providers that were wanted and did not start, each with the reason.
+        left_out: providers that were wanted and do not start, or take nothing of the model, each with the reason.
+        passed_over: why a native library that is there, or was named, is not used, and what is in its place; None where
+            nothing was passed over.
     """
 
     providers: tuple[str, ...]
     nodes: Mapping[str, int] | None = None
     on_cpu: Mapping[str, int] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
+    passed_over: str | None = None
+
+    @property
+    def takes_nothing(self) -> bool:
+        """Whether another provider than the CPU's is there, and the CPU has every node."""
+        return self.providers[0] != CPU and bool(self.nodes) and set(self.nodes or ()) == {CPU}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -40,9 +48,10 @@ class Placement:
         }
 
     def notes(self) -> list[str]:
-        """What the user should know, in sentences: who was left out, and what the CPU runs all the same."""
-        found = [
-            f"{short_names([name])} does not start, so the model runs on {short_names(self.providers)}: {reason}"
+        """What the user should know, in sentences: what was left out, and what the CPU runs all the same."""
+        found = [] if self.passed_over is None else [self.passed_over]
+        found += [
+            f"{short_names([name])} is left out, so the model runs on {short_names(self.providers)}: {reason}"
             for name, reason in self.left_out.items()
         ]
         if self.providers[0] == CPU:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,16 +108,24 @@ def open_session(
     def session(source: Path | bytes, library: Path | None) -> Any:
         return _session(source, _options(threads, profile, library, found.providers), found.providers)
 
+    passed_over = None
     if not scans:
         form = ScanForm("portable", reason=INLINED) if LOOP in kinds else ScanForm("none")
         opened = _or_refused(model, lambda: session(model, None))
     elif all(provider.in_host_memory for provider in found.providers):
         fuse = fuse and found.providers[0].name == CPU
         opened, form = _in_host_memory(model, session, native, fuse)
+        passed_over = find_cpu_library().warning if native is not False else None
     else:
         on_cuda = any(provider.name == CUDA for provider in found.providers)
         opened, form = _on_a_device(model, session, native, _cuda_operator(scans) if on_cuda else NOT_CUDA)
-    return Opened(opened, form, _placement(opened, found, execution))
+        passed_over = find_cuda_library().warning if on_cuda and native is not False else None
+    placement = _placement(opened, found, execution)
+    if placement.takes_nothing:
+        left_out = {**placement.left_out, **_nothing_taken(placement, execution)}
+        other = open_session(model, threads, native=native, profile=profile, fuse=fuse)
+        return other._replace(placement=replace(other.placement, left_out=left_out))
+    return Opened(opened, form, replace(placement, passed_over=passed_over))
 
 
 def inference_session(model: Path | bytes, threads: int | None = None) -> Any:
@@ -167,6 +176,23 @@ def _cannot_start(name: str, reason: str) -> str:
         f"`quartermap doctor` shows what works; to run on the CPU where it does not start, name the CPU behind it: "
         f"--provider {short_names([name])} --provider CPU, or --device auto for CUDA"
     )
+
+
+def _nothing_taken(placement: Placement, execution: Execution) -> dict[str, str]:
+    """Why providers that take nothing of a model are left out.
+
+    Raises:
+        BundleError: if the CPU is not to take their place.
+    """
+    names = [name for name in placement.providers if name != CPU]
+    reason = f"of the model's {sum((placement.nodes or {}).values())} nodes it takes none"
+    if not execution.may_fall_back:
+        providers = " ".join(f"--provider {short_names([name])}" for name in names)
+        raise BundleError(
+            f"{short_names(names)} would leave the whole model to the CPU: {reason}. Look at its options, or, to run "
+            f"on the CPU where it takes nothing, name the CPU behind it: {providers} --provider CPU"
+        )
+    return dict.fromkeys(names, reason)
 
 
 def _placement(session: Any, found: Started, execution: Execution) -> Placement:

@@ -15,13 +15,13 @@ import io
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from quartermap_deploy.processes import ending
 from quartermap_deploy.targets.execution import CUDA, TENSORRT, Provider
 
 TIME_LIMIT = 120.0
@@ -95,7 +95,7 @@ def probe(provider: Provider, limit: float = TIME_LIMIT) -> Probe:
     said = log_text(done.stderr)
     answer = _answer(done.stdout)
     if answer is None:
-        return found(f"{_ending(done.returncode)}{f': {said}' if said else ''}")
+        return found(f"it ended the process {ending(done.returncode)}{f': {said}' if said else ''}")
     raised, starts = answer["error"], bool(answer["starts"])
     if answer["works"]:
         return found(None, starts=True, works=True)
@@ -113,13 +113,6 @@ def _answer(output: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return values if isinstance(values, dict) else None
-
-
-def _ending(code: int) -> str:
-    if code < 0:
-        with contextlib.suppress(ValueError):
-            return f"it ended the process by {signal.Signals(-code).name}"
-    return f"it ended the process with exit code {code}"
 
 
 def log_text(output: str) -> str:

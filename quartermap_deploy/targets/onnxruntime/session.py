@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from quartermap_deploy.errors import BundleError, InputError
 from quartermap_deploy.size_rules import SizeRules
-from quartermap_deploy.targets.execution import ON_CPU, Execution
+from quartermap_deploy.targets.execution import ON_CPU, Execution, Where
 from quartermap_deploy.targets.onnxruntime.opening import open_session
 from quartermap_deploy.targets.placement import Placement
 from quartermap_deploy.targets.scan_form import ScanForm
@@ -37,7 +37,7 @@ class OnnxRuntimeSession(Session):
         *,
         native: bool | None = None,
         fuse: bool = True,
-        execution: Execution = ON_CPU,
+        execution: Where = ON_CPU,
     ) -> None:
         """Load a model.
 
@@ -48,14 +48,15 @@ class OnnxRuntimeSession(Session):
             rules: what the sizes of its inputs must fulfil; see `size_rules`.
             native: whether the native operator computes its scans; None where it is there and takes the model.
             fuse: with the native operator, also normalise maps by one operator each; see `fused_norms`.
-            execution: the providers that run it.
+            execution: the providers that run it; a device, a provider, or a list of providers does as well.
 
         Raises:
+            InputError: if `execution` is none of these.
             BundleError: as `open_session` raises it.
             MissingDependencyError: the same.
         """
         self._session, self.scans, self.placement = open_session(
-            model, threads, native=native, fuse=fuse, execution=execution
+            model, threads, native=native, fuse=fuse, execution=Execution.read(execution)
         )
         self.inputs = tuple(_info(value) for value in self._session.get_inputs())
         self.outputs = tuple(_info(value) for value in self._session.get_outputs())

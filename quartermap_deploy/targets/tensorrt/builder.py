@@ -68,6 +68,9 @@ from quartermap_deploy.targets.tensorrt.products import (
     plan_products,
 )
 
+TURING = "7.5"
+"""A compute capability that TensorRT for RTX lists and cannot build the scan for."""
+
 
 def build_engine(
     flavour: Flavour,
@@ -324,15 +327,20 @@ def known_capabilities(trt: Any, wanted: Sequence[str]) -> list[Any]:
     """The module's values for compute capabilities such as "8.9".
 
     Raises:
-        InputError: if TensorRT-RTX does not know one.
+        InputError: if TensorRT-RTX does not know one, or cannot build for it.
     """
+    if TURING in wanted:
+        raise InputError(
+            f"TensorRT for RTX {trt.__version__} has no float32 matrix product for compute capability {TURING} "
+            "(Turing), and the scan's time step is one; leave it out, or run the bundle by ONNX Runtime there"
+        )
     members = trt.ComputeCapability.__members__
     known = {f"{name[2:-1]}.{name[-1]}": value for name, value in members.items() if name[:2] == "SM"}
     for capability in wanted:
         if capability not in known:
             raise InputError(
                 f"TensorRT-RTX {trt.__version__} has no compute capability {capability!r}; expected some of "
-                f"{', '.join(known)}"
+                f"{', '.join(name for name in known if name != TURING)}"
             )
     return [known[capability] for capability in wanted]
 
@@ -341,7 +349,7 @@ def set_compute_capabilities(trt: Any, config: Any, wanted: Sequence[str]) -> No
     """Name the GPUs that an engine is for.
 
     Raises:
-        InputError: if TensorRT-RTX does not know one.
+        InputError: as `known_capabilities` says.
     """
     values = known_capabilities(trt, wanted)
     config.num_compute_capabilities = len(values)

@@ -95,7 +95,8 @@ TENSORRT = Flavour(
     target="tensorrt",
     title="TensorRT",
     module="tensorrt",
-    install="pip install 'quartermap-deploy[tensorrt]' (its libraries come from NVIDIA; tensorrt-cu12 for CUDA 12, JetPack on Jetson)",
+    install="pip install 'quartermap-deploy[tensorrt]' (its libraries come from NVIDIA; tensorrt-cu12 for CUDA 12, "
+    "JetPack on Jetson)",
     distributions=("tensorrt-cu{}", "tensorrt-cu{}-bindings"),
     oldest=(10, 7),
     newest=(12,),

@@ -163,7 +163,7 @@ class EngineOptions:
     Attributes:
         profiles: one or several optimisation profiles; an input is run by the first that takes it.
         compute_capabilities: the GPUs that a TensorRT-RTX engine is for, such as "8.9"; TensorRT builds for the GPU at
-            hand.
+            hand. One text or a list is taken as well.
         optimization_level: 0 to 5, how long the builder searches; None for the builder's own default.
         hardware_compatibility: "none" for the model of GPU at hand, or "ampere_plus" or, from TensorRT 10.9 on,
             "same_compute_capability" for others too; TensorRT only.
@@ -198,14 +198,7 @@ class EngineOptions:
                 raise InputError(f"{name} = {getattr(self, name)!r}; expected true or false")
         if self.workspace is not None and not (type(self.workspace) is int and self.workspace > 0):
             raise InputError(f"workspace = {self.workspace!r}; expected a number of bytes")
-        capabilities = self.compute_capabilities
-        proper = isinstance(capabilities, tuple) and all(
-            isinstance(item, str) and re.fullmatch(r"\d+\.\d", item) for item in capabilities
-        )
-        if not proper or len(set(capabilities)) != len(capabilities):
-            raise InputError(
-                f'compute_capabilities = {list(capabilities)!r}; expected different strings such as "8.9"'
-            )
+        object.__setattr__(self, "compute_capabilities", _capabilities(self.compute_capabilities))
         if not self.profiles:
             raise InputError("there are no profiles; leave them out for the default, batches of 1 to 32")
         if not self.compute_capabilities:
@@ -252,12 +245,30 @@ class EngineOptions:
         try:
             if "profiles" in fields:
                 fields["profiles"] = tuple(map(_profile, fields["profiles"]))
-            if "compute_capabilities" in fields:
-                found = fields["compute_capabilities"]
-                fields["compute_capabilities"] = tuple([found] if isinstance(found, str) else found)
         except TypeError as error:
             raise InputError(f"engine options {dict(values)!r} are wrong: {error}") from error
         return cls(**fields)
+
+
+def _capabilities(found: object) -> tuple[str, ...]:
+    """Compute capabilities as a tuple.
+
+    Raises:
+        InputError: if they are none.
+    """
+    texts = (found,) if isinstance(found, str) else found
+    if not isinstance(texts, (tuple, list)):
+        raise InputError(
+            f'compute_capabilities = {found!r}, a {type(found).__name__}; expected texts such as ("8.6", "8.9")'
+        )
+    wrong = [item for item in texts if not (isinstance(item, str) and re.fullmatch(r"\d+\.\d", item))]
+    if wrong:
+        raise InputError(
+            f'compute_capabilities has {wrong[0]!r}, a {type(wrong[0]).__name__}; expected texts such as "8.9"'
+        )
+    if len(set(texts)) != len(texts):
+        raise InputError(f"compute_capabilities = {list(texts)!r} names one twice; leave it out")
+    return tuple(texts)
 
 
 def _profile(values: object) -> Profile:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from quartermap_deploy.targets.tensorrt.session import EngineSession
 
 FIRST_WITH_PLUGINS = (1, 7)
-TURING = "7.5"
 PRECISIONS = ("float32", "float16", "bfloat16")
 
 
@@ -45,11 +44,6 @@ def check(recipe: Any = None) -> None:
     trt = TENSORRT_RTX.load()
     options = getattr(recipe, "engine", None) or EngineOptions()
     known_capabilities(trt, options.compute_capabilities)
-    if TURING in options.compute_capabilities:
-        raise InputError(
-            f"TensorRT for RTX {trt.__version__} has no float32 matrix product for compute capability {TURING} "
-            "(Turing), and the scan's time step is one; leave it out, or run the bundle by ONNX Runtime there"
-        )
     gpu = devices.find_gpu()
     if gpu is not None and gpu.compute_capability in options.compute_capabilities:
         require_runtime("running the engine that is built, to prove it,")
