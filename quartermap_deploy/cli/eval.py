@@ -133,7 +133,8 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Evaluate and print the tables."""
     from quartermap_deploy.evaluation.accuracy import evaluate
-    from quartermap_deploy.evaluation.sessions import TORCH, runner_for
+    from quartermap_deploy.evaluation.runs import TORCH
+    from quartermap_deploy.evaluation.sessions import runner_for
     from quartermap_deploy.evaluation.tally import check_place
 
     progress, prepared = make_progress(options), preprocessing_of(options)
