@@ -39,7 +39,7 @@ PUBLISHED = (
 PUBLISHED_TOME = 0.72
 """Speed of ToMe relative to the unpruned model, from the same paper."""
 ALIKE = 0.02
-"""Speeds that differ by less are not called different: medians of one sitting move by as much."""
+"""Speeds that differ by less are not called different: medians of one run move by as much."""
 
 
 def read_results(folder: Path) -> dict[str, Any]:

@@ -435,13 +435,13 @@ def verify_file(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
         BundleError: if it is missing, a link, which would lead out of the bundle, or another one.
     """
     path = folder / name
-    mend = (
+    remedy = (
         f"make it again: {command('quartermap', 'rebuild', folder)}"
         if name.endswith(ENGINE_SUFFIX)
         else _MEND
     )
     if not os.path.lexists(path):
-        raise BundleError(f"{name} is missing from the bundle {folder}; {mend}")
+        raise BundleError(f"{name} is missing from the bundle {folder}; {remedy}")
     if not stat.S_ISREG(path.lstat().st_mode):
         raise BundleError(f"{name} in the bundle {folder} is a link or no file; expected a file of its own")
     size = path.stat().st_size
@@ -449,7 +449,7 @@ def verify_file(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
     if found != expected:
         raise BundleError(
             f"{name} in the bundle {folder} does not match its manifest: {_size_and_hash(found)}, expected "
-            f"{_size_and_hash(expected)}; {mend}"
+            f"{_size_and_hash(expected)}; {remedy}"
         )
 
 

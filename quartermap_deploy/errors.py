@@ -1,6 +1,6 @@
 """The errors this package raises on purpose.
 
-Every message says what was found, what was expected and how to mend it. The command line prints the message alone
+Every message says what was found, what was expected and how to put it right. The command line prints the message alone
 and exits with code 2; anything that is not a `QuartermapError` is a defect of this package and keeps its traceback.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 
 class QuartermapError(Exception):
-    """Base of all errors that the user can mend."""
+    """Base of all errors that the user can put right."""
 
 
 class UnknownNameError(QuartermapError):

@@ -47,10 +47,10 @@ class FolderKind:
                 raise self.error(f"cannot write to {path}: {obstacle}")
             return
         if not force:
-            mend = "choose another folder"
+            remedy = "choose another folder"
             if (path / self.marker).is_file():
-                mend += ", or replace it with --force"
-            raise self.error(f"{path} exists already; {mend}")
+                remedy += ", or replace it with --force"
+            raise self.error(f"{path} exists already; {remedy}")
         folder = path.is_dir() and not path.is_symlink()
         if folder and ((path / self.marker).is_file() or not any(path.iterdir())):
             return

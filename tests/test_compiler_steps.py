@@ -457,7 +457,7 @@ def judged(passed: bool) -> Any:
     return SimpleNamespace(passed=passed, describe_failure=lambda: "it departs", to_dict=lambda: {"worst": 3})
 
 
-LOCALISED = SimpleNamespace(describe=lambda: "block_2 mends it", advice=lambda: "keep it")
+LOCALISED = SimpleNamespace(describe=lambda: "block_2 restores it", advice=lambda: "keep it")
 
 
 def test_golden_files_are_written_when_parity_holds(tmp_path: Path, keep: Keep) -> None:
@@ -490,7 +490,7 @@ def test_a_failure_of_parity_says_what_to_do(precision: str, tmp_path: Path, kee
     tried = keep(compiler, "localise_precision", LOCALISED)
     written = keep(golden, "write_golden")
     own = recipe(precision=precision)
-    words = "please report this with the recipe" if precision == "float32" else "block_2 mends it. keep it"
+    words = "please report this with the recipe" if precision == "float32" else "block_2 restores it. keep it"
     cases: Any = {"images": "feeds"}
     typed = exported()
     with pytest.raises(ParityError) as refused:
@@ -602,7 +602,7 @@ def test_an_engine_is_proved_with_the_plugin_and_advice(precision: str, keep: Ke
     if precision == "float32":
         assert advice() == "please report this with the recipe." and tried == {}
         return
-    assert advice() == "block_2 mends it. keep it."
+    assert advice() == "block_2 restores it. keep it."
     assert tried == {
         "recipe": own,
         "exported": typed,

@@ -14,7 +14,7 @@ from quartermap_deploy.errors import QuartermapError
 from quartermap_deploy.native.build import BuildOptions, build_plugin
 
 USER_ERROR = 2
-"""Exit code for what the user can mend, as on the command line of the package."""
+"""Exit code for what the user can put right, as on the command line of the package."""
 
 
 def refuse(message: str) -> NoReturn:

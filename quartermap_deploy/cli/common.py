@@ -271,7 +271,7 @@ def message(kind: str, text: str) -> None:
     print(f"quartermap: {kind}: {shown}", file=sys.stderr, flush=True)
 
 
-def mendable(error: OSError) -> bool:
+def about_users_files(error: OSError) -> bool:
     """Whether an error of the operating system is about the user's files and disks, not a defect of ours."""
     return error.errno in {
         errno.EACCES,

@@ -29,7 +29,7 @@ def add_module_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--example",
         dest="module_example",
-        type=_mendable(parse_input),
+        type=_told(parse_input),
         action="append",
         metavar="[NAME=]1x3x224x224[:TYPE]",
         default=argparse.SUPPRESS,
@@ -40,7 +40,7 @@ def add_module_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--arg",
         dest="module_arguments",
-        type=_mendable(parse_argument),
+        type=_told(parse_argument),
         action="append",
         metavar="NAME=VALUE",
         default=argparse.SUPPRESS,
@@ -66,7 +66,7 @@ def add_module_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--scan-function",
         dest="module_scans",
-        type=_mendable(parse_scan),
+        type=_told(parse_scan),
         action="append",
         metavar="MODULE:FUNCTION=MODULE:ADAPTER",
         default=argparse.SUPPRESS,
@@ -163,7 +163,7 @@ def _once(flag: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _mendable(parse: Any) -> Any:
+def _told(parse: Any) -> Any:
     """A parser of an option whose errors argparse shows."""
 
     def parsed(text: str) -> Any:

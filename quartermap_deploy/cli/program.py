@@ -29,7 +29,7 @@ from quartermap_deploy.cli import (
     tune,
     validate,
 )
-from quartermap_deploy.cli.common import CommandParser, HelpFormatter, mendable, message
+from quartermap_deploy.cli.common import CommandParser, HelpFormatter, about_users_files, message
 from quartermap_deploy.cli.interruption import Interruptible
 from quartermap_deploy.cli.streams import OUTPUT, output
 from quartermap_deploy.errors import QuartermapError
@@ -81,7 +81,7 @@ examples:
 exit codes:
   0    done
   1    a defect of quartermap-deploy, with a traceback
-  2    something that you can mend, with a message
+  2    something that you can put right, with a message
   130  interrupted (143: terminated)
 """
 
@@ -166,7 +166,7 @@ def _told(error: Exception, verbose: bool) -> int:
         _drop_output()
         message("error", f"cannot write to {OUTPUT}: {error.strerror}; make room, or send it elsewhere")
         return USER_ERROR
-    if isinstance(error, OSError) and mendable(error):
+    if isinstance(error, OSError) and about_users_files(error):
         message("error", f"{error.strerror}: {error.filename}" if error.filename else str(error))
         return USER_ERROR
     print(printable(traceback.format_exc(), None, lines=True), end="", file=sys.stderr)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from quartermap_deploy.serving.logs import EventLog
 
 USER_ERROR = 2
-"""Exit code of the program where there is something for the user to mend."""
+"""Exit code of the program where there is something for the user to put right."""
 
 
 def add_parser(subparsers: Subparsers) -> None:

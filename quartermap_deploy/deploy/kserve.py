@@ -378,9 +378,9 @@ def _check_file(path: Path, force: bool) -> None:
     ours = path.is_file() and not path.is_symlink() and path.read_bytes().startswith(HEADER.encode())
     if ours and force:
         return
-    mend = "choose another file"
+    remedy = "choose another file"
     if ours:
-        mend += ", or replace it with --force"
+        remedy += ", or replace it with --force"
     elif force:
-        mend = f"it was not written by quartermap, so --force does not replace it; {mend}"
-    raise DeployError(f"{path} exists already; {mend}")
+        remedy = f"it was not written by quartermap, so --force does not replace it; {remedy}"
+    raise DeployError(f"{path} exists already; {remedy}")

@@ -74,12 +74,12 @@ def choose_backend(bundle: Bundle, backend: str | None = None) -> str:
         raise DeployError(
             f"{has}, and Triton has no backend for that; compile it with --target onnxruntime or tensorrt"
         )
-    mend = (
+    remedy = (
         f"add an engine with `{command('quartermap', 'rebuild', bundle.path, '--target', 'tensorrt')}`"
         if backend == "tensorrt"
         else "compile it with onnxruntime among its --target"
     )
-    raise DeployError(f"{has}, not for {backend}; {mend}")
+    raise DeployError(f"{has}, not for {backend}; {remedy}")
 
 
 def find_source(

@@ -151,17 +151,17 @@ class Dataset:
         own = len(self.classes)
         if not self.labelled or own == num_classes or (not self.closed and own < num_classes):
             return
-        mend = "take the data that the model was trained for, or the model that was trained for this data"
+        remedy = "take the data that the model was trained for, or the model that was trained for this data"
         if own > num_classes and self.classes == tuple(map(str, range(own))):
             largest = int(self.labels.max(initial=-1))
             # The largest class may have no image in this part.
             found = f"images of class {largest}" if largest >= num_classes else f"classes 0 to {own - 1}"
             raise InputError(
-                f"{self.name} has {found}, but the model has classes 0 to {num_classes - 1}; {mend}"
+                f"{self.name} has {found}, but the model has classes 0 to {num_classes - 1}; {remedy}"
             )
         names = ", ".join(self.classes[:NAMED]) + (", …" if own > NAMED else "")
         raise InputError(
-            f"{self.name} has {own} classes, but the model has {num_classes}; found {names}; {mend}"
+            f"{self.name} has {own} classes, but the model has {num_classes}; found {names}; {remedy}"
         )
 
 

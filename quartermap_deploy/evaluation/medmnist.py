@@ -72,14 +72,14 @@ def _check_split(path: Path, split: str, names: list[str]) -> None:
 def _images(name: str, images: NDArray[Any]) -> NDArray[np.uint8]:
     grey_or_colour = images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)
     if images.dtype != np.uint8 or not grey_or_colour:
-        mend = (
+        remedy = (
             "its 3D sets are for other models"
             if images.ndim == 4
             else "the file is none of MedMNIST's 2D sets"
         )
         raise InputError(
             f"the images of {name} are {images.shape} of {images.dtype}; expected (n, H, W) or (n, H, W, 3) of uint8: "
-            f"{mend}"
+            f"{remedy}"
         )
     if 0 in images.shape:
         raise InputError(f"{name} holds no image: the array has shape {images.shape}")

@@ -113,10 +113,10 @@ def _names(items: tuple[TensorInfo, ...]) -> str:
 
 
 def _described(array: object, item: TensorInfo) -> str:
-    """What was given instead, and how to mend it."""
+    """What was given instead, and how to put it right."""
     if not isinstance(array, np.ndarray):
-        mend = f'np.asarray(…, dtype="{item.type}") makes an array of it'
-        return f"a {type(array).__name__}; {mend}, if the values are prepared as the model wants them"
+        remedy = f'np.asarray(…, dtype="{item.type}") makes an array of it'
+        return f"a {type(array).__name__}; {remedy}, if the values are prepared as the model wants them"
     found = f"{array.shape} of {array.dtype}"
     if array.size == 0 and array.ndim == len(item.shape):
         axis = array.shape.index(0)

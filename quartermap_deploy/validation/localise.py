@@ -1,8 +1,8 @@
 """Which block must go back to float32 for a 16-bit model to be right?
 
 Casts are flipped in the ONNX graph: the float32 model is typed anew with some of its blocks in float32, and compared
-with the reference. First each block alone; where none alone mends the model, blocks are taken back from a model that is
-float32 everywhere, as long as it stays right.
+with the reference. First each block alone; where none alone restores the model, blocks are taken back from a model that
+is float32 everywhere, as long as it stays right.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class LocaliseReport:
     Attributes:
         precision: the 16-bit type.
         passed: whether the model is within the tolerance as it is; then nothing was tried.
-        alone: for each block, whether its return to float32 alone mends the model, and the error that is left.
-        restoring: the blocks whose return mends the model: one, the best, if one is enough, else a smallest set that
+        alone: for each block, whether its return to float32 alone restores the model, and the error that is left.
+        restoring: the blocks whose return restores the model: one, the best, if one is enough, else a smallest set that
             was found; None if none does, because the fault lies elsewhere. `AFTER_BLOCKS` stands for what follows the
             last block.
         error: the relative error of the model as it is; None for infinite.
@@ -177,7 +177,7 @@ def _smallest_set(
     alone: Mapping[int, tuple[bool, float]],
     progress: Progress,
 ) -> tuple[tuple[int, ...] | None, float]:
-    """Blocks that together mend the model, none of which can be left out, and the error that is left.
+    """Blocks that together restore the model, none of which can be left out, and the error that is left.
 
     Starts from all and drops blocks, those first that helped least alone; first in halves, then one by one.
     """

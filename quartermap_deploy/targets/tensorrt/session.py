@@ -76,24 +76,26 @@ def open_engine(
         QuartermapError: of the plugin library, if it is missing or wrong.
         TrustError: if others could write to this user's cache.
     """
-    mend = f"make it again with `{command('quartermap', 'rebuild', bundle_path, '--target', flavour.target)}`"
+    remedy = (
+        f"make it again with `{command('quartermap', 'rebuild', bundle_path, '--target', flavour.target)}`"
+    )
     needed = ("file", "version", "compute_capabilities", "inputs", "outputs", "options", "build")
     missing = [name for name in needed if name not in entry]
     if missing or (missing := _misshapen(entry)):
         raise BundleError(
             f"the manifest of {bundle_path} says too little about its {flavour.target} engine "
-            f"({', '.join(missing)}); {mend}"
+            f"({', '.join(missing)}); {remedy}"
         )
     path = Path(bundle_path) / entry["file"]
     try:
         wanted = WantedLibrary.of_entry(entry)
         check_file(path, entry)
     except EngineError as error:
-        raise BundleError(f"{error}; {mend}") from error
+        raise BundleError(f"{error}; {remedy}") from error
     trt = flavour.load()
     gpu = devices.find_gpu()
     if (reason := refusal(flavour, entry, trt.__version__, gpu)) is not None:
-        raise BundleError(f"the engine {path} cannot run here: {reason}; {mend}")
+        raise BundleError(f"the engine {path} cannot run here: {reason}; {remedy}")
     if gpu is None:
         raise BundleError(
             f"the engine {path} needs an NVIDIA GPU, and there is none (no NVIDIA driver answers); run it where "
@@ -115,13 +117,13 @@ def open_engine(
         library = find_library(plugin, wanted)
         if (reason := wrong_library(library, wanted)) is not None:
             raise BundleError(
-                f"the engine {path} cannot run here: {reason}; name that one with --plugin, or {mend}"
+                f"the engine {path} cannot run here: {reason}; name that one with --plugin, or {remedy}"
             )
         require_code(load_plugin(trt, logger, library, wanted.sha256), [gpu.compute_capability])
     data = path.read_bytes()
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
-        raise BundleError(f"{flavour.title} refuses the engine {path}: {last_error(logger)}; {mend}")
+        raise BundleError(f"{flavour.title} refuses the engine {path}: {last_error(logger)}; {remedy}")
     check_bindings(trt, engine, entry, path)
     if flavour.portable:
         cache = RuntimeCache(data, trt.__version__, gpu)
