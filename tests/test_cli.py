@@ -235,7 +235,7 @@ def test_every_example_can_be_typed(command: str) -> None:
         (["models", MODEL, "another"], ["another", "quartermap models --help"]),
         (["compile"], ["MODEL|MODULE:FACTORY|RECIPE.toml", "quartermap compile --help"]),
         (["bench"], ["BUNDLE"]),
-        (["bench", "x", "--batch", "0"], ["--batch", "'0'", "at least 1"]),
+        (["bench", "x", "--batch", "0"], ["--batch", "'0'", "from 1 to 65,536"]),
         (["validate", "x", "--reference", "torhc"], ["'torhc'", "did you mean torch?"]),
         (["compile", MODEL, "--every", "3", "--blocks", "3"], ["--blocks", "--every"]),
         (["compile", MODEL, "--upsample", "cubic"], ["'cubic'", "did you mean bicubic?"]),
