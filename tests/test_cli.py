@@ -1036,7 +1036,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.meta_path.insert(0, Interrupting())
 """
     done = subprocess.run([sys.executable, "-c", script + start], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "quartermap: error: interrupted\n")
+    # The signal waits until the import is over; the help may be printed before it is asked for again.
+    assert (done.returncode, done.stderr) == (130, "quartermap: error: interrupted\n")
+    assert not done.stdout or done.stdout.startswith("usage: quartermap")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
