@@ -106,6 +106,8 @@ def outcome(tool: str, path: str, models: Path, out: Path) -> dict[str, str | Ar
     command = [sys.executable, str(HERE / "tool_runs.py"), tool, str(models), str(out)]
     done = subprocess.run(
         command,
+        # Some tools write files of their own where they run.
+        cwd=out,
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
