@@ -1,4 +1,4 @@
-"""Files that another tool changed, run as the bundles that they come from: `load_like`, and --like of three commands."""
+"""Files that another tool changed, run as the bundles that they come from: `load_like` and --like."""
 
 from __future__ import annotations
 
@@ -238,7 +238,8 @@ def test_a_file_in_float16_is_served() -> None:
         assert server.until("loaded")["file"] == str(halved())
         status, _, body = ask(server, "POST", "/classify", file_of(image), Content_Type="image/png")
         assert status == 200 and wanted.scores[0].name in body.decode()
-        metadata = json.loads(ask(server, "GET", "/v2/models/Classifier")[2])
+        name = qm.load_bundle(folder).manifest["model"]["name"]
+        metadata = json.loads(ask(server, "GET", f"/v2/models/{name}")[2])
         assert metadata["inputs"][0]["datatype"] == "FP16"
 
 
