@@ -101,7 +101,7 @@ def test_a_file_is_run_as_its_bundle_and_nothing_is_written() -> None:
     assert np.array_equal(like.session(native=False).run(images()), expected)
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3)).astype(np.uint8)
     (found,), (wanted,) = (one.predict(pixels, top=1) for one in (like, bundle))
-    assert found.scores[0].name == wanted.scores[0].name
+    assert found.scores[0].label == wanted.scores[0].label
     assert contents(folder) == before
 
 
@@ -237,7 +237,7 @@ def test_a_file_in_float16_is_served() -> None:
     with serving(halved(), "--like", folder, "--tolerance", "5e-3") as server:
         assert server.until("loaded")["file"] == str(halved())
         status, _, body = ask(server, "POST", "/classify", file_of(image), Content_Type="image/png")
-        assert status == 200 and wanted.scores[0].name in body.decode()
+        assert status == 200 and wanted.scores[0].label in body.decode()
         name = qm.load_bundle(folder).manifest["model"]["name"]
         metadata = json.loads(ask(server, "GET", f"/v2/models/{name}")[2])
         assert metadata["inputs"][0]["datatype"] == "FP16"
