@@ -25,6 +25,7 @@ _PUBLIC = {
     "list_models": "architectures",
     "load_bundle": "bundle",
     "load_card": "architectures",
+    "load_like": "like",
     "prune": "pruning.reference",
     "public_code": "sources.public_code.context",
     "selective_scan": "sources.public_code.scans",
@@ -46,6 +47,7 @@ __all__ = [
     "list_models",
     "load_bundle",
     "load_card",
+    "load_like",
     "prune",
     "public_code",
     "selective_scan",
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
     from quartermap_deploy.errors import QuartermapError
     from quartermap_deploy.exporting.export import export_onnx
     from quartermap_deploy.exporting.inlining import inline
+    from quartermap_deploy.like import load_like
     from quartermap_deploy.pruning.plan import QuarterMap
     from quartermap_deploy.pruning.reference import prune
     from quartermap_deploy.recipe import Recipe

@@ -64,16 +64,28 @@ class Bundle:
         path: its folder.
         manifest: what `manifest.json` holds.
         report: what `report.json` holds.
+        changed: a file that runs in the place of its model, as another tool changed it; None of a bundle as it is. See
+            `load_like`, which also says what of the manifest is then the file's.
     """
 
     path: Path
     manifest: dict[str, Any] = field(repr=False)
     report: dict[str, Any] = field(repr=False)
+    changed: Path | None = field(default=None, repr=False)
 
     @property
     def model_path(self) -> Path:
         """The portable ONNX model."""
-        return self.path / MODEL
+        return self.path / MODEL if self.changed is None else self.changed
+
+    @property
+    def name(self) -> str:
+        """What results call it: its folder's name, or that of the file in the place of its model."""
+        path = self.path if self.changed is None else self.changed
+        return path.name or str(path)
+
+    def __str__(self) -> str:
+        return f"the bundle {self.path}" if self.changed is None else f"the file {self.changed}"
 
     @property
     def default_target(self) -> str:
@@ -120,12 +132,22 @@ class Bundle:
         entries = self.manifest["targets"]
         if name in entries:
             return name
+        if self.changed is not None:
+            raise UnknownNameError(
+                f"{self} runs by the target {DEFAULT} alone, found the target {printable(name)}; leave it out"
+            )
         if name in ENGINE_TARGETS:
             raise UnknownNameError(
                 f"the bundle {self.path} has no engine for {name}, it has {', '.join(entries)}; build one with "
                 f"`{command('quartermap', 'rebuild', self.path, '--target', name)}`"
             )
         raise UnknownNameError.for_choice(f"target of {self.path.name}", name, entries)
+
+    def entry(self, target: str) -> dict[str, Any]:
+        """What a target opens the bundle by: its entry in the manifest, and what the sizes of inputs must fulfil."""
+        entry = {**self.manifest["targets"][target], "size_rules": self.manifest["size_rules"]}
+        # Targets look for it in the bundle, and a whole path leads to itself from there.
+        return entry if self.changed is None else {**entry, "file": str(self.changed.absolute())}
 
     @property
     def inputs(self) -> tuple[TensorInfo, ...]:
@@ -298,8 +320,9 @@ class Bundle:
 def _session(
     bundle: Bundle, target: str, plugin: Path | None, native: bool | None, execution: Execution
 ) -> Session:
-    entry = {**bundle.manifest["targets"][target], "size_rules": bundle.manifest["size_rules"]}
-    return open_session(target, bundle.path, entry, plugin=plugin, native=native, execution=execution)
+    return open_session(
+        target, bundle.path, bundle.entry(target), plugin=plugin, native=native, execution=execution
+    )
 
 
 def load_bundle(path: str | os.PathLike[str], *, signed_by: Sequence[str | os.PathLike[str]] = ()) -> Bundle:
@@ -386,8 +409,10 @@ def require_folder(folder: Path) -> None:
         BundleError: if there is none.
     """
     if folder.exists() and not folder.is_dir():
+        changed = "; eval, bench and serve take a file that another tool changed, with --like BUNDLE"
         raise BundleError(
             f"{folder} is a file; expected the folder of a bundle that `quartermap compile` wrote"
+            f"{changed if folder.suffix == '.onnx' else ''}"
         )
     if not folder.is_dir():
         raise BundleError(f"there is no bundle {folder}; expected a folder that `quartermap compile` wrote")

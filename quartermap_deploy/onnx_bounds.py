@@ -447,7 +447,7 @@ def _contents(model: Path | bytes) -> memoryview:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def check_model(model: Path | bytes) -> frozenset[str]:
+def check_model(model: Path | bytes, remedy: str = "compile the bundle again") -> frozenset[str]:
     """Check that a model has nothing that this package does not write, and that could keep a runtime busy for ever.
 
     Functions are of this package's domain, do not call themselves and are short when they are written out; other
@@ -456,6 +456,7 @@ def check_model(model: Path | bytes) -> frozenset[str]:
 
     Args:
         model: its file, or its serialised bytes.
+        remedy: what the user is told to do about one that is refused.
 
     Returns:
         The operators of this package's domain that its graph calls, and "Scan" if it has such a loop itself.
@@ -477,7 +478,7 @@ def check_model(model: Path | bytes) -> frozenset[str]:
     except _Malformed as error:
         raise BundleError(
             f"{name} is refused: {error}. This package writes no such file, and a runtime could hang or fill the "
-            "memory; compile the bundle again"
+            f"memory; {remedy}"
         ) from None
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    import onnx
 
 TYPES = (
     *("float16", "bfloat16", "float32", "float64", "bool"),
@@ -52,3 +55,22 @@ class TensorInfo:
         if not isinstance(name, str) or shape is None or not fits or kind not in TYPES:
             raise InputError(f"{dict(values)!r} is no input or output; expected name, shape and type")
         return cls(name, tuple(shape), kind)
+
+    @classmethod
+    def of_value(cls, value: onnx.ValueInfoProto) -> TensorInfo:
+        """What a graph says of an input or output.
+
+        An axis of which it says nothing is named "any"; what is no tensor has the type "unknown".
+        """
+        import onnx
+
+        tensor = value.type.tensor_type
+        shape = tuple(
+            int(dim.dim_value) if dim.HasField("dim_value") else dim.dim_param or "any"
+            for dim in tensor.shape.dim
+        )
+        try:
+            kind = str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+        except KeyError:
+            kind = "unknown"
+        return cls(value.name, shape, kind)

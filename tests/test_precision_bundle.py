@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
+from helpers import error
 from test_cli import Refuse, call, refused, workplace  # noqa: F401  (fixtures)
 from test_tensorrt_rtx import needs_rtx
 
@@ -48,6 +50,16 @@ def test_the_types_are_in_the_graph_and_the_report(half: Path) -> None:
     assert precision["ranges"]["images"] == compiler.CALIBRATION_IMAGES
     # A file of half the weights' size.
     assert (half / "model.onnx").stat().st_size < 1.4e6
+
+
+def test_a_session_prints_nothing(half: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    images = prepare(list(load_digits().held_out.images[:2]), qm.load_bundle(half).preprocessing)
+    # One of nobody's settings, as other programs open it, and ours.
+    plain = onnxruntime.InferenceSession(half / "model.onnx", providers=["CPUExecutionProvider"])
+    (found,) = plain.run(None, {"images": images})
+    ours = qm.load_bundle(half).session(native=False).run(images)
+    assert capfd.readouterr() == ("", "")
+    assert error(ours, found) <= 1e-6
 
 
 def test_it_says_of_digits_what_the_float32_model_says(half: Path) -> None:

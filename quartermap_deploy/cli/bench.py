@@ -13,7 +13,13 @@ from quartermap_deploy.bench import Timing, interleave, measured, scatter
 from quartermap_deploy.bundle import bundle_labels
 from quartermap_deploy.cli.execution import add_execution_options, execution_of, tell_placement
 from quartermap_deploy.cli.messages import message
-from quartermap_deploy.cli.options import add_output_options, add_plugin_option, add_signature_option
+from quartermap_deploy.cli.options import (
+    add_like_option,
+    add_output_options,
+    add_plugin_option,
+    add_signature_option,
+    open_bundle,
+)
 from quartermap_deploy.cli.parsing import add_command
 from quartermap_deploy.cli.progress_display import make_progress
 from quartermap_deploy.cli.results import print_json, results_only, show
@@ -52,13 +58,15 @@ def add_parser(subparsers: Subparsers) -> None:
             a round. Inputs are prepared beforehand, and two rounds warm up.
 
             Speed is relative to the first bundle, 2 for twice as many images per second: the median over the rounds,
-            and in brackets its quartiles. Naming a bundle twice shows what the machine's noise amounts to.
+            and in brackets its quartiles. Naming a bundle twice shows what the machine's noise amounts to. With --like,
+            files take part that another tool made of that bundle's model.onnx.
             """,
         examples="""
             quartermap bench bundles/vmamba_digits bundles/vmamba_digits_k3 --batch 64
             quartermap bench bundles/tiny_k3_float16 --target onnxruntime tensorrt-rtx --batch 8
             quartermap bench bundles/tiny bundles/tiny_k3 --device cuda --batch 8
             quartermap bench bundles/* --threads 2 --repeats 31 --json
+            quartermap bench bundles/tiny tiny_float16.onnx --like bundles/tiny
             """,
     )
     parser.add_argument(
@@ -66,8 +74,9 @@ def add_parser(subparsers: Subparsers) -> None:
         type=file_or_folder,
         nargs="+",
         metavar="BUNDLE",
-        help="folders that `quartermap compile` wrote; speeds are relative to the first",
+        help="folders that `quartermap compile` wrote, or, with --like, ONNX files; speeds are relative to the first",
     )
+    add_like_option(parser)
     parser.add_argument(
         "--batch",
         type=whole(1, LARGEST_BATCH),
@@ -115,7 +124,7 @@ def run(options: argparse.Namespace) -> None:
     paths = dict(zip(bundle_labels(options.bundles), options.bundles, strict=True))
     threads = options.threads or default_threads()
     with results_only():
-        bundles = load_bundles(paths, make_progress(options), options.signed_by)
+        bundles = load_bundles(paths, options)
         timings = time_bundles(bundles, options, make_progress(options))
     first = next(iter(timings.values()))
     results = [
@@ -156,16 +165,21 @@ def tell_scatter(results: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def load_bundles(
-    paths: Mapping[str, Path], progress: Progress, signed_by: Sequence[Path] = ()
-) -> dict[str, Bundle]:
-    """Load the bundles, by their names in the results; `load_bundle` says who `signed_by` are."""
-    from quartermap_deploy.bundle import load_bundle
+def load_bundles(paths: Mapping[str, Path], options: argparse.Namespace) -> dict[str, Bundle]:
+    """Load the bundles, by their names in the results; with --like, of the files in their places.
 
+    Raises:
+        InputError: if there is a bundle that files are like, and no file.
+    """
+    if options.like is not None and all(path.is_dir() for path in paths.values()):
+        raise InputError(
+            f"--like {options.like} is for ONNX files that another tool made of that bundle's model.onnx, and none is "
+            "named; name one, or leave --like out"
+        )
     found = {}
-    with progress.step("loading the bundles", total=len(paths)) as advance:
+    with make_progress(options).step("loading the bundles", total=len(paths)) as advance:
         for label, path in paths.items():
-            found[label] = load_bundle(path, signed_by=signed_by)
+            found[label] = open_bundle(path, None if path.is_dir() else options.like, options.signed_by)
             advance(1)
     return found
 
@@ -232,7 +246,7 @@ def call(
     from quartermap_deploy.targets import open_session
 
     feeds = golden_batch(bundle, batch)
-    entry = {**bundle.manifest["targets"][target], "size_rules": bundle.manifest["size_rules"]}
+    entry = bundle.entry(target)
     with thread_count(threads):
         session = open_session(target, bundle.path, entry, plugin=plugin, native=native, execution=execution)
     # Engines take float32 whatever the portable model takes.
@@ -243,8 +257,6 @@ def call(
 
 def golden_batch(bundle: Bundle, batch: int) -> dict[str, NDArray[Any]]:
     """Return the inputs that a bundle was validated with, repeated to a batch; zeros would take another time.
-
-    Inputs that have no batch, or a fixed one, stay as they are.
 
     Raises:
         InputError: if the bundle's batch is fixed at another size.
@@ -259,13 +271,18 @@ def golden_batch(bundle: Bundle, batch: int) -> dict[str, NDArray[Any]]:
     inputs = next((cases[name] for name in ("images", "example") if name in cases), None)
     inputs = next(iter(cases.values())) if inputs is None else inputs
     return {
-        item.name: np.ascontiguousarray(
-            inputs[item.name][np.arange(batch) % len(inputs[item.name])]
-            if _has_open_batch(item)
-            else inputs[item.name]
-        )
-        for item in bundle.inputs
+        item.name: np.ascontiguousarray(_repeated(inputs[item.name], item, batch)) for item in bundle.inputs
     }
+
+
+def _repeated(array: NDArray[Any], item: TensorInfo, batch: int) -> NDArray[Any]:
+    """An array for an input, repeated or cut to what its first axis takes: a batch, or a size of its own."""
+    import numpy as np
+
+    if not item.shape:
+        return array
+    count = batch if isinstance(item.shape[0], str) else item.shape[0]
+    return array[np.arange(count) % len(array)]
 
 
 def _has_open_batch(item: TensorInfo) -> bool:
@@ -279,7 +296,7 @@ def _require_batch(bundle: Bundle, batch: int) -> None:
     fixed = first.shape[0] if first.shape else 1
     if batch != fixed:
         raise InputError(
-            f"the bundle {bundle.path} takes {fixed} at a time, as its input {first.name} has the fixed shape "
+            f"{bundle} takes {fixed} at a time, as its input {first.name} has the fixed shape "
             f"({', '.join(map(str, first.shape))}); say --batch {fixed}, or compile it with an open batch"
         )
 

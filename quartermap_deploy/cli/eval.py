@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.cli.data import add_data_options, dataset_of, warn_of_broken, warn_of_data
@@ -11,9 +12,11 @@ from quartermap_deploy.cli.measuring import kept_on_interruption
 from quartermap_deploy.cli.messages import message
 from quartermap_deploy.cli.options import (
     add_factory_option,
+    add_like_option,
     add_output_options,
     add_run_module_option,
     add_signature_option,
+    open_bundle,
 )
 from quartermap_deploy.cli.overrides import (
     add_labels_option,
@@ -54,7 +57,8 @@ def add_parser(subparsers: Subparsers) -> None:
             A bundle is run as it is, and nothing beside it is asked. A recipe or the name of a model is built in
             memory, pruned by its plan; nothing proves then that it computes what PyTorch computes, as `compile` does.
             The target torch is the PyTorch model itself, of a bundle too; of a bundle of a module of yours it is made
-            by what --factory names, and nothing that a bundle names is ever run.
+            by what --factory names, and nothing that a bundle names is ever run. With --like a file is run that another
+            tool made of a bundle's model.onnx, such as a converted or quantised one.
 
             imagefolder   a folder for each class, named by synset (n01440764), by the index of its logit, or by any
                           name; in a part such as val, or without parts. Folders that have the names of the model's
@@ -77,6 +81,7 @@ def add_parser(subparsers: Subparsers) -> None:
             quartermap eval export/vmamba_digits_k3.toml --target torch --json | jq .top1
             quartermap eval bundles/mine --data photos --labels classes.txt --preprocessing mean=0.5,0.5,0.5
             quartermap eval bundles/mine --data photos --target torch --factory my_package.models:build
+            quartermap eval digits_float16.onnx --like bundles/vmamba_digits_k3
             """,
     )
     add_source_options(parser)
@@ -109,9 +114,10 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     """Add what is evaluated, on what, and with which weights."""
     parser.add_argument(
         "source",
-        metavar="BUNDLE|RECIPE.toml|MODEL",
-        help="folder that `quartermap compile` wrote, recipe file, or name of a model",
+        metavar="BUNDLE|RECIPE.toml|MODEL|FILE.onnx",
+        help="folder that `quartermap compile` wrote, recipe file, name of a model, or, with --like, an ONNX file",
     )
+    add_like_option(parser)
     parser.add_argument(
         "--target",
         metavar="NAME",
@@ -147,7 +153,9 @@ def run(options: argparse.Namespace) -> None:
     dataset = dataset_of(options)
     with results_only(), kept_on_interruption(options.resume):
         runner = runner_for(
-            options.source,
+            options.source
+            if options.like is None
+            else open_bundle(Path(options.source), options.like, options.signed_by),
             options.target,
             checkpoint=options.checkpoint,
             execution=execution,

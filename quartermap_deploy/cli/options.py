@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.cli.values import file_or_folder
+from quartermap_deploy.errors import TrustError
+
+if TYPE_CHECKING:
+    from quartermap_deploy.bundle import Bundle
 
 
 def add_output_options(parser: argparse.ArgumentParser, *, quiet: bool = True) -> None:
@@ -52,6 +58,43 @@ def add_plugin_option(options: Any, dest: str = "plugin", default: object = None
         help="plugin library of engines (default: the environment variable QUARTERMAP_PLUGIN, or your own "
         "store, which `quartermap plugin build` fills; never one of a bundle or a recipe)",
     )
+
+
+def add_like_option(options: Any) -> None:
+    """Add the bundle that a file which another tool changed is like, to a parser or a group of one."""
+    options.add_argument(
+        "--like",
+        type=file_or_folder,
+        metavar="BUNDLE",
+        help="run FILE.onnx, which another tool made of this bundle's model.onnx, with all else as in the bundle: "
+        "preprocessing, classes, golden inputs; nothing is written into it (default: what is named is a bundle)",
+    )
+
+
+def open_bundle(path: Path, like: Path | None, signed_by: Sequence[Path]) -> Bundle:
+    """Open what a command names: a bundle, or, with --like, a file that another tool changed.
+
+    Args:
+        path: the folder, or the file.
+        like: what --like says.
+        signed_by: what --require-signature says.
+
+    Raises:
+        TrustError: if a file is to be signed, or if the bundle is not signed as it must be.
+        BundleError: if it cannot be opened.
+        InputError: if the file's inputs or outputs are others than the bundle's.
+    """
+    from quartermap_deploy.bundle import load_bundle
+    from quartermap_deploy.like import load_like
+
+    if like is None:
+        return load_bundle(path, signed_by=signed_by)
+    if signed_by:
+        raise TrustError(
+            f"{path} is not what was signed: a signature is of a bundle's own files; leave out --require-signature, or "
+            "run the bundle itself"
+        )
+    return load_like(path, like)
 
 
 def add_signature_option(options: Any, what: str = "the bundle") -> None:

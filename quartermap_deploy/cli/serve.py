@@ -14,11 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.cli.execution import add_execution_options, execution_of
 from quartermap_deploy.cli.messages import message
-from quartermap_deploy.cli.options import add_bundle_argument, add_signature_option
+from quartermap_deploy.cli.options import (
+    add_bundle_argument,
+    add_like_option,
+    add_signature_option,
+    open_bundle,
+)
 from quartermap_deploy.cli.overrides import add_labels_option, add_preprocessing_option, preprocessing_of
 from quartermap_deploy.cli.parsing import add_command
 from quartermap_deploy.cli.results import print_json, show
-from quartermap_deploy.cli.values import at_least_one, delay_ms, whole
+from quartermap_deploy.cli.values import at_least_one, delay_ms, tolerance, whole
 from quartermap_deploy.limits import LARGEST_BATCH, MOST_WORKERS
 from quartermap_deploy.tables.layout import facts
 
@@ -49,6 +54,9 @@ def add_parser(subparsers: Subparsers) -> None:
             if they do not. SIGTERM and Ctrl-C stop it: readiness goes first, what was accepted is answered, and it ends
             with exit code 0. A second signal does not wait.
 
+            With --like, a file is served that another tool made of that bundle's model.onnx. It has to reproduce the
+            golden outputs, too; --tolerance says how far it may depart from them.
+
             The log goes to standard error, one line for each event. docs/serving.md says more.
             """,
         examples="""
@@ -56,10 +64,19 @@ def add_parser(subparsers: Subparsers) -> None:
             quartermap serve bundles/vmamba_digits_k3 --max-batch 16 --max-delay-ms 2 --workers 2
             quartermap serve bundles/vmamba_digits_k3 --device auto
             quartermap serve bundles/unet --preprocessing mean=0.5,0.5,0.5 std=0.5,0.5,0.5
+            quartermap serve digits_float16.onnx --like bundles/vmamba_digits_k3 --tolerance 5e-3
             curl -F file=@digit.png localhost:8000/classify
             """,
     )
     add_bundle_argument(parser)
+    add_like_option(parser)
+    parser.add_argument(
+        "--tolerance",
+        type=tolerance,
+        metavar="SHARE",
+        help="with --like, how far it may depart from the golden outputs, as a share of the largest (default: as far "
+        "as the bundle itself: 1e-4, or 5e-3 in float16)",
+    )
     parser.add_argument(
         "--target", metavar="NAME", help="target to run (default: onnxruntime, or the bundle's only one)"
     )
@@ -189,13 +206,13 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace, log: EventLog) -> None:
-    from quartermap_deploy.bundle import load_bundle
     from quartermap_deploy.serving.options import MIB, ServeOptions
     from quartermap_deploy.serving.server import check_dependencies, serve
 
     check_dependencies()
     settings = ServeOptions(
         target=options.target,
+        tolerance=options.tolerance,
         execution=execution_of(options),
         name=options.name,
         labels=options.labels,
@@ -231,7 +248,7 @@ def _serve(options: argparse.Namespace, log: EventLog) -> None:
             message("error", str(error))
         os._exit(0 if error is None else USER_ERROR)
 
-    serve(load_bundle(options.bundle, signed_by=options.signed_by), settings, log, started, leave)
+    serve(open_bundle(options.bundle, options.like, options.signed_by), settings, log, started, leave)
 
 
 @contextlib.contextmanager

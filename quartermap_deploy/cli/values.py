@@ -64,6 +64,17 @@ def integer(text: str) -> int:
     return int(text)
 
 
+def tolerance(text: str) -> float:
+    """Read a share of the largest value, above 0 and up to 1, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share of the largest output, above 0 and up to 1")
+    return value
+
+
 def delay_ms(text: str) -> float:
     """Read a delay in milliseconds, from 0 to a minute, for argparse."""
     try:

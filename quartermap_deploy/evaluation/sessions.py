@@ -140,6 +140,9 @@ def runner_for(
     if isinstance(source, Bundle) or (not isinstance(source, Recipe) and _is_bundle(source)):
         bundle = source if isinstance(source, Bundle) else load_bundle(source, signed_by=signed_by)
         chosen = target or bundle.default_target
+        if bundle.changed is not None:
+            # Its PyTorch model is the bundle's, and computes nothing of the file.
+            bundle.target(chosen)
         refuse_providers(chosen, execution)
         return _bundle_runner(bundle, chosen, given, execution, progress)
     refuse_providers(target or DEFAULT, execution)
@@ -168,7 +171,7 @@ def _is_bundle(source: str | Path) -> bool:
     # The name of a model is no path, unless there is such a folder; what looks like a path gets an error about bundles.
     if text.endswith(".toml") or names_a_factory(text):
         return False
-    return Path(source).is_dir() or "/" in text or "\\" in text
+    return text.endswith(".onnx") or Path(source).is_dir() or "/" in text or "\\" in text
 
 
 def names_a_factory(source: str) -> bool:
@@ -182,7 +185,7 @@ def _bundle_runner(
 ) -> Runner:
     placement = None
     recipe, manifest = bundle.recipe(), bundle.manifest
-    name = bundle.path.name or str(bundle.path)
+    name = bundle.name
     image = image_input(name, bundle.task, bundle.inputs)
     classes = _known_classes(name, bundle.num_classes)
     preprocessing = fitting_preprocessing(
@@ -202,7 +205,7 @@ def _bundle_runner(
         identity = _torch_identity(source, recipe)
     else:
         _refuse_for_torch(bundle, given)
-        with progress.step(f"loading {bundle.path.name}"):
+        with progress.step(f"loading {name}"):
             session = bundle.session(target, execution=execution)
         placement = session.placement
         identity |= _execution_identity(execution)

@@ -159,6 +159,7 @@ def export(
         infer_shapes,
         lower,
         run_passes,
+        write_gelu,
     )
 
     if precision not in PRECISIONS:
@@ -189,6 +190,7 @@ def export(
             shaped, precision, keep_float32=kept, io=io, blocks_float32=blocks_float32
         )
         reports.append(report)
+        typed = write_gelu(typed)
     lowered = lower(typed)
     if inline:
         lowered = inlining.inline(lowered)

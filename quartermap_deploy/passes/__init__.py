@@ -18,6 +18,7 @@ from quartermap_deploy.passes.insert_quartermap import insert_quartermap
 from quartermap_deploy.passes.lower import lower
 from quartermap_deploy.passes.shapes import infer_shapes
 from quartermap_deploy.passes.sink_resize import sink_resize
+from quartermap_deploy.passes.write_gelu import write_gelu
 
 CANONICAL: tuple[GraphPass, ...] = (insert_quartermap,)
 OPTIMIZED: tuple[GraphPass, ...] = (insert_quartermap, hoist_slice, sink_resize)
@@ -35,6 +36,7 @@ __all__ = [
     "lower",
     "run_passes",
     "sink_resize",
+    "write_gelu",
 ]
 
 

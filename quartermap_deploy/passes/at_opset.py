@@ -28,6 +28,7 @@ from quartermap_deploy.lowering.element_types import FLOAT, types_of_values
 from quartermap_deploy.lowering.operator import OPSETS
 from quartermap_deploy.lowering.versions import opset_of, stamp_ir_version
 from quartermap_deploy.passes.shapes import infer_shapes
+from quartermap_deploy.passes.write_gelu import gelu_nodes
 
 NAME = "at_opset"
 _REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
@@ -207,34 +208,8 @@ def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
 
 
 def _gelu(rewriter: _Rewriter, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """In the order of factors in which ONNX Runtime makes one operator of them again."""
-    (x,), (y,) = node.input, node.output
-    prefix = node.name or y
-    number = rewriter.types.get(y) or rewriter.types.get(x) or FLOAT
-    nodes: list[onnx.NodeProto] = []
-
-    def constant(name: str, value: float) -> str:
-        tensor = helper.make_tensor(f"{prefix}/{name}", number, [], [value])
-        nodes.append(helper.make_node("Constant", [], [tensor.name], tensor.name, value=tensor))
-        return str(tensor.name)
-
-    def write(op: str, name: str, *inputs: str) -> str:
-        made = helper.make_node(op, inputs, [f"{prefix}/{name}"], f"{prefix}/{name}")
-        nodes.append(made)
-        return str(made.output[0])
-
-    half, one = constant("half", 0.5), constant("one", 1.0)
-    if _attributes(node).get("approximate", b"none") == b"tanh":
-        cube = write("Mul", "cube", write("Mul", "square", x, x), x)
-        inner = write("Add", "sum", x, write("Mul", "small", cube, constant("weight", 0.044715)))
-        curve = write(
-            "Tanh", "tanh", write("Mul", "scaled", inner, constant("scale", math.sqrt(2 / math.pi)))
-        )
-    else:
-        curve = write("Erf", "erf", write("Div", "scaled", x, constant("root", math.sqrt(2))))
-    gate = write("Mul", "gated", x, write("Add", "gate", curve, one))
-    nodes.append(helper.make_node("Mul", [gate, half], [y], prefix))
-    return nodes
+    types = rewriter.types
+    return gelu_nodes(node, types.get(node.output[0]) or types.get(node.input[0]) or FLOAT)
 
 
 def _reduction(rewriter: _Rewriter, node: onnx.NodeProto) -> list[onnx.NodeProto]:

@@ -26,6 +26,8 @@ class ServeOptions:
     Attributes:
         target: one of the bundle's targets; None for its default.
         execution: of the target `onnxruntime`, the providers that run it.
+        tolerance: for a file that another tool changed, how far it may depart from the golden outputs, as a share of
+            the largest; None takes the bundle's.
         name: what clients call the model; None takes the name that it has in the bundle.
         labels: a file with the name of a class on each line, or a set of `data/labels.py`; None takes the bundle's.
         preprocessing: values of the bundle's preprocessing to replace, by name.
@@ -46,6 +48,7 @@ class ServeOptions:
 
     target: str | None = None
     execution: Execution = ON_CPU
+    tolerance: float | None = None
     name: str | None = None
     labels: str | Path | None = None
     preprocessing: Mapping[str, Any] | None = None
@@ -90,5 +93,7 @@ class ServeOptions:
             )
         if (self.workers or 0) > MOST_WORKERS:
             raise ServeError(f"workers = {self.workers}; expected at most {MOST_WORKERS}")
+        if self.tolerance is not None and not 0 < self.tolerance <= 1:
+            raise ServeError(f"tolerance = {self.tolerance}; expected a share above 0 and up to 1")
         if self.max_delay < 0 or self.receive_timeout <= 0 or self.shutdown_timeout <= 0:
             raise ServeError("a delay must not be negative, and a timeout must be positive")

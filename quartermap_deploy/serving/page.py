@@ -55,6 +55,7 @@ def page_values(plan: Plan) -> dict[str, object]:
             {key: block[key] for key in ("index", "stage", "pruned", "map_size", "scanned_size", "tokens")}
             for block in manifest["blocks"]
         ],
+        "changed": None if plan.bundle.changed is None else plan.bundle.name,
         "parity": {
             "passed": report["passed"],
             "worst": worst_error(report),

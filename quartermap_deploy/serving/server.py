@@ -217,6 +217,7 @@ class _Server:
         self.log.info(
             "loaded",
             bundle=str(self.plan.bundle.path),
+            **({} if self.plan.bundle.changed is None else {"file": str(self.plan.bundle.changed)}),
             target=self.plan.target,
             workers=len(sessions.workers),
             threads=self.plan.threads,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.batch_axis import batch_of, largest_batch
 from quartermap_deploy.bundle import MANIFEST, Bundle
@@ -28,6 +29,11 @@ from quartermap_deploy.targets import DEFAULT, Session, load_target, refuse_prov
 from quartermap_deploy.targets.onnxruntime.session import OnnxRuntimeSession
 from quartermap_deploy.targets.onnxruntime.threads import default_threads
 from quartermap_deploy.tensor_info import TensorInfo
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from quartermap_deploy.validation.comparison import OutputComparison
 
 OPEN_SIDE = 512
 """How large a side that is open is taken to be where room in memory is planned."""
@@ -105,6 +111,11 @@ def make_plan(bundle: Bundle, options: ServeOptions) -> Plan:
     """
     target = bundle.target(options.target)
     refuse_providers(target, options.execution)
+    if options.tolerance is not None and bundle.changed is None:
+        raise ServeError(
+            f"{bundle} has a tolerance of its own, and it was proved within it; a tolerance is for a file that another "
+            "tool changed, with --like"
+        )
     name = str(bundle.manifest["model"]["name"]) if options.name is None else options.name
     if not name.strip() or not name.isprintable() or set(name) & set('/\\"'):
         raise ServeError(f"{name!r} is no name that clients could use; choose one without quotes or slashes")
@@ -204,7 +215,8 @@ def provenance(bundle: Bundle, target: str) -> dict[str, str]:
     manifest, report = bundle.manifest, bundle.report
     plan = manifest["plan"]
     blocks = [str(block["index"]) for block in manifest["blocks"] if block["pruned"]]
-    worst = report.get("worst_relative_error")
+    # What was proved of a bundle's model says nothing of a file that another tool made of it.
+    worst = report.get("worst_relative_error") if bundle.changed is None else None
     entry = manifest["targets"][target]
     file = entry.get("file", "")
     return {
@@ -251,7 +263,7 @@ def open_sessions(plan: Plan) -> Sessions:
         BundleError: if the target's runtime refuses the bundle.
     """
     bundle = plan.bundle
-    entry = {**bundle.manifest["targets"][plan.target], "size_rules": bundle.manifest["size_rules"]}
+    entry = bundle.entry(plan.target)
     if plan.target != DEFAULT:
         opened = [load_target(plan.target).open(bundle.path, entry) for _ in range(plan.workers)]
         return Sessions(opened, None)
@@ -290,7 +302,8 @@ def check_golden(plan: Plan, sessions: Sequence[Session]) -> float:
         The worst error, as a share of the largest value.
 
     Raises:
-        ParityError: if a session departs from the golden outputs by more than the tolerance.
+        ParityError: if a session departs from the golden outputs by more than the tolerance, or takes none of the
+            inputs.
         BundleError: if the golden files cannot be read.
     """
     from quartermap_deploy.validation.comparison import compare_output
@@ -299,8 +312,8 @@ def check_golden(plan: Plan, sessions: Sequence[Session]) -> float:
 
     manifest = plan.bundle.manifest
     cases, outputs = read_golden(plan.bundle.path, manifest["golden"])
-    tolerance = tolerance_for(manifest["recipe"]["precision"])
-    worst = 0.0
+    tolerance = plan.options.tolerance or tolerance_for(manifest["recipe"]["precision"]).relative
+    compared: list[tuple[str, OutputComparison]] = []
     for session in sessions:
         for (case, given), expected in zip(cases.items(), outputs, strict=True):
             feeds = {
@@ -308,18 +321,51 @@ def check_golden(plan: Plan, sessions: Sequence[Session]) -> float:
                 for item in session.inputs
                 if item.name in given
             }
+            # Another tool may have fixed a batch, or sizes.
+            if plan.bundle.changed is not None and not _takes(session.inputs, feeds):
+                continue
             found = session.infer(feeds)
             for name, wanted in expected.items():
                 values = found[name].astype(wanted.dtype, copy=False) if name in found else None
-                compared = compare_output(name, wanted, values, tolerance.relative)
-                if not compared.passed:
-                    raise ParityError(
-                        f"{plan.bundle.path} is not served: {plan.target} departs from the golden outputs on {case!r}, "
-                        f"in {name}: {compared.detail}. "
-                        f"`{command('quartermap', 'validate', plan.bundle.path, '--target', plan.target)}` says more"
-                    )
-                worst = max(worst, compared.relative_error)
-    return worst
+                compared.append((case, compare_output(name, wanted, values, tolerance)))
+    if not compared:
+        raise ParityError(
+            f"{plan.bundle} is not served: it takes none of the golden inputs of {plan.bundle.path}, as its sizes are "
+            "fixed at others, so nothing shows what it computes; have the tool leave the batch open, or fix it at 1"
+        )
+    case, worst = max(compared, key=lambda item: item[1].relative_error)
+    if not worst.passed:
+        raise ParityError(
+            f"{plan.bundle} is not served: {plan.target} departs from the golden outputs on {case!r}, in {worst.name}: "
+            f"{worst.detail}. {_advice(plan, worst.relative_error)}"
+        )
+    return worst.relative_error
+
+
+def _takes(inputs: Sequence[TensorInfo], feeds: Mapping[str, NDArray[Any]]) -> bool:
+    """Whether arrays have the sizes that inputs are fixed at."""
+    return all(
+        isinstance(size, str) or size == own
+        for item in inputs
+        if item.name in feeds
+        for size, own in zip(item.shape, feeds[item.name].shape, strict=True)
+    )
+
+
+def _advice(plan: Plan, error: float) -> str:
+    """What to do about a departure from the golden outputs."""
+    bundle = plan.bundle
+    if bundle.changed is None:
+        return f"`{command('quartermap', 'validate', bundle.path, '--target', plan.target)}` says more"
+    measure = command("quartermap", "eval", bundle.changed, "--like", bundle.path)
+    if not error < 1:
+        return f"The file computes something else; `{measure}` tells what is left of the accuracy"
+    # One digit, rounded up.
+    scale = 10.0 ** math.floor(math.log10(error))
+    return (
+        f"Where the tool was to trade so much for size or speed, `--tolerance {math.ceil(error / scale) * scale:.0e}` "
+        f"allows it; `{measure}` tells what it costs in accuracy"
+    )
 
 
 def _spec(item: TensorInfo, target: str) -> TensorSpec:

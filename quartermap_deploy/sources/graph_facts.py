@@ -19,19 +19,7 @@ if TYPE_CHECKING:
 
 def output_infos(model: onnx.ModelProto) -> tuple[TensorInfo, ...]:
     """Names, shapes and types of a graph's outputs; an axis of which the graph says nothing is named "any"."""
-    import onnx
-
-    found = []
-    for value in model.graph.output:
-        tensor = value.type.tensor_type
-        shape = tuple(
-            int(dim.dim_value) if dim.HasField("dim_value") else dim.dim_param or "any"
-            for dim in tensor.shape.dim
-        )
-        found.append(
-            TensorInfo(value.name, shape, str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)))
-        )
-    return tuple(found)
+    return tuple(map(TensorInfo.of_value, model.graph.output))
 
 
 class SizedOrders:
