@@ -304,7 +304,7 @@ def test_a_plugin_is_configured_then_compiled_then_put_in_place(
     )
     configured, compiled = ran
     assert configured[:3] == ["/bin/cmake", "-S", "/sources"] and configured[-2] == "-B"
-    assert configured[3:-2] == build._definitions(options)
+    assert configured[3:-2] == ["-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", *build._definitions(options)]
     folder, jobs = configured[-1], str(os.cpu_count() or 1)
     assert compiled == ["/bin/cmake", "--build", folder, "--target", "quartermap_plugin", "--parallel", jobs]
     assert not Path(folder).exists()
