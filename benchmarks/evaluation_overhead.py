@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from quartermap_deploy.bench import interleave
-from quartermap_deploy.cli.common import LineProgress
+from quartermap_deploy.cli.progress_display import LineProgress
 from quartermap_deploy.evaluation.accuracy import evaluate
 from quartermap_deploy.evaluation.batches import batches
 from quartermap_deploy.evaluation.formats import open_dataset

@@ -19,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quartermap_deploy.bench import Timing, interleave
-from quartermap_deploy.cli.common import LineProgress, TerminalProgress, message, show
+from quartermap_deploy.cli.messages import message
+from quartermap_deploy.cli.progress_display import LineProgress, TerminalProgress
+from quartermap_deploy.cli.results import show
 from quartermap_deploy.errors import ParityError, QuartermapError
 from quartermap_deploy.plain_text import command
 from quartermap_deploy.pruning.plan import QuarterMap

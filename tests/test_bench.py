@@ -165,7 +165,7 @@ def test_rounds_that_scatter_tell_little(quartiles: tuple[float, float], said: s
 
 def test_a_scattered_speed_is_told_and_not_shown_as_known(capsys: pytest.CaptureFixture[str]) -> None:
     from quartermap_deploy.cli.bench import tell_scatter
-    from quartermap_deploy.cli.common import show
+    from quartermap_deploy.cli.results import show
     from quartermap_deploy.tables.timing import result_table
 
     times = {

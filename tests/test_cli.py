@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from quartermap_deploy import bundle as bundles
 from quartermap_deploy import compiler, demo
 from quartermap_deploy.architectures import create_model, list_models, load_card
-from quartermap_deploy.cli import common, program
+from quartermap_deploy.cli import program, progress_display, results
 from quartermap_deploy.cli.compile import recipe_and_folder
 from quartermap_deploy.data.digits import load_digits
 from quartermap_deploy.data.images import prepare
@@ -1092,7 +1092,7 @@ def test_a_reader_that_has_gone_is_no_defect(arguments: list[str]) -> None:
 
 def test_progress_in_a_terminal_leaves_one_line_for_each_step() -> None:
     stream = io.StringIO()
-    progress = common.TerminalProgress(
+    progress = progress_display.TerminalProgress(
         Console(file=stream, force_terminal=True, width=100, color_system=None)
     )
     with progress.step("exporting [to] ONNX"):
@@ -1111,7 +1111,7 @@ def test_progress_in_a_terminal_leaves_one_line_for_each_step() -> None:
 
 def test_progress_in_a_log_is_one_line_for_each_step() -> None:
     stream = io.StringIO()
-    progress = common.LineProgress(stream)
+    progress = progress_display.LineProgress(stream)
     with progress.step("one"), progress.step("two", total=2) as advance:
         advance(2)
     assert [line.split("] ")[1] for line in stream.getvalue().splitlines()] == ["one", "two"]
@@ -1134,7 +1134,7 @@ def test_counts_have_three_digits(count: float, text: str) -> None:
 
 
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
-    common.print_json({"a": float("nan"), "b": [float("inf"), 1.5], "c": Path("x"), "d": ()})
+    results.print_json({"a": float("nan"), "b": [float("inf"), 1.5], "c": Path("x"), "d": ()})
     assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, 1.5], "c": "x", "d": []}
 
 
@@ -1208,9 +1208,9 @@ def test_runs_of_blocks_are_shortened(numbers: tuple[int, ...], text: str) -> No
 
 
 def test_a_long_step_is_heard_of_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common.LineProgress, "QUIET", 0.05)
+    monkeypatch.setattr(progress_display.LineProgress, "QUIET", 0.05)
     stream = io.StringIO()
-    progress = common.LineProgress(stream)
+    progress = progress_display.LineProgress(stream)
     with progress.step("running the model", total=256) as advance:
         advance(32)
         deadline = time.monotonic() + 20

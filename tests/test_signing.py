@@ -404,7 +404,7 @@ def test_a_bundle_that_is_replaced_loses_its_signatures(
 def test_that_signatures_went_is_said(
     bundle: Path, keys: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from quartermap_deploy.cli.common import signatures_dropped
+    from quartermap_deploy.cli.results import signatures_dropped
 
     sign(bundle, keys["ours"])
     with signatures_dropped(bundle):

@@ -54,7 +54,7 @@ def test_signs_have_plain_letters_and_others_escapes(monkeypatch: pytest.MonkeyP
 
 
 def test_json_stays_json_in_every_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    from quartermap_deploy.cli.common import print_json
+    from quartermap_deploy.cli.results import print_json
 
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))

@@ -1,4 +1,7 @@
-"""The command line, `quartermap`: one file per command, `program.py` around them, `common.py` for what they share."""
+"""The command line, `quartermap`: one file per command, `program.py` around them.
+
+What they share: `parsing.py`, `options.py`, `values.py`, `messages.py`, `results.py`, `progress_display.py`.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code, text = interruption.code, interruption.text
     except KeyboardInterrupt:
         pass
-    # `common.message` may not be there yet.
+    # `messages.message` may not be there yet.
     print(text, file=sys.stderr, flush=True)
     return code
 

@@ -11,20 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.bench import Timing, interleave, measured, scatter
 from quartermap_deploy.bundle import bundle_labels
-from quartermap_deploy.cli.common import (
-    add_command,
-    add_output_options,
-    add_plugin_option,
-    add_signature_option,
-    file_or_folder,
-    make_progress,
-    message,
-    print_json,
-    results_only,
-    show,
-    whole,
-)
 from quartermap_deploy.cli.execution import add_execution_options, execution_of, tell_placement
+from quartermap_deploy.cli.messages import message
+from quartermap_deploy.cli.options import add_output_options, add_plugin_option, add_signature_option
+from quartermap_deploy.cli.parsing import add_command
+from quartermap_deploy.cli.progress_display import make_progress
+from quartermap_deploy.cli.results import print_json, results_only, show
+from quartermap_deploy.cli.values import file_or_folder, whole
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.limits import LARGEST_BATCH, MOST_ROUNDS, MOST_THREADS
 from quartermap_deploy.tables.timing import result_table
@@ -35,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from quartermap_deploy.bundle import Bundle
-    from quartermap_deploy.cli.common import Subparsers
+    from quartermap_deploy.cli.parsing import Subparsers
     from quartermap_deploy.progress import Progress
     from quartermap_deploy.targets import Session
     from quartermap_deploy.tensor_info import TensorInfo

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from quartermap_deploy.cli.common import add_command, at_least_one, make_progress, results_only, whole
 from quartermap_deploy.cli.data import add_data_options
 from quartermap_deploy.cli.measuring import (
     add_evaluation_options,
@@ -18,11 +17,15 @@ from quartermap_deploy.cli.measuring import (
     print_results,
     recipe_of,
 )
+from quartermap_deploy.cli.parsing import add_command
+from quartermap_deploy.cli.progress_display import make_progress
+from quartermap_deploy.cli.results import results_only
+from quartermap_deploy.cli.values import at_least_one, whole
 from quartermap_deploy.limits import LARGEST_BATCH
 from quartermap_deploy.tables.comparison import tables
 
 if TYPE_CHECKING:
-    from quartermap_deploy.cli.common import Subparsers
+    from quartermap_deploy.cli.parsing import Subparsers
 
 
 def add_parser(subparsers: Subparsers) -> None:

@@ -10,33 +10,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.architectures.cards import load_card
-from quartermap_deploy.cli.common import (
-    add_command,
-    add_output_options,
-    add_plugin_option,
-    add_run_module_option,
-    at_least_one,
-    bundle_json,
-    file_or_folder,
-    integer,
-    make_progress,
-    message,
-    numbers,
-    numbers_or_none,
-    print_json,
-    results_only,
-    show,
-    signatures_dropped,
-    words,
-)
 from quartermap_deploy.cli.execution import add_execution_options, given_execution, tell_report
+from quartermap_deploy.cli.messages import message
 from quartermap_deploy.cli.module_options import (
     add_module_options,
     module_options_of,
     user_module,
 )
+from quartermap_deploy.cli.options import add_output_options, add_plugin_option, add_run_module_option
 from quartermap_deploy.cli.overrides import add_labels_option, add_preprocessing_option, read_preprocessing
+from quartermap_deploy.cli.parsing import add_command
+from quartermap_deploy.cli.progress_display import make_progress
 from quartermap_deploy.cli.rebuild import engine_facts, engine_warnings, engines_of
+from quartermap_deploy.cli.results import bundle_json, print_json, results_only, show, signatures_dropped
+from quartermap_deploy.cli.values import (
+    at_least_one,
+    file_or_folder,
+    integer,
+    numbers,
+    numbers_or_none,
+    words,
+)
 from quartermap_deploy.data.labels import label_sets
 from quartermap_deploy.errors import PlanError, RecipeError
 from quartermap_deploy.exporting.export import IO_TYPES, PRECISIONS
@@ -49,7 +43,7 @@ from quartermap_deploy.targets.tensorrt.options import SCANS, EngineOptions, Pro
 
 if TYPE_CHECKING:
     from quartermap_deploy.bundle import Bundle
-    from quartermap_deploy.cli.common import Subparsers
+    from quartermap_deploy.cli.parsing import Subparsers
 
 BUNDLES = Path("bundles")
 

@@ -6,10 +6,10 @@ import argparse
 import functools
 from typing import TYPE_CHECKING
 
-from quartermap_deploy.cli.common import CommandParser, add_command
+from quartermap_deploy.cli.parsing import CommandParser, add_command
 
 if TYPE_CHECKING:
-    from quartermap_deploy.cli.common import Subparsers
+    from quartermap_deploy.cli.parsing import Subparsers
 
 SHELLS = ("bash", "zsh", "fish")
 

@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from quartermap_deploy.cli.common import at_least_one, file_or_folder, message
+from quartermap_deploy.cli.messages import message
+from quartermap_deploy.cli.values import at_least_one, file_or_folder
 from quartermap_deploy.evaluation import FORMATS, UNLABELLED
 from quartermap_deploy.plain_text import printable
 

@@ -7,26 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.cli import deploy_web
-from quartermap_deploy.cli.common import (
-    add_bundle_argument,
-    add_command,
-    add_output_options,
-    add_signature_option,
-    at_least_one,
-    delay_ms,
-    file_or_folder,
-    make_progress,
-    print_json,
-    results_only,
-    show,
-    whole,
-)
+from quartermap_deploy.cli.options import add_bundle_argument, add_output_options, add_signature_option
 from quartermap_deploy.cli.overrides import add_labels_option, add_preprocessing_option, preprocessing_of
+from quartermap_deploy.cli.parsing import add_command
+from quartermap_deploy.cli.progress_display import make_progress
+from quartermap_deploy.cli.results import print_json, results_only, show
+from quartermap_deploy.cli.values import at_least_one, delay_ms, file_or_folder, whole
 from quartermap_deploy.limits import LARGEST_BATCH, MOST_THREADS, MOST_WORKERS
 from quartermap_deploy.tables.layout import facts, table
 
 if TYPE_CHECKING:
-    from quartermap_deploy.cli.common import CommandParser, Subparsers
+    from quartermap_deploy.cli.parsing import CommandParser, Subparsers
     from quartermap_deploy.deploy.triton import Repository, TritonOptions
 
 

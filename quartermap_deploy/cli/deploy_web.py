@@ -5,24 +5,18 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from quartermap_deploy.cli.common import (
-    add_bundle_argument,
-    add_command,
-    add_output_options,
-    add_signature_option,
-    file_or_folder,
-    make_progress,
-    print_json,
-    results_only,
-    show,
-)
+from quartermap_deploy.cli.options import add_bundle_argument, add_output_options, add_signature_option
 from quartermap_deploy.cli.overrides import add_labels_option, add_preprocessing_option, preprocessing_of
+from quartermap_deploy.cli.parsing import add_command
+from quartermap_deploy.cli.progress_display import make_progress
+from quartermap_deploy.cli.results import print_json, results_only, show
+from quartermap_deploy.cli.values import file_or_folder
 from quartermap_deploy.tables.layout import facts
 from quartermap_deploy.tables.words import error_text
 from quartermap_deploy.validation.tolerances import STORED
 
 if TYPE_CHECKING:
-    from quartermap_deploy.cli.common import Subparsers
+    from quartermap_deploy.cli.parsing import Subparsers
 
 
 def add_parser(subparsers: Subparsers) -> None:

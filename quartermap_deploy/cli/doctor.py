@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from quartermap_deploy.cli.common import add_command, add_output_options, print_json, results_only, show
+from quartermap_deploy.cli.options import add_output_options
+from quartermap_deploy.cli.parsing import add_command
+from quartermap_deploy.cli.results import print_json, results_only, show
 from quartermap_deploy.tables.layout import facts, table
 
 if TYPE_CHECKING:
-    from quartermap_deploy.cli.common import Subparsers
+    from quartermap_deploy.cli.parsing import Subparsers
 
 
 def add_parser(subparsers: Subparsers) -> None:

@@ -5,35 +5,32 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from quartermap_deploy.cli.common import (
-    add_command,
+from quartermap_deploy.cli.data import add_data_options, dataset_of, warn_of_broken, warn_of_data
+from quartermap_deploy.cli.execution import add_execution_options, execution_of, tell_native, tell_notes
+from quartermap_deploy.cli.measuring import kept_on_interruption
+from quartermap_deploy.cli.messages import message
+from quartermap_deploy.cli.options import (
     add_factory_option,
     add_output_options,
     add_run_module_option,
     add_signature_option,
-    file_or_folder,
-    make_progress,
-    message,
-    print_json,
-    results_only,
-    show,
-    whole,
 )
-from quartermap_deploy.cli.data import add_data_options, dataset_of, warn_of_broken, warn_of_data
-from quartermap_deploy.cli.execution import add_execution_options, execution_of, tell_native, tell_notes
-from quartermap_deploy.cli.measuring import kept_on_interruption
 from quartermap_deploy.cli.overrides import (
     add_labels_option,
     add_preprocessing_option,
     preprocessing_of,
 )
+from quartermap_deploy.cli.parsing import add_command
+from quartermap_deploy.cli.progress_display import make_progress
+from quartermap_deploy.cli.results import print_json, results_only, show
+from quartermap_deploy.cli.values import file_or_folder, whole
 from quartermap_deploy.limits import LARGEST_BATCH, MOST_WORKERS
 from quartermap_deploy.tables.layout import facts, table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from quartermap_deploy.cli.common import Subparsers
+    from quartermap_deploy.cli.parsing import Subparsers
     from quartermap_deploy.evaluation.accuracy import Accuracy
     from quartermap_deploy.evaluation.datasets import Dataset
     from quartermap_deploy.evaluation.sessions import Runner

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from quartermap_deploy.cli.common import message
+from quartermap_deploy.cli.messages import message
 from quartermap_deploy.errors import UnknownNameError
 from quartermap_deploy.targets.execution import DEVICES, Execution, require_device
 from quartermap_deploy.targets.placement import Placement

@@ -6,15 +6,9 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from quartermap_deploy.cli.common import (
-    add_bundle_argument,
-    add_command,
-    add_output_options,
-    add_signature_option,
-    bundle_json,
-    print_json,
-    show,
-)
+from quartermap_deploy.cli.options import add_bundle_argument, add_output_options, add_signature_option
+from quartermap_deploy.cli.parsing import add_command
+from quartermap_deploy.cli.results import bundle_json, print_json, show
 from quartermap_deploy.report.bundles import BLOCK_COLUMNS, block_rows, operator_rows, pass_rows
 from quartermap_deploy.tables.bundle import bundle_facts
 from quartermap_deploy.tables.layout import facts, table
@@ -22,7 +16,7 @@ from quartermap_deploy.tables.layout import facts, table
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from quartermap_deploy.cli.common import Subparsers
+    from quartermap_deploy.cli.parsing import Subparsers
 
 
 def add_parser(subparsers: Subparsers) -> None:

@@ -9,17 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quartermap_deploy.cli.common import (
-    add_output_options,
-    file_or_folder,
-    message,
-    print_json,
-    show,
-    whole,
-)
 from quartermap_deploy.cli.data import dataset_of, warn_of_broken
 from quartermap_deploy.cli.execution import add_execution_options, execution_of
+from quartermap_deploy.cli.messages import message
+from quartermap_deploy.cli.options import add_output_options
 from quartermap_deploy.cli.overrides import add_preprocessing_option, preprocessing_of
+from quartermap_deploy.cli.results import print_json, show
+from quartermap_deploy.cli.values import file_or_folder, whole
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.limits import LARGEST_BATCH, MOST_ROUNDS, MOST_THREADS, MOST_WORKERS
 from quartermap_deploy.plain_text import printable

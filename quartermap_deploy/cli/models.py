@@ -8,13 +8,15 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from quartermap_deploy.architectures.cards import ModelCard, list_models, load_card
-from quartermap_deploy.cli.common import add_command, add_output_options, print_json, show
+from quartermap_deploy.cli.options import add_output_options
+from quartermap_deploy.cli.parsing import add_command
+from quartermap_deploy.cli.results import print_json, show
 from quartermap_deploy.errors import UnknownNameError
 from quartermap_deploy.tables.layout import facts, table
 from quartermap_deploy.tables.words import count_text, names_text, size_text
 
 if TYPE_CHECKING:
-    from quartermap_deploy.cli.common import Subparsers
+    from quartermap_deploy.cli.parsing import Subparsers
 
 
 def add_parser(subparsers: Subparsers) -> None:

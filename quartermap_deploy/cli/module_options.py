@@ -7,7 +7,7 @@ import ast
 from collections.abc import Mapping
 from typing import Any
 
-from quartermap_deploy.cli.common import numbers
+from quartermap_deploy.cli.values import numbers
 from quartermap_deploy.errors import QuartermapError, RecipeError
 from quartermap_deploy.sources.description import TASKS
 from quartermap_deploy.sources.factories import EXAMPLE_TYPES, FLOAT32, UserModule, check_type, parse_example

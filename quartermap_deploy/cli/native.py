@@ -5,22 +5,17 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from quartermap_deploy.cli.common import (
-    add_command,
-    add_output_options,
-    file_or_folder,
-    make_progress,
-    print_json,
-    results_only,
-    show,
-    words,
-)
+from quartermap_deploy.cli.options import add_output_options
+from quartermap_deploy.cli.parsing import add_command
+from quartermap_deploy.cli.progress_display import make_progress
+from quartermap_deploy.cli.results import print_json, results_only, show
+from quartermap_deploy.cli.values import file_or_folder, words
 from quartermap_deploy.errors import InputError
 from quartermap_deploy.plain_text import printable
 from quartermap_deploy.tables.layout import facts, table
 
 if TYPE_CHECKING:
-    from quartermap_deploy.cli.common import Subparsers
+    from quartermap_deploy.cli.parsing import Subparsers
     from quartermap_deploy.native.cpu_library import CpuLibrary
 
 

@@ -9,20 +9,16 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quartermap_deploy.cli.common import (
+from quartermap_deploy.cli.options import (
     add_bundle_argument,
-    add_command,
     add_output_options,
     add_plugin_option,
     add_signature_option,
-    file_or_folder,
-    make_progress,
-    print_json,
-    results_only,
-    show,
-    signatures_dropped,
-    words,
 )
+from quartermap_deploy.cli.parsing import add_command
+from quartermap_deploy.cli.progress_display import make_progress
+from quartermap_deploy.cli.results import print_json, results_only, show, signatures_dropped
+from quartermap_deploy.cli.values import file_or_folder, words
 from quartermap_deploy.errors import TrustError
 from quartermap_deploy.plain_text import command, printable
 from quartermap_deploy.tables.layout import facts, table
@@ -32,7 +28,7 @@ if TYPE_CHECKING:
 
     from quartermap_deploy.bundle import Bundle
     from quartermap_deploy.carried import CarriedLibrary
-    from quartermap_deploy.cli.common import Subparsers
+    from quartermap_deploy.cli.parsing import Subparsers
     from quartermap_deploy.native.check import PluginReport
     from quartermap_deploy.native.store import How, StoredLibrary
 

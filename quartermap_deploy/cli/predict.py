@@ -8,28 +8,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quartermap_deploy.cli.common import (
-    add_bundle_argument,
-    add_command,
-    add_output_options,
-    add_signature_option,
-    at_least_one,
-    file_or_folder,
-    make_progress,
-    message,
-    print_json,
-    results_only,
-    show,
-    whole,
-)
 from quartermap_deploy.cli.execution import add_execution_options, execution_of, tell_placement
+from quartermap_deploy.cli.messages import message
+from quartermap_deploy.cli.options import add_bundle_argument, add_output_options, add_signature_option
 from quartermap_deploy.cli.overrides import add_labels_option, add_preprocessing_option, preprocessing_of
+from quartermap_deploy.cli.parsing import add_command
+from quartermap_deploy.cli.progress_display import make_progress
+from quartermap_deploy.cli.results import print_json, results_only, show
+from quartermap_deploy.cli.values import at_least_one, file_or_folder, whole
 from quartermap_deploy.limits import LARGEST_BATCH
 from quartermap_deploy.plain_text import printable
 from quartermap_deploy.tables.layout import table
 
 if TYPE_CHECKING:
-    from quartermap_deploy.cli.common import Subparsers
+    from quartermap_deploy.cli.parsing import Subparsers
     from quartermap_deploy.data.images import ImageLike
     from quartermap_deploy.predicting import Broken, Prediction, Predictor
     from quartermap_deploy.progress import Progress

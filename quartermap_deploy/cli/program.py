@@ -29,8 +29,9 @@ from quartermap_deploy.cli import (
     tune,
     validate,
 )
-from quartermap_deploy.cli.common import CommandParser, HelpFormatter, about_users_files, message
 from quartermap_deploy.cli.interruption import Interruptible
+from quartermap_deploy.cli.messages import about_users_files, message
+from quartermap_deploy.cli.parsing import CommandParser, HelpFormatter
 from quartermap_deploy.cli.streams import OUTPUT, output
 from quartermap_deploy.errors import QuartermapError
 from quartermap_deploy.plain_text import printable

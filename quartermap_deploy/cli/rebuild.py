@@ -5,26 +5,18 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from quartermap_deploy.cli.common import (
-    add_bundle_argument,
-    add_command,
-    add_output_options,
-    add_plugin_option,
-    bundle_json,
-    make_progress,
-    message,
-    print_json,
-    results_only,
-    show,
-    signatures_dropped,
-)
+from quartermap_deploy.cli.messages import message
+from quartermap_deploy.cli.options import add_bundle_argument, add_output_options, add_plugin_option
+from quartermap_deploy.cli.parsing import add_command
+from quartermap_deploy.cli.progress_display import make_progress
+from quartermap_deploy.cli.results import bundle_json, print_json, results_only, show, signatures_dropped
 from quartermap_deploy.tables.layout import facts, with_verdict
 from quartermap_deploy.tables.words import error_text
 from quartermap_deploy.targets.tensorrt.checks import SIXTEEN_BITS
 
 if TYPE_CHECKING:
     from quartermap_deploy.bundle import Bundle
-    from quartermap_deploy.cli.common import Subparsers
+    from quartermap_deploy.cli.parsing import Subparsers
 
 
 def add_parser(subparsers: Subparsers) -> None:

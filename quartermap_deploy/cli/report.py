@@ -6,18 +6,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quartermap_deploy.cli.common import (
-    add_command,
-    add_output_options,
-    file_or_folder,
-    make_progress,
-    print_json,
-    results_only,
-    show,
-)
+from quartermap_deploy.cli.options import add_output_options
+from quartermap_deploy.cli.parsing import add_command
+from quartermap_deploy.cli.progress_display import make_progress
+from quartermap_deploy.cli.results import print_json, results_only, show
+from quartermap_deploy.cli.values import file_or_folder
 
 if TYPE_CHECKING:
-    from quartermap_deploy.cli.common import Subparsers
+    from quartermap_deploy.cli.parsing import Subparsers
 
 
 def add_parser(subparsers: Subparsers) -> None:

@@ -12,24 +12,18 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from quartermap_deploy.cli.common import (
-    add_bundle_argument,
-    add_command,
-    add_signature_option,
-    at_least_one,
-    delay_ms,
-    message,
-    print_json,
-    show,
-    whole,
-)
 from quartermap_deploy.cli.execution import add_execution_options, execution_of
+from quartermap_deploy.cli.messages import message
+from quartermap_deploy.cli.options import add_bundle_argument, add_signature_option
 from quartermap_deploy.cli.overrides import add_labels_option, add_preprocessing_option, preprocessing_of
+from quartermap_deploy.cli.parsing import add_command
+from quartermap_deploy.cli.results import print_json, show
+from quartermap_deploy.cli.values import at_least_one, delay_ms, whole
 from quartermap_deploy.limits import LARGEST_BATCH, MOST_WORKERS
 from quartermap_deploy.tables.layout import facts
 
 if TYPE_CHECKING:
-    from quartermap_deploy.cli.common import Subparsers
+    from quartermap_deploy.cli.parsing import Subparsers
     from quartermap_deploy.errors import ServeError
     from quartermap_deploy.serving.logs import EventLog
 

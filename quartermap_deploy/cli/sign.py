@@ -9,19 +9,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quartermap_deploy.cli.common import (
-    add_command,
-    add_output_options,
-    file_or_folder,
-    print_json,
-    show,
-)
+from quartermap_deploy.cli.options import add_output_options
+from quartermap_deploy.cli.parsing import add_command
+from quartermap_deploy.cli.results import print_json, show
+from quartermap_deploy.cli.values import file_or_folder
 from quartermap_deploy.errors import InputError, TrustError
 from quartermap_deploy.plain_text import printable
 from quartermap_deploy.tables.layout import facts
 
 if TYPE_CHECKING:
-    from quartermap_deploy.cli.common import Subparsers
+    from quartermap_deploy.cli.parsing import Subparsers
 
 PASSPHRASE_VARIABLE = "QUARTERMAP_PASSPHRASE"
 

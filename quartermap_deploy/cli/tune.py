@@ -8,24 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quartermap_deploy.cli.common import (
-    add_command,
-    add_output_options,
-    at_least_one,
-    file_or_folder,
-    make_progress,
-    message,
-    numbers,
-    numbers_or_none,
-    print_json,
-    results_only,
-    show,
-    whole,
-)
 from quartermap_deploy.cli.data import add_data_options, format_of
 from quartermap_deploy.cli.execution import add_execution_options
 from quartermap_deploy.cli.measuring import kept_on_interruption, recipe_of
+from quartermap_deploy.cli.messages import message
+from quartermap_deploy.cli.options import add_output_options
 from quartermap_deploy.cli.overrides import add_preprocessing_option
+from quartermap_deploy.cli.parsing import add_command
+from quartermap_deploy.cli.progress_display import make_progress
+from quartermap_deploy.cli.results import print_json, results_only, show
+from quartermap_deploy.cli.values import at_least_one, file_or_folder, numbers, numbers_or_none, whole
 from quartermap_deploy.limits import LARGEST_BATCH, MOST_ROUNDS
 from quartermap_deploy.plain_text import printable
 from quartermap_deploy.tables.layout import facts
@@ -33,7 +25,7 @@ from quartermap_deploy.tables.search import fixed_table, front_table, sensitivit
 from quartermap_deploy.tables.words import ranges
 
 if TYPE_CHECKING:
-    from quartermap_deploy.cli.common import Subparsers
+    from quartermap_deploy.cli.parsing import Subparsers
     from quartermap_deploy.evaluation.datasets import Dataset
 
 MEASURES = ("time", "flops", "tokens")

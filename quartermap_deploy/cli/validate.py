@@ -6,20 +6,18 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from quartermap_deploy.cli.common import (
+from quartermap_deploy.cli.execution import add_execution_options, execution_of, tell_report
+from quartermap_deploy.cli.options import (
     add_bundle_argument,
-    add_command,
     add_factory_option,
     add_output_options,
     add_plugin_option,
     add_signature_option,
-    file_or_folder,
-    make_progress,
-    print_json,
-    results_only,
-    show,
 )
-from quartermap_deploy.cli.execution import add_execution_options, execution_of, tell_report
+from quartermap_deploy.cli.parsing import add_command
+from quartermap_deploy.cli.progress_display import make_progress
+from quartermap_deploy.cli.results import print_json, results_only, show
+from quartermap_deploy.cli.values import file_or_folder
 from quartermap_deploy.errors import InputError, ParityError
 from quartermap_deploy.frontend.node_names import read_name
 from quartermap_deploy.revalidate import REFERENCES
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from quartermap_deploy.bundle import Bundle
-    from quartermap_deploy.cli.common import Subparsers
+    from quartermap_deploy.cli.parsing import Subparsers
 
 
 def add_parser(subparsers: Subparsers) -> None:
