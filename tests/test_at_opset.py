@@ -66,6 +66,12 @@ X = np.random.default_rng(0).standard_normal((2, 7)).astype(np.float32) * 3
             {"ReduceMean", "Constant"},
         ),
         ("y = ReduceL2 (x)", {"ReduceL2"}),
+        # Without axes, and with none in a list, all are reduced.
+        ("a = Constant <value = int64[0] {}> () y = ReduceMax (x, a)", {"ReduceMax", "Constant"}),
+        ("a = Constant <value = int64[2] {0, -1}> () y = ReduceMin (x, a)", {"ReduceMin", "Constant"}),
+        ("y, z = Split <axis = -1, num_outputs = 2> (x)", {"Split", "Constant"}),
+        ("y, z = Split <num_outputs = 2> (x)", {"Split", "Constant"}),
+        ("a = Constant <value = int64[2] {3, 4}> () y, z = Split <axis = 1> (x, a)", {"Split", "Constant"}),
         ("y, z = Split <axis = 1, num_outputs = 2> (x)", {"Split", "Constant"}),
         # The last part of an uneven split is smaller.
         ("y, z, w, v = Split <axis = 1, num_outputs = 4> (x)", {"Split", "Constant"}),
@@ -102,17 +108,45 @@ def test_axes_that_became_attributes_leave_no_weights_behind() -> None:
     np.testing.assert_array_equal(run(older, {"x": X})["y"], run(model, {"x": X})["y"])
 
 
-def test_the_names_of_modes_of_grids_changed() -> None:
+@pytest.mark.parametrize(
+    ("mode", "older"), [("cubic", "bicubic"), ("linear", "bilinear"), ("nearest", "nearest")]
+)
+def test_the_names_of_modes_of_grids_changed(mode: str, older: str) -> None:
     inputs = "float[1, 1, 4, 4] x, float[1, 2, 2, 2] grid"
-    older = at_opset(small('y = GridSample <mode = "cubic"> (x, grid)', inputs), 19)
-    assert older.graph.node[0].attribute[0].s == b"bicubic"
+    model = at_opset(small(f'y = GridSample <mode = "{mode}", align_corners = 1> (x, grid)', inputs), 19)
+    (node,) = model.graph.node
+    found = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+    assert found == {"mode": older.encode(), "align_corners": 1}
+    onnx.checker.check_model(model, full_check=True)
+
+
+def test_nodes_in_branches_are_written_too_and_read_the_constants_around_them() -> None:
+    text = """
+    <ir_version: 9, opset_import: ["": 20]>
+    g (float[2, 7] x, bool flag) => (float[2, 1] y) <int64[1] axes = {1}, int64[1] unread = {3}, float[1] far = {9}> {
+        y = If (flag) <
+            then_branch = a () => (float[2, 1] p) { p = ReduceMax (x, axes) },
+            else_branch = b () => (float[2, 1] q) { m = ReduceMin (x, axes)  q = Add (m, far) }
+        >
+    }
+    """
+    model = parser.parse_model(text)
+    older = at_opset(model, 17)
     onnx.checker.check_model(older, full_check=True)
+    assert [tensor.name for tensor in older.graph.initializer] == ["far"]
+    for flag in (True, False):
+        feeds = {"x": X, "flag": np.array(flag)}
+        np.testing.assert_array_equal(run(older, feeds)["y"], run(model, feeds)["y"])
 
 
 @pytest.mark.parametrize(
     ("body", "inputs", "opset", "words"),
     [
         ("y = ReduceMax (x, axes)", "float[2, 7] x, int64[1] axes", 17, "its axes are computed"),
+        (
+            "a = Constant <value = int64[1] {1}> () y = ReduceMax <noop_with_empty_axes = 1> (x, a)",
+            *("float[2, 7] x", 17, "noop_with_empty_axes is not known there"),
+        ),
         ("y = Mish (x)", "float[2, 7] x", 17, "there is no such operator"),
         ('y = Pad <mode = "wrap"> (x, p)', "float[2, 7] x, int64[4] p", 18, "mode = wrap is not known there"),
         (

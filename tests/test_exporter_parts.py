@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 
+from quartermap_deploy.errors import ExportError
 from quartermap_deploy.frontend import exporter
 from quartermap_deploy.frontend.node_names import (
     BlockName,
@@ -213,3 +214,218 @@ def test_outputs_of_blocks_are_marked_by_the_call_that_made_them() -> None:
             module(torch.ones(2, dtype=torch.int64))
     assert marked == [0, 1, 0, 1]
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
+# A trace ----------------------------------------------------------------------------------------------------------
+
+
+class Model(torch.nn.Module):
+    """What `trace` asks of a model, with two blocks that scan nothing."""
+
+    output_names = ("logits", "features")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm2d(3).double()
+        self.asked: list[Any] = []
+        self.frozen = False
+
+    def check_input_shape(self, shape: Any) -> None:
+        self.asked.append(shape)
+
+    def freeze(self) -> None:
+        self.frozen = True
+
+    def blocks(self) -> list[Any]:
+        return [SimpleNamespace(index=index, path=f"layers.{index}", module=self.norm) for index in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("given", "open_batch", "open_size", "traced", "names"),
+    [
+        ((1, 3, 32, 64), True, False, (2, 3, 32, 64), {0: "batch"}),
+        ((4, 3, 32, 64), True, False, (4, 3, 32, 64), {0: "batch"}),
+        ((1, 3, 32, 64), False, False, (1, 3, 32, 64), {}),
+        ((1, 3, 32, 64), False, True, (1, 3, 96, 128), {2: "height", 3: "width"}),
+        ((1, 3, 224, 320), True, True, (2, 3, 224, 320), {0: "batch", 2: "height", 3: "width"}),
+    ],
+)
+def test_what_is_left_open_is_traced_with_a_size_that_is_no_special_one(
+    given: tuple[int, ...],
+    open_batch: bool,
+    open_size: bool,
+    traced: tuple[int, ...],
+    names: dict[int, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found: list[Any] = []
+
+    def trace_module(*arguments: Any) -> exporter.TracedGraph:
+        found.extend(arguments)
+        return exporter.TracedGraph(onnx.ModelProto(producer_name="traced"), ())
+
+    monkeypatch.setattr(exporter, "trace_module", trace_module)
+    model: Any = Model().train()
+    made = exporter.trace(model, given, dynamic_batch=open_batch, dynamic_size=open_size)
+    assert made.producer_name == "traced" and model.asked == [given]
+    module, example, axes, outputs, calls = found
+    # It is a copy that is prepared: in float32, in eval mode, frozen.
+    assert module is not model and module.frozen and not module.training and not module.norm.training
+    assert module.norm.weight.dtype == torch.float32
+    assert not model.frozen and model.training and model.norm.weight.dtype == torch.float64
+    assert list(example) == ["images"] and tuple(example["images"].shape) == traced
+    assert axes == {"images": names} and outputs == ("logits", "features")
+    assert [(call.index, call.path, call.call, call.scans) for call in calls] == [
+        *((1, "layers.1", 1, 1), (2, "layers.2", 1, 1))
+    ]
+    assert all(call.module is module.norm for call in calls)
+
+
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_a_module_is_traced_with_its_open_axes_from_two_on(
+    by_keyword: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    program = SimpleNamespace(
+        model="model", exported_program=SimpleNamespace(_guards_code=["L['x'].size()[1] < 9"])
+    )
+
+    def record(name: str, made: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            given.append((name, *arguments))
+            return made
+
+        return call
+
+    monkeypatch.setattr(exporter, "_program", record("program", "program"))
+    monkeypatch.setattr(exporter, "_exported", record("exported", program))
+    monkeypatch.setattr(exporter, "_tidy", record("tidy", "tidied"))
+    x, z = torch.ones(2, 3), torch.ones(4)
+    axes = {"x": {0: "batch", 1: "side"}}
+    module = torch.nn.Identity()
+    found = exporter.trace_module(module, {"x": x, "z": z}, axes, ("y",), (), by_keyword=by_keyword)
+    assert found.model == "tidied" and found.rules == ("x[1] > 1", "x[1] < 9")
+    (_, traced, args, kwargs, shapes), exported, tidied = given
+    assert traced is module and exported == ("exported", "program", module, ["x", "z"], ["y"])
+    assert tidied == ("tidy", "model", (), axes)
+    if by_keyword:
+        assert args == () and list(kwargs) == ["x", "z"] and kwargs["x"] is x and kwargs["z"] is z
+        assert list(shapes) == ["x", "z"]
+        first, second = shapes["x"], shapes["z"]
+    else:
+        assert kwargs == {} and args[0] is x and args[1] is z and len(args) == len(shapes) == 2
+        first, second = shapes
+    assert second == {} and set(first) == {0, 1}
+    assert (first[0].__name__, first[0].min) == ("batch", 2) and first[1].min == 2
+    given.clear()
+    exporter.trace_module(module, {"x": x}, {}, ("y",), ())
+    assert given[0][-1] is None
+
+
+# The graph as torch exports it ------------------------------------------------------------------------------------
+
+EXPORTED = """
+<ir_version: 10, opset_import: ["" : 20, "quartermap" : 1]>
+agraph (float[s0, 3, s1, 8] images) => (float[s0, 3, s1, 8] logits, float[s0, 3, s2, 4] half)
+<float[3] weight = {1, 2, 3}>
+{
+    a = quartermap.SelectiveScan2D <site = 1> (images, weight)
+    marked_a = quartermap.BlockOutput <block = 0> (a)
+    b = quartermap.SelectiveScan2D <site = 0> (marked_a, weight)
+    c = Sin (b)
+    marked_c = quartermap.BlockOutput <block = 1> (c)
+    marked_again = quartermap.BlockOutput <block = 2> (marked_c)
+    d = Neg (marked_again)
+    half = Cos (d)
+    logits = quartermap.BlockOutput <block = 3> (d)
+}
+"""
+
+
+def tidied(text: str, calls: list[exporter.ModuleCall], axes: Any = None) -> onnx.ModelProto:
+    import onnx_ir
+
+    model = onnx.parser.parse_model(text)
+    model.producer_name, model.doc_string, model.graph.name = "other", "/home/someone", "main"
+    for entry in (model.metadata_props.add(), model.graph.metadata_props.add()):
+        entry.key, entry.value = "path", "/home/someone"
+    scopes = {
+        "a": "['', 'layers.0', 'scan']",
+        "c": "['', 'layers.1', 'layers.1.act', 'sin']",
+        "d": "['', 'neg']",
+    }
+    for node in model.graph.node:
+        node.name = f"node_{node.output[0]}"
+        if node.output[0] in scopes:
+            entry = node.metadata_props.add()
+            entry.key, entry.value = exporter.SCOPES, scopes[node.output[0]]
+    read = onnx_ir.from_proto(model)
+    for value in (
+        *read.graph.initializers.values(),
+        *(value for node in read.graph for value in node.outputs),
+    ):
+        value.metadata_props["path"] = "/home/someone"
+    return exporter._tidy(read, calls, axes or {})
+
+
+def block(index: int, path: str, call: int = 1, scans: int = 1) -> exporter.ModuleCall:
+    return exporter.ModuleCall(index, path, torch.nn.Identity(), call, scans)
+
+
+def test_scans_blocks_and_nodes_of_an_exported_graph_get_their_names() -> None:
+    calls = [block(1, "layers.0", scans=2), block(2, "layers.1", scans=0), block(3, "layers", scans=0)]
+    calls.append(block(4, "", scans=0))
+    model = tidied(EXPORTED, calls, {"images": {0: "batch", 2: "height"}})
+    assert [
+        (node.op_type, node.domain, node.name, *node.input, *node.output) for node in model.graph.node
+    ] == [
+        ("SelectiveScan2D", "quartermap", "block_1/scan_2", "images", "weight", "block_1"),
+        ("SelectiveScan2D", "quartermap", "block_1/scan", "block_1", "weight", "b"),
+        ("Sin", "", "block_2/act/node_c", "b", "block_2"),
+        # The output of a block that is another's as well, and one of the model, have names already.
+        ("Identity", "", "block_2/act/node_marked_again", "block_2", "block_3"),
+        ("Neg", "", "node_d", "block_3", "d"),
+        ("Cos", "", "node_half", "d", "half"),
+        ("Identity", "", "node_logits", "d", "logits"),
+    ]
+    assert not any(node.attribute for node in model.graph.node)
+    # Nothing tells about the machine that exported it.
+    assert "someone" not in str(model) and exporter.SCOPES not in str(model)
+    assert (model.producer_name, model.producer_version, model.doc_string) == ("quartermap-deploy", "", "")
+    assert model.graph.name == "quartermap"
+    shapes = {
+        value.name: [dim.dim_value or dim.dim_param for dim in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    assert shapes == {
+        "images": ["batch", 3, "height", 8],
+        "logits": ["batch", 3, "height", 8],
+        "half": ["batch", 3, "", 4],
+    }
+
+
+def test_another_number_of_scans_than_the_calls_make_is_an_error() -> None:
+    calls = [block(1, "layers.0"), *(block(index, "", scans=0) for index in (2, 3, 4))]
+    with pytest.raises(ExportError, match="the model makes 1 scans, but 2 were exported"):
+        tidied(EXPORTED, calls)
+    calls[0] = block(1, "layers.0", scans=3)
+    with pytest.raises(ExportError, match="the model makes 3 scans, but 2 were exported"):
+        tidied(EXPORTED, calls)
+
+
+def test_a_value_that_is_named_as_a_block_is_an_error() -> None:
+    with pytest.raises(ExportError, match="already has a value named 'block_7'"):
+        tidied(EXPORTED.replace("d = Neg", "block_7 = Neg").replace("(d)", "(block_7)"), [])
+
+
+def test_constants_of_any_size_are_folded() -> None:
+    import onnx_ir
+
+    text = """
+    <ir_version: 10, opset_import: ["" : 20]>
+    agraph (float[4096, 3] x) => (float[4096, 3] y) <float[1] one = {1}, int64[2] sides = {4096, 3}>
+    { wide = Expand (one, sides)  sum = Add (wide, wide)  unread = Neg (x)  y = Add (x, sum) }
+    """
+    model = onnx_ir.from_proto(onnx.parser.parse_model(text))
+    exporter._fold(model)
+    assert [node.op_type for node in model.graph] == ["Add"]

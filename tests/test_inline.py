@@ -172,6 +172,28 @@ def test_shapes_that_are_known_become_constants_and_idle_casts_go() -> None:
     assert not [node for node in settled.graph.node if node.op_type in ("Concat", "CastLike", "Flatten")]
 
 
+@pytest.mark.parametrize(
+    ("inputs", "body", "kinds"),
+    [
+        # One open side may be told by the others, two may not.
+        ("float[n, 2, 3] x", "y = Flatten <axis = 1> (x)", ["Constant", "Reshape"]),
+        ("float[n, 2, m] x", "y = Flatten <axis = 1> (x)", ["Flatten"]),
+        ("float[n, 2, m] x", "s = Shape (x)  y = ConstantOfShape (s)", ["Shape", "ConstantOfShape"]),
+        ("float[n, 2, m] x", "y = Shape <start = 1, end = 2> (x)", ["Constant"]),
+        ("float[n, 2, 3] x", "y = Shape <start = 1> (x)", ["Constant"]),
+        ("float[4, 2, m] x", "y = Shape <end = 2> (x)", ["Constant"]),
+        ("float[n, 2, m] x", "y = Shape <start = -1> (x)", ["Shape"]),
+        # Another's operator of the same name is not known.
+        ("float[4, 2, 3] x", "y = other.Shape (x)", ["Shape"]),
+    ],
+)
+def test_which_sizes_are_known(inputs: str, body: str, kinds: list[str]) -> None:
+    kind = "int64" if "y = Shape" in body else "float"
+    text = f'<ir_version: 9, opset_import: ["": 20, "other": 1]> g ({inputs}) => ({kind}[] y) {{ {body} }}'
+    model = onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text))
+    assert [node.op_type for node in settle_shapes(model).graph.node] == kinds
+
+
 def test_a_castlike_to_another_type_says_the_type() -> None:
     graph = helper.make_graph(
         [helper.make_node("CastLike", ["x", "like"], ["y"], "c")],

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from quartermap_deploy.errors import MissingDependencyError
+from quartermap_deploy.errors import MissingDependencyError, TrustError
 from quartermap_deploy.native import (
     build,
     check,
@@ -298,11 +298,13 @@ def test_a_plugin_is_configured_then_compiled_then_put_in_place(
     options = BuildOptions(kernels_only=True, emulation=True)
     made = build.build_plugin(tmp_path / "out", options, on_output=said.append)
     assert (
-        made == tmp_path / "out" / options.library and made.read_bytes() == b"new" and said == ["compiling"]
+        made == tmp_path / "out" / options.library
+        and made.read_bytes() == sealed(b"new")
+        and said == ["compiling"]
     )
     configured, compiled = ran
     assert configured[:3] == ["/bin/cmake", "-S", "/sources"] and configured[-2] == "-B"
-    assert configured[3:-2] == build._definitions(options)
+    assert configured[3:-2] == ["-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", *build._definitions(options)]
     folder, jobs = configured[-1], str(os.cpu_count() or 1)
     assert compiled == ["/bin/cmake", "--build", folder, "--target", "quartermap_plugin", "--parallel", jobs]
     assert not Path(folder).exists()
@@ -456,7 +458,7 @@ def test_the_files_that_are_compiled_are_counted(tmp_path: Path, monkeypatch: py
 def test_a_contract_differs_by_what_this_package_knows() -> None:
     same = CONTRACT.to_dict()
     assert differences({**same, "more": 1}) == []
-    assert differences({**same, "kernels": 1}) == ["kernels: the library has 1, this package 3"]
+    assert differences({**same, "kernels": 1}) == ["kernels: the library has 1, this package 4"]
     del same["element_types"]
     assert differences(same) == [
         "element_types: the library has None, this package ['float32', 'float16', 'bfloat16']"
@@ -554,18 +556,74 @@ def test_the_cuda_library_is_looked_for_where_the_environment_says(
     monkeypatch.delenv("QUARTERMAP_NATIVE_CUDA", raising=False)
     none = "no CUDA library was built here: quartermap native build --cuda"
     assert cuda_library.find_cuda_library() == cuda_library.CudaSearch(None, none)
-    for named, summary in (
-        ("0", "the CUDA library is turned off by QUARTERMAP_NATIVE_CUDA=0"),
-        ("lib.so", "QUARTERMAP_NATIVE_CUDA is 'lib.so'; expected 0, or a path from / on"),
-    ):
-        monkeypatch.setenv("QUARTERMAP_NATIVE_CUDA", named)
-        assert cuda_library.find_cuda_library() == cuda_library.CudaSearch(None, summary)
+    for word in cpu_library.ON:
+        monkeypatch.setenv("QUARTERMAP_NATIVE_CUDA", word)
+        assert cuda_library.find_cuda_library() == cuda_library.CudaSearch(None, none)
+    monkeypatch.setenv("QUARTERMAP_NATIVE_CUDA", "lib.so")
+    words = "QUARTERMAP_NATIVE_CUDA is 'lib.so'; expected 0, 1, or the path of a library from / on"
+    assert cuda_library.find_cuda_library() == cuda_library.CudaSearch(None, words, named=True)
     monkeypatch.setenv("QUARTERMAP_NATIVE_CUDA", str(tmp_path / "none.so"))
     found = cuda_library.find_cuda_library()
     assert found.library is None and str(tmp_path / "none.so") in found.summary
     whole = cuda_library.CudaLibrary(tmp_path / "a.so", "13.0", "90")
     monkeypatch.setattr(cuda_library, "load_cuda_library", lambda path: whole)
-    assert cuda_library.find_cuda_library() == cuda_library.CudaSearch(whole, str(tmp_path / "a.so"))
+    assert cuda_library.find_cuda_library() == cuda_library.CudaSearch(
+        whole, str(tmp_path / "a.so"), named=True
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders are private by their mode")
+def test_a_cuda_library_in_a_cache_that_others_may_write_to_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUARTERMAP_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("QUARTERMAP_NATIVE_CUDA", raising=False)
+    loaded: list[Path] = []
+
+    def load_cuda_library(path: Path) -> cuda_library.CudaLibrary:
+        loaded.append(path)
+        return cuda_library.CudaLibrary(path, "13.0", "90")
+
+    monkeypatch.setattr(cuda_library, "load_cuda_library", load_cuda_library)
+    kept = cuda_library._cached()
+    kept.parent.mkdir(parents=True, mode=0o700)
+    kept.touch()
+    kept.parent.chmod(0o777)
+    found = cuda_library.find_cuda_library()
+    assert found.library is None and "others may write to" in found.summary and not loaded
+    assert not found.named and found.warning is None
+    kept.parent.chmod(0o700)
+    found = cuda_library.find_cuda_library()
+    assert found.library is not None and loaded == [kept] and found.warning is None
+    assert found.to_dict() == {
+        "library": {"path": str(kept), "cuda": "13.0", "architectures": "90"},
+        "summary": str(kept),
+    }
+    # Where the environment names a library, its folder is for whoever named it to look after.
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    monkeypatch.setenv("QUARTERMAP_NATIVE_CUDA", str(tmp_path / "open" / "own.so"))
+    found = cuda_library.find_cuda_library()
+    assert found.library is not None and found.named and loaded == [kept, tmp_path / "open" / "own.so"]
+
+
+def test_who_names_a_cuda_library_is_told_why_it_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> cuda_library.CudaLibrary:
+        raise PluginError(f"no\n  {path}")
+
+    monkeypatch.setattr(cuda_library, "load_cuda_library", refused)
+    monkeypatch.setenv("QUARTERMAP_NATIVE_CUDA", "/own.so")
+    found = cuda_library.find_cuda_library()
+    assert found == cuda_library.CudaSearch(None, "no /own.so", named=True)
+    assert found.warning == "no /own.so; it runs without it"
+    assert found.to_dict() == {"library": None, "summary": "no /own.so"}
+    for word in (*cuda_library.OFF, "Off", "FALSE"):
+        monkeypatch.setenv("QUARTERMAP_NATIVE_CUDA", word)
+        found = cuda_library.find_cuda_library()
+        assert found == cuda_library.CudaSearch(
+            None, f"the CUDA library is turned off by QUARTERMAP_NATIVE_CUDA={word}"
+        )
+        assert found.warning is None
 
 
 def test_a_cuda_library_is_taken_that_fits_this_release_and_was_made_for_gpus(
@@ -620,6 +678,127 @@ def test_the_cuda_library_is_built_as_it_is_asked_for(
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     options = [BuildOptions(onnxruntime=True, cuda_architectures=names) for names in (("80", "90"), ("120",))]
     assert given == [(each, more) for each in options]
+
+
+def test_words_that_turn_native_code_off_and_on() -> None:
+    assert set(cpu_library.OFF) == {"0", "off", "no", "false"}
+    assert set(cpu_library.ON) == {"", "1", "on", "yes", "true"}
+
+
+def test_the_library_reads_the_instruction_set_from_the_variable_that_is_shown() -> None:
+    text = (plugin_sources() / "kernels/cpu/instruction_sets.cpp").read_text(encoding="utf-8")
+    assert f'std::getenv("{cpu_library.INSTRUCTION_SET_VARIABLE}")' in text
+
+
+def test_the_first_cpu_library_that_fits_is_taken_and_the_others_have_their_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which libraries fit is set here; how often they were asked for shows what is kept."""
+    fitting: set[str] = set()
+    asked: list[tuple[str, str]] = []
+
+    def load_cpu_library(path: Path, origin: Any) -> cpu_library.CpuLibrary:
+        asked.append((path.name, origin))
+        if path.name == "set.so":
+            raise cpu_library._InstructionSetError("no such instructions")
+        if path.name not in fitting:
+            raise PluginError(f"{path.name}\n  does not fit")
+        return cpu_library.CpuLibrary(path, {"version": 1}, "wide", origin)
+
+    places = [("QUARTERMAP_NATIVE", tmp_path / "own.so"), ("built here", tmp_path / "built.so")]
+    monkeypatch.setattr(cpu_library, "load_cpu_library", load_cpu_library)
+    monkeypatch.setattr(cpu_library, "_places", lambda refused: iter(places))
+    monkeypatch.setenv("QUARTERMAP_NATIVE", str(tmp_path / "own.so"))
+    monkeypatch.delenv("QUARTERMAP_INSTRUCTION_SET", raising=False)
+    cpu_library._choose.cache_clear()
+    reasons = {name: (str(tmp_path / name), f"{name}\n  does not fit") for name in ("own.so", "built.so")}
+    found = cpu_library.find_cpu_library()
+    assert found == cpu_library.CpuSearch(
+        None, (reasons["own.so"], reasons["built.so"]), "none fits: own.so does not fit"
+    )
+    assert found.warning == "own.so does not fit; built.so does not fit; the portable form runs"
+    assert cpu_library.named_and_passed_over(found)
+    assert found.to_dict() == {
+        "library": None,
+        "refused": [{"place": place, "reason": reason} for place, reason in found.refused],
+        "summary": found.summary,
+    }
+    assert asked == [("own.so", "QUARTERMAP_NATIVE"), ("built.so", "built here")]
+    assert cpu_library.find_cpu_library() is found and len(asked) == 2
+    # A library that changes, and another instruction set, are looked at anew.
+    fitting.add("built.so")
+    (tmp_path / "built.so").touch()
+    found = cpu_library.find_cpu_library()
+    assert found.library == cpu_library.CpuLibrary(
+        tmp_path / "built.so", {"version": 1}, "wide", "built here"
+    )
+    assert found.refused == (reasons["own.so"],) and len(asked) == 4
+    assert found.summary == f"{tmp_path / 'built.so'} (built here, wide)"
+    assert found.warning == f"own.so does not fit; {tmp_path / 'built.so'} is used"
+    assert found.library is not None and found.to_dict()["library"] == {
+        "path": str(tmp_path / "built.so"),
+        "contract": {"version": 1},
+        "instruction_set": "wide",
+        "origin": "built here",
+    }
+    monkeypatch.setenv("QUARTERMAP_INSTRUCTION_SET", "narrow")
+    fitting.add("own.so")
+    found = cpu_library.find_cpu_library()
+    assert found.library is not None and found.library.origin == "QUARTERMAP_NATIVE" and len(asked) == 5
+    assert found.refused == () and found.warning is None and not cpu_library.named_and_passed_over(found)
+    # What holds for whichever library is taken is said once.
+    places[:] = [("wheel", tmp_path / "set.so"), ("built here", tmp_path / "lower" / "set.so")]
+    found = cpu_library.find_cpu_library()
+    assert found.refused == (("QUARTERMAP_INSTRUCTION_SET", "no such instructions"),)
+    assert not cpu_library.named_and_passed_over(found)
+    places.clear()
+    assert cpu_library.find_cpu_library() == cpu_library.CpuSearch(
+        None, (), f"none was built: {cpu_library.BUILD}"
+    )
+    for word in (*cpu_library.OFF, "OFF"):
+        monkeypatch.setenv("QUARTERMAP_NATIVE", word)
+        found = cpu_library.find_cpu_library()
+        assert found == cpu_library.CpuSearch(None, (), f"turned off by QUARTERMAP_NATIVE={word}")
+
+    def broken(refused: Any) -> Iterator[Any]:
+        yield "wheel", tmp_path / "own.so"
+        raise PluginError("others may write")
+
+    # Without the cache there are still the other places.
+    monkeypatch.setenv("QUARTERMAP_NATIVE", "1")
+    monkeypatch.setattr(cpu_library, "_places", broken)
+    found = cpu_library.find_cpu_library()
+    assert found.library is not None and found.library.origin == "wheel"
+    assert found.refused == (("the cache of libraries built here", "others may write"),)
+    cpu_library._choose.cache_clear()
+
+
+def test_a_cpu_library_has_to_be_of_this_release_and_to_have_the_instructions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    contract = {"instruction_sets": ["avx512", "baseline"]}
+    wrong: list[str] = []
+    chosen = "baseline"
+    monkeypatch.setattr(cpu_library, "load", lambda path, kind: (path, kind))
+    monkeypatch.setattr(cpu_library, "describe", lambda library, path, kind: contract)
+    monkeypatch.setattr(cpu_library, "_differences", lambda found: wrong)
+    monkeypatch.setattr(cpu_library, "CpuKernels", lambda library: SimpleNamespace(instruction_set=chosen))
+    path = Path("/a.so")
+    found = cpu_library.load_cpu_library(path)
+    assert found == cpu_library.CpuLibrary(path, contract, "baseline", "named")
+    assert cpu_library.load_cpu_library(path, "wheel").origin == "wheel"
+    wrong[:] = ["one", "two"]
+    with pytest.raises(PluginError, match=r"(?s)^the CPU library /a\.so does not fit.*build\n  one\n  two$"):
+        cpu_library.load_cpu_library(path)
+    wrong.clear()
+    chosen = ""
+    for named, words in (
+        ("avx512", "this processor lacks avx512, which QUARTERMAP_INSTRUCTION_SET asks for"),
+        ("sse", "QUARTERMAP_INSTRUCTION_SET is 'sse'; expected one of avx512, baseline$"),
+    ):
+        monkeypatch.setenv("QUARTERMAP_INSTRUCTION_SET", named)
+        with pytest.raises(cpu_library._InstructionSetError, match=words):
+            cpu_library.load_cpu_library(path)
 
 
 def test_cpu_libraries_are_tried_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -706,6 +885,65 @@ def test_what_is_built_in_an_unusual_way_has_a_name_that_is_not_looked_for() -> 
         Compiler(("g++",), "g++ 13", "x86_64-linux-musl"),
     )
     assert len({usual, *(cpu_build._cache_name(other, CpuBuildOptions()) for other in others)}) == 4
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders are private by their mode")
+def test_a_cpu_library_is_built_as_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a compiler that only takes note: where the library goes, when it is built anew, and what is not kept."""
+    monkeypatch.setenv("QUARTERMAP_HOME", str(tmp_path / "home"))
+    made = elf([])
+    given: list[tuple[Compiler, CpuBuildOptions]] = []
+
+    def find(named: str | None) -> Compiler:
+        return Compiler((named or "c++",), "c++ 1.0", "x86_64-linux-gnu")
+
+    def compile_(compiler: Compiler, options: CpuBuildOptions, folder: Path) -> list[Path]:
+        given.append((compiler, options))
+        return [folder / "a.o"]
+
+    def link(compiler: Compiler, objects: list[Path], result: Path) -> bytes:
+        assert objects == [result.parent / "a.o"] and result.name == cpu_build.CPU_LIBRARY
+        return made
+
+    monkeypatch.setattr(library_format, "_HERE", library_format.ELF)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(cpu_build, "find_compiler", find)
+    monkeypatch.setattr(cpu_build, "_compile", compile_)
+    monkeypatch.setattr(cpu_build, "_link", link)
+    kept = cpu_build.build_cpu_library()
+    name = cpu_build._cache_name(find(None), CpuBuildOptions())
+    assert kept == tmp_path / "home" / "cache" / "native" / name / cpu_build.CPU_LIBRARY
+    assert cpu_build.cache_name() == name and kept.read_bytes() == sealed(made)
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o700 and cpu_build.built_libraries() == [kept]
+    assert given == [(find(None), CpuBuildOptions())]
+    assert cpu_build.build_cpu_library() == kept and len(given) == 1
+    # One that was damaged is built again.
+    kept.write_bytes(sealed(made)[:-1])
+    assert not cpu_build.is_whole(kept) and not cpu_build.is_whole(tmp_path / "none")
+    assert cpu_build.build_cpu_library() == kept and len(given) == 2 and cpu_build.is_whole(kept)
+    # Other options, by name or in a folder, are those that are compiled with.
+    options = CpuBuildOptions(compiler="mine", flags=("-g",))
+    other = cpu_build.build_cpu_library(options=options)
+    assert other.parent.name == cpu_build.cache_name(options) != name
+    out = tmp_path / "out" / "deeper"
+    assert cpu_build.build_cpu_library(out, options) == out / cpu_build.CPU_LIBRARY
+    assert given[2:] == [(find("mine"), options)] * 2
+    assert stat.S_IMODE((out / cpu_build.CPU_LIBRARY).stat().st_mode) == 0o755
+    assert cpu_build.build_cpu_library(out, options).read_bytes() == sealed(made) and len(given) == 5
+    # For another machine it is not kept where libraries are looked for, and may go elsewhere.
+    made = elf([], machine=ARM)
+    kept.unlink()
+    with pytest.raises(
+        PluginError, match=r"what c\+\+ 1\.0 made .*, so it is not kept; name another compiler"
+    ):
+        cpu_build.build_cpu_library()
+    assert not kept.exists()
+    assert cpu_build.build_cpu_library(out).read_bytes() == sealed(made)
+    (tmp_path / "file").touch()
+    count = len(given)
+    with pytest.raises(PluginError, match="is no folder"):
+        cpu_build.build_cpu_library(tmp_path / "file")
+    assert len(given) == count
 
 
 def fake_compiler(path: Path, body: str) -> Path:
@@ -848,6 +1086,40 @@ def test_libraries_in_the_store_are_found_by_hash_and_age(
     again = store.add_library(b"kernels", "lib.so", store.BUILT, "elsewhere")
     assert store.stored_libraries() == [again] and again.origin == "elsewhere"
     assert not [path for path in (tmp_path / "home" / "plugins").iterdir() if path.name.startswith(".")]
+
+
+def test_who_has_no_home_has_no_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (store, cpu_build, cpu_library, cuda_library):
+        monkeypatch.setattr(module, "own_folder", lambda kind: None)
+    assert store.stored_libraries() == [] and store.newest_built() is None
+    for ask in (store.store_folder, store.open_store, cpu_build.built_folder, cuda_library._cached):
+        with pytest.raises(TrustError, match="this user has no home"):
+            ask()
+    monkeypatch.delenv("QUARTERMAP_NATIVE", raising=False)
+    assert not [origin for origin, _ in cpu_library._places([]) if origin == "built here"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders are private by their mode")
+def test_a_store_that_others_may_write_to_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUARTERMAP_HOME", str(tmp_path / "home"))
+    store.add_library(b"one", "lib.so", store.BUILT, "here")
+    folder = tmp_path / "home" / "plugins"
+    folder.chmod(0o777)
+    for ask in (store.stored_libraries, store.newest_built, store.open_store):
+        with pytest.raises(TrustError, match="others may write to"):
+            ask()
+    folder.chmod(0o700)
+    assert len(store.stored_libraries()) == 1
+    # Neither links nor folders with two libraries are libraries of the store.
+    (path,) = (library.path for library in store.stored_libraries())
+    (path.parent / "second.so").touch()
+    assert store.stored_libraries() == []
+    (path.parent / "second.so").unlink()
+    path.parent.rename(tmp_path / "elsewhere")
+    path.parent.symlink_to(tmp_path / "elsewhere")
+    assert store.stored_libraries() == []
 
 
 # The kernels' structures ------------------------------------------------------------------------------------------

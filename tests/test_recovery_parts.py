@@ -30,7 +30,12 @@ from quartermap_deploy.passes.recovery.maps import MapForm
 from quartermap_deploy.passes.recovery.merging import Merge
 from quartermap_deploy.passes.recovery.operators import depends_on_data, is_affine, is_float, moves, sums
 from quartermap_deploy.passes.recovery.probing_sizes import probing_graphs
-from quartermap_deploy.passes.recovery.programs import nodes_between, program
+from quartermap_deploy.passes.recovery.programs import (
+    _in_double,
+    acts_on_single_positions,
+    nodes_between,
+    program,
+)
 from quartermap_deploy.passes.recovery.projections import Projections, _independent_rows
 from quartermap_deploy.passes.recovery.reading import Reading
 from quartermap_deploy.passes.recovery.refusal import Refused
@@ -251,6 +256,53 @@ def test_all_that_is_made_of_the_outputs_of_one_node_is_part() -> None:
     assert nodes_between(concrete(text, x=(4,)), ["x"], ["y"]) == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize(
+    ("shape", "attributes", "single"),
+    [
+        ((4, 4, 1, 1), {}, True),
+        ((4, 4, 1), {}, True),
+        ((4, 1, 1, 1), {"strides": [1, 1], "pads": [0, 0, 0, 0], "group": 4}, True),
+        ((4, 4, 1, 1), {"strides": [2, 1]}, False),
+        ((4, 4, 1, 1), {"strides": [2, 2]}, False),
+        ((4, 4, 1, 1), {"pads": [0, 0, 0, 1]}, False),
+        ((4, 4, 1, 1), {"pads": [1, 1, 1, 1]}, False),
+        ((4, 4, 1, 3), {}, False),
+        ((4, 4, 3, 1), {}, False),
+        ((4, 4, 3, 3), {"pads": [1, 1, 1, 1]}, False),
+        ((4, 4, 2, 2), {"strides": [2, 2]}, False),
+    ],
+)
+def test_which_convolutions_act_on_single_positions(
+    shape: tuple[int, ...], attributes: dict[str, Any], single: bool
+) -> None:
+    node = helper.make_node("Conv", ["x", "w"], ["y"], **attributes)
+    assert acts_on_single_positions(node, shape) is single
+
+
+def test_floating_point_numbers_of_a_part_become_float64_and_others_stay() -> None:
+    def changed(node: onnx.NodeProto) -> list[Any]:
+        before = node.SerializeToString()
+        attributes = [helper.get_attribute_value(item) for item in _in_double(node).attribute]
+        assert node.SerializeToString() == before
+        return [
+            numpy_helper.to_array(item) if isinstance(item, onnx.TensorProto) else item for item in attributes
+        ]
+
+    for kind in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE):
+        assert changed(helper.make_node("Cast", ["x"], ["y"], to=kind)) == [TensorProto.DOUBLE]
+    for kind in (TensorProto.INT64, TensorProto.BOOL):
+        assert changed(helper.make_node("Cast", ["x"], ["y"], to=kind)) == [kind]
+    assert changed(helper.make_node("Other", ["x"], ["y"], to=TensorProto.FLOAT)) == [TensorProto.FLOAT]
+    (nothing,) = changed(helper.make_node("ConstantOfShape", ["x"], ["y"]))
+    assert nothing.dtype == np.float64 and nothing.tolist() == [0.0]
+    for value in (np.float16(0.5), np.float32(0.5), 0.5, np.int64(3)):
+        made = helper.make_node(
+            "ConstantOfShape", ["x"], ["y"], value=numpy_helper.from_array(np.array([value]))
+        )
+        (found,) = changed(made)
+        assert found.tolist() == [value] and found.dtype == (np.int64 if value == 3 else np.float64)
+
+
 def test_what_else_a_part_reads_or_how_long_it_is_is_refused() -> None:
     graph = concrete(PART, x=(2, 4, 3, 5), other=(2, 4, 3, 5))
     with pytest.raises(Refused, match="also reads other, an input of the model"):
@@ -400,6 +452,24 @@ def test_axes_of_one_name_have_one_size() -> None:
     assert [each.sizes for each in found] == [
         {"x": (2, 64, 64), "z": (2, 4, 64)},
         {"x": (1, 96, 96), "z": (1, 4, 96)},
+    ]
+
+
+def test_axes_without_a_name_have_sizes_of_their_own() -> None:
+    text = "agraph (float[?, 3, ?, ?] x, float[?, 4] z) => (float[] y) { y = Relu (x)  w = Relu (z) }"
+    assert [each.sizes for each in probing_graphs(GraphIndex(parsed(text)))] == [
+        {"x": (2, 3, 64, 96), "z": (2, 4)},
+        {"x": (1, 3, 96, 160), "z": (1, 4)},
+    ]
+
+
+def test_sequences_have_a_length_of_the_shorter_and_the_longer_side_in_turns() -> None:
+    text = (
+        "agraph (float[n, 3, length] x, float[n, other, 5] z) => (float[] y) { y = Relu (x)  w = Relu (z) }"
+    )
+    assert [each.sizes for each in probing_graphs(GraphIndex(parsed(text)))] == [
+        {"x": (2, 3, 96), "z": (2, 64, 5)},
+        {"x": (1, 3, 160), "z": (1, 96, 5)},
     ]
 
 
@@ -682,6 +752,58 @@ def test_a_part_of_a_map_is_sliced_out_of_it() -> None:
     made = write.below("2").part("x", MapPart((1, 0), (2, 3), "row"))
     assert made.startswith("block_1/scan/2/")
     assert np.array_equal(written(write, "x", x, made), x[:, :, 1::2, ::3])
+
+
+def test_what_is_written_is_named_after_the_scan_and_what_it_is() -> None:
+    def names(writer: NodeWriter) -> tuple[list[tuple[str, str]], list[str]]:
+        return (
+            [(node.op_type, node.name.removeprefix("s/")) for node in writer.nodes],
+            [item.name.removeprefix("s/") for item in writer.initializers],
+        )
+
+    def with_maps(form: MapForm) -> tuple[list[tuple[str, str]], list[str]]:
+        write = NodeWriter("s")
+        write.from_map(write.to_map("x", form, 3, 5), form, "y")
+        return names(write)
+
+    nchw, nhwc, ncl, nlc = FORMS
+    assert with_maps(nhwc) == ([("Transpose", "map"), ("Transpose", "merged")], [])
+    assert with_maps(ncl) == ([("Reshape", "map"), ("Reshape", "merged")], ["map_shape", "flat"])
+    assert with_maps(nlc) == (
+        [
+            ("Transpose", "channels_first"),
+            *(("Reshape", "map"), ("Transpose", "channels_last"), ("Reshape", "merged")),
+        ],
+        ["map_shape", "flat"],
+    )
+    write = NodeWriter("s")
+    write.part("x", MapPart((1, 0), (2, 3), "row"))
+    assert names(write) == ([("Slice", "part")], ["first", "end", "axes", "strides"])
+    write = NodeWriter("s")
+    assert write.sequence("x", "column_reverse") == "s/reversed"
+    assert names(write) == (
+        [("Transpose", "columns"), ("Reshape", "steps"), ("Slice", "reversed")],
+        ["flat", "last", "before_first", "step_axis", "backwards"],
+    )
+    parameters = ScanParameters(-np.ones((12, 3)), np.zeros(12), np.zeros(12), True)
+    directions = ("row", "column")
+    made = write_map_scan(
+        "s", ("x", nchw), ("y", nchw), (3, 5), projections(d=6), parameters, directions, share=0.5
+    )
+    assert [(node.op_type, node.name) for node in made.nodes] == [
+        *(("Conv", "s/project"), ("Split", "s/split"), ("SelectiveScan2D", "s"), ("Mul", "s/shared"))
+    ]
+    assert [list(node.output) for node in made.nodes] == [
+        *(["s/project"], ["s/dt", "s/B", "s/C"], ["s/scanned"], ["y"])
+    ]
+    assert [item.name.removeprefix("s/") for item in made.initializers] == [
+        *("projection_weight", "projection_bias", "split_sizes", "A", "D", "dt_bias", "dt_weight", "share")
+    ]
+    assert {numpy_helper.to_array(item).dtype for item in made.initializers} == {
+        np.dtype(np.float32),
+        np.dtype(np.int64),
+    }
+    assert (made.targets, made.scans) == (("y",), ("s",))
 
 
 @pytest.mark.parametrize("share", [1.0, 0.25])
