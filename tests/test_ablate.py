@@ -238,7 +238,7 @@ class TestBadInput:
     def test_without_matplotlib(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "matplotlib", None)
         text = refused(*TORCH, "-o", tmp_path / "results.json")
-        assert "pip install '.[report]'" in text and "--no-plots" in text
+        assert "pip install 'quartermap-deploy[report]'" in text and "--no-plots" in text
         assert not list(tmp_path.iterdir())
 
     def test_options_are_checked(self) -> None:

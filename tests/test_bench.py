@@ -163,7 +163,11 @@ def test_rounds_that_scatter_tell_little(quartiles: tuple[float, float], said: s
     assert scatter({"speed_quartiles": list(quartiles)}) == said
 
 
-def test_a_scattered_speed_is_told_and_not_shown_as_known(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_scattered_speed_is_told_and_not_shown_as_known(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A table that is as narrow as a terminal breaks its cells.
+    monkeypatch.delenv("COLUMNS", raising=False)
     from quartermap_deploy.cli.bench import tell_scatter
     from quartermap_deploy.cli.results import show
     from quartermap_deploy.tables.timing import result_table

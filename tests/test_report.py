@@ -660,7 +660,7 @@ def test_without_jinja_the_message_names_the_command(bundles: list[Path], tmp_pa
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
     )
     assert outcome.returncode == 2
-    assert "pip install '.[report]'" in outcome.stderr
+    assert "pip install 'quartermap-deploy[report]'" in outcome.stderr
 
 
 def test_a_report_without_maps_needs_no_torch(bundles: list[Path], tmp_path: Path) -> None:

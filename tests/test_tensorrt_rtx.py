@@ -706,7 +706,9 @@ def test_a_silent_float32_engine_is_refused() -> None:
 
 def test_an_absent_tensorrt_names_the_command() -> None:
     absent = dataclasses.replace(TENSORRT_RTX, module="tensorrt_that_is_not_there")
-    with pytest.raises(MissingDependencyError, match=r"not installed.*pip install .*tensorrt-rtx-cu13"):
+    with pytest.raises(
+        MissingDependencyError, match=r"not installed.*pip install .*quartermap-deploy\[tensorrt-rtx\]"
+    ):
         absent.load()
 
 
