@@ -96,7 +96,8 @@ build/compat/%/.installed: tests/tool_releases/%.txt $(STAMP)
 		echo "$* is not to be had here: tests with it will skip" >&2
 
 test-compat: native $(COMPAT) ## our files in other tools, docs/other-tools.md: OpenVINO, older ONNX Runtimes, optimisers
-	@$(ONE_THREAD) $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_FLAGS) tests/test_other_tools.py
+	@$(ONE_THREAD) QUARTERMAP_COMPAT=1 $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_FLAGS) \
+		tests/test_other_tools.py
 
 fuzz: $(STAMP) ## damage what strangers may send in many more ways, for an hour or so: make fuzz FUZZ_EXAMPLES=20000
 	@$(ONE_THREAD) QUARTERMAP_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(RUN) -m pytest -q --durations=0 -n $(WORKERS) --dist loadfile \

@@ -235,7 +235,7 @@ def test_every_example_can_be_typed(command: str) -> None:
         (["models", MODEL, "another"], ["another", "quartermap models --help"]),
         (["compile"], ["MODEL|MODULE:FACTORY|RECIPE.toml", "quartermap compile --help"]),
         (["bench"], ["BUNDLE"]),
-        (["bench", "x", "--batch", "0"], ["--batch", "'0'", "at least 1"]),
+        (["bench", "x", "--batch", "0"], ["--batch", "'0'", "from 1 to 65,536"]),
         (["validate", "x", "--reference", "torhc"], ["'torhc'", "did you mean torch?"]),
         (["compile", MODEL, "--every", "3", "--blocks", "3"], ["--blocks", "--every"]),
         (["compile", MODEL, "--upsample", "cubic"], ["'cubic'", "did you mean bicubic?"]),
@@ -1036,7 +1036,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.meta_path.insert(0, Interrupting())
 """
     done = subprocess.run([sys.executable, "-c", script + start], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "quartermap: error: interrupted\n")
+    # The signal waits until the import is over; the help may be printed before it is asked for again.
+    assert (done.returncode, done.stderr) == (130, "quartermap: error: interrupted\n")
+    assert not done.stdout or done.stdout.startswith("usage: quartermap")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")

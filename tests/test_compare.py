@@ -328,7 +328,7 @@ class TestVariants:
 
     def test_builder_refuses_what_is_not_compared(self) -> None:
         for recipe in (Recipe(MODEL, precision="float16"), Recipe(MODEL, dynamic_size=True)):
-            with pytest.raises(RecipeError, match="compared in float32 and at one size"):
+            with pytest.raises(RecipeError, match="compared in float32, at one size and in the usual form"):
                 Builder(recipe, digits_source())
 
     def test_forms_of_the_graph(self) -> None:

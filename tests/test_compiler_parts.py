@@ -65,6 +65,8 @@ def test_the_export_is_told_what_the_recipe_says(precision: str, monkeypatch: py
         "source": source(),
         "plan": PLAN,
         "precision": precision,
+        "inline": False,
+        "opset": None,
         "io": half.get("io", "float32"),
         "keep_float32": half.get("keep_float32", ()),
         "blocks_float32": half.get("blocks_float32", ()),

@@ -88,7 +88,7 @@ def test_the_file_is_valid_and_plain(name: str) -> None:
     model = lowered(name)
     onnx.checker.check_model(model, full_check=True)
     assert {item.domain: item.version for item in model.opset_import} == {"": 20, DOMAIN: 1}
-    assert model.ir_version == 10
+    assert model.ir_version == 9
     assert Counter(node.domain for node in model.graph.node) == {
         "": len(model.graph.node) - len(reference(name).model.blocks()),
         DOMAIN: len(reference(name).model.blocks()),

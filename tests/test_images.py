@@ -427,7 +427,9 @@ def test_one_image_is_a_batch_of_one(tmp_path: Path) -> None:
     """A text is no list of letters, and the rows of an image are no images."""
     path = tmp_path / "image.png"
     Image.new("RGB", (20, 30), (9, 200, 30)).save(path)
-    wanted = Preprocessing(resize=(8, 8), fit="stretch", crop=(8, 8), interpolation="bilinear")
+    wanted = Preprocessing(
+        resize=(8, 8), fit="stretch", crop=(8, 8), interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3
+    )
     expected = prepare([path], wanted)
     assert expected.shape == (1, 3, 8, 8)
     with Image.open(path) as opened:

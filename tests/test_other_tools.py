@@ -106,6 +106,8 @@ def outcome(tool: str, path: str, models: Path, out: Path) -> dict[str, str | Ar
     command = [sys.executable, str(HERE / "tool_runs.py"), tool, str(models), str(out)]
     done = subprocess.run(
         command,
+        # Some tools write files of their own where they run.
+        cwd=out,
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -149,6 +151,8 @@ def test_tools_take_files_without_functions(release: str, models: Path, tmp_path
 
 @pytest.mark.parametrize("tool", OWN)
 def test_tools_of_the_development_set_do_too(tool: str, models: Path, tmp_path: Path) -> None:
+    if tool == "surgeon" and "QUARTERMAP_COMPAT" not in os.environ:
+        pytest.skip("constant folding of written-out scans takes minutes: make test-compat")
     # Symbolic shape inference gives up where height and width are open.
     but = "-open" if tool == "pre_process" else ""
     check(tool, outcome(tool, "", models / "inlined", tmp_path / "out"), but)

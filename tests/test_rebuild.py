@@ -12,7 +12,7 @@ import pytest
 from test_tensorrt_rtx import needs_rtx, small_model, two_in_two_out, without_gpu
 
 from quartermap_deploy.bundle import FORMAT, describe_file, load_bundle, operators, write_json
-from quartermap_deploy.cli.program import run as run_command
+from quartermap_deploy.cli import main as run_command
 from quartermap_deploy.errors import BundleError, InputError, RecipeError, UnknownNameError
 from quartermap_deploy.rebuild import rebuild_bundle
 from quartermap_deploy.recipe import Recipe

@@ -60,7 +60,8 @@ def run(options: argparse.Namespace) -> None:
         written = write_images(dataset, options.out, force=options.force, progress=make_progress(options))
     warn_of_broken(written.broken, dataset)
     if options.json:
-        print_json({"path": options.out, "images": written.files, "broken": written.broken})
+        broken = [{"image": name, "reason": reason} for name, reason in written.broken]
+        print_json({"path": options.out, "images": written.files, "broken": broken})
     elif not options.quiet:
         counts: dict[str, int] = {}
         for name in written.files:

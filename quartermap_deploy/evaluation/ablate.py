@@ -193,7 +193,7 @@ def ablations(name: str, base: QuarterMap, depths: Sequence[int]) -> list[Ablati
         ends = [sum(depths[: stage + 1]) for stage in range(len(depths))]
         blocks = [tuple(range(end - depth + 1, end + 1)) for end, depth in zip(ends, depths, strict=True)]
         return [
-            _ablation(f"stage {stage}", f"stage {stage}", dataclasses.replace(base, blocks=own))
+            _ablation(f"stage {stage}", f"stage {stage}", dataclasses.replace(base, every=None, blocks=own))
             for stage, own in enumerate(blocks, start=1)
         ]
     if name == "stride":
