@@ -270,20 +270,20 @@ def test_damaged_bundles_are_refused(copy_of_bundle: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "mend"),
+    ("images", "remedy"),
     [
         (np.zeros((1, 3, 32, 32), np.float32), "model's preprocessing"),
         (np.zeros((1, 3, 64, 64), np.float64), r'\.astype\("float32"\)'),
         (np.zeros((1, 3, 64, 64), np.uint8), "model's preprocessing"),
-        (np.zeros((0, 3, 64, 64), np.float32), "model's preprocessing"),
+        (np.zeros((0, 3, 64, 64), np.float32), "its axis 0 is empty"),
         (np.zeros((3, 64, 64), np.float32), "model's preprocessing"),
         ([[0.0]], r'a list; np\.asarray\(…, dtype="float32"\)'),
         (torch.zeros(1, 3, 64, 64), r"a Tensor; np\.asarray"),
     ],
     ids=["size", "type", "pixels", "empty", "axes", "list", "tensor"],
 )
-def test_wrong_images_are_refused(digits_bundle: qm.Bundle, images: Any, mend: str) -> None:
-    with pytest.raises(InputError, match=f"the model takes images of shape .*, found .*{mend}"):
+def test_wrong_images_are_refused(digits_bundle: qm.Bundle, images: Any, remedy: str) -> None:
+    with pytest.raises(InputError, match=f"the model takes images of shape .*, found .*{remedy}"):
         digits_bundle.run(images)
 
 
