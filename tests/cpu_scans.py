@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import cpu_builds
 import pytest
 import torch
-from cpu_builds import BUILT_SETS
+from cpu_builds import BUILT_SETS, FORMS
 from helpers import ScanCase
 from torch import Tensor
 
@@ -34,6 +34,20 @@ def chosen_kernels(form: str) -> CpuKernels:
     if form in BUILT_SETS:
         assert found.choose(form)
         assert found.instruction_set == form
+    return found
+
+
+@pytest.fixture(params=FORMS)
+def kernels(request: pytest.FixtureRequest) -> CpuKernels:
+    """The kernels in each form."""
+    return chosen_kernels(request.param)
+
+
+@pytest.fixture
+def widest() -> CpuKernels:
+    """The kernels by the widest vectors that this processor has."""
+    found = CpuKernels.load(cpu_builds.library("all"))
+    assert found.choose(None)
     return found
 
 

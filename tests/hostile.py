@@ -20,16 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
+from png_files import chunk
 from served import Served, ask
 
 MIB = 1 << 20
 CLIENTS = 6
 """Hostile clients at a time."""
-
-
-def chunk(kind: bytes, content: bytes) -> bytes:
-    """A chunk of a PNG."""
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def zeros(size: int) -> bytes:

@@ -10,30 +10,19 @@ from typing import Any
 import cpu_builds
 import pytest
 import torch
-from cpu_builds import FORMS
-from cpu_scans import addresses, chosen_kernels, scan_case_of, scan_map, scan_sequence, type_name
+from cpu_scans import addresses, kernels, scan_case_of, scan_map, scan_sequence, type_name, widest
 from helpers import error, scan_case
 from torch import Tensor
 
 from quartermap_deploy.native.cpu_kernels import CpuKernels, Sizes, make_scan
 from quartermap_deploy.scan.definition import selective_scan_definition
 
+__all__ = ["kernels", "widest"]
+
 TOLERANCE = 1e-6
 """Of the largest output."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-@pytest.fixture(params=FORMS)
-def kernels(request: pytest.FixtureRequest) -> CpuKernels:
-    return chosen_kernels(request.param)
-
-
-@pytest.fixture
-def widest() -> CpuKernels:
-    found = CpuKernels.load(cpu_builds.library("all"))
-    assert found.choose(None)
-    return found
 
 
 # Memory -----------------------------------------------------------------------------------------------------------

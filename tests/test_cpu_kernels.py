@@ -18,7 +18,7 @@ import cpu_builds
 import pytest
 import torch
 from cpu_builds import BUILT_SETS, FORMS
-from cpu_scans import addresses, chosen_kernels, scan_case_of, scan_map, scan_sequence
+from cpu_scans import addresses, chosen_kernels, kernels, scan_case_of, scan_map, scan_sequence, widest
 from helpers import ScanCase, error, scan_case
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -32,23 +32,13 @@ from quartermap_deploy.scan.definition import (
     selective_scan_definition,
 )
 
+__all__ = ["kernels", "widest"]
+
 TOLERANCE = 1e-6
 """Of the largest output."""
 
 KEPT_BYTES = 64 << 20
 """What the library keeps between scans, at most."""
-
-
-@pytest.fixture(params=FORMS)
-def kernels(request: pytest.FixtureRequest) -> CpuKernels:
-    return chosen_kernels(request.param)
-
-
-@pytest.fixture
-def widest() -> CpuKernels:
-    found = CpuKernels.load(cpu_builds.library("all"))
-    assert found.choose(None)
-    return found
 
 
 def made_case(**options: Any) -> tuple[ScanCase, Tensor]:

@@ -33,6 +33,7 @@ from google.protobuf import text_format
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from png_files import chunk
 from triton_stand_in import (
     TYPES,
     TritonModelException,
@@ -426,9 +427,6 @@ def test_half_precision_is_rounded_once(repositories: dict[str, Path], tmp_path:
 
 def huge_png(width: int, height: int) -> bytes:
     """A PNG file that says it has so many pixels, and has none."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")

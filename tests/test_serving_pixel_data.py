@@ -8,16 +8,16 @@ import os
 import random
 import struct
 import warnings
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hostile import chunk, comment_bomb, images, jpeg, peak_memory, png, scan_bomb, segment, split_pixels
+from hostile import comment_bomb, images, jpeg, peak_memory, png, scan_bomb, segment, split_pixels
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
+from png_files import chunk, png_of
 
 import quartermap_deploy as qm
 from quartermap_deploy.data.images import prepare
@@ -50,20 +50,7 @@ def refusal(data: bytes) -> str:
 
 def interlaced() -> bytes:
     """A PNG of noise in the seven passes of Adam7, which Pillow only reads."""
-    rows = []
-    for top, left, down, right in (
-        (0, 0, 8, 8),
-        (0, 4, 8, 8),
-        (4, 0, 8, 4),
-        (0, 2, 4, 4),
-        (2, 0, 4, 2),
-        (0, 1, 2, 2),
-    ):
-        rows += [b"\0" + row.tobytes() for row in NOISE[top::down, left::right, 0]]
-    rows += [b"\0" + row.tobytes() for row in NOISE[1::2, :, 0]]
-    head = struct.pack(">IIBBBBB", NOISE.shape[1], NOISE.shape[0], 8, 0, 0, 0, 1)
-    data = zlib.compress(b"".join(rows))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return png_of(NOISE[..., :1], 8, 0, interlaced=True)
 
 
 def files() -> dict[str, bytes]:

@@ -7,7 +7,6 @@ import base64
 import io
 import json
 import struct
-import zlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from png_files import chunk, png_of
 from web_server import serving_folder
 
 import quartermap_deploy
@@ -195,41 +195,6 @@ def test_preparing_gives_the_numbers_of_predict() -> None:
 # PNG files ----------------------------------------------------------------------------------------------------------
 
 
-def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def png(samples: Array, depth: int, color: int, *, interlaced: bool = False, more: bytes = b"") -> bytes:
-    """A PNG file of samples (height, width, channels), without filters, as Pillow cannot write all kinds."""
-    height, width, _ = samples.shape
-    passes = [(0, 0, 1, 1)]
-    if interlaced:
-        passes = [
-            (0, 0, 8, 8),
-            (4, 0, 8, 8),
-            (0, 4, 4, 8),
-            (2, 0, 4, 4),
-            (0, 2, 2, 4),
-            (1, 0, 2, 2),
-            (0, 1, 1, 2),
-        ]
-    lines = b""
-    for left, top, across, down in passes:
-        for row in samples[top::down, left::across]:
-            if row.size:
-                bits = "".join(f"{int(value):0{depth}b}" for value in row.ravel())
-                bits += "0" * (-len(bits) % 8)
-                lines += b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big")
-    head = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, interlaced)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", head)
-        + more
-        + chunk(b"IDAT", zlib.compress(lines))
-        + chunk(b"IEND", b"")
-    )
-
-
 def saved(values: Array, mode: str | None = None, **settings: Any) -> bytes:
     file, image = io.BytesIO(), Image.fromarray(values)
     (image if mode is None else image.convert(mode)).save(file, "PNG", **settings)
@@ -259,9 +224,9 @@ def png_files() -> dict[str, bytes]:
         for depth in depths:
             for interlaced in (False, True):
                 name = f"colour {color}, {depth} bits{', interlaced' if interlaced else ''}"
-                files[name] = png(samples(depth, channels), depth, color, interlaced=interlaced)
+                files[name] = png_of(samples(depth, channels), depth, color, interlaced=interlaced)
     for depth in (1, 2, 4):
-        files[f"palette, {depth} bits"] = png(samples(depth, 1), depth, 3, more=palette)
+        files[f"palette, {depth} bits"] = png_of(samples(depth, 1), depth, 3, more=palette)
     return files
 
 
@@ -290,7 +255,7 @@ def test_png_files_are_decoded_as_pillow_does() -> None:
 
 def damaged_files() -> dict[str, tuple[bytes, str]]:
     whole = saved(np.zeros((40, 40, 3), np.uint8))
-    huge = png(np.zeros((1, 1, 3)), 8, 2).replace(
+    huge = png_of(np.zeros((1, 1, 3)), 8, 2).replace(
         struct.pack(">II", 1, 1), struct.pack(">II", 60_000, 60_000)
     )
     data = whole.index(b"IDAT") + 4
@@ -300,7 +265,7 @@ def damaged_files() -> dict[str, tuple[bytes, str]]:
         "kind": (whole.replace(b"\x08\x02\0\0\0", b"\x07\x02\0\0\0", 1), "a kind that PNG does not have"),
         "huge": (huge, "60000 × 60000 pixels"),
         "short": (
-            png(np.zeros((2, 2, 3)), 8, 2).replace(struct.pack(">II", 2, 2), struct.pack(">II", 9, 9)),
+            png_of(np.zeros((2, 2, 3)), 8, 2).replace(struct.pack(">II", 2, 2), struct.pack(">II", 9, 9)),
             "too early",
         ),
         "text": (b"GIF89a, or nearly", "no PNG, JPEG, WebP or BMP"),
@@ -351,7 +316,7 @@ def told_files() -> dict[str, tuple[bytes, list[str]]]:
     return {
         "PNG": (of(rgb, "PNG"), []),
         "PNG, alpha": (of(clear, "PNG"), ["takes no transparency"]),
-        "PNG, 16 bits": (png(np.full((2, 2, 1), 40_000), 16, 0), ["upper 8"]),
+        "PNG, 16 bits": (png_of(np.full((2, 2, 1), 40_000), 16, 0), ["upper 8"]),
         "PNG, turned": (of(rgb, "PNG", exif=turned), ["as it is stored"]),
         "JPEG": (of(rgb, "JPEG"), []),
         "JPEG, turned": (of(rgb, "JPEG", exif=turned), ["Turned upright"]),

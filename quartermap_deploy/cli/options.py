@@ -19,12 +19,7 @@ def add_output_options(parser: argparse.ArgumentParser, *, quiet: bool = True) -
     parser.add_argument(
         "--json", action="store_true", help="print JSON instead of tables (default: tables for people)"
     )
-    parser.add_argument(
-        "-v",
-        "--verbose",
-        action="store_true",
-        help="with an error, also show where in the code it came from (default: its message alone)",
-    )
+    add_verbose_option(parser)
     if quiet:
         parser.add_argument(
             "-q",
@@ -32,6 +27,16 @@ def add_output_options(parser: argparse.ArgumentParser, *, quiet: bool = True) -
             action="store_true",
             help="show no progress and no tables; warnings, errors and --json remain (default: show them)",
         )
+
+
+def add_verbose_option(parser: argparse.ArgumentParser) -> None:
+    """Add --verbose."""
+    parser.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="with an error, also show where in the code it came from (default: its message alone)",
+    )
 
 
 def add_bundle_argument(parser: argparse.ArgumentParser) -> None:

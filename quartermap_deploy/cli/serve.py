@@ -18,6 +18,7 @@ from quartermap_deploy.cli.options import (
     add_bundle_argument,
     add_like_option,
     add_signature_option,
+    add_verbose_option,
     open_bundle,
 )
 from quartermap_deploy.cli.overrides import add_labels_option, add_preprocessing_option, preprocessing_of
@@ -170,12 +171,7 @@ def add_parser(subparsers: Subparsers) -> None:
         default="auto",
         help="form of the log; auto is text in a terminal and JSON elsewhere (default: %(default)s)",
     )
-    parser.add_argument(
-        "-v",
-        "--verbose",
-        action="store_true",
-        help="with an error, also show where in the code it came from (default: its message alone)",
-    )
+    add_verbose_option(parser)
     parser.add_argument(
         "--json",
         action="store_true",
