@@ -179,5 +179,7 @@ def test_a_real_command_ends_cleanly(sent: signal.Signals, code: int, text: str,
     time.sleep(0.02)
     process.send_signal(sent)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == code and out == ""
+    assert process.returncode == code
+    # So small a model may be compared before the signal arrives; what is printed then is the whole verdict.
+    assert out == "" or (out.startswith("onnxruntime: error") and "\npassed, worst error" in out)
     assert [line for line in err.splitlines() if not line.startswith("[")] == [f"quartermap: error: {text}"]
