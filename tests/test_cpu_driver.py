@@ -49,12 +49,9 @@ def test_sanitizers_find_nothing(sanitizers: str, tmp_path: Path) -> None:
     flags = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-O1"]
     require_sanitizers(cxx, flags, tmp_path)
     kernels, definitions = cpu_builds.instruction_sets()
-    kernels = [
-        (path, [*own, "-O0", "-fno-sanitize=all"])
-        if path.stem == "avx512" and not has_avx512()
-        else (path, own)
-        for path, own in kernels
-    ]
+    # GCC 12 warns of its own _mm512_undefined_ps() when it checks.
+    avx512 = ["-Wno-uninitialized"] if has_avx512() else ["-O0", "-fno-sanitize=all"]
+    kernels = [(path, [*own, *avx512] if path.stem == "avx512" else own) for path, own in kernels]
     program = driver(tmp_path, cxx, kernels, [*flags, *definitions])
     assert "baseline" in errors([str(program)]) or not cpu_builds.on_x86()
 

@@ -25,7 +25,12 @@ template <bool BOUNDED>
 QUARTERMAP_INLINED void split_power(Floats t, Floats& scale, Floats& fraction)
 {
 #if QUARTERMAP_LANES == 16 && defined(__AVX512F__) && !defined(QUARTERMAP_PORTABLE_VECTORS)
-    // t minus the nearest whole number, and a scaling that saturates by itself.
+    if (!BOUNDED)
+    {
+        // A power that is infinite would make a state of 0 none at all, where the others stay finite.
+        t = at_most(127.0F, t);
+    }
+    // t minus the nearest whole number, and a scaling that saturates at 0 by itself.
     fraction = _mm512_reduce_ps(t, 0x08);
     scale = _mm512_scalef_ps(spread(1.0F), t - fraction);
 #else
