@@ -24,21 +24,17 @@ QUARTERMAP_INLINED void horner(Floats (&p)[COUNT], Floats const (&at)[COUNT], fl
 template <bool BOUNDED>
 QUARTERMAP_INLINED void split_power(Floats t, Floats& scale, Floats& fraction)
 {
-#if QUARTERMAP_LANES == 16 && defined(__AVX512F__) && !defined(QUARTERMAP_PORTABLE_VECTORS)
     if (!BOUNDED)
     {
-        // A power that is infinite would make a state of 0 none at all, where the others stay finite.
+        // A power that is infinite would make a state of 0 none at all.
         t = at_most(127.0F, t);
     }
+#if QUARTERMAP_LANES == 16 && defined(__AVX512F__) && !defined(QUARTERMAP_PORTABLE_VECTORS)
     // t minus the nearest whole number, and a scaling that saturates at 0 by itself.
     fraction = _mm512_reduce_ps(t, 0x08);
     scale = _mm512_scalef_ps(spread(1.0F), t - fraction);
 #else
     t = at_least(-126.0F, t);
-    if (!BOUNDED)
-    {
-        t = at_most(127.0F, t);
-    }
     // Adding 1.5 * 2^23 rounds to a whole number, which then stands in the low bits.
     Floats const magic = spread(12582912.0F);
     Floats const whole = t + magic;
