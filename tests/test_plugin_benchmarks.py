@@ -233,7 +233,7 @@ def test_a_part_that_fails_or_hangs_ends_alone(tmp_path: Path) -> None:
     by_name = {part.name: part for part in everything.PARTS}
     parts = [
         replace(by_name["rates"], missing=lambda folder: None),
-        replace(by_name["build"], seconds=1.5, missing=lambda folder: None),
+        replace(by_name["build"], seconds=0.2, missing=lambda folder: None),
         by_name["operator"],
         replace(by_name["rtx"], missing=lambda folder: "nothing here"),
     ]
