@@ -228,22 +228,24 @@ def test_a_dry_run_says_what_would_be_done_and_what_is_missing() -> None:
 
 
 def test_a_part_that_fails_or_hangs_ends_alone(tmp_path: Path) -> None:
-    """One lacks its program, one needs a GPU that is not there or more time than it gets, one is not possible here."""
+    """One lacks its program, two are not possible here, and one never ends."""
     everything = script("all")
     by_name = {part.name: part for part in everything.PARTS}
     parts = [
         replace(by_name["rates"], missing=lambda folder: None),
-        replace(by_name["build"], seconds=0.2, missing=lambda folder: None),
         by_name["operator"],
         replace(by_name["rtx"], missing=lambda folder: "nothing here"),
     ]
     output = tmp_path / "all.json"
     results = everything.run_all(parts, tmp_path, 60.0, output)
     assert results["rates"]["state"] == "failed" and "rates" in results["rates"]["output"]
-    assert results["build"]["state"] == "out of time"
     assert results["operator"] == {"state": "skipped", "why": "the kernels were not built"}
     assert results["rtx"] == {"state": "skipped", "why": "nothing here"}
     assert json.loads(output.read_text()) == {"parts": results}
+    program = tmp_path / everything.RATES
+    program.write_text("#!/bin/sh\nsleep 60\n")
+    program.chmod(0o755)
+    assert everything.run_part(parts[0], tmp_path, 1.5)["state"] == "out of time"
     late = everything.run_all(parts[:1], tmp_path, 0.5, None)
     assert late["rates"] == {"state": "skipped", "why": "no time was left"}
 
