@@ -404,6 +404,20 @@ def test_scans_blocks_and_nodes_of_an_exported_graph_get_their_names() -> None:
     }
 
 
+def test_a_block_whose_output_is_one_of_the_model_and_is_read_on_keeps_its_name_there() -> None:
+    text = """
+    <ir_version: 10, opset_import: ["" : 20, "quartermap" : 1]>
+    agraph (float[2] x) => (float[2] y, float[2] z)
+    { y = Sin (x)  marked = quartermap.BlockOutput <block = 0> (y)  z = Neg (marked) }
+    """
+    model = tidied(text, [block(1, "layer", scans=0)])
+    assert [(node.op_type, *node.input, *node.output) for node in model.graph.node] == [
+        ("Sin", "x", "y"),
+        ("Identity", "y", "block_1"),
+        ("Neg", "block_1", "z"),
+    ]
+
+
 def test_another_number_of_scans_than_the_calls_make_is_an_error() -> None:
     calls = [block(1, "layers.0"), *(block(index, "", scans=0) for index in (2, 3, 4))]
     with pytest.raises(ExportError, match="the model makes 1 scans, but 2 were exported"):
