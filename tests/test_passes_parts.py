@@ -892,15 +892,16 @@ def test_which_convolution_an_activation_is_of() -> None:
     assert hoist_slice_module._before_activation(None) is None
 
 
-def test_a_convolution_without_activation_may_read_what_others_read_too() -> None:
+@pytest.mark.parametrize(("kernel", "padding"), [(3, {"pads": [1, 1, 1, 1]}), (1, {})])
+def test_a_convolution_without_activation_may_read_what_others_read_too(
+    kernel: int, padding: dict[str, list[int]]
+) -> None:
     x = gs.Variable("x", np.float32, [2, 4, 6, 8])
-    weight = gs.Constant("w", np.ones((4, 1, 3, 3), np.float32))
+    weight = gs.Constant("w", np.ones((4, 1, kernel, kernel), np.float32))
     graph = gs.Graph(inputs=[x], opset=20)
     whole = GraphWriter(graph, "p", x.dtype, 0)("Relu", "whole", [x])
     convolved = gs.Variable("c", np.float32, [2, 4, 6, 8])
-    graph.nodes.append(
-        gs.Node("Conv", "conv", {"pads": [1, 1, 1, 1], "group": 4}, [whole, weight], [convolved])
-    )
+    graph.nodes.append(gs.Node("Conv", "conv", {**padding, "group": 4}, [whole, weight], [convolved]))
     subsample = Subsample(2)
     kept = write_keep(GraphWriter(graph, "block_1/quartermap", x.dtype, 2), convolved, subsample)
     scanned, residual = gs.Variable("s", np.float32), gs.Variable("r", np.float32)
