@@ -210,3 +210,13 @@ def test_each_direction_of_a_scan_has_its_own_order() -> None:
     )  # fmt: skip
     found = inferred(*edits)
     assert found is not None and found.order.order.tolist() == [TOKENS, TOKENS[::-1]]
+
+
+def test_a_scan_of_which_one_direction_follows_no_map_has_no_order() -> None:
+    edits = (
+        ("narrow = MatMul (thin, u)", "mixed_steps = Softmax <axis = 2> (u)\n"
+         "    twice = Concat <axis = 1> (u, mixed_steps)\n    narrow = MatMul (thin, u)"),
+        ("B = Unsqueeze (narrow, group)", "one = Unsqueeze (narrow, group)\n    B = Concat <axis = 1> (one, one)"),
+        ("(u, u, A, B, B)", "(twice, twice, A2, B, B)"),
+    )  # fmt: skip
+    assert inferred(*edits) is None

@@ -473,6 +473,22 @@ def test_sequences_have_a_length_of_the_shorter_and_the_longer_side_in_turns() -
     ]
 
 
+def test_sequences_of_an_open_length_are_long_enough_to_tell_rows_from_columns() -> None:
+    text = """
+    agraph (float[1, length, 4] x) => (float[] y)
+    <int64[1] zero = {0}, int64[1] last = {10000}, int64[1] one = {1}, int64[1] step = {16}, float[4, 1] A>
+    {
+        some = Slice (x, zero, last, one, step)
+        u = Transpose <perm = [0, 2, 1]> (some)
+        narrow = Slice (u, zero, one, one)
+        B = Unsqueeze (narrow, one)
+        y = quartermap.SelectiveScan (u, u, A, B, B)
+    }
+    """
+    lengths = [each.sizes["x"][1] for each in probing_graphs(GraphIndex(parsed(text)))]
+    assert all(length // 16 >= 6 for length in lengths) and len(set(lengths)) == 2
+
+
 def test_multiples_of_the_example_are_tried_last() -> None:
     # Only maps of a multiple of 729 positions can be folded so.
     text = """

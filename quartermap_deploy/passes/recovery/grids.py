@@ -29,7 +29,7 @@ from quartermap_deploy.pruning.orders import OUTSIDE, ScanOrder
 
 _MOST_NODES = 4000
 _CONVOLUTIONS = ("Conv",)
-_PRODUCTS = ("MatMul", "Gemm", "LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization")
+_PRODUCTS = ("MatMul", "Gemm", "LayerNormalization", "RMSNormalization")
 _ELEMENTWISE = {
     "Abs",
     "Add",
