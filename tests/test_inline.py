@@ -183,13 +183,15 @@ def test_shapes_that_are_known_become_constants_and_idle_casts_go() -> None:
         ("float[n, 2, 3] x", "y = Shape <start = 1> (x)", ["Constant"]),
         ("float[4, 2, m] x", "y = Shape <end = 2> (x)", ["Constant"]),
         ("float[n, 2, m] x", "y = Shape <start = -1> (x)", ["Shape"]),
+        ("float[n, 2, m] x", "y = Shape (weight)", ["Constant"]),
         # Another's operator of the same name is not known.
         ("float[4, 2, 3] x", "y = other.Shape (x)", ["Shape"]),
     ],
 )
 def test_which_sizes_are_known(inputs: str, body: str, kinds: list[str]) -> None:
     kind = "int64" if "y = Shape" in body else "float"
-    text = f'<ir_version: 9, opset_import: ["": 20, "other": 1]> g ({inputs}) => ({kind}[] y) {{ {body} }}'
+    header = '<ir_version: 9, opset_import: ["": 20, "other": 1]>'
+    text = f"{header} g ({inputs}) => ({kind}[] y) <float[2] weight = {{1, 2}}> {{ {body} }}"
     model = onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text))
     assert [node.op_type for node in settle_shapes(model).graph.node] == kinds
 

@@ -37,7 +37,7 @@ from quartermap_deploy.passes.recovery.programs import (
     program,
 )
 from quartermap_deploy.passes.recovery.projections import Projections, _independent_rows
-from quartermap_deploy.passes.recovery.reading import Reading
+from quartermap_deploy.passes.recovery.reading import Reading, require_same
 from quartermap_deploy.passes.recovery.refusal import Refused
 from quartermap_deploy.passes.recovery.unrolling import Unrolling, _grid, position_of, read_unrolling
 from quartermap_deploy.passes.recovery.writing import NodeWriter, Replacement, ScanParameters, write_map_scan
@@ -603,6 +603,30 @@ def test_what_stands_above_the_steps_instead_of_a_map_is_told(made: str, reason:
     with pytest.raises(Refused) as refusal:
         read_unrolling(ScanGroup(graph.index, tuple(graph.index.scans())), graph)
     assert str(refusal.value) == reason
+
+
+def test_a_map_that_makes_u_alone_is_refused_by_what_else_is_read() -> None:
+    text = """
+    agraph (float[2, 8, 2, 3] x, float[2, 8, 6] delta, float[2, 1, 1, 6] B) => (float[] y)
+    <float[8, 1] A = {-1, -1, -1, -1, -1, -1, -1, -1}, int64[3] flat = {0, 8, -1}>
+    { u = Reshape (x, flat)  y = quartermap.SelectiveScan (u, delta, A, B, B) }
+    """
+    graph = concrete(text, x=(2, 8, 2, 3), delta=(2, 8, 6), B=(2, 1, 1, 6))
+    with pytest.raises(
+        Refused, match="delta is not made of x alone: it also reads delta, an input of the model"
+    ):
+        read_unrolling(ScanGroup(graph.index, tuple(graph.index.scans())), graph)
+
+
+def test_a_scan_is_to_be_the_same_at_every_size_and_its_map_to_tell_its_sides() -> None:
+    small, large = unrolling([0, 1, 2, 3]), unrolling([0, 1, 2, 3, 4, 5], sides=(2, 3))
+    require_same(True, small, large)
+    with pytest.raises(Refused, match="it scans a map of 2×3 otherwise than one of 2×2"):
+        require_same(False, small, large)
+    as_sequence = replace(small, form=MapForm("NCL", 1, 3, (4,)))
+    require_same(True, as_sequence, small)
+    with pytest.raises(Refused, match="the sides of the map are open, and x, which holds it as a sequence"):
+        require_same(True, as_sequence, large)
 
 
 def merge(*steps: Sequence[int], share: Sequence[float] = (1.0, 1.0)) -> Merge:

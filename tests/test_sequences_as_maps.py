@@ -73,6 +73,10 @@ def test_nothing_is_done_without_such_scans() -> None:
     tensors: list[Tensor | None] = [*arguments(1, 2, 2, 5, 1, STEPS[0], 0)]
     once = sequences_as_maps(with_weights(tensors, True))
     assert sequences_as_maps(once) == once
+    others = with_weights(tensors, True)
+    for node in others.graph.node:
+        node.domain = "other"
+    assert sequences_as_maps(others) == others
 
 
 def test_computed_parameters_are_split_in_the_graph() -> None:

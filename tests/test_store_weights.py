@@ -60,6 +60,21 @@ def test_weights_are_rounded_and_nothing_else_changes(
         assert error(made[:, channel] - bias[channel], right[:, channel] - bias[channel]) <= 3e-2
 
 
+def test_the_axis_that_fits_best_is_chosen_at_every_size_of_number(
+    arrays: tuple[Array, Array, Array],
+) -> None:
+    """In float32 the squares of large numbers would be infinite, and every axis as good as the first."""
+    weight, bias, _ = arrays
+    usual, large = (
+        store_weights(layer(w, bias), "int8").graph for w in (weight, weight * np.float32(2.0**80))
+    )
+    levels = [
+        numpy_helper.to_array(next(tensor for tensor in graph.initializer if tensor.name == "weight/stored"))
+        for graph in (usual, large)
+    ]
+    assert np.array_equal(*levels)
+
+
 def test_float32_and_a_second_run_change_nothing(arrays: tuple[Array, Array, Array]) -> None:
     model = layer(*arrays[:2])
     assert store_weights(model, "float32") == model

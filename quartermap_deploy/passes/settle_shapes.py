@@ -94,8 +94,8 @@ def _drop_casts(graph: onnx.GraphProto) -> None:
 # Shapes --------------------------------------------------------------------------------------------------------------
 
 
-def _fold(graph: onnx.GraphProto, opset: int) -> int:
-    """Replace what is known, in place; returns how much it was."""
+def _fold(graph: onnx.GraphProto, opset: int) -> bool:
+    """Replace what is known, in place; returns whether anything was."""
     known = _constants(graph)
     shapes = {
         value.name: [side.dim_value for side in value.type.tensor_type.shape.dim]
@@ -104,13 +104,13 @@ def _fold(graph: onnx.GraphProto, opset: int) -> int:
     }
     shapes |= {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     nodes: list[onnx.NodeProto] = []
-    found = 0
+    found = False
     for node in graph.node:
         value = _value(node, known, shapes, opset)
         if value is not None:
             known[node.output[0]] = value
             node = _constant(node.output[0], value, node.name)
-            found += 1
+            found = True
         elif node.op_type == "Flatten" or (node.op_type == "Reshape" and _asks(node, known)):
             sides = shapes.get(node.output[0])
             if sides is not None and sum(side < 1 for side in sides) <= 1:
@@ -118,7 +118,7 @@ def _fold(graph: onnx.GraphProto, opset: int) -> int:
                 nodes.append(_constant(f"{node.output[0]}/sizes", shape))
                 inputs = [node.input[0], nodes[-1].output[0]]
                 node = helper.make_node("Reshape", inputs, node.output, node.name)
-                found += 1
+                found = True
         nodes.append(node)
     _keep(graph, nodes)
     return found
