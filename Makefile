@@ -96,7 +96,7 @@ build/compat/%/.installed: tests/tool_releases/%.txt $(STAMP)
 		echo "$* is not to be had here: tests with it will skip" >&2
 
 test-compat: native $(COMPAT) ## our files in other tools, docs/other-tools.md: OpenVINO, older ONNX Runtimes, optimisers
-	@$(ONE_THREAD) QUARTERMAP_COMPAT=1 $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_FLAGS) \
+	@$(ONE_THREAD) QUARTERMAP_COMPAT="$(CURDIR)/build/compat" $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_FLAGS) \
 		tests/test_other_tools.py
 
 fuzz: $(STAMP) ## damage what strangers may send in many more ways, for an hour or so: make fuzz FUZZ_EXAMPLES=20000

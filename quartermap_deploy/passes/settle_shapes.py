@@ -29,7 +29,7 @@ from quartermap_deploy.passes.shapes import infer_shapes
 
 _ROUNDS = 6
 """A constant tells shapes, and these tell constants; bodies of scans need three rounds."""
-_FOLDED = ("Add", "Concat", "Div", "Gather", "Mul", "Slice", "Squeeze", "Sub", "Unsqueeze")
+_FOLDED = ("Add", "Concat", "Div", "Gather", "Mul", "Reshape", "Slice", "Squeeze", "Sub", "Unsqueeze")
 _LARGEST = 64
 """Numbers of a constant that is computed; shapes have fewer."""
 
