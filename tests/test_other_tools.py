@@ -152,7 +152,7 @@ def test_tools_take_files_without_functions(release: str, models: Path, tmp_path
 @pytest.mark.parametrize("tool", OWN)
 def test_tools_of_the_development_set_do_too(tool: str, models: Path, tmp_path: Path) -> None:
     if tool == "surgeon" and "QUARTERMAP_COMPAT" not in os.environ:
-        pytest.skip("constant folding of written-out scans takes minutes: make test-compat")
+        pytest.skip("constant folding of written-out scans takes half a minute: make test-compat")
     # Symbolic shape inference gives up where height and width are open.
     but = "-open" if tool == "pre_process" else ""
     check(tool, outcome(tool, "", models / "inlined", tmp_path / "out"), but)
