@@ -21,7 +21,7 @@ from quartermap_deploy.bundle import (
     write_json,
 )
 from quartermap_deploy.carried import carried_libraries
-from quartermap_deploy.compiler import check_target
+from quartermap_deploy.compiling.targets import check_target
 from quartermap_deploy.errors import BundleError, UnknownNameError
 from quartermap_deploy.plain_text import command
 from quartermap_deploy.progress import SILENT, Progress

@@ -127,7 +127,9 @@ def localise_bundle(
         UnknownNameError: if there is no such target.
         QuartermapError: of the target, if it lacks something on this machine.
     """
-    from quartermap_deploy.compiler import export_model, localise_engine, localise_precision, parity_of
+    from quartermap_deploy.compiling.export import export_model
+    from quartermap_deploy.compiling.localising import localise_engine, localise_precision
+    from quartermap_deploy.compiling.parity import parity_of
 
     path = None if checkpoint is None else Path(checkpoint)
     recipe = dataclasses.replace(_recipe_with(bundle, path, factory), images=None)
@@ -222,7 +224,7 @@ def rebuild_torch(
 
 
 def _built(recipe: Recipe, progress: Progress) -> SourceModel:
-    from quartermap_deploy.compiler import load_source
+    from quartermap_deploy.compiling.source import load_source
 
     with progress.step("building the PyTorch model"):
         return load_source(recipe)
@@ -332,7 +334,7 @@ def _against_torch(
     execution: Execution,
     progress: Progress,
 ) -> dict[str, Any]:
-    from quartermap_deploy.compiler import parity_of
+    from quartermap_deploy.compiling.parity import parity_of
 
     recipe = _recipe_with(bundle, checkpoint, factory)
     if target not in (None, DEFAULT):

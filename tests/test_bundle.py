@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import quartermap_deploy as qm
-from quartermap_deploy import compiler
+from quartermap_deploy import compiler, compiling
 from quartermap_deploy.bundle import load_bundle
 from quartermap_deploy.errors import (
     BundleError,
@@ -165,7 +165,7 @@ def test_validate_names_the_first_block_that_departs(copy_of_bundle: Path) -> No
 
 def test_failed_parity_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph is exported with another plan than PyTorch is pruned with."""
-    export_model = compiler.export_model
+    export_model = compiling.export.export_model
 
     def wrong(recipe: qm.Recipe, *rest: Any) -> Any:
         return export_model(dataclasses.replace(recipe, quartermap=qm.QuarterMap(blocks=(4, 6, 9))), *rest)

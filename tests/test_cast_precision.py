@@ -49,7 +49,8 @@ from quartermap_deploy.frontend.exporter import INPUT
 from quartermap_deploy.lowering.element_types import SIXTEEN_BIT, types_of_values
 from quartermap_deploy.lowering.operator import DOMAIN, INPUTS_2D
 from quartermap_deploy.passes import Selection, infer_shapes, lower, run_passes, write_gelu
-from quartermap_deploy.passes.cast_precision import block_parts, cast_precision
+from quartermap_deploy.passes.block_parts import block_parts
+from quartermap_deploy.passes.cast_precision import cast_precision
 from quartermap_deploy.pruning.plan import QuarterMap, Subsample
 from quartermap_deploy.pruning.reference import prune
 from quartermap_deploy.sources.architectures import architecture_source

@@ -30,7 +30,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from quartermap_deploy import bundle as bundles
-from quartermap_deploy import compiler, demo
+from quartermap_deploy import compiler, compiling, demo
 from quartermap_deploy.architectures import create_model, list_models, load_card
 from quartermap_deploy.cli import program, progress_display, results
 from quartermap_deploy.cli.compile import recipe_and_folder
@@ -791,9 +791,9 @@ def test_a_bundle_from_a_checkpoint_is_compared_with_the_model_of_that_file(
 ) -> None:
     bundle, checkpoint, _ = from_checkpoint
     seen = []
-    compare = compiler.parity_of
+    compare = compiling.parity.parity_of
     monkeypatch.setattr(
-        compiler,
+        compiling.parity,
         "parity_of",
         lambda *arguments, **options: seen.append(arguments[2]) or compare(*arguments, **options),
     )

@@ -18,7 +18,8 @@ from command_line import call
 from spellings import SPELLINGS
 
 import quartermap_deploy as qm
-from quartermap_deploy.compiler import parity_of, validation_cases
+from quartermap_deploy.compiling.cases import validation_cases
+from quartermap_deploy.compiling.parity import parity_of
 from quartermap_deploy.errors import ExportError, ParityError, PassError
 from quartermap_deploy.exporting.export import Export, export
 from quartermap_deploy.lowering.operator import SELECTIVE_SCAN, SELECTIVE_SCAN_2D

@@ -10,7 +10,7 @@ import pytest
 from test_parity_gate import source
 
 import quartermap_deploy as qm
-from quartermap_deploy import compiler
+from quartermap_deploy import compiler, compiling
 from quartermap_deploy.errors import PlanError, RecipeError
 from quartermap_deploy.exporting import export as export_module
 from quartermap_deploy.progress import SILENT
@@ -35,13 +35,13 @@ def test_settings_that_do_not_fit_are_refused_before_the_export(tmp_path: Any, m
         ),
         (recipe(quartermap=qm.QuarterMap(blocks=(3,))), PlanError, "3"),
     ]
-    cases = compiler.validation_cases(recipe(), source())
+    cases = compiling.cases.validation_cases(recipe(), source())
     for found, kind, words in wrong:
         with pytest.raises(kind, match=words):
-            compiler.check_settings(found, source(), cases)
+            compiling.settings.check_settings(found, source(), cases)
         with pytest.raises(kind, match=words):
             compiler._compile(found, source(), {}, tmp_path / "out", None, SILENT)
-    compiler.check_settings(recipe(precision="float16", blocks_float32=(1, 2)), source(), cases)
+    compiling.settings.check_settings(recipe(precision="float16", blocks_float32=(1, 2)), source(), cases)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -59,7 +59,7 @@ def test_the_export_is_told_what_the_recipe_says(precision: str, monkeypatch: py
     )
     wanted = recipe(precision=precision, optimize=False, **half)
     traced: Any = object()
-    assert compiler.export_model(wanted, source(), SILENT, traced) == "exported"
+    assert compiling.export.export_model(wanted, source(), SILENT, traced) == "exported"
     calibration = told.pop("calibration")
     assert told == {
         "source": source(),
@@ -76,11 +76,11 @@ def test_the_export_is_told_what_the_recipe_says(precision: str, monkeypatch: py
     if precision != "float16":
         assert calibration is None
         return
-    cases = compiler.validation_cases(wanted, source(), compiler.CALIBRATION_IMAGES)
+    cases = compiling.cases.validation_cases(wanted, source(), compiling.export.CALIBRATION_IMAGES)
     assert calibration.keys() == cases["images"].keys()
     for name, images in cases["images"].items():
         np.testing.assert_array_equal(calibration[name], images)
-        assert len(images) == compiler.CALIBRATION_IMAGES > 2
+        assert len(images) == compiling.export.CALIBRATION_IMAGES > 2
 
 
 def test_the_report_says_what_16_bits_did() -> None:
@@ -95,8 +95,8 @@ def test_the_report_says_what_16_bits_did() -> None:
         "subnormal_weights": 3,
         "ranges": {"largest": 9},
     }
-    assert compiler.precision_entry(exported) == {"precision": expected}
+    assert compiling.export.precision_entry(exported) == {"precision": expected}
     exported.ranges = None
-    assert compiler.precision_entry(exported) == {"precision": {**expected, "ranges": None}}
+    assert compiling.export.precision_entry(exported) == {"precision": {**expected, "ranges": None}}
     exported.cast = None
-    assert compiler.precision_entry(exported) == {}
+    assert compiling.export.precision_entry(exported) == {}

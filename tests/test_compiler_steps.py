@@ -21,7 +21,7 @@ from toy_bundles import PREPROCESSING
 from toy_modules import Classifier
 
 import quartermap_deploy as qm
-from quartermap_deploy import compiler
+from quartermap_deploy import compiler, compiling
 from quartermap_deploy.bundle import MANIFEST, MODEL, REPORT, Bundle
 from quartermap_deploy.data.labels import label_sets
 from quartermap_deploy.errors import BundleError, ParityError, RecipeError
@@ -286,7 +286,7 @@ def test_a_model_of_a_card_is_made_as_the_recipe_says(keep: Keep) -> None:
         quartermap=PLAN,
         seed=3,
     )
-    assert compiler.load_source(own) is found  # type: ignore[comparison-overlap]
+    assert compiling.source.load_source(own) is found  # type: ignore[comparison-overlap]
     assert told == {
         "name": "vmamba_tiny_v0",
         "num_classes": 7,
@@ -316,7 +316,7 @@ def test_a_module_of_the_users_is_made_as_the_recipe_says(keep: Keep) -> None:
         dynamic_size=True,
         seed=3,
     )
-    assert compiler.load_source(own) is found  # type: ignore[comparison-overlap]
+    assert compiling.source.load_source(own) is found  # type: ignore[comparison-overlap]
     assert told == {
         "wanted": MODULE,
         "name": "Classifier",
@@ -333,10 +333,10 @@ def test_a_module_of_the_users_is_made_as_the_recipe_says(keep: Keep) -> None:
 
 def test_a_reference_is_read_where_the_recipe_names_one(keep: Keep) -> None:
     told = keep(given, "read_reference", "given")
-    assert compiler.load_reference(recipe(), SOURCE) is None and told == {}
+    assert compiling.source.load_reference(recipe(), SOURCE) is None and told == {}
     named = recipe(module=MODULE, reference=Path("saved.npz"))
     own = object.__new__(modules.ModuleSource)
-    assert compiler.load_reference(named, own) == "given"  # type: ignore[comparison-overlap]
+    assert compiling.source.load_reference(named, own) == "given"  # type: ignore[comparison-overlap]
     assert told["source"] is own and told["path"] == Path("saved.npz")
 
 
@@ -352,10 +352,10 @@ def engine_target(precisions: tuple[str, ...] = ("float32", "float16")) -> Any:
 def test_every_target_is_asked_and_none_gets_what_it_does_not_take() -> None:
     wanted = recipe(precision="float16")
     target = engine_target()
-    compiler.check_target(wanted, "tensorrt", target)
+    compiling.targets.check_target(wanted, "tensorrt", target)
     assert target.asked == [wanted]
     with pytest.raises(RecipeError, match=r"tensorrt does not take bfloat16; expected float32 or float16"):
-        compiler.check_target(recipe(precision="bfloat16"), "tensorrt", target)
+        compiling.targets.check_target(recipe(precision="bfloat16"), "tensorrt", target)
     assert target.asked == [wanted]
 
 
@@ -363,32 +363,32 @@ def test_every_target_is_asked_and_none_gets_what_it_does_not_take() -> None:
 def test_engines_take_and_give_float32(name: str) -> None:
     same = recipe(precision="float16", io="same")
     with pytest.raises(RecipeError, match=f'the target {name} takes io = "float32" only'):
-        compiler.check_target(same, name, engine_target())
-    compiler.check_target(same, "onnxruntime", engine_target())
-    compiler.check_target(recipe(precision="float16"), name, engine_target())
+        compiling.targets.check_target(same, name, engine_target())
+    compiling.targets.check_target(same, "onnxruntime", engine_target())
+    compiling.targets.check_target(recipe(precision="float16"), name, engine_target())
 
 
 def test_all_targets_of_a_recipe_are_loaded_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     made = {name: engine_target() for name in ("onnxruntime", "tensorrt", "tensorrt-rtx")}
-    monkeypatch.setattr(compiler, "load_target", made.__getitem__)
+    monkeypatch.setattr(compiling.targets, "load_target", made.__getitem__)
     for names in (("onnxruntime",), ("tensorrt", "onnxruntime"), ("tensorrt-rtx",)):
-        found = compiler.load_targets(recipe(targets=names))
+        found = compiling.targets.load_targets(recipe(targets=names))
         assert list(found) == list(names)
         assert all(found[name] is made[name] for name in names)
         assert all(made[name].asked.pop().targets == names for name in names)
     for name in ("tensorrt", "tensorrt-rtx"):
-        assert list(compiler.load_targets(recipe(targets=(name,), engine=OPTIONS))) == [name]
+        assert list(compiling.targets.load_targets(recipe(targets=(name,), engine=OPTIONS))) == [name]
     with pytest.raises(RecipeError, match=r"no target that has one; add one to the targets: tensorrt or ten"):
-        compiler.load_targets(recipe(engine=OPTIONS))
+        compiling.targets.load_targets(recipe(engine=OPTIONS))
 
 
 @pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
 def test_profiles_are_compared_with_what_is_run(name: str, keep: Keep) -> None:
     told = keep(builder, "check_examples")
     cases = {"images": {"images": np.zeros((2, 3, 32, 32))}, "one": {"images": np.zeros((1, 3, 32, 32))}}
-    compiler.check_settings(recipe(), SOURCE, cases)
+    compiling.settings.check_settings(recipe(), SOURCE, cases)
     assert told == {}
-    compiler.check_settings(recipe(targets=("onnxruntime", name), engine=OPTIONS), SOURCE, cases)
+    compiling.settings.check_settings(recipe(targets=("onnxruntime", name), engine=OPTIONS), SOURCE, cases)
     assert list(told.values()) == [
         OPTIONS,
         {"images": ("batch", 3, 32, 32)},
@@ -403,14 +403,14 @@ def test_profiles_are_compared_with_what_is_run(name: str, keep: Keep) -> None:
 def test_pictures_are_those_of_the_recipe(name: str, digits: bool, keep: Keep, tmp_path: Path) -> None:
     told = keep(inputs, "real_images", "pictures")
     model: Any = SimpleNamespace(name=name, cases=lambda pictures: {"images": pictures(PREPROCESSING)})
-    assert compiler.validation_cases(recipe(images=tmp_path), model) == {"images": "pictures"}
+    assert compiling.cases.validation_cases(recipe(images=tmp_path), model) == {"images": "pictures"}
     assert told == {
         "preprocessing": PREPROCESSING,
         "folder": tmp_path,
         "count": inputs.COUNT,
         "digits": digits,
     }
-    compiler.validation_cases(recipe(), model, 5)
+    compiling.cases.validation_cases(recipe(), model, 5)
     assert told == {"preprocessing": PREPROCESSING, "folder": None, "count": 5, "digits": digits}
 
 
@@ -421,11 +421,13 @@ def test_a_model_without_images_has_its_ranges_from_the_example(
 
     told = keep(export, "export", "exported")
     example = {"tokens": np.ones((2, 3))}
-    monkeypatch.setattr(compiler, "validation_cases", lambda *arguments: {"zeros": {}, "example": example})
+    monkeypatch.setattr(
+        compiling.export, "validation_cases", lambda *arguments: {"zeros": {}, "example": example}
+    )
     model: Any = SimpleNamespace(trace=lambda: "traced")
-    assert compiler.export_model(recipe(precision="float16"), model, SILENT) == "exported"  # type: ignore[comparison-overlap]
+    assert compiling.export.export_model(recipe(precision="float16"), model, SILENT) == "exported"  # type: ignore[comparison-overlap]
     assert told["calibration"] is example and told["traced"] == "traced"
-    compiler.export_model(recipe(precision="float16"), model, SILENT, "earlier")  # type: ignore[arg-type]
+    compiling.export.export_model(recipe(precision="float16"), model, SILENT, "earlier")  # type: ignore[arg-type]
     assert told["traced"] == "earlier"
 
 
@@ -434,7 +436,7 @@ def test_parity_is_of_the_pruned_model_on_every_case(kind: str, keep: Keep) -> N
     told = keep(parity, "check_parity", "report")
     data = text_model(CHANNEL_FIRST).SerializeToString()
     cases: Any = {"images": {"x": 1}}
-    found = compiler.parity_of(recipe(precision="float16"), Described(kind), cases, data, "traced")  # type: ignore[arg-type]
+    found = compiling.parity.parity_of(recipe(precision="float16"), Described(kind), cases, data, "traced")  # type: ignore[arg-type]
     assert found == "report"  # type: ignore[comparison-overlap]
     reference = told["reference"]
     assert isinstance(reference, TorchRunner) and reference._double is (kind == "module")
@@ -443,7 +445,7 @@ def test_parity_is_of_the_pruned_model_on_every_case(kind: str, keep: Keep) -> N
     assert told["tolerance"] == tolerance_for("float16")
     assert told["paths"] == {1: "layers.0", 2: "layers.1"}
     assert told["target"].name == "onnxruntime"
-    compiler.parity_of(recipe(), Described(kind), cases, data, native=True)  # type: ignore[arg-type]
+    compiling.parity.parity_of(recipe(), Described(kind), cases, data, native=True)  # type: ignore[arg-type]
     assert told["cases"] == cases and told["tolerance"] == tolerance_for("float32")
     assert told["target"].name == NATIVE and told["reference"]._reference.traced is None
 
@@ -463,10 +465,10 @@ LOCALISED = SimpleNamespace(describe=lambda: "block_2 restores it", advice=lambd
 def test_golden_files_are_written_when_parity_holds(tmp_path: Path, keep: Keep) -> None:
     (tmp_path / MODEL).write_bytes(b"model")
     report = judged(True)
-    asked = keep(compiler, "parity_of", report)
+    asked = keep(compiling.parity, "parity_of", report)
     written = keep(golden, "write_golden")
     cases: Any = {"images": "feeds"}
-    found = compiler.validate(recipe(), SOURCE, cases, exported(), tmp_path, PROGRESS)
+    found = compiling.parity.validate(recipe(), SOURCE, cases, exported(), tmp_path, PROGRESS)
     assert found is report
     assert asked == {
         "recipe": recipe(),
@@ -486,15 +488,15 @@ def test_golden_files_are_written_when_parity_holds(tmp_path: Path, keep: Keep) 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_a_failure_of_parity_says_what_to_do(precision: str, tmp_path: Path, keep: Keep) -> None:
     (tmp_path / MODEL).write_bytes(b"model")
-    keep(compiler, "parity_of", judged(False))
-    tried = keep(compiler, "localise_precision", LOCALISED)
+    keep(compiling.parity, "parity_of", judged(False))
+    tried = keep(compiling.parity, "localise_precision", LOCALISED)
     written = keep(golden, "write_golden")
     own = recipe(precision=precision)
     words = "please report this with the recipe" if precision == "float32" else "block_2 restores it. keep it"
     cases: Any = {"images": "feeds"}
     typed = exported()
     with pytest.raises(ParityError) as refused:
-        compiler.validate(own, SOURCE, cases, typed, tmp_path, PROGRESS)
+        compiling.parity.validate(own, SOURCE, cases, typed, tmp_path, PROGRESS)
     assert str(refused.value) == f"it departs. Nothing was written; {words}."
     assert written == {}
     half = {"recipe": own, "source": SOURCE, "cases": cases, "exported": typed, "progress": PROGRESS}
@@ -510,8 +512,8 @@ def test_a_given_reference_is_compared_with_the_unpruned_graph() -> None:
         return {"passed": True}
 
     own: Any = SimpleNamespace(check=check)
-    assert compiler.check_given(None, exported(traced=traced), SILENT) is None
-    assert compiler.check_given(own, exported(traced=traced), SILENT) == {"passed": True}
+    assert compiling.parity.check_given(None, exported(traced=traced), SILENT) is None
+    assert compiling.parity.check_given(own, exported(traced=traced), SILENT) == {"passed": True}
     (data,) = seen
     model = onnx.load_from_string(data)
     assert model == lower(infer_shapes(traced.model)) and model.functions
@@ -526,7 +528,7 @@ def test_localising_keeps_in_float32_what_was_kept(scanned: bool, keep: Keep) ->
     own = recipe(precision="bfloat16", keep_float32=("Conv_1",), blocks_float32=(2,))
     typed = exported(ranges=SimpleNamespace(keep_float32=("Exp_3",)) if scanned else None)
     cases: Any = {"images": "feeds"}
-    found = compiler.localise_precision(own, SOURCE, cases, typed, PROGRESS)
+    found = compiling.localising.localise_precision(own, SOURCE, cases, typed, PROGRESS)
     assert found == "report"  # type: ignore[comparison-overlap]
     reference = told.pop("reference")
     assert isinstance(reference, TorchRunner)
@@ -550,7 +552,7 @@ def test_localising_in_an_engine_builds_each_in_a_folder_of_its_own(
     read = keep(golden, "read_golden", ({"images": "feeds"}, ["outputs"]))
     keep(golden, "golden_runner", "golden")
     target = object()
-    monkeypatch.setattr(compiler, "load_target", {"tensorrt": target}.__getitem__)
+    monkeypatch.setattr(compiling.localising, "load_target", {"tensorrt": target}.__getitem__)
     told, folders = keep(localise, "localise", "report"), []
 
     def engine_runner(name: str, target: Any, folder: Path, options: EngineOptions) -> Any:
@@ -561,7 +563,7 @@ def test_localising_in_an_engine_builds_each_in_a_folder_of_its_own(
     monkeypatch.setattr(engines, "engine_runner", engine_runner)
     own = recipe(precision="float16", engine=OPTIONS, keep_float32=("Conv_1",), blocks_float32=(2,))
     typed = exported(ranges=SimpleNamespace(keep_float32=("Exp_3",)) if scanned else None)
-    found = compiler.localise_engine(own, typed, "tensorrt", tmp_path, ("images",), PROGRESS)
+    found = compiling.localising.localise_engine(own, typed, "tensorrt", tmp_path, ("images",), PROGRESS)
     assert found == "report"  # type: ignore[comparison-overlap]
     assert read == {"directory": tmp_path, "names": ("images",)}
     assert told == {
@@ -582,12 +584,12 @@ def test_localising_in_an_engine_builds_each_in_a_folder_of_its_own(
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_an_engine_is_proved_with_the_plugin_and_advice(precision: str, keep: Keep, tmp_path: Path) -> None:
     told = keep(engines, "prove_engine", {"run": True})
-    tried = keep(compiler, "localise_engine", LOCALISED)
+    tried = keep(compiling.engines, "localise_engine", LOCALISED)
     own = recipe(precision=precision, engine=EngineOptions(plugin=tmp_path / "plugin.so"))
     target: Any = object()
     typed, names = exported(), ("images",)
     settings = (own, typed, "tensorrt", target, tmp_path, {"file": "engine"}, names, PROGRESS)
-    assert compiler.prove(*settings) == {"run": True}
+    assert compiling.engines.prove(*settings) == {"run": True}
     advice = told.pop("advice")
     assert told == {
         "name": "tensorrt",

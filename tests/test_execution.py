@@ -205,7 +205,7 @@ def test_a_wrong_recipe_is_refused(tmp_path: Path, targets: str, message: str) -
 
 
 def test_providers_need_the_target_that_has_them() -> None:
-    from quartermap_deploy.compiler import load_targets
+    from quartermap_deploy.compiling.targets import load_targets
 
     with pytest.raises(InputError, match="takes none"):
         refuse_providers("tensorrt", Execution.of("cuda"))
@@ -273,7 +273,7 @@ def test_cuda_is_refused_before_a_model_is_loaded(
         pytest.fail("the model was loaded first")
 
     monkeypatch.setattr("quartermap_deploy.evaluation.tune.load_subject", loaded)
-    monkeypatch.setattr("quartermap_deploy.compiler.load_source", loaded)
+    monkeypatch.setattr("quartermap_deploy.compiling.source.load_source", loaded)
     more = ["--budget", "1%", "--out", tmp_path / "t.toml"] if command == "tune" else []
     outcome = call(command, "vmamba_digits", "--device", "cuda", *more)
     assert outcome.code == 2 and "onnxruntime-gpu" in outcome.err and not list(tmp_path.iterdir())

@@ -20,7 +20,8 @@ from onnx import TensorProto, helper
 from quartermap_deploy.bundle import MODEL, describe_file, load_bundle, write_json
 from quartermap_deploy.errors import BundleError
 from quartermap_deploy.lowering.operator import DOMAIN
-from quartermap_deploy.onnx_bounds import DEEPEST, check_model
+from quartermap_deploy.onnx_bounds import check_model
+from quartermap_deploy.onnx_graphs import DEEPEST
 from quartermap_deploy.targets.onnxruntime.opening import inference_session
 from quartermap_deploy.targets.onnxruntime.session import OnnxRuntimeSession
 

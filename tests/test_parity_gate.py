@@ -15,7 +15,7 @@ from onnx import helper, numpy_helper
 from toy_bundles import PREPROCESSING, _random
 
 import quartermap_deploy as qm
-from quartermap_deploy import compiler
+from quartermap_deploy import compiler, compiling
 from quartermap_deploy.bundle import new_bundle
 from quartermap_deploy.errors import ParityError
 from quartermap_deploy.exporting.export import Export
@@ -39,7 +39,7 @@ def source() -> Any:
 @functools.cache
 def right() -> Export:
     """The classifier as it is to be."""
-    return compiler.export_model(qm.Recipe("Classifier", quartermap=PLAN), source(), SILENT)
+    return compiling.export.export_model(qm.Recipe("Classifier", quartermap=PLAN), source(), SILENT)
 
 
 def faulty(value: str, error: float) -> onnx.ModelProto:
@@ -63,8 +63,8 @@ def with_skip(by: float) -> onnx.ModelProto:
 def worst(model: onnx.ModelProto, output: str) -> float:
     """Return the largest error of an output, over all cases."""
     recipe = qm.Recipe("Classifier", quartermap=PLAN)
-    cases = compiler.validation_cases(recipe, source())
-    report = compiler.parity_of(recipe, source(), cases, model.SerializeToString(), right().traced)
+    cases = compiling.cases.validation_cases(recipe, source())
+    report = compiling.parity.parity_of(recipe, source(), cases, model.SerializeToString(), right().traced)
     return max(o.relative_error for outputs in report.cases.values() for o in outputs if o.name == output)
 
 
@@ -88,7 +88,7 @@ def compile_with(model: onnx.ModelProto, out: Path, monkeypatch: pytest.MonkeyPa
     recipe = qm.Recipe("Classifier", quartermap=PLAN)
     with new_bundle(out) as folder:
         bundle = compiler._compile(
-            recipe, source(), compiler.load_targets(qm.Recipe("Classifier")), folder, None, SILENT
+            recipe, source(), compiling.targets.load_targets(qm.Recipe("Classifier")), folder, None, SILENT
         )
     return dataclasses.replace(bundle, path=out)
 
@@ -133,7 +133,7 @@ def test_a_recipe_says_what_stays_in_float32() -> None:
 
 def _export(precision: str, **settings: Any) -> onnx.ModelProto:
     recipe = qm.Recipe("Classifier", quartermap=PLAN, precision=precision, **settings)
-    return compiler.export_model(recipe, source(), SILENT, right().traced).model
+    return compiling.export.export_model(recipe, source(), SILENT, right().traced).model
 
 
 def _scan_type(model: onnx.ModelProto, block: int) -> int:

@@ -29,9 +29,12 @@ from quartermap_deploy.passes.base import (
     sizes,
     varies_over_channels_only,
 )
-from quartermap_deploy.passes.cast_precision import _slots, _unfit, block_parts, cast_precision
+from quartermap_deploy.passes.block_parts import block_parts
+from quartermap_deploy.passes.cast_precision import cast_precision
 from quartermap_deploy.passes.inline_scans import inline_scans
 from quartermap_deploy.passes.lower import _sides, _Sizes
+from quartermap_deploy.passes.precision.operator_types import typed_inputs
+from quartermap_deploy.passes.precision.weight_range import unfit
 from quartermap_deploy.passes.sequence_pruning import kept_steps
 from quartermap_deploy.passes.shapes import infer_shapes, infer_shapes_at
 from quartermap_deploy.passes.subsampling import (
@@ -706,21 +709,21 @@ def test_types_and_shapes_at_given_sizes() -> None:
 def test_weights_fit_a_type_or_are_too_large_or_too_small() -> None:
     half, brain = element_type("float16"), element_type("bfloat16")
 
-    def unfit(*values: float, kind: Any = half) -> tuple[str | None, float]:
-        return _unfit(np.array(values, np.float32), kind)
+    def judged(*values: float, kind: Any = half) -> tuple[str | None, float]:
+        return unfit(np.array(values, np.float32), kind)
 
-    assert unfit() == (None, 0.0)
-    assert unfit(0.0, 0.0) == (None, 0.0)
-    assert unfit(65504.0, -1.0) == (None, 0.0)
-    reason, _ = unfit(1.0, -65520.0)
+    assert judged() == (None, 0.0)
+    assert judged(0.0, 0.0) == (None, 0.0)
+    assert judged(65504.0, -1.0) == (None, 0.0)
+    reason, _ = judged(1.0, -65520.0)
     assert reason == "its largest value is 6.55e+04, float16 ends at 6.55e+04"
-    assert unfit(1.0, -65520.0, kind=brain) == (None, 0.0)
+    assert judged(1.0, -65520.0, kind=brain) == (None, 0.0)
     # 2⁻¹⁵ is below the smallest normal number of float16, and is held exactly.
-    assert unfit(2.0**-14, 2.0**-15, 1.0, 0.0) == (None, 0.25)
-    reason, share = unfit(2.0**-26, 2.0**-26)
+    assert judged(2.0**-14, 2.0**-15, 1.0, 0.0) == (None, 0.25)
+    reason, share = judged(2.0**-26, 2.0**-26)
     assert reason is not None and reason.startswith("1.0e+00 of it would be lost") and share == 1.0
     # One unit in the last place of the whole tensor is what rounding may take.
-    assert unfit(1.0, 2.0**-26) == (None, 0.5)
+    assert judged(1.0, 2.0**-26) == (None, 0.5)
 
 
 def test_inputs_that_have_the_type_of_their_operator() -> None:
@@ -728,7 +731,7 @@ def test_inputs_that_have_the_type_of_their_operator() -> None:
 
     def slots(op: str, count: int, domain: str = "") -> set[int]:
         node = helper.make_node(op, [f"i{place}" for place in range(count)], ["o"], domain=domain)
-        return set(_slots(node, 20, half))
+        return set(typed_inputs(node, 20, half))
 
     assert slots("Conv", 3) == {0, 1, 2} and slots("Concat", 4) == {0, 1, 2, 3}
     assert slots("Gather", 2) == {0} and slots("Resize", 4) == {0} and slots("BatchNormalization", 5) == {0}

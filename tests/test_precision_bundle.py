@@ -17,7 +17,7 @@ from test_cli import Refuse, call, refused, workplace  # noqa: F401  (fixtures)
 from test_tensorrt_rtx import needs_rtx
 
 import quartermap_deploy as qm
-from quartermap_deploy import compiler
+from quartermap_deploy import compiler, compiling
 from quartermap_deploy.data.digits import load_digits
 from quartermap_deploy.data.images import prepare
 from quartermap_deploy.errors import BundleError, RecipeError
@@ -47,7 +47,7 @@ def test_the_types_are_in_the_graph_and_the_report(half: Path) -> None:
     assert bundle.manifest["recipe"]["precision"] == "float16"
     precision = bundle.report["precision"]
     assert precision["operators"]["float16"] > precision["operators"]["float32"]
-    assert precision["ranges"]["images"] == compiler.CALIBRATION_IMAGES
+    assert precision["ranges"]["images"] == compiling.export.CALIBRATION_IMAGES
     # A file of half the weights' size.
     assert (half / "model.onnx").stat().st_size < 1.4e6
 
@@ -85,7 +85,7 @@ def test_a_fault_of_precision_is_localised_when_compiling_fails(
     refused: Refuse,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    load_source = compiler.load_source
+    load_source = compiling.source.load_source
 
     def with_large_values(recipe: qm.Recipe) -> Any:
         source = load_source(recipe)
@@ -100,7 +100,7 @@ def test_a_fault_of_precision_is_localised_when_compiling_fails(
 
     monkeypatch.setattr(compiler, "load_source", with_large_values)
     # Without the range scan, which would have kept these values in float32.
-    monkeypatch.setattr(compiler, "CALIBRATION_IMAGES", 1)
+    monkeypatch.setattr(compiling.export, "CALIBRATION_IMAGES", 1)
     monkeypatch.setattr("quartermap_deploy.exporting.ranges.RangeReport.keep_float32", ())
     text = refused("compile", MODEL, "--precision", "float16", "--out", "new")
     assert "block_4 in float32 restores parity" in text and "--float32-blocks 4" in text

@@ -20,7 +20,8 @@ from test_recover_2d import assert_same, picture, scan_nodes
 from torch import Tensor
 from tracing import INPUT, traced
 
-from quartermap_deploy.compiler import parity_of, validation_cases
+from quartermap_deploy.compiling.cases import validation_cases
+from quartermap_deploy.compiling.parity import parity_of
 from quartermap_deploy.errors import PassError
 from quartermap_deploy.exporting.export import Export, export
 from quartermap_deploy.lowering.operator import SELECTIVE_SCAN, SELECTIVE_SCAN_2D

@@ -188,7 +188,7 @@ class PlanTimer:
         return f"batch {len(self.images)}, {self.repeats} rounds"
 
     def _run(self, plan: QuarterMap | None) -> Run:
-        from quartermap_deploy.compiler import export_model
+        from quartermap_deploy.compiling.export import export_model
 
         if self.target == TORCH:
             return torch_run(pruned(self._source, plan))

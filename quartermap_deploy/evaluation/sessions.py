@@ -250,7 +250,7 @@ def _execution_identity(execution: Execution) -> dict[str, Any]:
 def _recipe_runner(
     recipe: Recipe, name: str, target: str, given: Given, execution: Execution, progress: Progress
 ) -> Runner:
-    from quartermap_deploy.compiler import load_source
+    from quartermap_deploy.compiling.source import load_source
 
     placement = None
     recipe = _with_given(recipe, given)
@@ -313,7 +313,8 @@ def _with_given(recipe: Recipe, given: Given) -> Recipe:
 
 def _built_session(recipe: Recipe, source: SourceModel, progress: Progress) -> tuple[Session, Sizes]:
     """Export a model and open it on the recipe's only target."""
-    from quartermap_deploy.compiler import ENGINES, export_model, load_targets
+    from quartermap_deploy.compiling.export import export_model
+    from quartermap_deploy.compiling.targets import ENGINES, load_targets
     from quartermap_deploy.targets.tensorrt.options import EngineOptions
 
     if ENGINES.isdisjoint(recipe.targets):

@@ -43,7 +43,7 @@ def load_subject(recipe: Recipe, progress: Progress) -> ArchitectureSource:
         RecipeError: if it is none of a card.
         QuartermapError: of the kind that fits, if it cannot be loaded.
     """
-    from quartermap_deploy.compiler import load_source
+    from quartermap_deploy.compiling.source import load_source
     from quartermap_deploy.sources.architectures import ArchitectureSource
 
     require_card(recipe)

@@ -282,7 +282,7 @@ class Workbench:
 
     def images(self, batch: int) -> NDArray[np.float32]:
         """Return real images, prepared for the model."""
-        from quartermap_deploy.compiler import validation_cases
+        from quartermap_deploy.compiling.cases import validation_cases
 
         source = self.builder.source
         images: NDArray[np.float32] = validation_cases(self.builder.recipe, source, batch)["images"][

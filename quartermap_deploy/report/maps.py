@@ -146,7 +146,7 @@ def source_of(
 
 def _images(source: ArchitectureSource, recipe: Recipe, folder: Path | None) -> NDArray[np.float32]:
     """Different images, at most `MOST_IMAGES`."""
-    from quartermap_deploy.compiler import validation_cases
+    from quartermap_deploy.compiling.cases import validation_cases
 
     cases = validation_cases(dataclasses.replace(recipe, images=folder), source, MOST_IMAGES)
     found: NDArray[np.float32] = cases["images"][source.inputs[0].name]

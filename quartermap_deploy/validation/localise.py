@@ -18,7 +18,8 @@ from polygraphy.backend.base import BaseRunner
 
 from quartermap_deploy.errors import PassError
 from quartermap_deploy.frontend.node_names import block_output
-from quartermap_deploy.passes.cast_precision import block_parts, cast_precision
+from quartermap_deploy.passes.block_parts import block_parts
+from quartermap_deploy.passes.cast_precision import cast_precision
 from quartermap_deploy.passes.lower import lower
 from quartermap_deploy.progress import SILENT, Progress
 from quartermap_deploy.validation.parity import ParityReport, check_parity

@@ -20,8 +20,8 @@ import onnx
 from onnx import helper, numpy_helper
 
 from quartermap_deploy.lowering.element_types import BY_NUMBER, FLOAT, ElementType, types_of_values
-from quartermap_deploy.passes.cast_precision import MOVEMENT
 from quartermap_deploy.passes.inline_scans import makes_scan
+from quartermap_deploy.passes.precision.operator_types import EXACT
 from quartermap_deploy.passes.shapes import infer_shapes
 
 _PREFIX = "rounded"
@@ -70,7 +70,7 @@ def rounded_in_float32(model: onnx.ModelProto) -> onnx.ModelProto:
         own.CopyFrom(node)
         for position, name in enumerate(own.input):
             own.input[position] = rename.get(name, name)
-        exact = node.op_type in MOVEMENT and node.domain == ""
+        exact = node.op_type in EXACT and node.domain == ""
         kinds = [BY_NUMBER.get(types.get(name, 0)) for name in node.output]
         _compute_in_float32(own)
         nodes.append(own)
