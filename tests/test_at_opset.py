@@ -99,6 +99,19 @@ def test_gelu_in_16_bits_has_constants_in_16_bits() -> None:
     assert not np.abs(found - run(model, {"x": X.astype(np.float16)})["y"]).max() > 1e-2
 
 
+def test_gelu_of_a_type_that_is_not_known_is_taken_for_float32() -> None:
+    """Functions have no types; those of others are not inferred."""
+    model = parser.parse_model("""
+        <ir_version: 9, opset_import: ["": 20, "other": 1]>
+        g (float[2, 7] x) => (float[2, 7] y) { y = other.Twice (x) }
+        <domain: "other", opset_import: ["": 20]>
+        Twice (a) => (c) { b = Gelu (a)  c = Gelu (b) }
+    """)
+    older = at_opset(model, 17)
+    assert "Gelu" not in {node.op_type for function in older.functions for node in function.node}
+    np.testing.assert_allclose(run(older, {"x": X})["y"], run(model, {"x": X})["y"], atol=1e-6)
+
+
 def test_axes_that_became_attributes_leave_no_weights_behind() -> None:
     model = small("y = ReduceMax (x, axes)", "float[2, 7] x, int64[1] axes")
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1]), "axes"))

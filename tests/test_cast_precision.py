@@ -309,6 +309,15 @@ def test_what_is_moved_on_to_operators_of_16_bits_is_moved_in_16_bits() -> None:
     assert [types[name] for name in ("a", "moved", "y")] == [FLOAT, half("float16"), half("float16")]
 
 
+def test_what_is_moved_on_from_an_input_has_16_bits_unless_it_is_named() -> None:
+    model = onnx.parser.parse_model("""
+        <ir_version: 9, opset_import: ["" : 20]>
+        agraph (float[2, 3] x) => (float[3, 2] y) { moved = Transpose (x)  y = Sin (moved) }
+    """)
+    typed, _ = cast_precision(model, "float16", keep_float32=["y"])
+    assert types_of_values(typed.graph)["moved"] == half("float16")
+
+
 def test_values_are_not_cast_to_and_fro_on_their_way_between_float32_operators() -> None:
     keep = ["scanned_1", "normal_1"]
     typed, report = cast_precision(blocks("channel_first", 1), "float16", keep_float32=keep)

@@ -208,8 +208,8 @@ def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
 
 
 def _gelu(rewriter: _Rewriter, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    types = rewriter.types
-    return gelu_nodes(node, types.get(node.output[0]) or types.get(node.input[0]) or FLOAT)
+    # The values of functions have no types.
+    return gelu_nodes(node, rewriter.types.get(node.output[0], FLOAT))
 
 
 def _reduction(rewriter: _Rewriter, node: onnx.NodeProto) -> list[onnx.NodeProto]:

@@ -36,6 +36,8 @@ atexit.register(_leave)
 OTHERS = 0.25
 """The share of the time for tests of the same files that do not call the function: they may look at what a test before
 them computed, and kept."""
+SETTING_UP = 0.25
+"""The share of the time that the first test of a file is taken to need at most for what it sets up for the others."""
 
 
 @dataclass(frozen=True)
@@ -234,10 +236,12 @@ def _within(
 ) -> Iterator[Guard]:
     """Return tests that fit into a time, one at least.
 
-    The first of a file may have to set up or compute what the others then share, so it counts as the file's slowest.
+    The first of a file may have to set up or compute what the others then share, so it counts as the file's slowest,
+    but as no more than a part of the time: one slow test must not keep a whole file of cheap ones out.
     """
+    most = seconds * SETTING_UP
     for guard in guards:
-        cost = guard.seconds if guard.file in begun else slowest[guard.file]
+        cost = guard.seconds if guard.file in begun else max(guard.seconds, min(slowest[guard.file], most))
         if cost > seconds and begun:
             continue
         seconds -= cost
