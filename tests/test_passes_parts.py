@@ -427,6 +427,8 @@ def test_which_reshapes_flatten_a_map(before: tuple[Any, ...], shape: list[int],
         "Reshape", inputs=[value(*before), gs.Constant("s", np.array(shape, np.int64))], outputs=[out]
     )
     assert flattened_maps._flattens(node) is flattens
+    out.shape = None
+    assert flattened_maps._flattens(node) is flattens
     node.op = "Expand"
     assert not flattened_maps._flattens(node)
 
@@ -915,6 +917,10 @@ def test_a_convolution_without_activation_may_read_what_others_read_too(
     (scan,) = scans(graph)
     scanned.name = scanned_name(scan, subsample)
     graph.outputs = [scanned, residual]
+    graph.outputs.append(convolved)
+    report = hoist_slice(graph, Selection((1,), subsample))
+    assert not report.changed and "c of block 1 is also read by the graph output" in report.refused[1]
+    graph.outputs.pop()
     report = hoist_slice(graph, Selection((1,), subsample))
     assert report.changed == ["block 1: conv now has stride 2"] and not report.refused
 
