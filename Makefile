@@ -30,7 +30,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 QUARTER
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test native tensorrt node lint typecheck pytest mutants mutants-touched test-server test-providers test-compat fuzz \
+.PHONY: help demo test native tensorrt node triton lint typecheck pytest mutants mutants-touched test-server test-providers test-compat fuzz \
 	format bench evidence train-demo-model clean
 
 help: ## list the targets
@@ -70,7 +70,15 @@ build/node/.installed: tests/npm/package-lock.json
 	@(command -v npm >/dev/null && cd $(@D) && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error) && touch $@ || \
 		echo "the packages of npm are not to be had here: tests with them will skip" >&2
 
-pytest: native tensorrt node ## the tests alone; PYTEST_FLAGS="-k scan" chooses some
+# A real Triton without its ONNX Runtime backend, and the NumPy that its Python backend wants; 220 MB once unpacked.
+triton: build/triton/.installed ## fetch the real Triton that tests start, where it is to be had
+
+build/triton/.installed: tests/triton_server/requirements.txt $(STAMP)
+	@rm -rf $(@D)
+	@$(RUN) -m pip install --disable-pip-version-check -q --no-deps --only-binary :all: --target $(@D) -r $< && touch $@ || \
+		echo "Triton is not to be had here: tests with it will skip" >&2
+
+pytest: native tensorrt node triton ## the tests alone; PYTEST_FLAGS="-k scan" chooses some
 	@$(ONE_THREAD) $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_FLAGS)
 
 test-server: $(STAMP) ## the server in another Python, without torch: make test-server SERVER_PYTHON=python3.13

@@ -52,7 +52,11 @@ class Served:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "QUARTERMAP_THREADS": str(threads), "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                **({"QUARTERMAP_THREADS": str(threads)} if threads else {}),
+                "OMP_NUM_THREADS": "1",
+            },
         )
         self.events: list[dict[str, Any]] = []
         self.other: list[str] = []

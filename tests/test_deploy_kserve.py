@@ -14,7 +14,7 @@ import yaml
 from command_line import call
 from deploy_bundles import MODEL, contents, dynamic_bundle, static_bundle, with_engine, write_plugin
 from helpers import REPOSITORY
-from triton_stand_in import models, read_config
+from triton_repositories import models, read_config
 
 from quartermap_deploy.deploy import kserve
 from quartermap_deploy.deploy.kserve import KServeOptions, deploy_kserve, service_name, to_yaml

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,13 @@ import onnxruntime
 import pytest
 import toy_bundles
 from command_line import call
-from deploy_bundles import dynamic_bundle
-from PIL import Image
 from task_bundles import (
-    SEGMENTS,
     judge_bundle,
     pooled_bundle,
     restorer_bundle,
-    segmenter_bundle,
     words_bundle,
 )
-from triton_stand_in import ask, check_ensemble, load_model, models, read_config, strings, warmup_batch
+from triton_repositories import models, read_config, warmup_batch
 from tritonclient.grpc import model_config_pb2
 
 import quartermap_deploy as qm
@@ -46,12 +41,6 @@ def run(repository: Path, name: str, feeds: dict[str, Array]) -> dict[str, Array
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     outputs = [value.name for value in session.get_outputs()]
     return dict(zip(outputs, session.run(outputs, feeds), strict=True))
-
-
-def encoded(image: Any) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG")
-    return file.getvalue()
 
 
 def test_a_model_of_several_inputs_is_there_alone(tmp_path: Path) -> None:
@@ -110,64 +99,11 @@ def test_requests_of_a_model_without_a_batch_are_never_put_together(tmp_path: Pa
     assert config.max_batch_size == 0 and not config.HasField("dynamic_batching") and made.max_batch == 0
     assert tensors(config.input) == [("x", "TYPE_FP32", [-1, 3, 32, 32])]
     assert tensors(config.output) == [("features", "TYPE_FP32", [-1, 6, 8, 8]), ("total", "TYPE_FP32", [1])]
+    # An empty shape to reshape to, Triton takes with a batch alone.
+    assert not config.output[1].HasField("reshape")
     assert any("do not belong to single images" in note for note in made.notes)
     with pytest.raises(QuartermapError, match="one request at a time"):
         deploy_triton(pooled_bundle(), tmp_path / "other", TritonOptions(max_batch=4))
-
-
-@pytest.mark.parametrize("bundle", [restorer_bundle, segmenter_bundle])
-def test_images_of_other_tasks_give_what_the_model_gives(bundle: Any, tmp_path: Path) -> None:
-    loaded = qm.load_bundle(bundle())
-    made = deploy_triton(bundle(), tmp_path / "repository")
-    name = str(loaded.manifest["model"]["name"])
-    assert models(made.path) == [name, f"{name}_image", f"{name}_preprocess"]
-    check_ensemble(made.path, f"{name}_image")
-    ensemble = read_config(made.path, f"{name}_image")
-    assert [output.name for output in ensemble.output] == [item.name for item in loaded.outputs]
-    (file,) = ensemble.input
-    # A tensor of the model may be called image already.
-    assert file.name == ("image_2" if name == "restorer" else "image")
-    pictures = strings([encoded(image) for image in PHOTOGRAPHS], (2, 1))
-    (answer,) = ask(load_model(made.path, f"{name}_preprocess"), pictures, name=file.name)
-    (prepared,) = answer.output_tensors()
-    assert prepared.name() == "x" and prepared.as_numpy().shape == (2, loaded.inputs[0].shape[1], 32, 32)
-    found = run(made.path, name, {"x": prepared.as_numpy()})
-    for one, values in zip(loaded.predict(PHOTOGRAPHS), found[loaded.outputs[0].name], strict=True):
-        if name == "restorer":
-            np.testing.assert_allclose(one.values, values, atol=1e-5)
-        else:
-            assert len(np.unique(one.mask)) > 1 and values.shape == (len(SEGMENTS), 16, 16)
-
-
-def test_alpha_and_probabilities_that_the_model_gives_itself(tmp_path: Path) -> None:
-    bundle = qm.load_bundle(judge_bundle())
-    made = deploy_triton(bundle.path, tmp_path / "repository")
-    check_ensemble(made.path, "judge_image")
-    picture = np.dstack([PHOTOGRAPHS[0], PHOTOGRAPHS[0][..., :1]])
-    (answer,) = ask(
-        load_model(made.path, "judge_preprocess"), strings([encoded(picture)], (1, 1)), name="image"
-    )
-    prepared = answer.output_tensors()[0].as_numpy()
-    assert prepared.shape == (1, 4, 32, 32)
-    values = run(made.path, "judge", {"x": prepared})["logits"]
-    (last,) = ask(load_model(made.path, "judge_probabilities"), values, name="logits")
-    found = last.output_tensors()[0].as_numpy()
-    # A second softmax would make them nearly equal.
-    assert np.array_equal(found, values) and found.dtype == np.float32
-    (one,) = bundle.predict(picture)
-    assert found[0].argmax() == one.best.index and found[0].max() == pytest.approx(
-        one.best.probability, abs=1e-5
-    )
-    assert (made.path / "judge" / "labels.txt").read_text() == "0\n1\n2\n"
-
-
-def test_sigmoids_and_softmaxes_of_large_logits_are_finite(tmp_path: Path) -> None:
-    made = deploy_triton(dynamic_bundle(), tmp_path / "repository")
-    model = load_model(made.path, "vmamba_digits_probabilities")
-    assert model.activation == "softmax"
-    model.activation = "sigmoid"
-    (answer,) = ask(model, np.array([[-6e4, 0, 6e4]], np.float32), name="logits")
-    np.testing.assert_array_equal(answer.output_tensors()[0].as_numpy(), [[0, 0.5, 1]])
 
 
 def test_labels_and_preprocessing_of_ones_own_arrive(tmp_path: Path) -> None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import builtins
 import errno
-import io
 import json
 import shlex
 import shutil
-import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -32,26 +28,11 @@ from deploy_bundles import (
 from google.protobuf import text_format
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
-from png_files import chunk
-from triton_stand_in import (
-    TYPES,
-    TritonModelException,
-    ask,
-    check_ensemble,
-    load_model,
-    models,
-    read_config,
-    strings,
-    warmup_batch,
-)
+from triton_repositories import TYPES, models, read_config, warmup_batch
 from tritonclient.grpc import model_config_pb2
 
 import quartermap_deploy as qm
 from quartermap_deploy.bundle import describe_file
-from quartermap_deploy.data.digits import load_digits
-from quartermap_deploy.data.images import prepare, sample_photographs
-from quartermap_deploy.data.preprocessing import Preprocessing
 from quartermap_deploy.deploy import triton
 from quartermap_deploy.deploy.textproto import textproto
 from quartermap_deploy.deploy.triton import TritonOptions, deploy_triton
@@ -155,7 +136,6 @@ def test_open_sizes_stay_open_but_for_images_and_warm_up(dynamic: Path, tmp_path
     # Triton makes no request of a size that it does not know.
     assert all(list(sample.inputs["images"].dims) == [3, 64, 64] for sample in config.model_warmup)
     assert list(read_config(made.path, f"{MODEL}_preprocess").output[0].dims) == [3, 64, 64]
-    check_ensemble(made.path, f"{MODEL}_image")
 
 
 def test_options_arrive_in_the_configuration(dynamic: Path, tmp_path: Path) -> None:
@@ -248,7 +228,7 @@ deploy_triton(*sys.argv[1:])
     assert (tmp_path / "repository" / "quartermap.json").is_file()
 
 
-# Running it as Triton would -------------------------------------------------------------------------------------
+# What a server needs; test_real_triton.py runs it -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -273,224 +253,15 @@ def test_warm_up_requests_are_the_golden_inputs(
     assert len({sample.inputs["images"].input_data_file for sample in config.model_warmup}) == len(golden)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_the_image_models_fit_together(kind: str, repositories: dict[str, Path]) -> None:
-    check_ensemble(repositories[kind], f"{MODEL}_image")
-    config = read_config(repositories[kind], f"{MODEL}_image")
-    assert [step.model_name for step in config.ensemble_scheduling.step] == [
-        f"{MODEL}_preprocess",
-        MODEL,
-        f"{MODEL}_probabilities",
-    ]
-    assert config.max_batch_size == read_config(repositories[kind], MODEL).max_batch_size
-    (images,) = config.input
-    assert (images.name, images.data_type, list(images.dims)) == ("image", model_config_pb2.TYPE_STRING, [1])
-
-
-def encoded(image: Image.Image, form: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    image.save(file, form)
-    return file.getvalue()
-
-
-def test_images_through_the_ensemble_are_classified_as_by_the_bundle(
-    dynamic: Path, repositories: dict[str, Path]
-) -> None:
-    repository, bundle = repositories["dynamic"], qm.load_bundle(dynamic)
-    held_out = load_digits().held_out
-    pictures = list(held_out.images[:8])
-    files = strings([encoded(Image.fromarray(picture)) for picture in pictures], (8, 1))
-    (first,) = ask(load_model(repository, f"{MODEL}_preprocess"), files, name="image")
-    (tensor,) = first.output_tensors()
-    assert tensor.name() == "images"
-    (logits,) = onnx_session(repository).run(["logits"], {"images": tensor.as_numpy()})
-    (last,) = ask(load_model(repository, f"{MODEL}_probabilities"), logits, name="logits")
-    (probabilities,) = last.output_tensors()
-    assert probabilities.name() == "probabilities" and probabilities.as_numpy().dtype == np.float32
-    wanted = bundle.run(prepare(pictures, qm.load_card(MODEL).preprocessing)).astype(np.float64)
-    softmax = np.exp(wanted) / np.exp(wanted).sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(probabilities.as_numpy(), softmax, atol=1e-5)
-    np.testing.assert_allclose(probabilities.as_numpy().sum(axis=1), 1, atol=1e-6)
-    # The pruned model takes one of these eight digits for another one, as 2 in 100.
-    assert (probabilities.as_numpy().argmax(axis=1) == held_out.labels[:8]).sum() == 7
-
-
-def test_one_image_through_the_ensemble_of_a_static_batch(repositories: dict[str, Path]) -> None:
-    repository, held_out = repositories["static"], load_digits().held_out
-    file = strings([encoded(Image.fromarray(held_out.images[0]))], (1,))
-    (first,) = ask(load_model(repository, f"{MODEL}_preprocess"), file, name="image")
-    images = first.output_tensors()[0].as_numpy()
-    assert images.shape == (1, 3, 64, 64) and images.dtype == np.float16
-    (logits,) = onnx_session(repository).run(["logits"], {"images": images})
-    (last,) = ask(load_model(repository, f"{MODEL}_probabilities"), logits, name="logits")
-    probabilities = last.output_tensors()[0].as_numpy()
-    assert probabilities.shape == (1, 10) and probabilities.dtype == np.float32
-    assert probabilities[0].argmax() == held_out.labels[0]
-
-
-def test_probabilities_of_large_logits_are_finite(repositories: dict[str, Path]) -> None:
-    logits = np.array([[6e4, -6e4, 0, 0, 0, 0, 0, 0, 0, 0]], dtype=np.float16)
-    (answer,) = ask(load_model(repositories["dynamic"], f"{MODEL}_probabilities"), logits, name="logits")
-    np.testing.assert_array_equal(answer.output_tensors()[0].as_numpy(), [[1, *[0] * 9]])
-
-
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_the_image_that_warms_up_is_a_golden_input(
-    kind: str, repositories: dict[str, Path], request: pytest.FixtureRequest
-) -> None:
-    repository = repositories[kind]
-    inputs, _ = golden_of(request.getfixturevalue(kind))
-    (sample,) = read_config(repository, f"{MODEL}_preprocess").model_warmup
-    batch = warmup_batch(repository, f"{MODEL}_preprocess", sample, "image")
-    (answer,) = ask(load_model(repository, f"{MODEL}_preprocess"), batch, name="image")
-    images = answer.output_tensors()[0].as_numpy().astype(np.float32)
-    # The digits are stretched to the size that they have already, so nothing is lost but what a pixel cannot hold.
-    np.testing.assert_allclose(images[0], inputs["images"]["images"][0], atol=1 / 255 + 1e-3)
-
-
-# Decoding and preparing images ----------------------------------------------------------------------------------
-
-PREPROCESSING = {
-    **{name: qm.load_card(name).preprocessing for name in (MODEL, "vmamba_tiny_s1l8", "medmamba_t")},
-    "nearest, not square": Preprocessing(
-        (40, 70), "cover", (33, 60), "nearest", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
-    ),
-    "grey": Preprocessing((40, 40), "cover", (32, 32), "hamming", (0.4,), (0.3,), "grey"),
-    "bgr of 0 to 255": Preprocessing(
-        (40, 40), "stretch", (32, 32), "lanczos", (103.0, 116.0, 123.0), (57.0, 58.0, 59.0), "bgr", 1.0
-    ),
-    "alpha": Preprocessing((40, 40), "cover", (32, 32), "box", (0.5,) * 4, (0.5,) * 4, "rgba", 1 / 127.5),
-}
-
-
-def preprocessor(
-    repositories: dict[str, Path], folder: Path, preprocessing: Preprocessing, **more: Any
-) -> Any:
-    """The model that prepares images, with other settings than those of its repository."""
-    repository = folder / "repository"
-    shutil.copytree(repositories["dynamic"], repository)
-    path = repository / f"{MODEL}_preprocess" / "config.pbtxt"
-    config = read_config(repository, f"{MODEL}_preprocess")
-    settings = json.loads(config.parameters["preprocessing"].string_value)
-    settings |= preprocessing.to_dict()
-    config.parameters["preprocessing"].string_value = json.dumps({**settings, **more})
-    path.write_text(text_format.MessageToString(config))
-    return load_model(repository, f"{MODEL}_preprocess")
-
-
-def pictures() -> dict[str, Image.Image]:
-    """Images of every kind that a JPEG or PNG file holds."""
-    photograph = Image.fromarray(next(iter(sample_photographs().values())))
-    grey = photograph.convert("L")
-    alpha = photograph.copy()
-    alpha.putalpha(grey)
-    return {
-        "photograph": photograph,
-        "upright": photograph.crop((100, 0, 201, 427)),
-        "one pixel": photograph.crop((5, 5, 6, 6)),
-        "a line": photograph.crop((0, 9, 640, 10)),
-        "grey": grey,
-        "two colours": photograph.convert("1"),
-        "alpha": alpha,
-        "grey and alpha": alpha.convert("LA"),
-        "palette": photograph.quantize(32),
-        "16 bits": Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64) * 16),
-        "a ribbon": Image.new("L", (3, 900), 77),
-    }
-
-
-@pytest.mark.parametrize("name", PREPROCESSING)
-def test_images_are_prepared_as_by_this_package(
-    name: str, repositories: dict[str, Path], tmp_path: Path
-) -> None:
-    model = preprocessor(repositories, tmp_path, PREPROCESSING[name])
-    files = {f"{kind}, PNG": encoded(picture) for kind, picture in pictures().items()}
-    photograph = pictures()["photograph"]
-    files |= {f"{mode}, JPEG": encoded(photograph.convert(mode), "JPEG") for mode in ("RGB", "L", "CMYK")}
-    for kind, data in files.items():
-        (answer,) = ask(model, strings([data], (1, 1)), name="image")
-        assert answer.error() is None, (kind, answer.error().message())  # type: ignore[union-attr]
-        (tensor,) = answer.output_tensors()
-        expected = prepare([Image.open(io.BytesIO(data))], PREPROCESSING[name])
-        assert tensor.as_numpy().dtype == np.float32
-        assert np.array_equal(tensor.as_numpy(), expected), kind
-
-
-def test_half_precision_is_rounded_once(repositories: dict[str, Path], tmp_path: Path) -> None:
-    preprocessing = PREPROCESSING["vmamba_tiny_s1l8"]
-    model = preprocessor(repositories, tmp_path, preprocessing, type="float16")
-    photograph = pictures()["photograph"]
-    (answer,) = ask(model, strings([encoded(photograph)], (1, 1)), name="image")
-    expected = prepare([photograph], preprocessing).astype(np.float16)
-    assert np.array_equal(answer.output_tensors()[0].as_numpy(), expected)
-
-
-def huge_png(width: int, height: int) -> bytes:
-    """A PNG file that says it has so many pixels, and has none."""
-
-    header = chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
-def test_a_bad_image_spoils_its_own_request_alone(repositories: dict[str, Path]) -> None:
-    photograph = pictures()["photograph"]
-    good = encoded(photograph)
-    bad = {
-        "empty": b"",
-        "no image": b"these are words",
-        "cut short": good[: len(good) // 2],
-        "another format": encoded(photograph, "GIF"),
-        "a spoilt checksum": good[:40] + bytes([good[40] ^ 1]) + good[41:],
-        "too large": huge_png(30_000, 30_000),
-    }
-    requests = [strings([good], (1, 1))]
-    for data in bad.values():
-        requests += [strings([good, data], (2, 1)), strings([good], (1, 1))]
-    answers = ask(load_model(repositories["dynamic"], f"{MODEL}_preprocess"), *requests, name="image")
-    expected = answers[0].output_tensors()[0].as_numpy()
-    for place, kind in enumerate(bad):
-        spoilt, untouched = answers[1 + 2 * place], answers[2 + 2 * place]
-        error = spoilt.error()
-        assert error is not None and not spoilt.output_tensors(), kind
-        assert error.code() == "INVALID_ARG" and error.message().startswith("image 2 "), error.message()
-        assert untouched.error() is None
-        assert np.array_equal(untouched.output_tensors()[0].as_numpy(), expected)
-    error = answers[1 + 2 * list(bad).index("too large")].error()
-    assert error is not None
-    assert "30000 x 30000 pixels, at most 50,000,000 are taken" in error.message()
-
-
-def test_a_strip_that_the_resize_would_make_too_large_is_refused(
-    repositories: dict[str, Path], tmp_path: Path
-) -> None:
-    model = preprocessor(repositories, tmp_path, PREPROCESSING["vmamba_tiny_s1l8"])
-    strip = encoded(Image.new("1", (1, 30_000)))
-    (answer,) = ask(model, strings([strip], (1, 1)), name="image")
-    error = answer.error()
-    assert error is not None and error.code() == "INVALID_ARG"
-    assert "image 1 has 1 x 30000 pixels" in error.message() and "256 x 7680000" in error.message()
-
-
-def test_the_model_stands_alone(repositories: dict[str, Path]) -> None:
-    """What it shares with this package is in its own text, as the package is not there where it runs."""
-    text = (repositories["dynamic"] / f"{MODEL}_preprocess" / "1" / "model.py").read_text()
-    assert "import quartermap_deploy" not in text and "from quartermap_deploy" not in text
+def test_the_models_stand_alone(repositories: dict[str, Path]) -> None:
+    """What they share with this package is in their own text, as the package is not there where they run."""
+    for model in IMAGE_MODELS[1:]:
+        text = (repositories["dynamic"] / model / "1" / "model.py").read_text()
+        assert "import quartermap_deploy" not in text and "from quartermap_deploy" not in text
+        # A folder of this name would be a change to Triton, which then loads the model again.
+        assert (repositories["dynamic"] / model / "1" / "__pycache__").is_file()
+    text = (repositories["dynamic"] / IMAGE_MODELS[1] / "1" / "model.py").read_text()
     assert "def cropped(" in text and "def with_mode(" in text
-
-
-def test_without_pillow_the_model_says_what_is_missing(
-    repositories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *arguments: Any, **options: Any) -> Any:
-        if name == "PIL" or name.startswith("PIL."):
-            raise ImportError("No module named 'PIL'")
-        return real(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(TritonModelException, match="pip install pillow"):
-        load_model(repositories["dynamic"], f"{MODEL}_preprocess")
 
 
 # Engines --------------------------------------------------------------------------------------------------------
@@ -525,7 +296,6 @@ def test_an_engine_is_served_on_its_own_gpus_with_its_plugin(
         ("batch of 8", 8),
         ("batch of 32", 32),
     ]
-    check_ensemble(made.path, f"{MODEL}_image")
     library = made.path / "libquartermap_plugin.so"
     assert library.read_bytes() == plugin.read_bytes()
     assert shlex.split(made.command) == [

@@ -20,7 +20,7 @@ from npm_packages import npm_package
 from test_onnxruntime_interface import include_folder
 
 import quartermap_deploy as qm
-from quartermap_deploy.deploy.warmup import encoded_image
+from quartermap_deploy.data.images import restored
 from quartermap_deploy.validation.golden import read_golden
 
 EXAMPLES = REPOSITORY / "examples"
@@ -67,7 +67,7 @@ def test_python(tmp_path: Path) -> None:
     bundle = qm.load_bundle(dynamic_bundle())
     assert bundle.preprocessing is not None
     prepared, logits = golden()
-    (tmp_path / "golden.png").write_bytes(encoded_image(prepared[0], bundle.preprocessing))
+    restored(prepared[0], bundle.preprocessing).save(tmp_path / "golden.png")
     printed = ran(sys.executable, script, bundle.path, tmp_path / "golden.png", PYTHONPATH=str(REPOSITORY))
     powers = np.exp(logits[0] - logits[0].max())
     expected = powers / powers.sum()

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quartermap_deploy.errors import InputError
-from quartermap_deploy.serving.batcher import Batcher
+from quartermap_deploy.serving.batcher import LONELY, Batcher
 from quartermap_deploy.serving.refusal import Refusal
 from quartermap_deploy.serving.statistics import ModelStatistics, Timings, prometheus
 
@@ -120,6 +120,24 @@ def test_an_image_does_not_wait_longer_than_the_delay() -> None:
         return timings
 
     assert 0.2e9 <= run(work, session, max_delay=0.2).queue < 5e9
+
+
+def test_who_has_long_come_alone_does_not_wait_until_others_come() -> None:
+    delay = 0.03
+
+    async def work(batcher: Batcher) -> list[int]:
+        waited = []
+        for value in range(LONELY + 2):
+            waited.append((await ask(batcher, images(value)))[1].queue)
+            # Later than the delay, whether this one waited or not.
+            await asyncio.sleep(1.5 * delay)
+        await asyncio.gather(*(ask(batcher, images(value)) for value in range(2)))
+        return [*waited, (await ask(batcher, images(0)))[1].queue]
+
+    *waited, after = run(work, Session(), max_delay=delay)
+    assert min(waited[:LONELY]) >= 1e9 * delay and after >= 1e9 * delay
+    # The machine may be busy once.
+    assert min(waited[LONELY:]) < 0.5e9 * delay
 
 
 def test_images_of_other_sizes_are_no_part_of_a_batch() -> None:

@@ -22,6 +22,9 @@ from deploy_bundles import change_manifest, dynamic_bundle
 from served import IMAGE_MODEL, MODEL, Served, ask, close, digits, file_of, prepared, serving
 
 import quartermap_deploy as qm
+from quartermap_deploy.serving import startup
+from quartermap_deploy.serving.options import ServeOptions
+from quartermap_deploy.targets.onnxruntime.session import OnnxRuntimeSession
 
 grpc = pytest.importorskip("grpc", reason="the extra serve is not installed")
 pytest.importorskip("tritonclient.http", reason="tritonclient[http] is not installed")
@@ -238,6 +241,41 @@ def test_a_signal_before_it_listens_ends_it_well(copy: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert [json.loads(line)["event"] for line in done.stderr.splitlines()] == ["stopping", "stopped"]
+
+
+class Timed:
+    """A session that takes a time, by a clock of the test's own."""
+
+    def __init__(self, session: OnnxRuntimeSession, seconds: float, clock: list[float]) -> None:
+        self.inputs, self.seconds, self.clock = session.inputs, seconds, clock
+        self.shapes: list[tuple[int, ...]] = []
+
+    def infer(self, feeds: dict[str, Any]) -> None:
+        (images,) = feeds.values()
+        self.shapes.append(images.shape)
+        self.clock[0] += self.seconds
+
+
+@pytest.mark.parametrize(("wide", "stays", "runs"), [(0.7, True, 1), (0.81, False, 1), (0.05, False, 7)])
+def test_a_session_of_all_cores_stays_where_it_is_faster(
+    wide: float, stays: bool, runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = startup.make_plan(qm.load_bundle(dynamic_bundle()), ServeOptions())
+    clock, real = [0.0], OnnxRuntimeSession(plan.bundle.model_path, 1)
+    for name in ("monotonic", "perf_counter"):
+        monkeypatch.setattr(startup.time, name, lambda: clock[0])
+    one = Timed(real, 1.0 if runs == 1 else 0.06, clock)
+    sessions = startup.Sessions([one, one], Timed(real, wide, clock))  # type: ignore[list-item, arg-type]
+    chosen = startup.without_waste(plan, sessions)
+    assert chosen.workers == sessions.workers and chosen.wide is (sessions.wide if stays else None)
+    # A lone image; as often as a second allows, but once in any case.
+    assert one.shapes == [(1, 3, 64, 64)] * runs
+
+
+def test_a_session_alone_is_not_compared() -> None:
+    plan = startup.make_plan(qm.load_bundle(dynamic_bundle()), ServeOptions())
+    sessions = startup.Sessions([], None)
+    assert startup.without_waste(plan, sessions) is sessions
 
 
 # Stopping -------------------------------------------------------------------------------------------------------

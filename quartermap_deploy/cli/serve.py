@@ -122,7 +122,8 @@ def add_parser(subparsers: Subparsers) -> None:
         type=whole(1, MOST_WORKERS),
         metavar="N",
         help="batches that run side by side, each with its share of the cores (default: with ONNX Runtime one for each "
-        "core under load, while a batch that comes alone gets all cores; with engines, or providers other than CPU, 1)",
+        "core under load, while a batch that comes alone gets all cores if that is faster; with engines, or providers "
+        "other than CPU, 1)",
     )
     parser.add_argument(
         "--max-batch",

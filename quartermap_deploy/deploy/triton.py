@@ -45,7 +45,6 @@ from quartermap_deploy.deploy.triton_config import (
     probabilities_config,
 )
 from quartermap_deploy.deploy.triton_source import Source, find_source
-from quartermap_deploy.deploy.warmup import encoded_image, string_bytes, tensor_bytes
 from quartermap_deploy.errors import DeployError, InputError
 from quartermap_deploy.files import FolderKind, check_outside
 from quartermap_deploy.image_interface import (
@@ -68,6 +67,10 @@ CPU_BATCH, GPU_BATCH = 8, 32
 """Largest batches where nothing else says: on a CPU larger ones gain little and make the first image wait."""
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 """Names of models: Triton takes a folder's name as the model's, and users put it into addresses."""
+NO_CACHE = (
+    "This file keeps Python from making a folder of its name, which Triton would take for a change of the model "
+    "where it polls.\n"
+)
 _MODELS = Path(__file__).parent / "triton_models"
 
 
@@ -228,7 +231,9 @@ class TritonPlan:
             version = "or newer" if self.source.version_compatible else "and no other version"
             found.append(f"needs TensorRT {self.source.tensorrt} {version} in Triton, and {gpus}")
         if self.interface.images is not None:
-            found.append("the image models need Pillow where Triton runs: pip install pillow")
+            found.append(
+                "the image models need Pillow where Triton runs, and refuse requests without: pip install pillow"
+            )
         if self.no_images:
             found.append(f"there are no image models: {self.no_images}")
         return found
@@ -457,7 +462,8 @@ def _write_model(plan: TritonPlan, folder: Path) -> None:
         for place, item in enumerate(interface.inputs, 1):
             # Not the input's name, which may be no name for a file.
             names[item.name] = f"sample{index}_input{place}"
-            files[names[item.name]] = tensor_bytes(sample[item.name], item.type)
+            values = sample[item.name].astype(np.dtype(item.type).newbyteorder("<"))
+            files[names[item.name]] = values.tobytes()
         shapes = {name: values.shape for name, values in sample.items()}
         samples.append(Sample(f"sample {index}", names, shapes))
     tuned = {profile.batch[1] for profile in plan.source.profiles} | {interface.max_batch}
@@ -490,12 +496,9 @@ def _write_image_models(plan: TritonPlan, images: ImageInterface, folder: Path) 
     """Write the models that images go through besides the model itself."""
     interface, version = plan.interface, str(plan.options.version)
     settings = {**images.preprocessing.to_dict(), "type": images.item.type, "largest": pixels.LARGEST}
-    golden = np.asarray(plan.golden[images.item.name][0], dtype=np.float32)
-    warmup = {"sample1": string_bytes([encoded_image(golden, images.preprocessing)])}
-    sample = Sample("sample 1", {interface.files: "sample1"}, {interface.files: [1]})
-    config = preprocess_config(interface, json.dumps(settings), sample, plan.options.image_workers)
+    config = preprocess_config(interface, json.dumps(settings), plan.options.image_workers)
     labels = None if interface.classes is None else plan.labels
-    _write(folder / interface.preprocess, config, None, warmup)
+    _write(folder / interface.preprocess, config)
     _write(folder / interface.ensemble, ensemble_config(interface), labels)
     scripts = {interface.preprocess: "preprocess.py"}
     if interface.classes is not None:
@@ -505,6 +508,7 @@ def _write_image_models(plan: TritonPlan, images: ImageInterface, folder: Path) 
     for name, script in scripts.items():
         (folder / name / version).mkdir()
         (folder / name / version / "model.py").write_text(_script(script), encoding="utf-8")
+        (folder / name / version / "__pycache__").write_text(NO_CACHE, encoding="utf-8")
     # Triton wants a version of the ensemble too, and storage for objects forgets folders that are empty.
     (folder / interface.ensemble / version).mkdir()
     (folder / interface.ensemble / version / "ensemble.txt").write_text(
@@ -523,7 +527,7 @@ def _script(name: str) -> str:
 def _write(
     folder: Path,
     config: Mapping[str, Any],
-    labels: Sequence[str] | None,
+    labels: Sequence[str] | None = None,
     warmup: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write what lies beside the versions of a model."""

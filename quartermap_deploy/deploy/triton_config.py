@@ -77,8 +77,9 @@ class Interface:
     def tensor(self, item: TensorInfo, **more: Any) -> dict[str, Any]:
         """Return an input or output of a configuration."""
         shape = self.dims([size if isinstance(size, int) else -1 for size in item.shape])
-        # Triton has no shape without axes.
-        reshape: dict[str, Any] = {} if shape else {"reshape": {"shape": []}}
+        # Triton has no shape without axes. Without a batch it takes no empty one to reshape to either: its ONNX Runtime
+        # backend gives an output without axes the shape that stands here.
+        reshape: dict[str, Any] = {"reshape": {"shape": []}} if not shape and self.max_batch else {}
         return {
             "name": item.name,
             "data_type": _TYPES[item.type],
@@ -178,13 +179,12 @@ def model_config(
     return config
 
 
-def preprocess_config(interface: Interface, settings: str, sample: Sample, instances: int) -> dict[str, Any]:
+def preprocess_config(interface: Interface, settings: str, instances: int) -> dict[str, Any]:
     """Return the configuration of the model that decodes and prepares images.
 
     Args:
         interface: see there.
         settings: for its script, which says what is in them.
-        sample: a warm-up request.
         instances: how many images are decoded at the same time.
     """
     return {
@@ -195,7 +195,6 @@ def preprocess_config(interface: Interface, settings: str, sample: Sample, insta
         "output": [interface.tensor(interface.prepared)],
         "instance_group": [{"count": instances, "kind": Enum("KIND_CPU")}],
         "parameters": _parameters(preprocessing=settings),
-        "model_warmup": [_warmup(sample, {interface.files: _BYTES})],
     }
 
 

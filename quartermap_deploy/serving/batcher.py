@@ -5,7 +5,8 @@ it, every input with its own. Of another model each request is run by itself.
 
 Requests wait in one queue for all workers. A worker that is free takes the oldest one and those behind it, as many as
 go into a batch, once the batch is full or its oldest request has waited for long enough. While all workers are busy
-the queue fills up by itself, so that under load batches become large without any waiting for the sake of it.
+the queue fills up by itself, so that under load batches become large without any waiting for the sake of it. Where
+requests have come one by one for a while, as from a single client, none waits.
 
 On a CPU one batch is fastest with all the cores, and many batches are with a core for each: operators of these models
 are short, and cores that share them wait for each other. So there may be a wide session beside those of the workers. It
@@ -32,6 +33,9 @@ from quartermap_deploy.targets import Session
 
 Arrays: TypeAlias = "Mapping[str, NDArray[Any]]"
 
+LONELY = 8
+"""Requests in a row, each alone for the whole delay, after which none waits for others."""
+
 
 @dataclass(eq=False)
 class _Job:
@@ -55,6 +59,8 @@ class _Job:
 
 
 _Outcome = tuple[_Job, "tuple[dict[str, NDArray[Any]], Timings] | Exception"]
+_Batch = tuple[int, Timings]
+"""A batch that was run: its images, and where the time went."""
 
 
 class Batcher:
@@ -79,7 +85,8 @@ class Batcher:
             wide: what runs a batch when there is no other.
             statistics: where batches are counted.
             max_batch: most images of a batch.
-            max_delay: seconds that an image may wait for others while a worker is free.
+            max_delay: seconds that an image may wait for others while a worker is free. None waits after `LONELY` that
+                came alone, until two come within that time again.
             queue: most images that may wait.
             joins: whether requests are put together.
             on_error: told, in the thread of the event loop, of what a session raises.
@@ -92,6 +99,7 @@ class Batcher:
         self._jobs: deque[_Job] = deque()
         self._waiting = 0
         self._running = 0
+        self._arrived = self._alone = 0
         self._runs_wide = self._crowded = False
         self._stopping = False
         # Daemons: a session that never returns must not keep the process from ending.
@@ -131,6 +139,8 @@ class Batcher:
                 raise busy("the server is stopping")
             if self._waiting + images > self.limit:
                 raise busy(f"{self._waiting} images wait already, at most {self.limit} do; try again later")
+            self._alone = self._alone + 1 if job.since - self._arrived > self._delay else 0
+            self._arrived = job.since
             self._jobs.append(job)
             self._waiting += images
             self._ready.notify()
@@ -166,9 +176,13 @@ class Batcher:
     def _work(self, session: Session) -> None:
         while (batch := self._take(session)) is not None:
             chosen, jobs = batch
-            outcomes = self._outcomes(chosen, jobs)
+            batches: list[_Batch] = []
+            outcomes = self._outcomes(chosen, jobs, batches)
             self._leave()
-            if not self._deliver(outcomes):
+            # One call for all of it, as each wakes the loop.
+            try:
+                self._loop.call_soon_threadsafe(self._answer, batches, outcomes)
+            except RuntimeError:  # the loop is closed: the time for stopping was over before this batch was
                 return
 
     def _take(self, session: Session) -> tuple[Session, list[_Job]] | None:
@@ -185,7 +199,7 @@ class Batcher:
                     continue
                 count, full = self._front()
                 wait = self._jobs[0].since + self._delay - time.monotonic_ns()
-                if not (full or self._stopping or wait <= 0):
+                if not (full or self._stopping or self._alone > LONELY or wait <= 0):
                     self._ready.wait(wait / 1e9)
                     continue
                 taken = [self._jobs.popleft() for _ in range(count)]
@@ -219,16 +233,17 @@ class Batcher:
                 return count, True
         return len(self._jobs), images == self.max_batch
 
-    def _outcomes(self, session: Session, jobs: list[_Job]) -> list[_Outcome]:
+    def _outcomes(self, session: Session, jobs: list[_Job], batches: list[_Batch]) -> list[_Outcome]:
+        """Run jobs, and add the batches that they became to `batches`."""
         try:
-            return self._run(session, jobs)
+            return self._run(session, jobs, batches)
         except Exception as error:
             if len(jobs) == 1:
                 return [(jobs[0], error)]
         # Which of them is to blame, nobody knows; alone, the others get their answers.
-        return [outcome for job in jobs for outcome in self._outcomes(session, [job])]
+        return [outcome for job in jobs for outcome in self._outcomes(session, [job], batches)]
 
-    def _run(self, session: Session, jobs: list[_Job]) -> list[_Outcome]:
+    def _run(self, session: Session, jobs: list[_Job], batches: list[_Batch]) -> list[_Outcome]:
         start = time.monotonic_ns()
         first, *others = jobs
         images = sum(job.images for job in jobs)
@@ -245,7 +260,7 @@ class Batcher:
         parts = self._parts(outputs, jobs, images) if self._joins else [_numbers(outputs)]
         end = time.monotonic_ns()
         spent = Timings(0, prepared - start, ran - prepared, end - ran)
-        self._call(self._statistics.executed, images, spent)
+        batches.append((images, spent))
         return [
             (job, part if isinstance(part, Exception) else (part, spent.plus(queue=start - job.since)))
             for job, part in zip(jobs, parts, strict=True)
@@ -270,19 +285,11 @@ class Batcher:
             parts.append(part if sound else _numbers(part))
         return parts
 
-    def _deliver(self, outcomes: list[_Outcome]) -> bool:
-        return self._call(self._answer, outcomes)
-
-    def _call(self, function: Callable[..., None], *arguments: Any) -> bool:
-        try:
-            self._loop.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:  # the loop is closed: the time for stopping was over before this batch was
-            return False
-        return True
-
     # In the thread of the event loop again.
 
-    def _answer(self, outcomes: list[_Outcome]) -> None:
+    def _answer(self, batches: list[_Batch], outcomes: list[_Outcome]) -> None:
+        for images, spent in batches:
+            self._statistics.executed(images, spent)
         for job, outcome in outcomes:
             if isinstance(outcome, Exception) and not isinstance(outcome, (InputError, Refusal)):
                 self._on_error(outcome)

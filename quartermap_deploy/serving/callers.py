@@ -12,6 +12,7 @@ gRPC needs no such check: a browser cannot speak it without a proxy that transla
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import re
 from collections.abc import Iterable, Mapping
@@ -99,11 +100,17 @@ class Callers:
     def _known(self, host: str) -> bool:
         """Whether a header Host has an address, or a name that this server answers to."""
         name = _without_port(host)
-        try:
-            ipaddress.ip_address(name[1:-1] if name.startswith("[") and name.endswith("]") else name)
-        except ValueError:
-            return host_name(name) in self._names
-        return True
+        return _is_address(name) or host_name(name) in self._names
+
+
+@functools.lru_cache(maxsize=64)
+def _is_address(name: str) -> bool:
+    """Whether a name is an address; clients ask by the same one again and again."""
+    try:
+        ipaddress.ip_address(name[1:-1] if name.startswith("[") and name.endswith("]") else name)
+    except ValueError:
+        return False
+    return True
 
 
 def _without_port(host: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,24 +67,24 @@ class Description:
         """How many images a request has, of a model without a batch one."""
         return len(next(iter(inputs.values()))) if self.batch_axis else 1
 
-    @property
+    @functools.cached_property
     def most_values(self) -> int:
         """Most numbers, or strings, that the inputs of a request have; `OPEN_VALUES` where sides are open."""
         return sum(self._values(spec.shape) for spec in self.inputs)
 
-    @property
+    @functools.cached_property
     def most_rows(self) -> int:
         """Most lists that these values are in where they are nested as their shapes."""
         return sum(2 * self._values(spec.shape[:-1]) + len(spec.shape) for spec in self.inputs)
 
-    @property
+    @functools.cached_property
     def most_json(self) -> int:
         """Bytes of the longest JSON of a request."""
         if self._takes_files:
             return JSON_ROOM + JSON_FILES
         return JSON_ROOM + JSON_VALUE * self.most_values
 
-    @property
+    @functools.cached_property
     def most_bytes(self) -> int | None:
         """Bytes of the longest request, its values in JSON or behind it; None where nothing tells."""
         closed = all(-1 not in spec.shape[1:] for spec in self.inputs)

@@ -40,6 +40,7 @@ from quartermap_deploy.serving.startup import (
     make_plan,
     note_form,
     open_sessions,
+    without_waste,
 )
 from quartermap_deploy.serving.state import State
 from quartermap_deploy.serving.statistics import ModelStatistics
@@ -230,7 +231,10 @@ class _Server:
             return sessions
         worst = check_golden(self.plan, sessions.different())
         self.log.info("golden_inputs_passed", worst_relative_error=float(f"{worst:.3g}"))
-        return sessions
+        chosen = without_waste(self.plan, sessions)
+        if chosen is not sessions:
+            self.log.info("a_core_for_each_batch", reason="all cores are hardly faster for one")
+        return chosen
 
     async def _drain(self) -> int:
         """Refuse what comes, and wait for what was taken on; return how many requests are left all the same."""

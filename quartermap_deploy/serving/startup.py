@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,10 @@ OPEN_SIDE = 512
 """How large a side that is open is taken to be where room in memory is planned."""
 RESERVED = (".", "..", "config", "infer", "ready", "stats", "versions")
 """What stands in the place of a model's name, or behind it, in the paths of the protocol."""
+RUNS, LONGEST = 7, 1.0
+"""Turns in which sessions are compared, and seconds after which no further one begins."""
+WORTH = 0.8
+"""Share of the time of one core that all cores take at most where they are worth it."""
 
 
 @dataclass(frozen=True)
@@ -278,6 +283,36 @@ def open_sessions(plan: Plan) -> Sessions:
         return Sessions([one] * plan.workers, None)
     # Side by side, sessions with a thread for each core would only be in each other's way.
     return Sessions([OnnxRuntimeSession(path, plan.threads, rules) for _ in range(plan.workers)], None)
+
+
+def without_waste(plan: Plan, sessions: Sessions) -> Sessions:
+    """Leave the wide session out where it is hardly faster: it takes all cores, those of clients here and of others.
+
+    A golden input that comes alone is run by both in turns, and the fastest runs are compared.
+    """
+    from quartermap_deploy.validation.golden import read_golden
+
+    wide = sessions.wide
+    if wide is None:
+        return sessions
+    cases, _ = read_golden(plan.bundle.path, plan.bundle.manifest["golden"])
+    first = slice(1 if plan.model.joins else None)
+    alone = [
+        {item.name: case[item.name][first].astype(item.type, copy=False) for item in wide.inputs}
+        for case in cases.values()
+    ]
+    feeds = next(feeds for feeds in alone if plan.bundle.changed is None or _takes(wide.inputs, feeds))
+    fastest = {wide: math.inf, sessions.workers[0]: math.inf}
+    start = time.monotonic()
+    for _ in range(RUNS):
+        for session in fastest:
+            before = time.perf_counter()
+            session.infer(feeds)
+            fastest[session] = min(fastest[session], time.perf_counter() - before)
+        if time.monotonic() - start > LONGEST:
+            break
+    pays = fastest[wide] <= WORTH * fastest[sessions.workers[0]]
+    return sessions if pays else Sessions(sessions.workers, None)
 
 
 def note_form(plan: Plan, sessions: Sessions) -> list[str]:

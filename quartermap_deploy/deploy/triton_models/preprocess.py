@@ -33,6 +33,7 @@ from quartermap_deploy.data.pixels import (
 )
 
 FORMATS = ("JPEG", "PNG")
+NO_PILLOW = "images need Pillow where Triton runs: pip install pillow, and start Triton again"
 
 
 class NoImageError(Exception):
@@ -44,13 +45,15 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Read the configuration."""
+        config = json.loads(args["model_config"])
+        self.ready = True
         try:
             from PIL import Image
         except ImportError as error:
-            raise pb_utils.TritonModelException(
-                "the image models need Pillow in the container: pip install pillow (or deploy with --no-images)"
-            ) from error
-        config = json.loads(args["model_config"])
+            # Not raised, as Triton would end, and the other models with it: it does where a model cannot be loaded.
+            self.ready = False
+            pb_utils.Logger.log_error(f"{config['name']}: {NO_PILLOW} ({error})")
+            return
         settings = json.loads(config["parameters"]["preprocessing"]["string_value"])
         # The limit below is ours; Pillow's own would only warn.
         Image.MAX_IMAGE_PIXELS = None
@@ -64,6 +67,10 @@ class TritonPythonModel:
         }
         self.color: str = settings["color"]
         self.levels = levels(settings["mean"], settings["std"], settings["scale"]).astype(settings["type"])
+        # Pillow loads its formats with the first file. Triton's own warm-up has to succeed, so it would need Pillow.
+        first = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(first, "PNG")
+        self.prepare(first.getvalue(), 1)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer each request with its prepared images, or with what is wrong with one of them."""
@@ -71,13 +78,13 @@ class TritonPythonModel:
 
     def respond(self, request: Any) -> Any:
         """Answer one request."""
+        if not self.ready:
+            return refused(NO_PILLOW, pb_utils.TritonError.UNAVAILABLE)
         files = pb_utils.get_input_tensor_by_name(request, self.input).as_numpy().reshape(-1)
         try:
             batch = np.stack([self.prepare(data, place) for place, data in enumerate(files, 1)])
         except NoImageError as error:
-            return pb_utils.InferenceResponse(
-                error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
-            )
+            return refused(str(error), pb_utils.TritonError.INVALID_ARG)
         return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor(self.output, batch)])
 
     def prepare(self, data: bytes, place: int) -> Any:
@@ -88,7 +95,13 @@ class TritonPythonModel:
         except UnfitImageError as error:
             raise NoImageError(f"image {place} {error}") from error
         except Exception as error:  # Pillow's readers raise errors of many kinds on damaged files
-            raise NoImageError(f"image {place} cannot be read as JPEG or PNG: {error}") from error
+            what = f"of {len(data)} bytes cannot be read as JPEG or PNG" if data else "is empty"
+            raise NoImageError(f"image {place} {what}") from error
         return np.stack(
             [values[plane] for values, plane in zip(self.levels, planes(centre, self.color), strict=True)]
         )
+
+
+def refused(message: str, code: int) -> Any:
+    """Answer a request with what is wrong."""
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
