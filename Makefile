@@ -70,8 +70,9 @@ build/node/.installed: tests/npm/package-lock.json
 	@(command -v npm >/dev/null && cd $(@D) && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error) && touch $@ || \
 		echo "the packages of npm are not to be had here: tests with them will skip" >&2
 
+# Bytecode is kept, even where the environment says otherwise: tests start hundreds of processes.
 pytest: native tensorrt node ## the tests alone; PYTEST_FLAGS="-k scan" chooses some
-	@$(ONE_THREAD) $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_FLAGS)
+	@$(ONE_THREAD) PYTHONDONTWRITEBYTECODE= $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_FLAGS)
 
 test-server: $(STAMP) ## the server in another Python, without torch: make test-server SERVER_PYTHON=python3.13
 	@$(SERVER_PYTHON) -m venv --clear build/server
