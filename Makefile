@@ -78,8 +78,9 @@ build/triton/.installed: tests/triton_server/requirements.txt $(STAMP)
 	@$(RUN) -m pip install --disable-pip-version-check -q --no-deps --only-binary :all: --target $(@D) -r $< && touch $@ || \
 		echo "Triton is not to be had here: tests with it will skip" >&2
 
+# Bytecode is kept, even where the environment says otherwise: tests start hundreds of processes.
 pytest: native tensorrt node triton ## the tests alone; PYTEST_FLAGS="-k scan" chooses some
-	@$(ONE_THREAD) $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_FLAGS)
+	@$(ONE_THREAD) PYTHONDONTWRITEBYTECODE= $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_FLAGS)
 
 test-server: $(STAMP) ## the server in another Python, without torch: make test-server SERVER_PYTHON=python3.13
 	@$(SERVER_PYTHON) -m venv --clear build/server

@@ -79,3 +79,10 @@ def _traced_once(_shared_folder: None) -> Iterator[None]:
 def cpu_library(_own_folders: None, _shared_folder: None) -> Path:
     """A built CPU library; tests that want it skip where there is no C++ compiler."""
     return cpu_builds.library("all")
+
+
+@pytest.fixture(scope="module")
+def natively(_own_folders: None, _shared_folder: None) -> Iterator[None]:
+    """For files that name it in `pytestmark`: their scans run by the native operators, where there are some."""
+    with cpu_builds.native_where_it_can_be():
+        yield

@@ -18,6 +18,7 @@ from made_once import made_once
 from quartermap_deploy.native.build import plugin_sources
 from quartermap_deploy.native.cpu_build import CPU_LIBRARY, CpuBuildOptions, build_cpu_library, cache_name
 from quartermap_deploy.native.cpu_library import find_cpu_library
+from quartermap_deploy.scan.cpu import kernels
 
 KERNELS = plugin_sources() / "kernels"
 SHARED = ("contract", "cpu_norm", "cpu_scan", "division", "instruction_sets", "scratch", "threads")
@@ -128,13 +129,21 @@ def library(name: str) -> Path:
 
 @contextlib.contextmanager
 def native_where_it_can_be() -> Iterator[None]:
-    """Let ONNX Runtime have the native operators, if there is a library or a compiler; else it goes without."""
+    """Let PyTorch and ONNX Runtime have the native operators, where there is a library or a compiler.
+
+    For tests of what is done with outputs and times: scans by PyTorch's own means take longer than everything else.
+    """
     try:
         named = str(library("all"))
     except pytest.skip.Exception:
         named = "0"
     with mock.patch.dict(os.environ, QUARTERMAP_NATIVE=named):
-        yield
+        # A process looks for them once.
+        kernels.cache_clear()
+        try:
+            yield
+        finally:
+            kernels.cache_clear()
 
 
 def put_into_cache(library: Path, home: Path) -> Path:

@@ -17,6 +17,7 @@ from made_once import made_once
 from onnx import helper, numpy_helper
 from reference_models import CONFIGS, DIMS, Reference, load
 from torch import Tensor
+from traced_once import traced_once
 
 from quartermap_deploy.architectures.base import VisualStateSpaceModel
 from quartermap_deploy.architectures.medmamba import MedMamba, MedMambaConfig
@@ -451,7 +452,7 @@ def _made_once(name: str, make: Callable[[], onnx.ModelProto]) -> bytes:
 def traced(name: str) -> onnx.ModelProto:
     """Return a reference as the exporter traces it; traced once in a test run."""
     given = reference(name)
-    return onnx.load_from_string(_made_once(name, lambda: trace(given.model, tuple(given.input.shape))))
+    return traced_once(given.model, tuple(given.input.shape))
 
 
 def traced_with_open_sizes(name: str) -> onnx.ModelProto:
@@ -526,4 +527,4 @@ def digits() -> tuple[VisualStateSpaceModel, Tensor]:
 def traced_digits() -> onnx.ModelProto:
     """Return the digits model as the exporter traces it; traced once in a test run."""
     model, images = digits()
-    return onnx.load_from_string(_made_once("digits", lambda: trace(model, tuple(images.shape))))
+    return traced_once(model, tuple(images.shape))

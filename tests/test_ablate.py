@@ -5,12 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import cpu_builds
 import pytest
 from evaluation_data import digit_folders
 from measuring import MODEL, Outcome, call, full_disk, refused
@@ -24,16 +22,11 @@ from quartermap_deploy.evaluation.workbench import Workbench
 from quartermap_deploy.pruning import QuarterMap
 from quartermap_deploy.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("natively")
+
 DEPTHS = (2, 2, 4, 2)
 QUICK = ("--repeats", 1, "--threads", 1, "--limit", 20)
 TORCH = ("ablate", MODEL, "--target", "torch", *QUICK)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _native() -> Iterator[None]:
-    """Scans run by the native operator where there is one: the time that is left is that of everything else."""
-    with cpu_builds.native_where_it_can_be():
-        yield
 
 
 @pytest.fixture(scope="module")

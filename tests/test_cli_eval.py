@@ -19,6 +19,8 @@ from test_cli import Outcome, Refuse, call, refused, workplace
 from quartermap_deploy.evaluation.tally import Tally
 from quartermap_deploy.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("natively")
+
 __all__ = ["refused", "workplace"]
 
 MODEL = ("eval", "vmamba_digits", "--target", "torch")

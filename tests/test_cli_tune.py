@@ -17,6 +17,8 @@ from quartermap_deploy.cli.tune import factor, image_sets, share
 from quartermap_deploy.evaluation.datasets import Dataset
 from quartermap_deploy.evaluation.trial import Trial
 
+pytestmark = pytest.mark.usefixtures("natively")
+
 __all__ = ["refused", "workplace"]
 
 QUICK = ("--measure", "flops", "--stride", "2", "--exclude-stages", "1", "--evaluations", "24")

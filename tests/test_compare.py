@@ -29,6 +29,8 @@ from quartermap_deploy.pruning import QuarterMap, prune
 from quartermap_deploy.recipe import Recipe
 from quartermap_deploy.sources.source_model import Traced
 
+pytestmark = pytest.mark.usefixtures("natively")
+
 NAMES = ["unpruned", "QuarterMap k = 3", "QuarterMap k = 3, canonical", "ToMe k = 3"]
 IMAGES = 40
 QUICK = ("--batch", 2, "--every", 3, "--repeats", 2, "--threads", 1, "--limit", IMAGES)

@@ -19,6 +19,8 @@ from quick_results import quick_results
 
 from quartermap_deploy.errors import ReportError
 
+pytestmark = pytest.mark.usefixtures("natively")
+
 SCRIPTS = REPOSITORY / "benchmarks"
 COMMITTED = REPOSITORY / "docs" / "evidence"
 

@@ -28,7 +28,11 @@ IMAGENET = load_card("vmamba_tiny_s1l8").preprocessing
 
 def test_photographs_are_prepared_as_imagenet_models_expect() -> None:
     photographs = sample_photographs()
-    assert set(photographs) == {"china.jpg", "flower.jpg"}
+    assert list(photographs) == ["china.jpg", "flower.jpg"]
+    from sklearn.datasets import load_sample_images
+
+    for found, own in zip(photographs.values(), load_sample_images().images, strict=True):
+        np.testing.assert_array_equal(found, own)
     batch = prepare(photographs.values(), IMAGENET)
     assert batch.shape == (2, 3, 224, 224) and batch.dtype == np.float32 and batch.flags.c_contiguous
 

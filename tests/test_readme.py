@@ -22,7 +22,7 @@ from quartermap_deploy.cli.program import build_parser
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SECONDS = 800
-QUICKER = {"tune": ["--calibration", "64", "--repeats", "3"]}
+QUICKER = {"tune": ["--calibration", "64", "--verification", "100", "--repeats", "3"]}
 """Added to commands that take minutes: fewer images, fewer rounds."""
 WEIGHTS_OF_ONES_OWN = ("vmamba_base_s2l15", "my_models:Net")
 """Models whose weights or code the reader has, and this folder has not: these lines are parsed and not run."""

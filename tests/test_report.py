@@ -48,6 +48,8 @@ from quartermap_deploy.report.results import accuracy_table, plan_name, read_res
 from quartermap_deploy.tables.words import ranges
 from quartermap_deploy.validation.inputs import real_images
 
+pytestmark = pytest.mark.usefixtures("natively")
+
 PLAN = qm.QuarterMap(every=3)
 SECTIONS = (
     "overview",
@@ -64,7 +66,7 @@ SECTIONS = (
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The digits, unpruned and pruned."""
     folder = tmp_path_factory.mktemp("bundles")
@@ -72,7 +74,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [qm.compile(recipe, folder / name).path for name, recipe in recipes.items()]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def results(bundles: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """What the commands print: eval of both bundles, bench, validate, compare, ablate and tune."""
     folder = tmp_path_factory.mktemp("results")
@@ -91,7 +93,7 @@ def results(bundles: list[Path], tmp_path_factory: pytest.TempPathFactory) -> li
     return [*paths, *quick_results().values()]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def page(bundles: list[Path], results: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report with every section."""
     return write_report(bundles, tmp_path_factory.mktemp("report") / "report.html", results=results)

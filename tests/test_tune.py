@@ -31,6 +31,8 @@ from quartermap_deploy.evaluation.tune_options import TuneOptions
 from quartermap_deploy.pruning import QuarterMap
 from quartermap_deploy.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("natively")
+
 RECIPE = Recipe("vmamba_digits")
 SEED = 0
 DEPTHS = (2, 2, 4, 2)

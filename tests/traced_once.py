@@ -29,6 +29,9 @@ def traced_once(
     model: VisualStateSpaceModel, input_shape: Sequence[int], **settings: bool
 ) -> onnx.ModelProto:
     """Export a model as `trace` does, or return what it was exported to before."""
+    if settings.get("dynamic_batch", True) and len(input_shape) == 4 and input_shape[0] > 0:
+        # The batch is open, so that the graph is the same for all.
+        input_shape = (2, *input_shape[1:])
     asked = (tuple(input_shape), sorted(settings.items()))
     return _once(model, asked, lambda: trace(model, input_shape, **settings))
 

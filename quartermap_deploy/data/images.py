@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from quartermap_deploy.data import pixels
 from quartermap_deploy.data.preprocessing import Color, Preprocessing
+from quartermap_deploy.data.scikit_learn import packaged
 from quartermap_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -174,10 +175,8 @@ def _cropped(image: Image, preprocessing: Preprocessing) -> Image:
 
 def sample_photographs() -> dict[str, NDArray[np.uint8]]:
     """Return the two photographs that come with scikit-learn, (427, 640, 3) of uint8, by file name."""
-    from sklearn.datasets import load_sample_images
-
-    samples = load_sample_images()
-    return {
-        str(name).rsplit("/", 1)[-1]: image
-        for name, image in zip(samples.filenames, samples.images, strict=True)
-    }
+    found = {}
+    for name in ("china.jpg", "flower.jpg"):
+        with pixels.opened(packaged("images", name), ("JPEG",)) as image:
+            found[name] = np.array(image)
+    return found

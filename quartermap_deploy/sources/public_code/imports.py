@@ -68,6 +68,10 @@ def may_hold_scans(name: str, origin: str | None) -> bool:
     return not foreign(name) and not installed(origin)
 
 
+_stood_in: set[str] = set()
+"""The names of modules that were supplied since they were last forgotten: `sys.modules` holds thousands of others."""
+
+
 class _StandInLoader(Loader):
     """Fills a module with what stands in for it."""
 
@@ -78,6 +82,7 @@ class _StandInLoader(Loader):
         found = stand_ins.contents(module.__name__)
         assert found is not None
         vars(module).update(found)
+        _stood_in.add(module.__name__)
 
 
 def stand_in(name: str) -> ModuleType:
@@ -193,7 +198,9 @@ def triton_importer(original: Callable[..., Any]) -> Callable[..., Any] | None:
 
 def forget_stand_ins() -> None:
     """Take the modules that we supplied out of `sys.modules`, and off the packages that hold them."""
-    for name, module in list(sys.modules.items()):
+    while _stood_in:
+        name = _stood_in.pop()
+        module = sys.modules.get(name)
         if not is_stand_in(module):
             continue
         del sys.modules[name]

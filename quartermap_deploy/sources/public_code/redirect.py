@@ -282,10 +282,11 @@ def own_namespaces(model: nn.Module) -> list[Namespace]:
             continue
         roots.add(kind.__module__.split(".")[0])
         waiting.extend(f.__globals__ for f in map(_unwrapped, vars(kind).values()) if f is not None)
+    starts = tuple(roots)  # passes over thousands of modules in no time
     waiting.extend(
         vars(module)
         for name, module in list(sys.modules.items())
-        if name.split(".")[0] in roots and isinstance(module, types.ModuleType)
+        if name.startswith(starts) and name.split(".")[0] in roots and isinstance(module, types.ModuleType)
     )
     while waiting:
         space = waiting.pop()

@@ -7,6 +7,7 @@ that tune them or choose the type of the result at the end.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,6 +32,7 @@ def is_extension(name: str) -> bool:
     return _EXTENSION.fullmatch(name) is not None or name == "causal_conv1d_cuda"
 
 
+@functools.lru_cache(maxsize=16_384)  # asked of every loaded module at the start of every block
 def of_scan_package(name: str) -> bool:
     """Return whether a module belongs to one of the packages whose functions we know, or is an extension."""
     return name.split(".")[0] in PACKAGES or is_extension(name)
