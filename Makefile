@@ -30,7 +30,8 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 QUARTER
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test native tensorrt node triton lint typecheck pytest mutants mutants-touched test-server test-providers test-compat fuzz \
+.PHONY: help demo test native tensorrt node triton lint typecheck pytest test-exhaustive mutants mutants-touched test-server \
+	test-providers test-compat fuzz \
 	format bench evidence train-demo-model clean
 
 help: ## list the targets
@@ -81,6 +82,9 @@ build/triton/.installed: tests/triton_server/requirements.txt $(STAMP)
 # Bytecode is kept, even where the environment says otherwise: tests start hundreds of processes.
 pytest: native tensorrt node triton ## the tests alone; PYTEST_FLAGS="-k scan" chooses some
 	@$(ONE_THREAD) PYTHONDONTWRITEBYTECODE= $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_FLAGS)
+
+test-exhaustive: native ## the combinations that make test leaves out, as they take the ways of others
+	@$(ONE_THREAD) PYTHONDONTWRITEBYTECODE= $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal -m exhaustive $(PYTEST_FLAGS)
 
 test-server: $(STAMP) ## the server in another Python, without torch: make test-server SERVER_PYTHON=python3.13
 	@$(SERVER_PYTHON) -m venv --clear build/server

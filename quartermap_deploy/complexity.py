@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from quartermap_deploy.architectures.base import Block, VisualStateSpaceModel
 from quartermap_deploy.architectures.ss2d import SS2D
@@ -192,5 +194,17 @@ def _run_without_data(model: nn.Module, shape: tuple[int, ...]) -> None:
         for tensors in (model.named_parameters(), model.named_buffers())
         for name, tensor in tensors
     }
-    with torch.no_grad():
+    with torch.no_grad(), _Shapes():
         torch.func.functional_call(model, state, torch.empty(shape, device="meta"))
+
+
+class _Shapes(TorchFunctionMode):
+    """While open, what keeps a shape returns its input: torch takes a normalisation apart to find it out."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return args[0] if func in _SHAPES else func(*args, **(kwargs or {}))
+
+
+_SHAPES = frozenset({functional.layer_norm, functional.batch_norm, functional.silu, functional.gelu})

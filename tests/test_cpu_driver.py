@@ -43,12 +43,22 @@ def errors(command: Sequence[str], **environment: str) -> dict[str, float]:
     return {name: float(error) for name, error in found["errors"].items()}
 
 
-@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
-def test_sanitizers_find_nothing(sanitizers: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("sanitizers", "wide"),
+    [
+        ("address,undefined", True),
+        # Who works on what is decided outside of the kernels, whose instruction sets differ in nothing else.
+        ("thread", False),
+        pytest.param("thread", True, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_sanitizers_find_nothing(sanitizers: str, wide: bool, tmp_path: Path) -> None:
     cxx = cpu_builds.compiler()
     flags = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-O1"]
     require_sanitizers(cxx, flags, tmp_path)
     kernels, definitions = cpu_builds.instruction_sets()
+    if not wide:
+        kernels, definitions = kernels[:1], []
     # GCC 12 warns of its own _mm512_undefined_ps() when it checks.
     avx512 = ["-Wno-uninitialized"] if has_avx512() else ["-O0", "-fno-sanitize=all"]
     kernels = [(path, [*own, *avx512] if path.stem == "avx512" else own) for path, own in kernels]

@@ -166,7 +166,11 @@ def _bytes(model: onnx.ModelProto, shape: tuple[int, ...]) -> dict[str, int]:
     )
     sizes = {}
     for info in (*model.graph.value_info, *model.graph.output):
-        sides = [d.dim_value or known.get(d.dim_param, 0) for d in info.type.tensor_type.shape.dim]
+        # The batch has lost its name behind a Resize.
+        sides = [
+            d.dim_value or known.get(d.dim_param, 0 if axis else shape[0])
+            for axis, d in enumerate(info.type.tensor_type.shape.dim)
+        ]
         if sides and all(sides):
             sizes[info.name] = 4 * int(np.prod(sides))
     return sizes
