@@ -39,6 +39,8 @@ GOALS = {56: 17.0, 28: 21.0, 14: 21.0, 7: 30.0}
 """Of compute capability 9.0 in float16, by the side of the map."""
 MOST_SPILLED = 16
 """Bytes."""
+ROOM_FOR_56 = ("90", "100", "103", "110")
+"""Capabilities whose blocks have the 226 KiB that a resident map of 56 × 56 needs; no other runs that kernel."""
 USER_ERROR = 2
 
 _RESIDENT = re.compile(
@@ -251,12 +253,18 @@ def _row(architecture: str, element_type: str, compiled: Compiled, function: Loo
     return row
 
 
+def runs(row: Mapping[str, Any]) -> bool:
+    """Whether a card of this capability can run a kernel."""
+    large = row["kernel"] == "resident" and row["geometry"]["width"] == 56
+    return not large or row["architecture"] in ROOM_FOR_56
+
+
 def missed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return which goals are missed, in words."""
     found = []
     for row in rows:
         name = f"{row['kernel']} {_title(row)}, {row['type']}, sm_{row['architecture']}"
-        if row["spilled"] > MOST_SPILLED:
+        if row["spilled"] > MOST_SPILLED and runs(row):
             found.append(f"{name}: {row['spilled']} bytes are spilled; at most {MOST_SPILLED}")
         if row["kernel"] == "resident" and (row["architecture"], row["type"]) == ("90", "float16"):
             number, goal = row["counts"]["instructions"], GOALS[row["geometry"]["width"]]
