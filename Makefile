@@ -30,8 +30,8 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 QUARTER
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test native tensorrt node triton lint typecheck pytest test-exhaustive mutants mutants-touched test-server \
-	test-providers test-compat fuzz \
+.PHONY: help demo test native tensorrt node triton lint typecheck pytest test-exhaustive mutants mutants-touched test-tensorrt \
+	test-server test-providers test-compat fuzz \
 	format bench evidence train-demo-model clean
 
 help: ## list the targets
@@ -85,6 +85,12 @@ pytest: native tensorrt node triton ## the tests alone; PYTEST_FLAGS="-k scan" c
 
 test-exhaustive: native ## the combinations that make test leaves out, as they take the ways of others
 	@$(ONE_THREAD) PYTHONDONTWRITEBYTECODE= $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal -m exhaustive $(PYTEST_FLAGS)
+
+# Each test here loads a library of NVIDIA's: TensorRT for RTX, or the bindings and the lean runtime of TensorRT.
+TENSORRT_TESTS := tests/test_real_tensorrt.py tests/test_rtx_plugin.py tests/test_tensorrt_rtx.py tests/test_tensorrt_calls.py
+
+test-tensorrt: tensorrt ## the tests with real TensorRT libraries alone, timed, in one process: under three minutes on two quiet cores
+	@$(ONE_THREAD) bash -c 'time "$$@"' timed $(RUN) -m pytest -q --durations=10 $(PYTEST_FLAGS) $(TENSORRT_TESTS)
 
 test-server: $(STAMP) ## the server in another Python, without torch: make test-server SERVER_PYTHON=python3.13
 	@$(SERVER_PYTHON) -m venv --clear build/server

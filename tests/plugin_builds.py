@@ -15,8 +15,10 @@ from unittest import mock
 
 import pytest
 
-from quartermap_deploy.native.build import BuildOptions, build_plugin, find_nvcc, plugin_sources
+from quartermap_deploy.native.build import BuildOptions, build_plugin, find_nvcc, launcher, plugin_sources
 
+OBJECTS = Path(__file__).parents[1] / "build" / "plugin-objects"
+"""Compiled files: those of the kernels are the same in several libraries, and from one test run to the next."""
 HEADERS_VARIABLE = "QUARTERMAP_TENSORRT_HEADERS"
 """Include folders of TensorRT releases to compare with, separated as in PATH."""
 
@@ -83,7 +85,9 @@ def emulated_kernels(factory: pytest.TempPathFactory) -> Path:
     """Return the kernels' C interface with the kernels on the CPU."""
     require_compiler()
     options = BuildOptions(kernels_only=True, emulation=True, optimisation="-O1")
-    folder = once(shared_folder(factory), "emulated-kernels", lambda path: build_plugin(path, options))
+    folder = once(
+        shared_folder(factory), "emulated-kernels", lambda path: build_plugin(path, options, cache=OBJECTS)
+    )
     return folder / options.library
 
 
@@ -99,15 +103,18 @@ def compiled_plugin(factory: pytest.TempPathFactory) -> Path:
     if find_nvcc() is None:
         pytest.skip("no nvcc")
     options = BuildOptions(cuda_architectures=("80",), optimisation="-O1")
-    folder = once(shared_folder(factory), "compiled-plugin", lambda path: build_plugin(path, options))
+    folder = once(
+        shared_folder(factory), "compiled-plugin", lambda path: build_plugin(path, options, cache=OBJECTS)
+    )
     return folder / options.library
 
 
 def _with_host(folder: Path) -> None:
     import subprocess
 
-    definitions = ["-DQUARTERMAP_EMULATION=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"]
     build = folder / "build"
+    definitions = ["-DQUARTERMAP_EMULATION=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"]
+    definitions += launcher(OBJECTS, folder / "events.txt")
     for command in (
         ["cmake", "-S", str(plugin_sources()), "-B", str(build), *definitions],
         ["cmake", "--build", str(build), "--parallel", "2"],

@@ -43,7 +43,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = plugin_builds.once(
         plugin_builds.shared_folder(tmp_path_factory),
         "emulated-onnxruntime",
-        lambda path: build_plugin(path, options),
+        lambda path: build_plugin(path, options, cache=plugin_builds.OBJECTS),
     )
     return folder / options.library
 

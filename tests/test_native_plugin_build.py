@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from quartermap_deploy.errors import MissingDependencyError
+from quartermap_deploy.gpu import Gpu
 from quartermap_deploy.native import build, check, cpu_build
 from quartermap_deploy.native.build import BuildOptions, find_nvcc, important_lines, plugin_sources
 from quartermap_deploy.native.errors import PluginError
@@ -24,7 +25,9 @@ def test_what_cmake_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
     monkeypatch.setattr(build, "_nvcc", lambda: "/cuda/nvcc")
     base = ["-DQUARTERMAP_TEST_HOST=OFF"]
-    assert build._definitions(BuildOptions()) == [*base, "-DCMAKE_CUDA_COMPILER=/cuda/nvcc"]
+    at_once = "-DCMAKE_CUDA_FLAGS=--threads=4"
+    assert build._definitions(BuildOptions()) == [*base, "-DCMAKE_CUDA_COMPILER=/cuda/nvcc", at_once]
+    assert at_once not in build._definitions(BuildOptions(cuda_architectures=("80",)))
     assert build._definitions(BuildOptions(kernels_only=True, emulation=True, optimisation="-O1")) == [
         *base,
         "-DQUARTERMAP_KERNELS_ONLY=ON",
@@ -239,3 +242,13 @@ def test_the_files_that_are_compiled_are_counted(tmp_path: Path, monkeypatch: py
     made = build.build_plugin(tmp_path / "out", options, progress=Recorder())
     assert made.read_bytes() == sealed(b"library\n")
     assert steps == [(None, []), (3, [1, 1, 1])]
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [(None, "80"), ("8.9", "89"), ("12.0", "120"), ("7.5", "80")]
+)
+def test_the_plugin_is_built_for_the_gpu_that_is_there(
+    capability: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "find_gpu", lambda: Gpu("a GPU", capability) if capability else None)
+    assert build.usual_architectures() == (expected,)

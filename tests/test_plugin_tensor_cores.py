@@ -6,31 +6,36 @@ races; see plugins/emulation/.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import plugin_builds
 import pytest
 import torch
+from tensor_core_scans import (
+    A100,
+    ADA,
+    FEW_MULTIPROCESSORS,
+    H100,
+    KINDS,
+    ONE_MULTIPROCESSOR,
+    REGIMES,
+    TOLERANCES,
+    Device,
+    Regime,
+    Sizes,
+    barriers,
+    check,
+    in_the_usual_way,
+    large_drive,
+    make_inputs,
+    make_plan,
+    relative,
+)
 from torch import Tensor
 
-from quartermap_deploy.native.build import plugin_sources
 from quartermap_deploy.native.errors import PluginError
 from quartermap_deploy.scan.cuda import GENERAL, RESIDENT, SPLIT, STREAMED, Kernels, Plan, Tensors, make_scan
-from quartermap_deploy.scan.definition import DIRECTIONS, selective_scan_2d_definition
-
-TOLERANCES = {"float16": 2e-3, "bfloat16": 1.2e-2}
-"""Of the largest value. y is summed up in the element type, and so are steps in float16."""
-
-Sizes = tuple[int, int, int, int, int]  # batch, d_inner, H, W, R
-Device = tuple[int, int, int]
-
-H100 = (132, 227 * 1024, 228 * 1024)
-A100 = (108, 163 * 1024, 164 * 1024)
-ADA = (128, 99 * 1024, 100 * 1024)
-ONE_MULTIPROCESSOR = (1, 227 * 1024, 228 * 1024)
-FEW_MULTIPROCESSORS = (4, 99 * 1024, 100 * 1024)
+from quartermap_deploy.scan.definition import DIRECTIONS
 
 # As many channels as one block has.
 STAGES = [
@@ -45,116 +50,15 @@ STAGES = [
 ]
 
 
-@dataclass(frozen=True)
-class Regime:
-    """How large time steps and decays are.
-
-    Attributes:
-        dt: scale of the low-rank time steps.
-        decay: scale of A.
-        bias: mean of the bias.
-    """
-
-    dt: float
-    decay: float
-    bias: float
-
-
-TRAINED = Regime(0.7, 1.0, -4.0)
-REGIMES = [TRAINED, Regime(0.3, 1.0, -6.0), Regime(2.0, 4.0, 0.0), Regime(1.0, 0.05, -3.0)]
-"""Products dt |A| from 1e-6 to beyond 100."""
-
-
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     return Kernels(plugin_builds.emulated_kernels(tmp_path_factory))
 
 
-KINDS = {GENERAL: "general", RESIDENT: "resident", SPLIT: "split", STREAMED: "streamed"}
-"""Values of the environment variable `QUARTERMAP_KERNELS`."""
-
-
 @pytest.fixture
-def kernels(library: Kernels, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
-    """The library, emulated in the usual way again afterwards."""
-    monkeypatch.delenv("QUARTERMAP_KERNELS", raising=False)
-    yield library
-    library._library.quartermap_emulation_order(0)
-    library._library.quartermap_emulation_blocks(1)
-    library._library.quartermap_emulation_leave_out(-1)
-
-
-def make_inputs(sizes: Sizes, element_type: str, count: int = 4, regime: Regime = TRAINED) -> list[Tensor]:
-    batch, d_inner, height, width, rank = sizes
-    generator = torch.Generator().manual_seed(sum(sizes))
-    dtype = getattr(torch, element_type)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    def maps(channels: int, scale: float = 1.0) -> Tensor:
-        return (scale * normal(batch, channels, height, width)).to(dtype)
-
-    wide = count * d_inner
-    A = -regime.decay * (0.5 * normal(wide, 1)).exp()
-    D = 1 + 0.1 * normal(wide)
-    return [
-        maps(d_inner),
-        maps(count * rank, regime.dt),
-        maps(count),
-        maps(count),
-        A,
-        D,
-        normal(wide) + regime.bias,
-        (normal(wide, rank) * rank**-0.5).to(dtype),
-    ]
-
-
-def make_plan(
-    kernels: Kernels,
-    sizes: Sizes,
-    element_type: str,
-    device: Device,
-    directions: Sequence[str] = DIRECTIONS,
-    which: int | None = None,
-) -> Plan:
-    """Return the plan for a device, by the kernels that are named."""
-    batch, d_inner, height, width, rank = sizes
-    scan = make_scan((batch, d_inner, height, width, 1, rank), directions, True, element_type)
-    with pytest.MonkeyPatch.context() as patch:
-        if which is not None:
-            patch.setenv("QUARTERMAP_KERNELS", KINDS[which])
-        plan = kernels.plan_for(scan, *device)
-    assert plan.shared_bytes <= device[1]
-    kernels.prepare(plan)
-    return plan
-
-
-def relative(y: Tensor, inputs: Sequence[Tensor], directions: Sequence[str] = DIRECTIONS) -> float:
-    """Return how far y lies from the definition, as a share of the largest value."""
-    expected = selective_scan_2d_definition(*(tensor.double() for tensor in inputs), directions, True)
-    assert y.dtype == inputs[0].dtype and y.shape == expected.shape
-    return float((y.double() - expected).abs().max() / expected.abs().max())
-
-
-def check(
-    kernels: Kernels,
-    sizes: Sizes,
-    element_type: str,
-    device: Device,
-    which: int,
-    *,
-    directions: Sequence[str] = DIRECTIONS,
-    regime: Regime = TRAINED,
-) -> Plan:
-    """Run a scan by the plan for a device and of these kernels against the definition."""
-    plan = make_plan(kernels, sizes, element_type, device, directions, which)
-    assert plan.kernels == which
-    inputs = make_inputs(sizes, element_type, len(directions), regime)
-    y = kernels.scan_2d(*inputs, directions, True, plan)
-    error = relative(y, inputs, directions)
-    assert error <= TOLERANCES[element_type], error
-    return plan
+def kernels(library: Kernels) -> Iterator[Kernels]:
+    with in_the_usual_way(library):
+        yield library
 
 
 # Plans ----------------------------------------------------------------------------------------------------------------
@@ -287,7 +191,7 @@ def test_plans_of_real_stages(kernels: Kernels, batch: int, expected: dict[Devic
         ((1, 16, 28, 28, 1, 12), DIRECTIONS, False, "float16"),
         ((1, 16, 28, 28, 1, 0), DIRECTIONS, True, "float16"),
         ((1, 16, 28, 28, 1, 65), DIRECTIONS, True, "float16"),
-        ((1, 16, 28, 28, 2, 12), DIRECTIONS, True, "float16"),
+        ((1, 16, 28, 28, 65, 12), DIRECTIONS, True, "float16"),
         ((1, 24, 28, 28, 1, 12), DIRECTIONS, True, "float16"),
         ((1, 16, 30, 28, 1, 12), DIRECTIONS, True, "float16"),
         ((1, 16, 63, 28, 1, 12), DIRECTIONS, True, "float16"),
@@ -331,16 +235,6 @@ def test_tensors_that_begin_anywhere_are_copied(kernels: Kernels) -> None:
 
 
 # Values that leave float16 -------------------------------------------------------------------------------------------
-
-
-def large_drive(inputs: list[Tensor]) -> None:
-    """One step times x of 4e5, far above 65504, and B so small that y stays within it; elsewhere x is zero."""
-    x, _, B, _, _, D, bias, _ = inputs
-    x.zero_()
-    x[0, 3, 3, 1] = 6e4
-    bias.add_(8)
-    B.mul_(1e-4)
-    D.mul_(1e-3)
 
 
 def large_state(inputs: list[Tensor]) -> None:
@@ -494,13 +388,6 @@ def test_the_order_of_threads_changes_nothing(kernels: Kernels, sizes: Sizes, de
         kernels._library.quartermap_emulation_order(order)
         kernels._library.quartermap_emulation_blocks(8)
         assert torch.equal(kernels.scan_2d(*inputs, DIRECTIONS, True, plan), y), order
-
-
-def barriers() -> list[str]:
-    """Return the names in the order of their numbers, as they stand in the header."""
-    header = (plugin_sources() / "kernels" / "tensor_core" / "machine.h").read_text(encoding="utf-8")
-    listed = header.split("enum class Barrier", 1)[1].split("}", 1)[0]
-    return re.findall(r"^    k(\w+?),?(?: |$)", listed, re.MULTILINE)
 
 
 GUARDS: list[tuple[str, Sizes, Device]] = [

@@ -6,7 +6,8 @@ An element is a position of a channel in a direction. The kernels are compiled, 
 `quartermap plugin build` does, and cuobjdump, which prints machine code, comes with the CUDA toolkit or from pip
 (`nvidia-cuda-cuobjdump`). What is counted is what a warp issues over a whole launch, idle lanes and padding paid for:
 reading x and writing y, staging, parameters, and the walk; each loop by how often it runs. A branch that one warp of a
-team takes is divided among its warps. What a block does where y is not finite is left out.
+team takes is divided among its warps. What a block does where y is not finite is left out. Of several states
+count_states.py says what is counted.
 
 `--write` also puts the counts into instructions.json beside this file, of which traffic.py and docs/performance.md are
 made. Nothing here is a time.
@@ -28,6 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from count_states import count_general, count_states
 from machine_code import Loop, body, functions, walk, without_repair
 
 from quartermap_deploy.native.build import OLDEST_ARCHITECTURE, find_nvcc, plugin_sources
@@ -37,14 +39,23 @@ ARCHITECTURES = ("80", "89", "90")
 TYPES = {"float16": "6__half", "bfloat16": "13__nv_bfloat16"}
 GOALS = {56: 17.0, 28: 21.0, 14: 21.0, 7: 30.0}
 """Of compute capability 9.0 in float16, by the side of the map."""
+STATES_GAIN = 2.0
+"""By which the kernel of several states is ahead of the general one, at least."""
 MOST_SPILLED = 16
 """Bytes."""
+ROOM_FOR_56 = ("90", "100", "103", "110")
+"""Capabilities whose blocks have the 226 KiB that a resident map of 56 × 56 needs; no other runs that kernel."""
 USER_ERROR = 2
+FAMILIES = ("tensor_core/resident", "tensor_core/split", "tensor_core/states", "kernel")
+"""Sources that are compiled, of each element type."""
 
 _RESIDENT = re.compile(
     r"resident_kernelI(?P<type>6__half|13__nv_bfloat16).*?ResidentGeometryI(?P<numbers>.*?)EEE"
 )
 _SPLIT = re.compile(r"split_kernelI(?P<type>6__half|13__nv_bfloat16)(?P<numbers>.*?)EEE?v")
+_STATES = re.compile(r"states_kernelI(?P<type>6__half|13__nv_bfloat16)(?P<numbers>.*?)EEE?v")
+_GENERAL = re.compile(r"selective_scan_kernelI(?P<type>6__half|13__nv_bfloat16)Li2ELb0ELb1ELb1EEEv")
+"""The general kernel for several states of two channels, with a projection, and with its maps in shared memory."""
 _NUMBER = re.compile(r"L[ib](\d+)E")
 
 
@@ -216,11 +227,11 @@ def count_resident(geometry: Geometry, function: Loop) -> dict[str, float]:
 def count(nvcc: str, cuobjdump: str, architectures: Sequence[str]) -> list[dict[str, Any]]:
     """Compile and count everything; a row for each kernel, element type and architecture."""
     rows = []
-    folder = plugin_sources() / "kernels" / "tensor_core"
+    folder = plugin_sources() / "kernels"
     with tempfile.TemporaryDirectory() as temporary:
         for architecture in architectures:
             for element_type in TYPES:
-                for family in ("resident", "split"):
+                for family in FAMILIES:
                     cubin = Path(temporary) / "kernels.cubin"
                     source = folder / f"{family}_{element_type}.cu"
                     print(f"compiling {source.name} for sm_{architecture}", file=sys.stderr, flush=True)
@@ -229,6 +240,7 @@ def count(nvcc: str, cuobjdump: str, architectures: Sequence[str]) -> list[dict[
                     rows += [
                         _row(architecture, element_type, each, body(without_repair(code[name])))
                         for name, each in sorted(compiled.items())
+                        if "selective_scan_kernel" not in name or _GENERAL.search(name)
                     ]
     return rows
 
@@ -244,6 +256,11 @@ def _row(architecture: str, element_type: str, compiled: Compiled, function: Loo
         row |= {"kernel": "split", "rank_blocks": blocks, "tiles": tiles, "odd": bool(odd)}
         walks = [len(loop.own) for loop, _ in walk(function, lambda _: 1.0) if loop.kinds["MUFU"] >= 28]
         row["counts"] = {"walk": sum(walks) / len(walks) / (4 * tiles)}
+    elif match := _STATES.search(compiled.name):
+        tiles, odd = (int(number) for number in _NUMBER.findall(match["numbers"] + "E"))
+        row |= {"kernel": "states", "tiles": tiles, "odd": bool(odd), "counts": count_states(function, tiles)}
+    elif _GENERAL.search(compiled.name):
+        row |= {"kernel": "general", "counts": count_general(function)}
     else:
         raise ValueError(f"a kernel that is not known: {compiled.name}")
     row["registers"] = compiled.registers
@@ -251,17 +268,32 @@ def _row(architecture: str, element_type: str, compiled: Compiled, function: Loo
     return row
 
 
+def runs(row: Mapping[str, Any]) -> bool:
+    """Whether a card of this capability can run a kernel."""
+    large = row["kernel"] == "resident" and row["geometry"]["width"] == 56
+    return not large or row["architecture"] in ROOM_FOR_56
+
+
 def missed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return which goals are missed, in words."""
     found = []
     for row in rows:
         name = f"{row['kernel']} {_title(row)}, {row['type']}, sm_{row['architecture']}"
-        if row["spilled"] > MOST_SPILLED:
+        if row["spilled"] > MOST_SPILLED and runs(row):
             found.append(f"{name}: {row['spilled']} bytes are spilled; at most {MOST_SPILLED}")
         if row["kernel"] == "resident" and (row["architecture"], row["type"]) == ("90", "float16"):
             number, goal = row["counts"]["instructions"], GOALS[row["geometry"]["width"]]
             if not number <= goal:
                 found.append(f"{name}: {number:.1f} instructions; at most {goal:.0f}")
+    general = {(row["architecture"], row["type"]): row for row in rows if row["kernel"] == "general"}
+    for row in rows:
+        if row["kernel"] == "states":
+            number, most = (
+                each["counts"]["instructions"] for each in (row, general[row["architecture"], row["type"]])
+            )
+            if not number <= most / STATES_GAIN:
+                name = f"16 states, {_title(row)}, {row['type']}, sm_{row['architecture']}"
+                found.append(f"{name}: {number:.0f} instructions where the general kernel has {most:.0f}")
     return found
 
 
@@ -269,12 +301,41 @@ def _title(row: Mapping[str, Any]) -> str:
     if row["kernel"] == "resident":
         geometry = row["geometry"]
         return f"{geometry['height']} × {geometry['width']}, R = {geometry['ranks']}"
+    if row["kernel"] == "general":
+        return "several states"
     odd = ", odd widths" if row["odd"] else ""
+    if row["kernel"] == "states":
+        return f"segments of {row['tiles']}{odd}"
     return f"R ≤ {8 * row['rank_blocks']}, segments of {row['tiles']}{odd}"
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the tables of docs/performance.md: counts of the resident kernels in float16, then registers of all."""
+    """Return the tables of docs/performance.md: counts of resident kernels, of 16 states, and registers of all."""
+    return "\n\n".join((_resident_table(rows), _states_table(rows), _registers_table(rows)))
+
+
+def _states_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    parts = ("instructions", "each state", "special functions")
+    heads = ["16 states", *(f"{part}, {name}" for name in TYPES for part in parts)]
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    of_states = [
+        row for row in rows if row["kernel"] in ("states", "general") and row["architecture"] == "90"
+    ]
+    for first in sorted((row for row in of_states if row["type"] == "float16"), key=_order):
+        cells = [
+            _title(first) if first["kernel"] == "states" else "the general kernel, its loop over the states"
+        ]
+        for name in TYPES:
+            same = [row for row in of_states if row["type"] == name and _order(row) == _order(first)]
+            cells += [
+                f"{same[0]['counts'][part]:.{0 if part == parts[0] else 1}f}" if same else "–"
+                for part in parts
+            ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _resident_table(rows: Sequence[Mapping[str, Any]]) -> str:
     parts = ("walk", "segments", "stage", "maps", "parameters and the rest")
     heads = ["resident kernel, float16", "instructions", *parts, "special functions", "matrix products"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
@@ -283,9 +344,13 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         numbers = [f"{counts['instructions']:.1f}", *(f"{counts.get(part, 0.0):.2f}" for part in parts)]
         numbers += [f"{counts[name]:.2f}" for name in ("special functions", "matrix products")]
         lines.append(f"| {_title(row)} | {' | '.join(numbers)} |")
+    return "\n".join(lines)
+
+
+def _registers_table(rows: Sequence[Mapping[str, Any]]) -> str:
     architectures = sorted({row["architecture"] for row in rows})
     heads = ["kernel", *(f"{name}, {a[:-1]}.{a[-1]}" for name in TYPES for a in architectures)]
-    lines += ["", f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for first in sorted(_of(rows, None, "float16", architectures[0]), key=_order):
         cells = [f"{first['kernel']}, {_title(first)}"]
         for element_type in TYPES:
@@ -314,7 +379,9 @@ def _of(
 def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
     if row["kernel"] == "resident":
         return ("resident", -row["geometry"]["width"], row["geometry"]["ranks"])
-    return ("split", row["tiles"] + 10 * row["odd"], row["rank_blocks"])
+    if row["kernel"] == "general":
+        return ("states, general", 0, 0)
+    return (row["kernel"], row["tiles"] + 10 * row["odd"], row.get("rank_blocks", 0))
 
 
 def _registers(row: Mapping[str, Any]) -> str:

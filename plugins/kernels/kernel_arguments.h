@@ -56,6 +56,8 @@ Kernel resident_float16(LaunchPlan const& plan);
 Kernel resident_bfloat16(LaunchPlan const& plan);
 Kernel split_float16(QuartermapScan const& scan, LaunchPlan const& plan);
 Kernel split_bfloat16(QuartermapScan const& scan, LaunchPlan const& plan);
+Kernel states_float16(QuartermapScan const& scan, LaunchPlan const& plan);
+Kernel states_bfloat16(QuartermapScan const& scan, LaunchPlan const& plan);
 Kernel prepare_kernel_of(int element_type);
 Kernel sum_kernel_of(int element_type);
 

@@ -118,6 +118,24 @@ quartermap::Kernel general_kernel(QuartermapScan const& scan, LaunchPlan const& 
     }
 }
 
+quartermap::Kernel float16_kernel(QuartermapScan const& scan, LaunchPlan const& layout)
+{
+    if (layout.kernels == QUARTERMAP_RESIDENT)
+    {
+        return quartermap::resident_float16(layout);
+    }
+    return scan.d_state > 1 ? quartermap::states_float16(scan, layout) : quartermap::split_float16(scan, layout);
+}
+
+quartermap::Kernel bfloat16_kernel(QuartermapScan const& scan, LaunchPlan const& layout)
+{
+    if (layout.kernels == QUARTERMAP_RESIDENT)
+    {
+        return quartermap::resident_bfloat16(layout);
+    }
+    return scan.d_state > 1 ? quartermap::states_bfloat16(scan, layout) : quartermap::split_bfloat16(scan, layout);
+}
+
 // Those of tensor_core/: one that prepares the weights, the scan, and one that sums up what was scanned apart.
 KernelSequence tensor_core_kernels(QuartermapScan const& scan, LaunchPlan const& layout)
 {
@@ -127,11 +145,7 @@ KernelSequence tensor_core_kernels(QuartermapScan const& scan, LaunchPlan const&
     KernelSequence found{};
     found.launches[found.count++]
         = {quartermap::prepare_kernel_of(scan.element_type), layout.prepare_blocks, kSmallThreads, 0};
-    bool const resident = layout.kernels == QUARTERMAP_RESIDENT;
-    quartermap::Kernel const kernel = resident
-        ? (half ? quartermap::resident_float16(layout) : quartermap::resident_bfloat16(layout))
-        : (half ? quartermap::split_float16(scan, layout) : quartermap::split_bfloat16(scan, layout));
-    found.launches[found.count++] = {kernel, layout.blocks, layout.threads(), layout.shared_bytes};
+    found.launches[found.count++] = {half ? float16_kernel(scan, layout) : bfloat16_kernel(scan, layout), layout.blocks, layout.threads(), layout.shared_bytes};
     if (layout.kernels != QUARTERMAP_SPLIT)
     {
         return found;

@@ -76,10 +76,17 @@ def _add_build(subparsers: Subparsers) -> None:
         description="""
             Compile the plugin. Needs CMake, a C++ compiler and nvcc (CUDA 12.4 or newer), and nothing of TensorRT. The
             library then serves TensorRT 10.7 to 11.x and TensorRT for RTX from 1.7 on.
+
+            How long it takes: 90 seconds of a core for each architecture, divided among your cores. By default it is
+            built for this machine's GPU alone; where there is none, for 8.0 with PTX, which runs on every newer GPU
+            once the driver has compiled it, at the first load. `--cuda-architectures all` takes eight times as long,
+            and is for a library to hand on. Compiled files are kept in your cache, so that a second build, or one
+            that was interrupted, takes seconds.
             """,
         examples="""
             quartermap plugin build
             quartermap plugin build --cuda-architectures 90 --out build
+            quartermap plugin build --cuda-architectures all
             quartermap plugin build --kernels-only
             """,
     )
@@ -96,7 +103,8 @@ def _add_build(subparsers: Subparsers) -> None:
         type=words,
         default=(),
         metavar="LIST",
-        help="such as 80,90 (default: all from 80 on that nvcc knows, and PTX for newer GPUs; docs/plugin.md)",
+        help="such as 80,90, or all: those from 80 on that nvcc knows, with PTX for newer GPUs (default: this "
+        "machine's GPU, else 80 with PTX; docs/plugin.md)",
     )
     parser.add_argument(
         "--kernels-only",
@@ -196,20 +204,32 @@ def _add_carry(subparsers: Subparsers) -> None:
     add_output_options(parser)
 
 
+def object_folder() -> Path | None:
+    """Return this user's own folder of compiled files; None where there can be none, as building needs none."""
+    from quartermap_deploy.private_folders import make_private, own_folder
+
+    try:
+        cache = own_folder("cache")
+        return None if cache is None else make_private(make_private(cache) / "plugin-objects")
+    except (OSError, TrustError):
+        return None
+
+
 def run_build(options: argparse.Namespace) -> None:
     """Build the library and check it."""
-    from quartermap_deploy.native.build import BuildOptions, build_plugin, plugin_sources
+    from quartermap_deploy.native.build import BuildOptions, build_plugin, plugin_sources, usual_architectures
     from quartermap_deploy.native.check import check_plugin
     from quartermap_deploy.native.store import BUILT, KERNELS, add_library, open_store
 
+    every = options.cuda_architectures == ("all",)
     settings = BuildOptions(
-        cuda_architectures=options.cuda_architectures,
+        cuda_architectures=() if every else options.cuda_architectures or usual_architectures(),
         kernels_only=options.kernels_only,
     )
     progress = make_progress(options)
 
     def built(folder: Path) -> tuple[Path, PluginReport]:
-        library = build_plugin(folder, settings, progress=progress)
+        library = build_plugin(folder, settings, progress=progress, cache=object_folder())
         with progress.step("checking the library"), results_only():
             return library, check_plugin(library)
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from quartermap_deploy.errors import MissingDependencyError
 from quartermap_deploy.files import write_whole
+from quartermap_deploy.gpu import find_gpu
+from quartermap_deploy.native import object_cache
 from quartermap_deploy.native.errors import PluginError
 from quartermap_deploy.native.seal import sealed
 from quartermap_deploy.progress import SILENT, Progress
@@ -74,6 +79,7 @@ def build_plugin(
     *,
     progress: Progress = SILENT,
     on_output: Callable[[str], None] | None = None,
+    cache: Path | None = None,
 ) -> Path:
     """Build the library and put it into a folder, in one piece or not at all.
 
@@ -82,6 +88,7 @@ def build_plugin(
         options: how; None for the defaults.
         progress: is told of the steps.
         on_output: is given each line that CMake and the compilers print.
+        cache: a folder of this user's own, in which compiled files are kept and looked for; None for none.
 
     Returns:
         The path of the library.
@@ -96,12 +103,14 @@ def build_plugin(
     configure += _definitions(options)
     say = on_output or _ignore
     with tempfile.TemporaryDirectory(prefix="quartermap-plugin-") as temporary:
+        events = Path(temporary) / "events.txt"
+        if cache is not None:
+            configure += launcher(cache, events)
         configure += ["-B", temporary]
         with progress.step("configuring the plugin"):
             _configure(configure, say)
-        with progress.step(
-            "compiling files, for a GPU architecture about a minute of a core", total=_files(Path(temporary))
-        ) as advance:
+        title = "compiling files, for each GPU architecture 90 s of a core"
+        with progress.step(title, total=_files(Path(temporary))) as advance, _shown(events, progress):
 
             def counted(line: str) -> None:
                 say(line)
@@ -113,9 +122,77 @@ def build_plugin(
                 [configure[0], "--build", temporary, "--target", "quartermap_plugin", "--parallel", jobs],
                 counted,
             )
+        if cache is not None:
+            object_cache.prune(cache)
         if code != 0:
             raise PluginError("the plugin could not be compiled:\n" + important_lines(lines))
         return place_library(Path(temporary) / options.library, output)
+
+
+def launcher(cache: Path, events: Path) -> list[str]:
+    """Return what CMake is told so that compiled files are kept in a folder and looked for there."""
+    kernels, others = hashlib.sha256(), hashlib.sha256()
+    for path in sorted(plugin_sources().rglob("*.h")):
+        name = path.relative_to(plugin_sources())
+        # Kernels include these alone, see plugins/CMakeLists.txt.
+        of_kernels = name.parts[0] in ("kernels", "emulation")
+        (kernels if of_kernels else others).update(f"{name}\0".encode() + path.read_bytes())
+    identity = hashlib.sha256()
+    for compiler in (find_nvcc(), shutil.which(os.environ.get("CXX") or "c++")):
+        if compiler is not None:
+            done = subprocess.run([compiler, "--version"], capture_output=True)
+            identity.update(compiler.encode() + done.stdout)
+    for variable in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "CPATH", "CPLUS_INCLUDE_PATH"):
+        identity.update(f"{variable}={os.environ.get(variable)}\0".encode())
+    cache.mkdir(parents=True, exist_ok=True)
+    # Apart from this installation's packages (-I), and without looking for any (-S).
+    command = [sys.executable, "-I", "-S", str(Path(object_cache.__file__).resolve())]
+    kernels.update(identity.digest())
+    others.update(kernels.digest())
+    command += [str(cache.resolve()), f"{kernels.hexdigest()}:{others.hexdigest()}", str(events)]
+    if any(";" in word for word in command):
+        return []
+    return [f"-DCMAKE_{language}_COMPILER_LAUNCHER={';'.join(command)}" for language in ("CUDA", "CXX")]
+
+
+@contextlib.contextmanager
+def _shown(events: Path, progress: Progress) -> Iterator[None]:
+    """Show each file while it is compiled, by what `object_cache` writes."""
+    ended = threading.Event()
+
+    def follow() -> None:
+        with contextlib.ExitStack() as every:
+            open_steps: dict[str, contextlib.ExitStack] = {}
+            read = 0
+            while True:
+                last = ended.wait(0.2)
+                lines = events.read_text(encoding="utf-8").splitlines() if events.is_file() else []
+                for line in lines[read:]:
+                    what, name = line.split(" ", 1)
+                    if what == "begin":
+                        open_steps[name] = every.enter_context(contextlib.ExitStack())
+                        open_steps[name].enter_context(progress.step(f"compiling {name}"))
+                    elif what == "end" and name in open_steps:
+                        open_steps.pop(name).close()
+                read = len(lines)
+                if last:
+                    return
+
+    follower = threading.Thread(target=follow, name="compiled files", daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        follower.join()
+
+
+def usual_architectures() -> tuple[str, ...]:
+    """Return the architecture of this machine's GPU, else the oldest, whose PTX is for every newer one."""
+    found = find_gpu()
+    number = found.compute_capability.replace(".", "") if found else ""
+    usable = number.isdigit() and int(number) >= OLDEST_ARCHITECTURE
+    return (number,) if usable else (str(OLDEST_ARCHITECTURE),)
 
 
 def _files(folder: Path) -> int | None:
@@ -172,6 +249,9 @@ def _definitions(options: BuildOptions) -> list[str]:
         found.append("-DQUARTERMAP_EMULATION=ON")
     else:
         found.append(f"-DCMAKE_CUDA_COMPILER={_nvcc()}")
+    if len(options.cuda_architectures) != 1 and not options.emulation:
+        # A file is compiled for several architectures at the same time: the last ones would keep a single core busy.
+        found.append("-DCMAKE_CUDA_FLAGS=--threads=4")
     for name in options.cuda_architectures:
         if not re.fullmatch(r"\d{2,3}[af]?(-real|-virtual)?", name):
             raise PluginError(f"{name!r} is no CUDA architecture; expected numbers such as 80,90 or 120-real")

@@ -31,10 +31,10 @@ QUARTERMAP_DEVICE int position_of(int n, int direction, int height, int width)
     return is_column(direction) ? q % height * width + q / height : q;
 }
 
-// Adds what direction `k` gives at the positions of a stretch to their sums, 32 positions of the direction at a time.
+// Adds what the `index`-th state of direction `k` gives at the positions of a stretch to their sums, 32 positions of the direction at a time.
 template <typename T>
 QUARTERMAP_DEVICE void add_in_float32(
-    KernelArguments const& arguments, Stretch const& stretch, int k, Shared sums, int lane)
+    KernelArguments const& arguments, Stretch const& stretch, int k, int index, Shared sums, int lane)
 {
     QuartermapScan const& scan = arguments.scan;
     int const height = static_cast<int>(scan.height);
@@ -47,8 +47,9 @@ QUARTERMAP_DEVICE void add_in_float32(
         = static_cast<T const*>(arguments.tensors.x) + (stretch.image * scan.d_inner + stretch.channel) * length;
     T const* const weight = static_cast<T const*>(arguments.tensors.dt_weight) + row * ranks;
     T const* const dt = static_cast<T const*>(arguments.tensors.dt) + map * ranks;
+    std::int64_t const weights = map * scan.d_state + static_cast<std::int64_t>(index) * length;
     float const bias = read_only(arguments.tensors.dt_bias + row);
-    float const exponent = kLog2E * read_only(arguments.tensors.A + row);
+    float const exponent = kLog2E * read_only(arguments.tensors.A + row * scan.d_state + index);
     float state = 0.0F;
     QUARTERMAP_NO_UNROLL
     for (int first = 0; first < length; first += 32)
@@ -63,8 +64,8 @@ QUARTERMAP_DEVICE void add_in_float32(
             step += to_float(read_only(weight + r)) * to_float(value);
         }
         step = softplus(step);
-        float const b = to_float(read_only(static_cast<T const*>(arguments.tensors.B) + map + at));
-        float const c = to_float(read_only(static_cast<T const*>(arguments.tensors.C) + map + at));
+        float const b = to_float(read_only(static_cast<T const*>(arguments.tensors.B) + weights + at));
+        float const c = to_float(read_only(static_cast<T const*>(arguments.tensors.C) + weights + at));
         Affine own = {power_of_two(step * exponent), step * to_float(read_only(x + at)) * b};
         own = live ? own : Affine{1.0F, 0.0F};
         QUARTERMAP_NO_UNROLL
@@ -96,8 +97,12 @@ QUARTERMAP_DEVICE void compute_in_float32(
     QUARTERMAP_NO_UNROLL
     for (int k = 0; k < arguments.scan.direction_count; ++k)
     {
-        wait_for_warp<Barrier::kSumsKept>();
-        add_in_float32<T>(arguments, stretch, k, sums, lane);
+        QUARTERMAP_NO_UNROLL
+        for (int index = 0; index < arguments.scan.d_state; ++index)
+        {
+            wait_for_warp<Barrier::kSumsKept>();
+            add_in_float32<T>(arguments, stretch, k, index, sums, lane);
+        }
     }
     wait_for_warp<Barrier::kSumsKept>();
     std::int64_t const map = stretch.image * arguments.scan.d_inner + stretch.channel;

@@ -108,7 +108,8 @@ struct ResidentGeometry
 };
 
 // A map of any width, even or odd, whose height is a multiple of kTiles. A block walks one direction of 16 channels of
-// one image, or one chunk of it; x is read from global memory, and what the direction adds is written there.
+// one image, or one chunk of it; x is read from global memory, and what the direction adds is written there. With several
+// states a warp has B and C of two of them at a time.
 template <int kRankBlocks_, int kTiles_, bool kOdd_>
 struct SplitGeometry
 {
@@ -135,7 +136,7 @@ struct SplitGeometry
     int state_at;
     int shared_bytes;
 
-    QUARTERMAP_INLINE SplitGeometry(int height_, int width_, int ranks_, int warps_)
+    QUARTERMAP_INLINE SplitGeometry(int height_, int width_, int ranks_, int warps_, int states = 1)
         : width(width_)
         , height(height_)
         , pitch(width_ + (kOdd_ ? 1 : 0))
@@ -145,10 +146,10 @@ struct SplitGeometry
         , slots(row_blocks * (pitch / 2))
         , chunks((slots + kSlots * warps_ - 1) / (kSlots * warps_))
         , bc_at(ranks_ * kTiles * kRowBytes)
-        , warp_bytes(bc_at + kTiles * kTileBytes)
+        , warp_bytes(bc_at + (states > 1 ? 2 : 1) * kTiles * kTileBytes)
         , sums_at(warps_ * warp_bytes)
         , state_at(sums_at + warps_ * kMostSegments * kSegmentBytes)
-        , shared_bytes(state_at + 64)
+        , shared_bytes(state_at + 64 * states)
     {
     }
 

@@ -86,8 +86,8 @@ struct GlobalPlaces
     bool adds;
 
     QUARTERMAP_DEVICE GlobalPlaces(G const& g, GlobalMaps<T> const& maps, Lane lane, Slot slot)
-        : x(maps.x + static_cast<std::int64_t>(lane.g) * g.height * g.width)
-        , part(maps.part + static_cast<std::int64_t>(lane.g) * g.height * g.pitch)
+        : x(maps.x + static_cast<std::int64_t>(lane.g) * g.height * g.width + (G::kOdd ? 0 : slot.first))
+        , part(maps.part + static_cast<std::int64_t>(lane.g) * g.height * g.pitch + slot.first)
         , first(slot.first)
         , adds(maps.adds)
     {
@@ -95,14 +95,37 @@ struct GlobalPlaces
 
     QUARTERMAP_DEVICE void read_x(G const& g, int j, Word (&words)[2]) const
     {
-        Pair const pair = Pair::in_map(g, first + j * tile_step<kColumn>(g));
+        // Where nothing is padded, a distance from the lane's first pair, which along rows the compiler knows.
+        int const at = j * tile_step<kColumn>(g);
+        Pair const pair = G::kOdd ? Pair::in_map(g, first + at) : Pair{at, true};
         words[0] = load_pair<G>(x, pair);
         words[1] = load_pair<G>(x + 8ll * g.height * g.width, pair);
     }
 
+    // Adds a sum over several states.
+    template <class Sum>
+    QUARTERMAP_DEVICE void add_sum(G const& g, int j, Sum const& sum, bool live) const
+    {
+        T* const to = part + j * tile_step<kColumn>(g);
+        T* const to_next = to + 8ll * g.height * g.pitch;
+        Word before[2] = {0u, 0u};
+        if (!G::kOdd && adds)
+        {
+            before[0] = load_own(to);
+            before[1] = load_own(to_next);
+        }
+        if (live)
+        {
+            Word const low[1] = {sum.pair_after(before[0], 0)};
+            Word const high[1] = {sum.pair_after(before[1], 1)};
+            store_words(to, low);
+            store_words(to_next, high);
+        }
+    }
+
     QUARTERMAP_DEVICE void add(G const& g, int j, float const (&states)[4], Word c, bool live) const
     {
-        T* const to = part + first + j * tile_step<kColumn>(g);
+        T* const to = part + j * tile_step<kColumn>(g);
         Word sum[2] = {0u, 0u};
         if (!G::kOdd && adds)
         {

@@ -18,6 +18,7 @@ constexpr int kSumBytes = 8 * kSmallThreads; // of shared memory: a float for ea
 constexpr int kMostPrepareBlocks = 256;
 constexpr int kAnyKind = -1;
 constexpr int kMostRanks = 64;
+constexpr int kMostStates = 64;
 // The prepared weights of so many channels are counted in 32 bits.
 constexpr std::int64_t kMostInner = std::int64_t{1} << 20;
 
@@ -37,8 +38,8 @@ struct Workspace
 // Whether a scan is one that these kernels know, whatever its map.
 inline bool known(QuartermapScan const& scan)
 {
-    return scan.element_type != QUARTERMAP_FLOAT32 && scan.d_state == 1 && scan.softplus != 0 && scan.dt_rank > 0
-        && scan.dt_rank <= kMostRanks && scan.d_inner % kChannels == 0 && scan.d_inner <= kMostInner;
+    return scan.element_type != QUARTERMAP_FLOAT32 && scan.d_state <= kMostStates && scan.softplus != 0
+        && scan.dt_rank > 0 && scan.dt_rank <= kMostRanks && scan.d_inner % kChannels == 0 && scan.d_inner <= kMostInner;
 }
 
 inline std::int64_t part_bytes(QuartermapScan const& scan)
@@ -59,7 +60,7 @@ inline Workspace workspace_of(QuartermapScan const& scan, LaunchPlan const& plan
     };
     std::int64_t const rows = scan.direction_count * scan.d_inner;
     bool const split = plan.kernels == QUARTERMAP_SPLIT;
-    found.told_count = split && plan.parts > 1 ? rows * scan.batch * plan.parts : 0; // one for each channel
+    found.told_count = split && plan.parts > 1 ? rows * scan.batch * plan.parts * scan.d_state : 0; // one for each state
     found.weight = place(rows * 8 * plan.rank_blocks * 2);
     found.bias = place(rows * 4);
     found.skip = place(scan.d_inner * 4);
@@ -81,9 +82,9 @@ inline std::int64_t most_workspace(QuartermapScan const& scan)
     plan.rank_blocks = kMostRanks / 8;
     std::int64_t const parts = part_bytes(scan);
     std::int64_t const most = parts < kMostPartBytes ? parts : kMostPartBytes;
-    // A direction of more than one chunk has chunks of at least 56 positions: what they tell each other, 12 bytes for
-    // each and for a channel, is less than a quarter of what the parts of their positions take.
-    return workspace_of(scan, plan).bytes + most + most / 4 + 4096;
+    // A direction of more than one chunk has chunks of at least five warps, 280 positions: what they tell each other, 12
+    // bytes for each state, is less than a fortieth of the 560 bytes that the parts of their positions take.
+    return workspace_of(scan, plan).bytes + most + most * scan.d_state / 40 + 4096;
 }
 
 inline void finish(QuartermapScan const& scan, LaunchPlan& plan, int channels, int threads, int shared_bytes)
@@ -107,7 +108,7 @@ inline bool in_order(QuartermapScan const& scan)
 // The resident kernel's plan; false where there is none for the scan.
 inline bool resident_plan(QuartermapScan const& scan, LaunchPlan& plan)
 {
-    if (!known(scan) || !in_order(scan))
+    if (!known(scan) || scan.d_state > 1 || !in_order(scan))
     {
         return false;
     }
@@ -180,7 +181,9 @@ bool split_plan(QuartermapScan const& scan, Blocks blocks, LaunchPlan& plan)
     {
         plan.rank_blocks = plan.rank_blocks == 0 && ranks <= 8 * count ? count : plan.rank_blocks;
     }
-    SplitGeometry<1, kTiles, kOdd> const g(static_cast<int>(scan.height), static_cast<int>(scan.width), ranks, warps);
+    plan.rank_blocks = scan.d_state > 1 ? static_cast<int>(ceil_div(ranks, 8)) : plan.rank_blocks;
+    SplitGeometry<1, kTiles, kOdd> const g(static_cast<int>(scan.height), static_cast<int>(scan.width), ranks, warps,
+        static_cast<int>(scan.d_state));
     plan.stage = kTiles;
     plan.warps = warps;
     plan.chunks = g.chunks;
@@ -200,7 +203,9 @@ inline double estimate_cost(QuartermapScan const& scan, DeviceLimits const& limi
     bool const resident = plan.kernels == QUARTERMAP_RESIDENT;
     bool const split = plan.kernels == QUARTERMAP_SPLIT;
     double const rank = static_cast<double>(scan.dt_rank);
-    double const instructions = resident ? 15.0 + 0.25 * rank : (split ? 24.0 : 36.0) + 0.15 * rank;
+    double const one_state = resident ? 15.0 + 0.25 * rank : (split ? 24.0 : 36.0) + 0.15 * rank;
+    double const each_state = scan.d_state > 1 ? 9.4 * static_cast<double>(scan.d_state) : 0.0;
+    double const instructions = one_state + each_state;
     double const positions = split && plan.parts > 1 ? plan.chunk : static_cast<double>(scan.height * scan.width);
     double const block = instructions * plan.channels() * positions * (split ? 1.0 : scan.direction_count);
     std::int64_t const by_memory = limits.shared_per_multiprocessor / (plan.shared_bytes + 1024);

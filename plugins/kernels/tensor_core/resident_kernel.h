@@ -55,7 +55,7 @@ QUARTERMAP_DEVICE void walk_resident(Resident<T, G> const& block, Chunks chunks)
     auto const parameters = load_parameters<T, G>(block.arguments, block.channel0, kDirection, lane);
     Source<T> const source(g, block.arguments.tensors, block.image, 4, kDirection);
     walk<kColumn, kReverse>(
-        g, source, parameters, block.maps, block.team, chunks, Neighbours{nullptr, nullptr});
+        g, source, parameters, block.maps, block.team, chunks, Neighbours{nullptr, nullptr, 1});
 }
 
 // Stages a direction for all groups of the block, and walks it.

@@ -14,15 +14,16 @@ template <bool kColumn>
 constexpr int kChains = kColumn ? 4 : 2;
 
 // Puts the states of a lane after its positions of a tile into `states`, and the last of each segment into `h`.
-template <bool kColumn, bool kReverse, class G>
-QUARTERMAP_DEVICE void advance(Steps<G> const& steps, int j, float (&h)[kChains<kColumn>], float (&states)[4])
+template <bool kColumn, bool kReverse>
+QUARTERMAP_DEVICE void advance(
+    float const (&decay)[4], float const (&drive)[4], float (&h)[kChains<kColumn>], float (&states)[4])
 {
     if constexpr (kColumn)
     {
         QUARTERMAP_UNROLL
         for (int i = 0; i < 4; ++i)
         {
-            states[i] = h[i] = steps.decay[j][i] * h[i] + steps.drive[j][i];
+            states[i] = h[i] = decay[i] * h[i] + drive[i];
         }
     }
     else
@@ -32,75 +33,107 @@ QUARTERMAP_DEVICE void advance(Steps<G> const& steps, int j, float (&h)[kChains<
         {
             int const first = 2 * m + (kReverse ? 1 : 0);
             int const second = 2 * m + (kReverse ? 0 : 1);
-            states[first] = steps.decay[j][first] * h[m] + steps.drive[j][first];
-            states[second] = h[m] = steps.decay[j][second] * states[first] + steps.drive[j][second];
+            states[first] = decay[first] * h[m] + drive[first];
+            states[second] = h[m] = decay[second] * states[first] + drive[second];
         }
     }
+}
+
+// The same after the first tile of a lane's segments, from zero.
+template <bool kColumn, bool kReverse>
+QUARTERMAP_DEVICE void begin_segments(
+    float const (&decay)[4], float const (&drive)[4], float (&h)[kChains<kColumn>])
+{
+    if constexpr (kColumn)
+    {
+        QUARTERMAP_UNROLL
+        for (int i = 0; i < 4; ++i)
+        {
+            h[i] = drive[i];
+        }
+    }
+    else
+    {
+        QUARTERMAP_UNROLL
+        for (int m = 0; m < 2; ++m)
+        {
+            int const first = 2 * m + (kReverse ? 1 : 0);
+            int const second = 2 * m + (kReverse ? 0 : 1);
+            h[m] = decay[second] * drive[first] + drive[second];
+        }
+    }
+}
+
+// The n-th tile in the order of a direction.
+template <bool kReverse, class G>
+QUARTERMAP_DEVICE constexpr int tile_in_order(int n)
+{
+    return kReverse ? G::kTiles - 1 - n : n;
 }
 
 // The states at the ends of a lane's segments, from zero.
 template <bool kColumn, bool kReverse, class G>
 QUARTERMAP_DEVICE void compose_segments(Steps<G> const& steps, float (&h)[kChains<kColumn>])
 {
-    constexpr int kFirst = kReverse ? G::kTiles - 1 : 0;
-    if constexpr (kColumn)
-    {
-        QUARTERMAP_UNROLL
-        for (int i = 0; i < 4; ++i)
-        {
-            h[i] = steps.drive[kFirst][i];
-        }
-    }
-    else
-    {
-        QUARTERMAP_UNROLL
-        for (int m = 0; m < 2; ++m)
-        {
-            int const first = 2 * m + (kReverse ? 1 : 0);
-            int const second = 2 * m + (kReverse ? 0 : 1);
-            h[m] = steps.decay[kFirst][second] * steps.drive[kFirst][first] + steps.drive[kFirst][second];
-        }
-    }
+    constexpr int kFirst = tile_in_order<kReverse, G>(0);
+    begin_segments<kColumn, kReverse>(steps.decay[kFirst], steps.drive[kFirst], h);
     QUARTERMAP_UNROLL
     for (int n = 1; n < G::kTiles; ++n)
     {
+        int const j = tile_in_order<kReverse, G>(n);
         float unused[4];
-        advance<kColumn, kReverse>(steps, kReverse ? G::kTiles - 1 - n : n, h, unused);
+        advance<kColumn, kReverse>(steps.decay[j], steps.drive[j], h, unused);
     }
 }
 
-// Where a lane's segments stand: channel g of its column e; channel g + 8 stands 64 bytes behind.
-template <bool kColumn, class G>
-QUARTERMAP_DEVICE Shared own_segment(G const& g, Shared buffers, int warp, Lane lane, int e)
+// Where a lane's segments stand: channel g of both columns; channel g + 8 stands 64 bytes behind.
+struct OwnSegments
 {
-    return buffers + g.segment_at(segment_of<kColumn>(g, warp, lane.q, e), kColumn) + lane.g * 8;
-}
+    Shared at[2];
 
-// Tells the maps of a lane's segments; those of slots that are not there change nothing.
-template <bool kColumn, class G>
-QUARTERMAP_DEVICE void tell_segments(G const& g, Steps<G> const& steps, float const (&h)[kChains<kColumn>],
-    Shared buffers, int warp, Lane lane, bool live)
+    template <bool kColumn, class G>
+    QUARTERMAP_DEVICE static OwnSegments of(G const& g, Shared buffers, int warp, Lane lane)
+    {
+        OwnSegments found;
+        QUARTERMAP_UNROLL
+        for (int e = 0; e < 2; ++e)
+        {
+            int const n = segment_of<kColumn>(g, warp, lane.q, kColumn ? e : 0);
+            found.at[e] = buffers + g.segment_at(n, kColumn) + lane.g * 8;
+        }
+        return found;
+    }
+
+    // Of the i-th chain of a lane.
+    template <bool kColumn>
+    QUARTERMAP_DEVICE Shared of_chain(int i) const
+    {
+        return kColumn ? at[i & 1] + (i >> 1) * 64 : at[0] + i * 64;
+    }
+};
+
+// Tells the maps of a lane's segments; those of slots that are not there change nothing. `exponent`: sums over them, as
+// Steps has them.
+template <bool kColumn>
+QUARTERMAP_DEVICE void tell_segments(
+    OwnSegments const& own, float const (&exponent)[4], float const (&h)[kChains<kColumn>], bool live)
 {
     QUARTERMAP_UNROLL
     for (int i = 0; i < kChains<kColumn>; ++i)
     {
-        int const m = kColumn ? i >> 1 : i;
-        int const e = kColumn ? i & 1 : 0;
-        float const power = power_of_two(steps.exponent[kColumn ? i : 2 * i]);
-        write_shared(own_segment<kColumn>(g, buffers, warp, lane, e) + m * 64, live ? power : 1.0F, live ? h[i] : 0.0F);
+        float const power = power_of_two(exponent[kColumn ? i : 2 * i]);
+        write_shared(own.of_chain<kColumn>(i), live ? power : 1.0F, live ? h[i] : 0.0F);
     }
 }
 
 // The states before a lane's segments.
-template <bool kColumn, class G>
-QUARTERMAP_DEVICE void take_states(G const& g, Shared buffers, int warp, Lane lane, float (&h)[kChains<kColumn>])
+template <bool kColumn>
+QUARTERMAP_DEVICE void take_states(OwnSegments const& own, float (&h)[kChains<kColumn>])
 {
     QUARTERMAP_UNROLL
     for (int i = 0; i < kChains<kColumn>; ++i)
     {
-        int const m = kColumn ? i >> 1 : i;
-        int const e = kColumn ? i & 1 : 0;
-        h[i] = read_shared_float(own_segment<kColumn>(g, buffers, warp, lane, e) + m * 64);
+        h[i] = read_shared_float(own.of_chain<kColumn>(i));
     }
 }
 

@@ -70,14 +70,16 @@ struct Source
     T const* b;
     T const* c;
 
-    // `directions` counts those of the scan, of which this is the k-th.
+    // `directions` counts those of the scan, of which this is the k-th; B and C have `states` maps each, of which these
+    // are the first.
     template <class G>
-    QUARTERMAP_DEVICE Source(G const& g, QuartermapScanTensors const& tensors, int image, int directions, int k)
+    QUARTERMAP_DEVICE Source(
+        G const& g, QuartermapScanTensors const& tensors, int image, int directions, int k, int states = 1)
     {
         std::int64_t const at = static_cast<std::int64_t>(image * directions + k) * (g.height * g.width);
         dt = static_cast<T const*>(tensors.dt) + at * g.ranks;
-        b = static_cast<T const*>(tensors.B) + at;
-        c = static_cast<T const*>(tensors.C) + at;
+        b = static_cast<T const*>(tensors.B) + at * states;
+        c = static_cast<T const*>(tensors.C) + at * states;
     }
 };
 
@@ -113,39 +115,71 @@ QUARTERMAP_DEVICE Word load_pair(T const* map, Pair pair)
     return pair.second ? first | load_half(map + pair.at + 1) << 16 : first;
 }
 
-// Stages one task: time steps as ranks x positions, B (times ln 2 where the type has the digits for it) and C. A lane
-// takes one pair, and of its ranks each `kStep`-th from `part` on; B and C go with part 0.
+// What a lane stages of a task: one pair, of all ranks or some of them.
+struct StagedPair
+{
+    int tile;
+    int q;
+    Pair pair;
+
+    template <bool kColumn, class G>
+    QUARTERMAP_DEVICE static StagedPair of(G const& g, int task, int lane)
+    {
+        constexpr int kPairs = kSlots * G::kTiles;
+        int const own = lane < kPairs ? lane : kPairs - 1;
+        int const tile = kColumn ? own / kSlots : own % G::kTiles;
+        int const q = kColumn ? own % kSlots : own / G::kTiles;
+        Slot const slot = slot_of<kColumn>(g, task, q);
+        return {tile, q, Pair::in_map(g, slot.first + tile * tile_step<kColumn>(g))};
+    }
+};
+
+// Stages B (times ln 2 where the type has the digits for it) and C of a pair.
+template <typename T>
+QUARTERMAP_DEVICE void stage_weights(Word b, Word c, StagedPair const& own, Shared bc)
+{
+    Word const scaled = kIsFloat16<T> ? multiply<T>(b, twice(kHalfLn2)) : b;
+    Word const both[4] = {scaled & 0xffffu, c & 0xffffu, scaled & 0xffff0000u, c & 0xffff0000u};
+    write_shared(bc + own.tile * kTileBytes + own.q * 16, both);
+}
+
+// Stages all ranks of a pair, whose number is known when the kernel runs.
+template <typename T, class G>
+QUARTERMAP_DEVICE void stage_ranks(G const& g, Source<T> const& source, StagedPair const& own, Shared stage)
+{
+    Shared const to = stage + (own.tile * kSlots + own.q) * 4;
+    QUARTERMAP_UNROLL_BY_4
+    for (int r = 0; r < g.ranks; ++r)
+    {
+        T const* const row = source.dt + static_cast<std::int64_t>(r) * (g.height * g.width);
+        write_shared(to + r * G::kTiles * kRowBytes, load_pair<G>(row, own.pair));
+    }
+}
+
+// Stages one task: time steps as ranks x positions, B and C. Of its ranks a lane takes each `kStep`-th from `part` on; B
+// and C go with part 0.
 template <bool kColumn, int kStep, typename T, class G>
 QUARTERMAP_DEVICE void stage_task(G const& g, Source<T> const& source, int task, int part, int lane, Shared stage)
 {
-    constexpr int kPairs = kSlots * G::kTiles;
-    int const own = lane < kPairs ? lane : kPairs - 1;
-    int const tile = kColumn ? own / kSlots : own % G::kTiles;
-    int const q = kColumn ? own % kSlots : own / G::kTiles;
-    Slot const slot = slot_of<kColumn>(g, task, q);
-    Pair const pair = Pair::in_map(g, slot.first + tile * tile_step<kColumn>(g));
-    int const length = g.height * g.width;
-    T const* const from = source.dt + part * length;
-    Shared const to = stage + (tile * kSlots + q) * 4 + part * G::kTiles * kRowBytes;
-    Word both[4];
+    StagedPair const own = StagedPair::of<kColumn>(g, task, lane);
+    Word b = 0u;
+    Word c = 0u;
     if (part == 0)
     {
-        Word const b = load_pair<G>(source.b, pair);
-        Word const c = load_pair<G>(source.c, pair);
-        Word const scaled = kIsFloat16<T> ? multiply<T>(b, twice(kHalfLn2)) : b;
-        both[0] = scaled & 0xffffu;
-        both[1] = c & 0xffffu;
-        both[2] = scaled & 0xffff0000u;
-        both[3] = c & 0xffff0000u;
+        b = load_pair<G>(source.b, own.pair);
+        c = load_pair<G>(source.c, own.pair);
     }
     if constexpr (G::kResident)
     {
         static_assert(G::ranks % kStep == 0);
+        int const length = g.height * g.width;
+        T const* const from = source.dt + part * length;
+        Shared const to = stage + (own.tile * kSlots + own.q) * 4 + part * G::kTiles * kRowBytes;
         Word values[G::ranks / kStep];
         QUARTERMAP_UNROLL
         for (int r = 0; r < G::ranks / kStep; ++r)
         {
-            values[r] = load_pair<G>(from + r * kStep * length, pair);
+            values[r] = load_pair<G>(from + r * kStep * length, own.pair);
         }
         QUARTERMAP_UNROLL
         for (int r = 0; r < G::ranks / kStep; ++r)
@@ -155,16 +189,11 @@ QUARTERMAP_DEVICE void stage_task(G const& g, Source<T> const& source, int task,
     }
     else
     {
-        QUARTERMAP_UNROLL_BY_4
-        for (int r = 0; r < g.ranks; ++r)
-        {
-            T const* const row = from + static_cast<std::int64_t>(r) * length;
-            write_shared(to + r * G::kTiles * kRowBytes, load_pair<G>(row, pair));
-        }
+        stage_ranks(g, source, own, stage);
     }
     if (part == 0)
     {
-        write_shared(stage + g.bc_at + tile * kTileBytes + q * 16, both);
+        stage_weights<T>(b, c, own, stage + g.bc_at);
     }
 }
 

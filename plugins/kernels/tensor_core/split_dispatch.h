@@ -20,6 +20,16 @@ Kernel split_kernel_of(LaunchPlan const& plan)
     }
 }
 
+template <typename T>
+Kernel states_kernel_of(QuartermapScan const& scan, LaunchPlan const& plan)
+{
+    if (scan.width % 2 != 0)
+    {
+        return &states_kernel<T, 7, true>;
+    }
+    return plan.stage == 8 ? &states_kernel<T, 8, false> : &states_kernel<T, 7, false>;
+}
+
 // Maps of odd width come with segments of 7 alone.
 template <typename T>
 Kernel split_kernel_of(QuartermapScan const& scan, LaunchPlan const& plan)

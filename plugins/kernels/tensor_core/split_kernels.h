@@ -4,11 +4,14 @@
 //              another launch adds up the directions
 //   streamed   a block has all directions of them, one after the other, and adds each to y in global memory, which it
 //              finds in the cache again
+//
+// With one state the blocks of ranks are known to the compiler; with several, where the time step is a small share of the
+// work, one kernel takes any number.
 #pragma once
 
 #include "float32_scan.h"
 #include "plan.h"
-#include "walk.h"
+#include "states_walk.h"
 
 namespace quartermap
 {
@@ -42,7 +45,7 @@ struct SplitBlock
     }
 };
 
-template <bool kColumn, bool kReverse, typename T, class G>
+template <bool kStates, bool kColumn, bool kReverse, typename T, class G>
 QUARTERMAP_DEVICE void walk_split(
     G const& g, KernelArguments const& arguments, SplitBlock const& block, int k, Team const& team)
 {
@@ -55,19 +58,29 @@ QUARTERMAP_DEVICE void walk_split(
         : static_cast<T*>(arguments.buffers.parts) + (of_direction + channel) * g.height * g.pitch;
 
     Chunks chunks{0, g.chunks, -1};
-    Neighbours neighbours{nullptr, nullptr};
+    int const states = kStates ? static_cast<int>(arguments.scan.d_state) : 1;
+    Neighbours neighbours{nullptr, nullptr, states};
     if (arguments.plan.parts > 1)
     {
         chunks = {block.chunk, block.chunk + 1, -1};
-        std::int64_t const tile = static_cast<std::int64_t>(block.image) * arguments.plan.tiles + block.tile;
-        std::int64_t const line = tile * arguments.scan.direction_count + k;
-        neighbours = {arguments.buffers.maps + line * g.chunks * (kChannels * 2),
-            arguments.buffers.told + line * g.chunks * kChannels};
+        // There are no more than `told_count`.
+        int const line = (block.image * arguments.plan.tiles + block.tile) * arguments.scan.direction_count + k;
+        int const first = line * g.chunks * (kChannels * states);
+        neighbours = {arguments.buffers.maps + 2ll * first, arguments.buffers.told + first, states};
     }
     Lane const lane(team.lane);
-    auto const parameters = load_parameters<T, G>(arguments, block.tile * kChannels, k, lane);
-    Source<T> const source(g, arguments.tensors, block.image, arguments.scan.direction_count, k);
-    walk<kColumn, kReverse>(g, source, parameters, GlobalMaps<T>{x, part, block.streamed}, team, chunks, neighbours);
+    Source<T> const source(g, arguments.tensors, block.image, arguments.scan.direction_count, k, states);
+    GlobalMaps<T> const maps{x, part, block.streamed};
+    if constexpr (kStates)
+    {
+        StateParameters<T> const parameters(arguments, block.tile * kChannels, k, lane);
+        walk_states<kColumn, kReverse>(g, source, parameters, maps, team, chunks, neighbours);
+    }
+    else
+    {
+        auto const parameters = load_parameters<T, G>(arguments, block.tile * kChannels, k, lane);
+        walk<kColumn, kReverse>(g, source, parameters, maps, team, chunks, neighbours);
+    }
 }
 
 // Begins y with the skip connection. Rows are of even width.
@@ -126,15 +139,15 @@ QUARTERMAP_DEVICE void end_streamed(
     }
 }
 
-template <typename T, int kRankBlocks, int kTiles, bool kOdd>
-QUARTERMAP_KERNEL(32 * kMostSplitWarps, split_blocks(kIsFloat16<T>, kRankBlocks, kTiles, kOdd))
-void split_kernel(KernelArguments const arguments)
+template <bool kStates, typename T, int kRankBlocks, int kTiles, bool kOdd>
+QUARTERMAP_DEVICE void walk_directions(KernelArguments const& arguments)
 {
     SplitGeometry<kRankBlocks, kTiles, kOdd> const g(static_cast<int>(arguments.scan.height),
-        static_cast<int>(arguments.scan.width), static_cast<int>(arguments.scan.dt_rank), arguments.plan.warps);
+        static_cast<int>(arguments.scan.width), static_cast<int>(arguments.scan.dt_rank), arguments.plan.warps,
+        kStates ? static_cast<int>(arguments.scan.d_state) : 1);
     Shared const base = shared_begin();
     Team const team{base, base, base, thread_index() >> 5, thread_index() & 31, 1};
-    if (team.lane < kTiles)
+    if (team.lane < (kStates ? 2 : 1) * kTiles)
     {
         write_shared(base + team.warp * g.warp_bytes + g.bc_at + team.lane * kTileBytes + kZeroAt, 0.0F, 0.0F);
     }
@@ -150,10 +163,10 @@ void split_kernel(KernelArguments const arguments)
     {
         switch (arguments.scan.directions[k])
         {
-        case QUARTERMAP_ROW: walk_split<false, false, T>(g, arguments, block, k, team); break;
-        case QUARTERMAP_COLUMN: walk_split<true, false, T>(g, arguments, block, k, team); break;
-        case QUARTERMAP_ROW_REVERSE: walk_split<false, true, T>(g, arguments, block, k, team); break;
-        default: walk_split<true, true, T>(g, arguments, block, k, team); break;
+        case QUARTERMAP_ROW: walk_split<kStates, false, false, T>(g, arguments, block, k, team); break;
+        case QUARTERMAP_COLUMN: walk_split<kStates, true, false, T>(g, arguments, block, k, team); break;
+        case QUARTERMAP_ROW_REVERSE: walk_split<kStates, false, true, T>(g, arguments, block, k, team); break;
+        default: walk_split<kStates, true, true, T>(g, arguments, block, k, team); break;
         }
         wait_for_block<Barrier::kDirectionAdded>();
     }
@@ -161,6 +174,20 @@ void split_kernel(KernelArguments const arguments)
     {
         end_streamed<T>(arguments, block, g.height * g.width, team, g.shared_bytes);
     }
+}
+
+template <typename T, int kRankBlocks, int kTiles, bool kOdd>
+QUARTERMAP_KERNEL(32 * kMostSplitWarps, split_blocks(kIsFloat16<T>, kRankBlocks, kTiles, kOdd))
+void split_kernel(KernelArguments const arguments)
+{
+    walk_directions<false, T, kRankBlocks, kTiles, kOdd>(arguments);
+}
+
+template <typename T, int kTiles, bool kOdd>
+QUARTERMAP_KERNEL(32 * kMostSplitWarps, states_blocks(kIsFloat16<T>, kTiles, kOdd))
+void states_kernel(KernelArguments const arguments)
+{
+    walk_directions<true, T, 1, kTiles, kOdd>(arguments);
 }
 
 // Two neighbours of a row, of which the second may not be there. Rows of even width begin at words.

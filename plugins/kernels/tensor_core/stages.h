@@ -60,5 +60,11 @@ QUARTERMAP_INLINE constexpr int split_blocks(bool float16, int rank_blocks, int 
     return float16 && tiles == 7 && !odd && rank_blocks <= 2 ? 2 : 1;
 }
 
+// The same for the kernel of several states.
+QUARTERMAP_INLINE constexpr int states_blocks(bool float16, int tiles, bool odd)
+{
+    return float16 && tiles == 7 && !odd ? 2 : 1;
+}
+
 } // namespace tensor_core
 } // namespace quartermap

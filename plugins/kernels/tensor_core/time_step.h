@@ -211,6 +211,25 @@ struct Steps
     float exponent[4]; // sums over a segment; along rows those of both columns, in 0 and 2
 };
 
+// Of one tile: x times the steps, which for bfloat16 are those of softplus, as B holds no ln 2 there.
+template <typename T>
+QUARTERMAP_DEVICE void make_inputs(
+    Word const (&step)[2], Word const (&x)[2], Word scaled_identity, Word (&inputs)[2])
+{
+    if constexpr (kIsFloat16<T>)
+    {
+        inputs[0] = multiply<T>(step[0], x[0]);
+        inputs[1] = multiply<T>(step[1], x[1]);
+    }
+    else
+    {
+        float whole[4];
+        matrix_product<Float16>(whole, step[0], step[1], scaled_identity, 0.0F, 0.0F, 0.0F, 0.0F);
+        inputs[0] = multiply<T>(pack<T>(whole[0], whole[1]), x[0]);
+        inputs[1] = multiply<T>(pack<T>(whole[2], whole[3]), x[1]);
+    }
+}
+
 // Of one tile: the decays 2^(A s) and the drives B x s from z.
 template <typename T, class G>
 QUARTERMAP_DEVICE void make_steps(float const (&z)[4], Parameters<G> const& parameters, Word const (&x)[2], Word b,
@@ -225,18 +244,7 @@ QUARTERMAP_DEVICE void make_steps(float const (&z)[4], Parameters<G> const& para
         step[m] = softplus_pair(z[2 * m], z[2 * m + 1]);
         exponent[m] = multiply<Float16>(step[m], parameters.decay[m]);
     }
-    if constexpr (kIsFloat16<T>)
-    {
-        drive[0] = multiply<T>(step[0], x[0]);
-        drive[1] = multiply<T>(step[1], x[1]);
-    }
-    else
-    {
-        float whole[4];
-        matrix_product<Float16>(whole, step[0], step[1], scaled_identity, 0.0F, 0.0F, 0.0F, 0.0F);
-        drive[0] = multiply<T>(pack<T>(whole[0], whole[1]), x[0]);
-        drive[1] = multiply<T>(pack<T>(whole[2], whole[3]), x[1]);
-    }
+    make_inputs<T>(step, x, scaled_identity, drive);
     float powers[4];
     matrix_product<Float16>(powers, exponent[0], exponent[1], identity, 0.0F, 0.0F, 0.0F, 0.0F);
     matrix_product<Float16>(steps.exponent, exponent[0], exponent[1], summing, steps.exponent[0], steps.exponent[1],

@@ -34,42 +34,44 @@ struct Chunks
 // Of other blocks with the same channels and direction, one for each chunk: what a block tells those behind it.
 struct Neighbours
 {
-    float* maps;         // 16 x (power, state) for each chunk, in the order of the direction
-    std::uint32_t* told; // 16 for each
+    float* maps;         // (power, state) of 16 channels for each state of each chunk, in the order of the direction
+    std::uint32_t* told; // 16 for each; null where a block has all chunks
+    int states;          // of a channel
 };
 
-// The state of a channel before a chunk, after this block has told its own map. Blocks are numbered in the order of the
-// chunks and begin in that order, so those that are waited for are at work or done.
-QUARTERMAP_DEVICE float look_back(Neighbours const& neighbours, int chunk, int channel, ChunkMap const& own)
+// The `index`-th state of a channel before a chunk, after this block has told its own map. Blocks are numbered in the
+// order of the chunks and begin in that order, so those that are waited for are at work or done.
+QUARTERMAP_DEVICE float look_back(
+    Neighbours const& neighbours, int chunk, int index, int channel, ChunkMap const& own)
 {
-    float* const mine = neighbours.maps + (chunk * kChannels + channel) * 2;
+    int const of_chunk = kChannels * neighbours.states;
+    int const first = kChannels * index + channel;
+    float* const mine = neighbours.maps + 2 * (first + chunk * of_chunk);
     mine[0] = own.power;
     mine[1] = own.state;
-    tell(neighbours.told + chunk * kChannels + channel);
+    tell(neighbours.told + first + chunk * of_chunk);
     float state = 0.0F;
     for (int n = 0; n < chunk; ++n)
     {
-        wait_until_told<Barrier::kPredecessors>(neighbours.told + n * kChannels + channel);
-        float const* const map = neighbours.maps + (n * kChannels + channel) * 2;
+        wait_until_told<Barrier::kPredecessors>(neighbours.told + first + n * of_chunk);
+        float const* const map = neighbours.maps + 2 * (first + n * of_chunk);
         state = load_told(map) * state + load_told(map + 1);
     }
     return state;
 }
 
-// Puts the states before all segments of a chunk in their places; `carry` is where one lane of one warp keeps the
-// state.
+// Puts the `index`-th states before all segments of a chunk in their places, for one warp; `carry` is where one lane keeps
+// the state.
 template <bool kColumn, bool kReverse, class G>
 QUARTERMAP_DEVICE void scan_segments(
-    G const& g, Team const& team, Neighbours const& neighbours, int chunk, bool first, float& carry)
+    G const& g, Team const& team, Neighbours const& neighbours, int chunk, int index, bool first, float& carry)
 {
-    // Another warp each time, as it takes a while.
-    bool const scanner = g.warps == 1 || team.warp == chunk % g.warps;
-    if (!scanner || team.lane >= kChannels)
+    if (team.lane >= kChannels)
     {
         return;
     }
     Shared const from = team.buffers + team.lane * 8;
-    Shared const kept = team.buffers + g.state_at + team.lane * 4;
+    Shared const kept = team.buffers + g.state_at + (index * kChannels + team.lane) * 4;
     ChunkMap map = {1.0F, 0.0F};
     if constexpr (G::kResident)
     {
@@ -78,7 +80,7 @@ QUARTERMAP_DEVICE void scan_segments(
     else if (neighbours.told != nullptr)
     {
         walk_segments<kColumn, kReverse, false>(g, from, map);
-        map.state = look_back(neighbours, chunk, team.lane, map);
+        map.state = look_back(neighbours, chunk, index, team.lane, map);
     }
     else
     {
@@ -182,18 +184,23 @@ QUARTERMAP_DEVICE void walk(G const& g, Source<T> const& source, Parameters<G> c
         {
             wait_for_warp<Barrier::kStageRead>();
         }
-        tell_segments<kColumn>(g, steps, h, team.buffers, team.warp, lane, slot.live);
+        auto const own = OwnSegments::of<kColumn>(g, team.buffers, team.warp, lane);
+        tell_segments<kColumn>(own, steps.exponent, h, slot.live);
         wait_for_team<Barrier::kSegmentsWritten>(g, team);
-        scan_segments<kColumn, kReverse>(g, team, neighbours, chunk, chunk == chunks.first, carry);
+        // Another warp each time, as it takes a while.
+        if (g.warps == 1 || team.warp == chunk % g.warps)
+        {
+            scan_segments<kColumn, kReverse>(g, team, neighbours, chunk, 0, chunk == chunks.first, carry);
+        }
         wait_for_team<Barrier::kStatesWritten>(g, team);
-        take_states<kColumn>(g, team.buffers, team.warp, lane, h);
+        take_states<kColumn>(own, h);
 
         QUARTERMAP_UNROLL
         for (int n = 0; n < G::kTiles; ++n)
         {
-            int const j = kReverse ? G::kTiles - 1 - n : n;
+            int const j = tile_in_order<kReverse, G>(n);
             float states[4];
-            advance<kColumn, kReverse>(steps, j, h, states);
+            advance<kColumn, kReverse>(steps.decay[j], steps.drive[j], h, states);
             places.add(g, j, states, read_shared(bc + j * kTileBytes + 4), slot.live);
         }
         if constexpr (G::kPrivate)
