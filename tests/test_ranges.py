@@ -67,8 +67,8 @@ def test_batches_and_groups_make_no_difference(
 
 def test_values_count_by_their_sizes_though_their_batch_lost_its_name() -> None:
     """As it does behind a Resize; a session for every few values took most of the time of a pruned model."""
-    images, model = block()
-    lowered = lower(model)  # type: ignore[arg-type]
+    images = image(6, 7, batch=5)
+    lowered = lower(infer_shapes(text_model(CHANNEL_FIRST, 6, 7)))
     known = module._bytes(lowered, images.shape)
     assert set(known) >= set(VALUES) and known["features"] == 4 * 5 * 6 * 6 * 7
     for value in lowered.graph.value_info:
