@@ -74,14 +74,15 @@ def faults_of(file: str, source: bytes) -> list[Fault]:
     """Return the faults that can be planted in a Python file, by position; each changes what the file means."""
     tree = ast.parse(source)
     text = _Text(source)
-    meaning = ast.dump(tree)
+    statements = [_Statement(source, *text.whole(node)) for node in tree.body]
     seen: set[bytes] = set()
     counts: dict[tuple[str, str], int] = {}
     found = []
     edits = [edit for function, node in functions(tree) for edit in _edits(node, text, function)]
     for start, end, replacement, kind, function in sorted(edits):
         changed = source[:start] + replacement.encode() + source[end:]
-        if changed in seen or not _differs(changed, meaning):
+        (statement,) = (each for each in statements if each.start <= start and end <= each.end)
+        if changed in seen or not statement.differs(start, end, replacement):
             continue
         seen.add(changed)
         fault = fault_at(file, source, start, end, replacement, kind, function)
@@ -141,6 +142,12 @@ class _Text:
         at: tuple[int, int, int, int] = (node.lineno, node.col_offset, node.end_lineno, node.end_col_offset)  # type: ignore[attr-defined]
         return self._starts[at[0] - 1] + at[1], self._starts[at[2] - 1] + at[3]
 
+    def whole(self, node: ast.AST) -> tuple[int, int]:
+        """The span of a statement with its decorators."""
+        start, end = self.span(node)
+        first = min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", []))])  # type: ignore[attr-defined]
+        return min(start, self._starts[first - 1]), end
+
     def of(self, node: ast.AST) -> str:
         start, end = self.span(node)
         return self.source[start:end].decode()
@@ -150,11 +157,20 @@ def _one_line(text: bytes) -> str:
     return " ".join(text.decode().split())
 
 
-def _differs(changed: bytes, meaning: str) -> bool:
-    try:
-        return ast.dump(ast.parse(changed)) != meaning
-    except (SyntaxError, ValueError):
-        return False
+class _Statement:
+    """A statement of a module, which is parsed by itself: whole files take much longer."""
+
+    def __init__(self, source: bytes, start: int, end: int) -> None:
+        self.source, self.start, self.end = source, start, end
+        self._meaning = ast.dump(ast.parse(source[start:end]))
+
+    def differs(self, start: int, end: int, replacement: str) -> bool:
+        """Whether it means something else, and something at all, with another text from one byte to another."""
+        changed = self.source[self.start : start] + replacement.encode() + self.source[end : self.end]
+        try:
+            return ast.dump(ast.parse(changed)) != self._meaning
+        except (SyntaxError, ValueError):
+            return False
 
 
 def _edits(top: ast.AST, text: _Text, function: str) -> Iterator[_Edit]:
