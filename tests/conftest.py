@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import cpu_builds
@@ -85,4 +86,23 @@ def cpu_library(_own_folders: None, _shared_folder: None) -> Path:
 def natively(_own_folders: None, _shared_folder: None) -> Iterator[None]:
     """For files that name it in `pytestmark`: their scans run by the native operators, where there are some."""
     with cpu_builds.native_where_it_can_be():
+        yield
+
+
+@pytest.fixture(scope="module")
+def small_models() -> Iterator[None]:
+    """For files that open many sessions and run each once: none plans which values may share memory.
+
+    That takes a third of what opening one takes, and changes no number; where the operators of ours run, it is done.
+    """
+    from quartermap_deploy.targets.onnxruntime import opening
+
+    options = opening._options
+
+    def without_reuse(threads: int, profile: Path | None, library: Path | None, providers: Any) -> Any:
+        made = options(threads, profile, library, providers)
+        made.enable_mem_reuse = library is not None
+        return made
+
+    with mock.patch.object(opening, "_options", without_reuse):
         yield

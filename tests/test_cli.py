@@ -42,6 +42,8 @@ from quartermap_deploy.pruning import QuarterMap
 from quartermap_deploy.recipe import Recipe
 from quartermap_deploy.tables.words import count_text
 
+pytestmark = pytest.mark.usefixtures("small_models")
+
 COMMANDS = ("models", "compile", "inspect", "validate", "bench", "eval", "tune")
 MODEL = "vmamba_digits"
 

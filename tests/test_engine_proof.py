@@ -31,6 +31,8 @@ from quartermap_deploy.targets.tensorrt import target as tensorrt
 from quartermap_deploy.targets.tensorrt.options import EngineOptions, Profile
 from quartermap_deploy.validation import localise
 
+pytestmark = pytest.mark.usefixtures("small_models")
+
 MODEL, RELEASE = "vmamba_digits", "10.7"
 FAULTY = 7
 """The block that the planted fault is in."""

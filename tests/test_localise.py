@@ -32,6 +32,8 @@ from quartermap_deploy.validation.rounding import rounded_in_float32
 from quartermap_deploy.validation.runners import TorchRunner, onnxruntime_runner, with_block_outputs
 from quartermap_deploy.validation.tolerances import Tolerance
 
+pytestmark = pytest.mark.usefixtures("small_models")
+
 BLOCKS = 3
 TOLERANCE = Tolerance("float16", 5e-3, "as at block level")
 

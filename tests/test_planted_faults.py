@@ -44,6 +44,8 @@ from quartermap_deploy.validation.parity import ParityReport, check_parity
 from quartermap_deploy.validation.runners import TorchRunner, onnxruntime_runner, with_block_outputs
 from quartermap_deploy.validation.tolerances import Tolerance, tolerance_for
 
+pytestmark = pytest.mark.usefixtures("small_models")
+
 TOLERANCE = tolerance_for("float32")
 
 Fault = Callable[[onnx.ModelProto, Sequence[onnx.NodeProto]], None]

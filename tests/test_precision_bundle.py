@@ -25,6 +25,8 @@ from quartermap_deploy.gpu import find_gpu
 from quartermap_deploy.revalidate import localise_bundle, validate_bundle
 from quartermap_deploy.targets.tensorrt.options import EngineOptions, Profile
 
+pytestmark = pytest.mark.usefixtures("small_models")
+
 MODEL = "vmamba_digits"
 
 
