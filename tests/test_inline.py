@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,7 @@ from quartermap_deploy.targets.onnxruntime.session import OnnxRuntimeSession
 from quartermap_deploy.validation.rounding import rounded_in_float32
 from quartermap_deploy.validation.runners import with_block_outputs
 
+inline_scans_module = importlib.import_module("quartermap_deploy.passes.inline_scans")
 NAMES = ("vmamba_s2_channel_first", "medmamba")
 
 
@@ -120,6 +122,27 @@ def test_16_bits_stay_16_bits() -> None:
     assert list(found) == list(usual) and "block_1/scan" in found
     for name, value in usual.items():
         np.testing.assert_array_equal(found[name], value)
+
+
+def test_a_loop_gets_what_it_reads_from_around_and_nothing_for_an_input_that_is_left_out() -> None:
+    text = """
+        <ir_version: 9, opset_import: ["": 20]>
+        g (float[4] x, float most) => (float[4] y) {
+            zero = Constant <value = float {0}> ()
+            last, y = Scan <num_scan_inputs = 1, body = b (float s, float item) => (float s_next, float made) {
+                made = Clip (item, , most)
+                s_next = Add (s, made)
+            }> (zero, x)
+        }
+    """
+    model = onnx.parser.parse_model(text)
+    feeds = {"x": np.array([1, 5, 2, 9], np.float32), "most": np.array(4, np.float32)}
+    before = run(model, feeds)["y"]
+    scan = model.graph.node[1]
+    scan.name = "loop"
+    inline_scans_module._close(scan)
+    assert list(scan.input) == ["zero", "most", "x"]
+    np.testing.assert_array_equal(run(model, feeds)["y"], before)
 
 
 # IR versions ------------------------------------------------------------------------------------------------------

@@ -925,6 +925,22 @@ def test_a_convolution_without_activation_may_read_what_others_read_too(
     assert report.changed == ["block 1: conv now has stride 2"] and not report.refused
 
 
+def test_a_block_that_is_said_to_be_pruned_and_is_not_is_an_error() -> None:
+    x, scanned = gs.Variable("x", np.float32, [2, 4, 6, 8]), gs.Variable("s", np.float32)
+    graph = gs.Graph(inputs=[x], opset=20)
+    made = GraphWriter(graph, "p", x.dtype, 0)("Relu", "relu", [x])
+    graph.nodes.append(
+        gs.Node("SelectiveScan2D", "block_1/scan", domain="quartermap", inputs=[made], outputs=[scanned])
+    )
+    (scan,) = scans(graph)
+    scanned.name = scanned_name(scan, Subsample(2))
+    graph.outputs = [scanned]
+    with pytest.raises(
+        PassError, match="block 1 is pruned, but neither a Slice nor a convolution of stride 2"
+    ):
+        hoist_slice(graph, Selection((1,), Subsample(2)))
+
+
 def test_a_lowered_model_has_the_body_of_each_variant_once() -> None:
     with pytest.raises(PassError, match="unknown body 'loop'; expected one of scan, tree"):
         lower(onnx.ModelProto(), "loop")
