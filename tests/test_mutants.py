@@ -144,8 +144,8 @@ def test_tests_that_call_the_function_come_first_and_cheap_ones_before_them() ->
     beside_heavy = [*many, guard("light", 0.1, "f", file="tests/test_b.py")]
     assert [each.name.split("::")[1] for each in chosen(fault, beside_heavy, 16.0)] == [
         "shares",
-        "compiled",
         "light",
+        "compiled",
     ]
     assert chosen(replace(fault, function="h"), guards, 40.0) == []
     everywhere = chosen(replace(fault, function=""), guards, 40.0)

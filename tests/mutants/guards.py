@@ -36,6 +36,8 @@ atexit.register(_leave)
 OTHERS = 0.25
 """The share of the time for tests of the same files that do not call the function: they may look at what a test before
 them computed, and kept."""
+CHEAP = 0.5
+"""Seconds of a test that runs before the others of all files."""
 SETTING_UP = 0.25
 """The share of the time that the first test of a file is taken to need at most for what it sets up for the others."""
 
@@ -210,9 +212,10 @@ def chosen(fault: Fault, guards: Sequence[Guard], seconds: float) -> list[Guard]
     files = _in_order([guard for guard in guards if guard.name in calling])
     slowest = _slowest(guards)
     begun: set[str] = set()
-    found = list(
-        _within([guard for _, group in files for guard in group], seconds * (1 - OTHERS), slowest, begun)
-    )
+    # Cheap tests of every file first, so that those of a file with slow ones are not left out for these.
+    in_turn = [guard for _, group in files for guard in group if guard.seconds <= CHEAP]
+    in_turn += [guard for _, group in files for guard in group if guard.seconds > CHEAP]
+    found = list(_within(in_turn, seconds * (1 - OTHERS), slowest, begun))
     rest = [
         guard
         for file, _ in files
