@@ -309,6 +309,33 @@ def test_what_is_moved_on_to_operators_of_16_bits_is_moved_in_16_bits() -> None:
     assert [types[name] for name in ("a", "moved", "y")] == [FLOAT, half("float16"), half("float16")]
 
 
+@pytest.mark.parametrize(
+    "move",
+    [
+        "Flatten (a)",
+        "Gather (a, one)",
+        "Identity (a)",
+        "Reshape (a, shape)",
+        "Slice (a, one, shape)",
+        "Squeeze (a)",
+        "Transpose (a)",
+        "Unsqueeze (a, one)",
+    ],
+)
+def test_what_is_moved_between_operators_of_32_bits_is_moved_in_32_bits(move: str) -> None:
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 9, opset_import: ["" : 20]>
+        agraph (float[2, 3] x) => (float[] z) <int64[1] one = {{1}}, int64[1] shape = {{-1}}>
+        {{ b = Neg (x)  a = Sin (b)  moved = {move}  y = Cos (moved)  z = Neg (y) }}
+    """)
+    for item in model.graph.node:
+        item.name = f"make_{item.output[0]}"
+    typed, report = cast_precision(infer_shapes(model), "float16", keep_float32=["make_a", "make_y"])
+    types = types_of_values(typed.graph)
+    assert [types[name] for name in ("a", "moved", "y")] == [FLOAT] * 3
+    assert report.kept["make_moved"] == "between float32 operators"
+
+
 def test_what_is_moved_on_from_an_input_has_16_bits_unless_it_is_named() -> None:
     model = onnx.parser.parse_model("""
         <ir_version: 9, opset_import: ["" : 20]>
