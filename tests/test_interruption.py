@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -162,24 +164,32 @@ def test_native_code_does_not_hold_it(tmp_path: Path, grace: float, sent: list[f
     assert list(tmp_path.iterdir()) == []
 
 
+@functools.cache
+def validated() -> str:
+    """What the command prints that nobody stops."""
+    command = [sys.executable, "-m", "quartermap_deploy", "validate", str(toy_bundles.classifier())]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
 @pytest.mark.parametrize(("sent", "code", "text"), SIGNALS)
 @pytest.mark.parametrize("behind", ["loading the model for onnxruntime", "comparing with the golden outputs"])
 def test_a_real_command_ends_cleanly(sent: signal.Signals, code: int, text: str, behind: str) -> None:
     """Ctrl-C after the second of these lines ended in a segmentation fault."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "quartermap_deploy", "validate", str(toy_bundles.classifier())],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heeding,
-    )
-    assert process.stderr is not None
-    while behind not in process.stderr.readline():
-        assert process.poll() is None
-    time.sleep(0.02)
-    process.send_signal(sent)
-    out, err = process.communicate(timeout=60)
+    command = [sys.executable, "-m", "quartermap_deploy", "validate", str(toy_bundles.classifier())]
+    for _ in range(6):
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeding
+        )
+        assert process.stderr is not None
+        while behind not in process.stderr.readline():
+            assert process.poll() is None
+        time.sleep(0.02)
+        process.send_signal(sent)
+        out, err = process.communicate(timeout=60)
+        # On a busy machine the command may be done before the signal arrives; then it is tried again.
+        if process.returncode != 0:
+            break
     assert process.returncode == code
-    # So small a model may be compared before the signal arrives; what is printed then is the whole verdict.
-    assert out == "" or (out.startswith("onnxruntime: error") and "\npassed, worst error" in out)
+    # So small a model may be compared before the signal arrives; what is printed until then is what always is.
+    assert re.sub(r"\d", "0", validated()).startswith(re.sub(r"\d", "0", out))
     assert [line for line in err.splitlines() if not line.startswith("[")] == [f"quartermap: error: {text}"]
