@@ -113,7 +113,9 @@ def test_element_types_of_16_bits(emulated: Path, dtype: torch.dtype) -> None:
 def test_sizes_change_between_runs_and_threads(emulated: Path) -> None:
     first = scan_case(d_inner=4, height=6, width=7)
     session = open_session(model_of(first), emulated)
-    cases = [scan_case(batch, 4, h, w) for batch, h, w in ((1, 6, 7), (3, 1, 20), (2, 9, 8), (1, 6, 7))]
+    # With the same batch, and the same height or width, too.
+    sizes = ((1, 6, 7), (3, 1, 20), (2, 9, 8), (1, 6, 7), (1, 6, 5), (1, 8, 5))
+    cases = [scan_case(batch, 4, h, w) for batch, h, w in sizes]
     with ThreadPoolExecutor(3) as pool:
         for case, y in zip(cases, pool.map(lambda case: run(session, scan_feeds(case)), cases), strict=True):
             assert error(y, case.expected(torch.float32)) <= TOLERANCE

@@ -206,6 +206,15 @@ def test_plans_of_real_stages(
     assert plan.threads % 32 == 0 and plan.threads <= 256
 
 
+@pytest.mark.parametrize("d_inner", [1, 2, 3, 5, 8])
+def test_blocks_are_whole_warps(kernels: Kernels, d_inner: int) -> None:
+    """Of maps so small that a sequence takes a quarter or a half of a warp, too: shuffles name all of its lanes."""
+    for height, width in ((1, 1), (3, 5), (7, 7), (9, 11), (14, 14)):
+        for batch in (1, 1000):
+            scan = make_scan((batch, d_inner, height, width, 1, 3), DIRECTIONS, True, "float32")
+            assert kernels.plan_for(scan, *H100).threads % 32 == 0
+
+
 @pytest.mark.parametrize("element_type", TOLERANCES)
 def test_the_workspace_suffices_on_the_smallest_device(kernels: Kernels, element_type: str) -> None:
     """What is asked for without a device is at least what a plan for any device needs."""

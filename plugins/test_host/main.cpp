@@ -148,6 +148,7 @@ void check_fields(IPluginCreatorV3One& creator)
     std::printf("fields that have to be refused, each with its reason:\n");
     std::int32_t const number = 1;
     std::int64_t const wide = 1;
+    std::int64_t const two = 2;
     float const fraction = 1.0F;
     auto const refused = [&](FieldList const& list, std::string const& what) {
         check(Capabilities(list.create(creator)).plugin == nullptr, "refuses " + what);
@@ -159,10 +160,13 @@ void check_fields(IPluginCreatorV3One& creator)
     refused(FieldList().directions(kAll).softplus(1).add("unknown", &number, PluginFieldType::kINT32, 1),
         "an unknown field");
     refused(FieldList().directions("row,diagonal").softplus(1), "an unknown direction");
+    refused(FieldList().directions("row,col").softplus(1), "the beginning of a direction's name");
+    refused(FieldList().directions("rows").softplus(1), "more than a direction's name");
     refused(FieldList().directions("").softplus(1), "empty directions");
     refused(FieldList().directions(",,").softplus(1), "directions without a name");
     refused(FieldList().directions("row,row,row,row,row,row,row,row,row").softplus(1), "nine directions");
     refused(FieldList().directions("row").softplus(2), "a softplus of 2");
+    refused(FieldList().directions("row").add("softplus", &two, PluginFieldType::kINT64, 1), "a wide softplus of 2");
     refused(FieldList().directions("row").add("softplus", &fraction, PluginFieldType::kFLOAT32, 1),
         "a softplus of another type");
     refused(FieldList().directions("row").add("softplus", nullptr, PluginFieldType::kINT32, 1), "a null softplus");

@@ -184,9 +184,9 @@ def reporting(name: str, source: bytes) -> bytes:
     for function, node in functions(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             place = 1 if is_docstring(node.body[0]) else 0
-            node.body[place:place] = ast.parse(
-                f"__import__('mutants_seen').add({f'{name}::{function}'!r})"
-            ).body
+            # A file that is run by itself, apart from this copy, reports nothing.
+            call = f"__import__('mutants_seen').add({f'{name}::{function}'!r})"
+            node.body[place:place] = ast.parse(f"try:\n    {call}\nexcept ImportError:\n    pass").body
     return ast.unparse(ast.fix_missing_locations(tree)).encode()
 
 
