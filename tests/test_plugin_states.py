@@ -128,8 +128,10 @@ def test_what_leaves_float16_is_computed_in_float32(kernels: Kernels, sizes: Siz
     inputs = make_inputs(sizes, "float16", states=5)
     large_drive(inputs)
     plan = make_plan(kernels, sizes, "float16", H100, which=which, states=5)
+    before = kernels._library.quartermap_emulation_yes_votes()
     y = kernels.scan_2d(*inputs, DIRECTIONS, True, plan)
     assert plan.kernels == which and relative(y, inputs) <= TOLERANCES["float16"]
+    assert kernels._library.quartermap_emulation_yes_votes() > before
 
 
 ORDERED: list[tuple[Sizes, Device, int]] = [

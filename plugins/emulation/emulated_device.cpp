@@ -58,6 +58,7 @@ struct Warp
 std::atomic<unsigned> order_seed{0};
 std::atomic<unsigned> blocks_at_once{1};
 std::atomic<int> barrier_left_out{-1};
+std::atomic<unsigned> yes_votes{0};
 
 class Block
 {
@@ -174,6 +175,7 @@ bool Block::vote(bool so, bool wait_for_all)
     {
         wait(Waits::kForBlock);
     }
+    yes_votes += votes_[number] ? 1u : 0u;
     return votes_[number];
 }
 
@@ -473,6 +475,13 @@ extern "C" __attribute__((visibility("default"))) void quartermap_emulation_orde
 extern "C" __attribute__((visibility("default"))) void quartermap_emulation_blocks(unsigned count)
 {
     quartermap::emulation::blocks_at_once = count;
+}
+
+// How many threads were told by a vote of their block that it is so: those that then computed in float32 what was not
+// finite.
+extern "C" __attribute__((visibility("default"))) unsigned quartermap_emulation_yes_votes(void)
+{
+    return quartermap::emulation::yes_votes;
 }
 
 // Leaves out the barrier of this number (tensor_core/machine.h); none for -1.
