@@ -154,6 +154,17 @@ def large_drive(inputs: list[Tensor]) -> None:
     D.mul_(1e-3)
 
 
+def large_state(inputs: list[Tensor]) -> None:
+    """Small decays and much drive: states of millions; C is small."""
+    x, _, B, C, A, D, bias, _ = inputs
+    x.abs_().mul_(3e4).clamp_(max=6e4)
+    B.abs_()
+    C.mul_(1e-5)
+    A.mul_(0.1)
+    D.mul_(1e-3)
+    bias.zero_()
+
+
 def barriers() -> list[str]:
     """Return the names in the order of their numbers, as they stand in the header."""
     header = (plugin_sources() / "kernels" / "tensor_core" / "machine.h").read_text(encoding="utf-8")

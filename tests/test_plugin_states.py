@@ -5,7 +5,7 @@ As tests/test_plugin_tensor_cores.py does it for one state.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import plugin_builds
 import pytest
@@ -24,10 +24,12 @@ from tensor_core_scans import (
     check,
     in_the_usual_way,
     large_drive,
+    large_state,
     make_inputs,
     make_plan,
     relative,
 )
+from torch import Tensor
 
 from quartermap_deploy.native.errors import PluginError
 from quartermap_deploy.scan.cuda import GENERAL, SPLIT, STREAMED, Kernels, make_scan
@@ -123,10 +125,13 @@ LARGE: list[tuple[Sizes, int]] = [
 ]
 
 
+@pytest.mark.parametrize("change", [large_drive, large_state])
 @pytest.mark.parametrize(("sizes", "which"), LARGE, ids=str)
-def test_what_leaves_float16_is_computed_in_float32(kernels: Kernels, sizes: Sizes, which: int) -> None:
+def test_what_leaves_float16_is_computed_in_float32(
+    kernels: Kernels, sizes: Sizes, which: int, change: Callable[[list[Tensor]], None]
+) -> None:
     inputs = make_inputs(sizes, "float16", states=5)
-    large_drive(inputs)
+    change(inputs)
     plan = make_plan(kernels, sizes, "float16", H100, which=which, states=5)
     before = kernels._library.quartermap_emulation_yes_votes()
     y = kernels.scan_2d(*inputs, DIRECTIONS, True, plan)

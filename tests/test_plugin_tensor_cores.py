@@ -27,6 +27,7 @@ from tensor_core_scans import (
     check,
     in_the_usual_way,
     large_drive,
+    large_state,
     make_inputs,
     make_plan,
     relative,
@@ -235,17 +236,6 @@ def test_tensors_that_begin_anywhere_are_copied(kernels: Kernels) -> None:
 
 
 # Values that leave float16 -------------------------------------------------------------------------------------------
-
-
-def large_state(inputs: list[Tensor]) -> None:
-    """Small decays and much drive: states of millions; C is small."""
-    x, _, B, C, A, D, bias, _ = inputs
-    x.abs_().mul_(3e4).clamp_(max=6e4)
-    B.abs_()
-    C.mul_(1e-5)
-    A.mul_(0.1)
-    D.mul_(1e-3)
-    bias.zero_()
 
 
 def large_weight(inputs: list[Tensor]) -> None:
