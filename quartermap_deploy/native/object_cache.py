@@ -5,7 +5,8 @@
 Objects are named by the content of the file, by what is said of everything it may include and of the compilers
 (IDENTITY, see build.py: that of kernels, a colon, that of all other files), and by the arguments, without the places
 where files lie. So a build that was interrupted goes on where it stopped, and libraries share their kernels. To EVENTS
-a line is added as a file begins, and as it is done.
+a line is added as a file begins, and as it is done. For build folders that are made anew each time: with an object that
+was kept comes no list of the headers that it depends on.
 
 This file is run by itself, with the standard library alone.
 """
