@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from made_once import made_once
 from onnx import helper, numpy_helper
 from reference_models import CONFIGS, DIMS, Reference, load
 from torch import Tensor
@@ -22,8 +21,7 @@ from traced_once import traced_once
 from quartermap_deploy.architectures.base import VisualStateSpaceModel
 from quartermap_deploy.architectures.medmamba import MedMamba, MedMambaConfig
 from quartermap_deploy.architectures.vmamba import VMamba
-from quartermap_deploy.files import write_whole
-from quartermap_deploy.frontend.exporter import INPUT, OUTPUT, trace
+from quartermap_deploy.frontend.exporter import INPUT, OUTPUT
 from quartermap_deploy.frontend.node_names import block_output, scan_name
 from quartermap_deploy.lowering.operator import DOMAIN, INPUTS_2D, SELECTIVE_SCAN_2D, VERSION, ScanVariant
 from quartermap_deploy.lowering.scan_body import scan_body
@@ -445,12 +443,6 @@ def shortened(name: str) -> VisualStateSpaceModel:
     return model.eval()
 
 
-def _made_once(name: str, make: Callable[[], onnx.ModelProto]) -> bytes:
-    """Return a model that takes long to make, made by whichever process of the test run asks first."""
-    path = made_once(f"{name}.onnx", lambda path: write_whole(path, make().SerializeToString()), 300)
-    return path.read_bytes()
-
-
 def traced(name: str) -> onnx.ModelProto:
     """Return a reference as the exporter traces it; traced once in a test run."""
     given = reference(name)
@@ -459,11 +451,7 @@ def traced(name: str) -> onnx.ModelProto:
 
 def traced_with_open_sizes(name: str) -> onnx.ModelProto:
     """Return a shortened reference, traced with open height and width."""
-
-    def make() -> onnx.ModelProto:
-        return trace(shortened(name), (2, 3, 64, 96), dynamic_size=True)
-
-    return onnx.load_from_string(_made_once(f"{name}_open", make))
+    return traced_once(shortened(name), (2, 3, 64, 96), dynamic_size=True)
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import plugin_builds
 import pytest
 import torch
 from torch import Tensor
@@ -61,6 +62,19 @@ def in_the_usual_way(library: Kernels) -> Iterator[Kernels]:
     library._library.quartermap_emulation_order(0)
     library._library.quartermap_emulation_blocks(1)
     library._library.quartermap_emulation_leave_out(-1)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """The kernels, run on the CPU as they are."""
+    return Kernels(plugin_builds.emulated_kernels(tmp_path_factory))
+
+
+@pytest.fixture
+def kernels(library: Kernels) -> Iterator[Kernels]:
+    """The same, emulated in the usual way at the beginning of each test."""
+    with in_the_usual_way(library):
+        yield library
 
 
 def make_inputs(

@@ -5,9 +5,8 @@ As tests/test_plugin_tensor_cores.py does it for one state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
-import plugin_builds
 import pytest
 import torch
 from tensor_core_scans import (
@@ -22,9 +21,10 @@ from tensor_core_scans import (
     Sizes,
     barriers,
     check,
-    in_the_usual_way,
+    kernels,
     large_drive,
     large_state,
+    library,
     make_inputs,
     make_plan,
     relative,
@@ -35,16 +35,7 @@ from quartermap_deploy.native.errors import PluginError
 from quartermap_deploy.scan.cuda import GENERAL, SPLIT, STREAMED, Kernels, make_scan
 from quartermap_deploy.scan.definition import DIRECTIONS
 
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    return Kernels(plugin_builds.emulated_kernels(tmp_path_factory))
-
-
-@pytest.fixture
-def kernels(library: Kernels) -> Iterator[Kernels]:
-    with in_the_usual_way(library):
-        yield library
+__all__ = ["kernels", "library"]
 
 
 PLANS: list[tuple[Sizes, int, Device, int, int]] = [

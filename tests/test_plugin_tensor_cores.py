@@ -6,9 +6,8 @@ races; see plugins/emulation/.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
-import plugin_builds
 import pytest
 import torch
 from tensor_core_scans import (
@@ -25,9 +24,10 @@ from tensor_core_scans import (
     Sizes,
     barriers,
     check,
-    in_the_usual_way,
+    kernels,
     large_drive,
     large_state,
+    library,
     make_inputs,
     make_plan,
     relative,
@@ -37,6 +37,8 @@ from torch import Tensor
 from quartermap_deploy.native.errors import PluginError
 from quartermap_deploy.scan.cuda import GENERAL, RESIDENT, SPLIT, STREAMED, Kernels, Plan, Tensors, make_scan
 from quartermap_deploy.scan.definition import DIRECTIONS
+
+__all__ = ["kernels", "library"]
 
 # As many channels as one block has.
 STAGES = [
@@ -49,17 +51,6 @@ STAGES = [
     (128, 7, 48),
     (128, 7, 64),
 ]
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    return Kernels(plugin_builds.emulated_kernels(tmp_path_factory))
-
-
-@pytest.fixture
-def kernels(library: Kernels) -> Iterator[Kernels]:
-    with in_the_usual_way(library):
-        yield library
 
 
 # Plans ----------------------------------------------------------------------------------------------------------------

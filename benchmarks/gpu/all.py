@@ -417,7 +417,9 @@ def main() -> None:
         "--seconds", type=int, default=480, help="for all parts together (default: %(default)s)"
     )
     parser.add_argument("--only", nargs="+", choices=names, metavar="PART", help=f"of {', '.join(names)}")
-    parser.add_argument("--library", type=Path, metavar="LIB", help="built kernels (default: build them)")
+    parser.add_argument(
+        "--library", dest="built", type=Path, metavar="LIB", help="built kernels (default: build them)"
+    )
     parser.add_argument("--rates", type=Path, metavar="PROGRAM", help="rates.cu, built (default: build it)")
     parser.add_argument("--models", type=Path, metavar="FOLDER", help="ONNX files that --export wrote")
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the models' ONNX files, and end")
@@ -439,7 +441,7 @@ def main() -> None:
     parts = [part for part in PARTS if options.only is None or part.name in options.only]
     with tempfile.TemporaryDirectory(prefix="quartermap-gpu-") as temporary:
         folder = Path(temporary)
-        for given, name in ((options.library, LIBRARY), (options.rates, RATES)):
+        for given, name in ((options.built, LIBRARY), (options.rates, RATES)):
             if given is not None:
                 if not given.is_file():
                     parser.error(f"there is no file {given}")

@@ -250,6 +250,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--library",
+        dest="built",
         type=Path,
         metavar="LIB",
         help="a built library (default: build the kernels for this GPU)",
@@ -277,7 +278,7 @@ def main() -> None:
         print("mamba-ssm is not installed: the public kernels are left out")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            enable_cuda_kernels(find_library(options.library, Path(folder)))
+            enable_cuda_kernels(find_library(options.built, Path(folder)))
         except QuartermapError as error:
             refuse(str(error))
         results = [benchmark(name, options.batches, options.rounds, public) for name in options.models]

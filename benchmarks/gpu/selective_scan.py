@@ -276,7 +276,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--library", type=Path, help="a built library (default: build the kernels for this GPU)"
+        "--library",
+        dest="built",
+        type=Path,
+        metavar="LIB",
+        help="a built library (default: build the kernels for this GPU)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     parser.add_argument("--rounds", type=int, default=15, help="rounds that are timed (default: %(default)s)")
@@ -286,7 +290,7 @@ def main() -> None:
     scan = find_public_scan()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            kernels = Kernels(find_library(options.library, Path(folder)))
+            kernels = Kernels(find_library(options.built, Path(folder)))
         except QuartermapError as error:
             refuse(str(error))
         checks = check(kernels)

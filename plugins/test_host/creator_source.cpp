@@ -39,15 +39,15 @@ IPluginCreatorInterface* looked_up(quartermap::Registry const& registry)
 Source from_library(char const* path)
 {
     Source source;
-    source.library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-    if (source.library == nullptr)
+    source.opened = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (source.opened == nullptr)
     {
         std::fprintf(stderr, "cannot load the plugin: %s\n", dlerror());
         return source;
     }
     using GetCreators = IPluginCreatorInterface* const* (*)(std::int32_t&);
-    auto const get_creators = reinterpret_cast<GetCreators>(dlsym(source.library, "getCreators"));
-    auto const set_finder = reinterpret_cast<void (*)(void*)>(dlsym(source.library, "setLoggerFinder"));
+    auto const get_creators = reinterpret_cast<GetCreators>(dlsym(source.opened, "getCreators"));
+    auto const set_finder = reinterpret_cast<void (*)(void*)>(dlsym(source.opened, "setLoggerFinder"));
     check(get_creators != nullptr && set_finder != nullptr, "getCreators and setLoggerFinder are exported");
     if (get_creators != nullptr && set_finder != nullptr)
     {
@@ -90,8 +90,8 @@ Source from_registry(char const* tensorrt, char const* path)
             check(looked_up(source.registry) == nullptr && count_listed(source.registry) == 0, "lets go of it");
         }
     }
-    source.library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-    check(source.library != nullptr && count_listed(source.registry) == 1, "opening it once more changes nothing");
+    source.opened = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    check(source.opened != nullptr && count_listed(source.registry) == 1, "opening it once more changes nothing");
     IPluginCreatorInterface* const found = looked_up(source.registry);
     bool const ours = found != nullptr && std::strcmp(found->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") == 0;
     check(ours, "the registry hands out the creator by its name, version and namespace");

@@ -11,7 +11,7 @@ struct Source
 {
     quartermap::Registry registry;
     quartermap::LibraryHandle handle = nullptr;
-    void* library = nullptr; // for the C interface
+    void* opened = nullptr; // by dlopen, for the C interface
     nvinfer1::IPluginCreatorV3One* creator = nullptr;
 };
 

@@ -31,7 +31,7 @@ int main(int argc, char** argv)
         return 2;
     }
     Source const source = real ? from_registry(argv[2], argv[first]) : from_library(argv[first]);
-    if (source.creator == nullptr || source.library == nullptr)
+    if (source.creator == nullptr || source.opened == nullptr)
     {
         return 1;
     }
@@ -56,7 +56,7 @@ int main(int argc, char** argv)
     }
     else
     {
-        run_cases(source.library, creator, argv[first + 1]);
+        run_cases(source.opened, creator, argv[first + 1]);
     }
     let_go(source);
     std::printf("%d checks, %d failed\n", checks(), failures());

@@ -298,8 +298,7 @@ def without_waste(plan: Plan, sessions: Sessions) -> Sessions:
     cases, _ = read_golden(plan.bundle.path, plan.bundle.manifest["golden"])
     first = slice(1 if plan.model.joins else None)
     alone = [
-        {item.name: case[item.name][first].astype(item.type, copy=False) for item in wide.inputs}
-        for case in cases.values()
+        {name: values[first] for name, values in _feeds(wide, given).items()} for given in cases.values()
     ]
     feeds = next(feeds for feeds in alone if plan.bundle.changed is None or _takes(wide.inputs, feeds))
     fastest = {wide: math.inf, sessions.workers[0]: math.inf}
@@ -351,11 +350,7 @@ def check_golden(plan: Plan, sessions: Sequence[Session]) -> float:
     compared: list[tuple[str, OutputComparison]] = []
     for session in sessions:
         for (case, given), expected in zip(cases.items(), outputs, strict=True):
-            feeds = {
-                item.name: given[item.name].astype(item.type, copy=False)
-                for item in session.inputs
-                if item.name in given
-            }
+            feeds = _feeds(session, given)
             # Another tool may have fixed a batch, or sizes.
             if plan.bundle.changed is not None and not _takes(session.inputs, feeds):
                 continue
@@ -375,6 +370,15 @@ def check_golden(plan: Plan, sessions: Sequence[Session]) -> float:
             f"{worst.detail}. {_advice(plan, worst.relative_error)}"
         )
     return worst.relative_error
+
+
+def _feeds(session: Session, given: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """What a session takes of golden inputs, in its types."""
+    return {
+        item.name: given[item.name].astype(item.type, copy=False)
+        for item in session.inputs
+        if item.name in given
+    }
 
 
 def _takes(inputs: Sequence[TensorInfo], feeds: Mapping[str, NDArray[Any]]) -> bool:
